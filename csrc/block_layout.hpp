@@ -1,0 +1,62 @@
+// Where a block's bytes are on both sides of a copy.
+//
+// Device side (LAYERWISE): one or two buffers per layer (K and V, or MLA's latent), each a matrix of
+// rows. A row holds one token, or a whole page where the pool is laid out by page.
+// Host side (BLOCKWISE): one slot per block, [layer][buffer][row in block][row bytes], so one layer
+// of a block is contiguous and a whole block is one I/O.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "types.hpp"
+
+namespace flexkv {
+
+struct DeviceBuffer {
+  uint64_t base = 0;          // address of row 0, on the CPU or on the GPU
+  int64_t num_rows = 0;
+  int64_t row_bytes = 0;      // bytes of a row that are copied
+  int64_t row_stride = 0;     // bytes from one row to the next
+};
+
+class BlockLayout {
+ public:
+  // layers[l] lists the buffers of layer l. tokens_per_row divides tokens_per_block.
+  BlockLayout(std::vector<std::vector<DeviceBuffer>> layers, int64_t tokens_per_block,
+              int64_t tokens_per_row);
+
+  int num_layers() const { return static_cast<int>(layers_.size()); }
+  int64_t tokens_per_block() const { return tokens_per_block_; }
+  int64_t tokens_per_row() const { return tokens_per_row_; }
+  int64_t rows_per_block() const { return tokens_per_block_ / tokens_per_row_; }
+  const std::vector<DeviceBuffer>& buffers(int layer) const { return layers_[layer]; }
+  // Offset and size of a layer within a block.
+  size_t layer_offset(int layer) const { return layer_offset_[layer]; }
+  size_t layer_bytes(int layer) const { return layer_offset_[layer + 1] - layer_offset_[layer]; }
+  size_t block_bytes() const { return layer_offset_.back(); }
+
+  // First row of each block for the token slots of `count` blocks (count * tokens_per_block values).
+  // A block whose rows are not consecutive gets -1: it is copied row by row.
+  // Throws UsageError for a slot outside the pool.
+  std::vector<int64_t> FirstRows(const int64_t* token_slots, size_t count) const;
+
+ private:
+  std::vector<std::vector<DeviceBuffer>> layers_;
+  std::vector<size_t> layer_offset_;
+  int64_t tokens_per_block_;
+  int64_t tokens_per_row_;
+  int64_t num_rows_ = 0;
+};
+
+// Copies one layer of one block between a host slot and CPU memory that plays the device.
+// `rows` are the block's token slots, `first_row` what FirstRows said.
+void CopyLayerCpu(const BlockLayout& layout, int layer, char* host_block, const int64_t* token_slots,
+                  int64_t first_row, bool to_device);
+
+// memcpy that bypasses the cache on the way out: what is copied here is read next by another
+// thread, a disk or much later, and pulling the destination into the cache first would cost a third
+// of the bandwidth.
+void StreamCopy(char* dst, const char* src, size_t bytes);
+
+}  // namespace flexkv

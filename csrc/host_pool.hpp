@@ -1,0 +1,54 @@
+// The CPU tier's memory: one page-aligned arena of equal slots, locked in the background so that the
+// server serves while a large pool is still being pinned.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <functional>
+#include <memory>
+#include <string>
+#include <thread>
+
+#include "types.hpp"
+
+namespace flexkv {
+
+class CudaDriver;
+
+class HostPool {
+ public:
+  // Maps num_slots * slot_bytes of zero memory. slot_bytes must be a multiple of kIoAlignment.
+  // Throws SystemError if the address space cannot be had.
+  HostPool(size_t num_slots, size_t slot_bytes);
+  ~HostPool();
+  HostPool(const HostPool&) = delete;
+  HostPool& operator=(const HostPool&) = delete;
+
+  char* Slot(int64_t slot) const { return base_ + static_cast<size_t>(slot) * slot_bytes_; }
+  char* base() const { return base_; }
+  size_t num_slots() const { return num_slots_; }
+  size_t slot_bytes() const { return slot_bytes_; }
+  size_t total_bytes() const { return num_slots_ * slot_bytes_; }
+
+  // Starts pinning, chunk by chunk, in a thread of its own: registered with CUDA if `cuda` is given,
+  // otherwise locked with mlock, otherwise (RLIMIT_MEMLOCK) at least faulted in. The pool is usable
+  // all the while; a transfer out of memory that is not pinned yet is only slower.
+  void StartPinning(std::shared_ptr<CudaDriver> cuda);
+  size_t pinned_bytes() const { return pinned_bytes_.load(std::memory_order_relaxed); }
+  size_t populated_bytes() const { return populated_bytes_.load(std::memory_order_relaxed); }
+
+ private:
+  void PinLoop();
+
+  char* base_ = nullptr;
+  size_t num_slots_;
+  size_t slot_bytes_;
+  size_t mapped_bytes_ = 0;
+  std::shared_ptr<CudaDriver> cuda_;
+  std::thread pinner_;
+  std::atomic<bool> stop_{false};
+  std::atomic<size_t> pinned_bytes_{0};
+  std::atomic<size_t> populated_bytes_{0};
+};
+
+}  // namespace flexkv

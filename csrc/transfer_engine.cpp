@@ -1,0 +1,532 @@
+#include "transfer_engine.hpp"
+
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <utility>
+
+#include "cuda_driver.hpp"
+
+namespace flexkv {
+
+namespace {
+
+// One unit of work of a copy thread: large enough to hide the queue, small enough that a load that
+// arrives behind a large store waits for well under a millisecond.
+constexpr size_t kCopyChunkBytes = size_t{512} << 10;
+// Reads or writes that are handed to the I/O engine together. Bounds how long a late, urgent read
+// waits behind queued ones.
+constexpr size_t kIoBatchBytes = size_t{64} << 20;
+
+bool IsDeviceCopy(TransferType type) {
+  return type == TransferType::kH2D || type == TransferType::kD2H;
+}
+
+}  // namespace
+
+// ---- LayerGate ---------------------------------------------------------------------------------
+
+LayerGate::LayerGate(int num_layers) : num_layers_(num_layers), left_(num_layers, 0) {
+  Require(num_layers > 0, "a gate needs at least one layer");
+}
+
+void LayerGate::Expect(int loads) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (int& left : left_) left += loads;
+}
+
+void LayerGate::Arrive(int layer) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    left_[layer]--;
+    int open = open_.load(std::memory_order_relaxed);
+    while (open < num_layers_ && left_[open] <= 0) ++open;
+    open_.store(open, std::memory_order_release);
+  }
+  changed_.notify_all();
+}
+
+void LayerGate::Fail() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    failed_.store(true);
+  }
+  changed_.notify_all();
+}
+
+bool LayerGate::Wait(int layer, double timeout_s) {
+  if (open_.load(std::memory_order_acquire) > layer) return !failed_.load();
+  std::unique_lock<std::mutex> lock(mutex_);
+  const bool in_time = changed_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] {
+    return failed_.load() || open_.load(std::memory_order_relaxed) > layer;
+  });
+  return in_time && !failed_.load();
+}
+
+int LayerGate::open_layers() const { return open_.load(std::memory_order_acquire); }
+
+// ---- graphs ------------------------------------------------------------------------------------
+
+struct TransferEngine::Op {
+  Graph* graph = nullptr;
+  OpSpec spec;
+  std::vector<int64_t> first_rows;   // device copies
+  size_t num_blocks = 0;
+  size_t waiting_for = 0;
+  bool poisoned = false;             // a dependency did not get done
+  std::vector<uint32_t> successors;
+  OpResult result;
+};
+
+struct TransferEngine::Graph {
+  uint64_t id = 0;
+  std::vector<Op> ops;
+  std::shared_ptr<LayerGate> gate;
+  std::vector<uint64_t> wait_events;
+  double deadline_s = 0;
+  size_t left = 0;
+  std::atomic<bool> cancelled{false};
+  std::string error;
+};
+
+struct TransferEngine::CopyJob {
+  Op* op = nullptr;
+  size_t blocks_per_chunk = 1;
+  size_t chunks_per_layer = 1;
+  size_t num_chunks = 0;
+  size_t next = 0;                              // under copy_mutex_
+  std::atomic<size_t> left{0};
+  std::vector<std::atomic<size_t>> layer_left;  // chunks that are missing per layer
+};
+
+TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, SsdFiles ssd,
+                               int copy_threads, int cuda_device, IoEngineKind io_kind, int io_depth)
+    : layout_(std::move(layout)),
+      host_(std::move(host)),
+      ssd_(std::move(ssd)),
+      epoch_(std::chrono::steady_clock::now()) {
+  Require(host_ != nullptr, "the transfer engine needs a host pool");
+  Require(host_->slot_bytes() >= layout_.block_bytes(), "a host slot is smaller than a block");
+  Require(copy_threads > 0, "the transfer engine needs at least one copy thread");
+  if (cuda_device >= 0) cuda_ = CudaDriver::Load(cuda_device);
+  if (!ssd_.fds.empty()) {
+    for (IoQueue& queue : io_) queue.engine = MakeIoEngine(io_kind, io_depth, &io_note_);
+    io_name_ = io_[0].engine->name();
+  }
+  event_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (event_fd_ < 0) throw SystemError(std::string("eventfd: ") + std::strerror(errno));
+  if (cuda_) {
+    copy_threads_.emplace_back([this] { CudaLoop(true); });
+    copy_threads_.emplace_back([this] { CudaLoop(false); });
+  } else {
+    for (int i = 0; i < copy_threads; ++i) copy_threads_.emplace_back([this] { CopyLoop(); });
+  }
+  if (!ssd_.fds.empty()) {
+    for (int i = 0; i < 2; ++i) {
+      io_[i].thread = std::thread([this, i] { IoLoop(io_[i], i == 1); });
+    }
+  }
+  host_->StartPinning(cuda_);
+}
+
+TransferEngine::~TransferEngine() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    for (auto& [id, graph] : graphs_) graph->cancelled.store(true);
+  }
+  // Ops in the queues are drained as cancelled, running ones end: nobody writes to memory that is
+  // about to be freed.
+  Drain(1e9);
+  stop_.store(true);
+  {
+    std::lock_guard<std::mutex> lock(copy_mutex_);
+  }
+  copy_wake_.notify_all();
+  for (std::thread& thread : copy_threads_) thread.join();
+  for (IoQueue& queue : io_) {
+    {
+      std::lock_guard<std::mutex> lock(queue.mutex);
+    }
+    queue.wake.notify_all();
+    if (queue.thread.joinable()) queue.thread.join();
+  }
+  close(event_fd_);
+}
+
+double TransferEngine::Now() const {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - epoch_).count();
+}
+
+uint64_t TransferEngine::Submit(GraphSpec spec) {
+  auto graph = std::make_unique<Graph>();
+  graph->ops = std::vector<Op>(spec.ops.size());
+  graph->gate = std::move(spec.gate);
+  graph->wait_events = std::move(spec.wait_events);
+  graph->deadline_s = spec.timeout_s > 0 ? Now() + spec.timeout_s : 0;
+  graph->left = spec.ops.size();
+  const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
+  auto check_slots = [](const std::vector<int64_t>& slots, size_t limit, const char* what) {
+    for (int64_t slot : slots) {
+      Require(slot >= 0 && static_cast<size_t>(slot) < limit, std::string(what) + " slot out of range");
+    }
+  };
+  for (size_t i = 0; i < spec.ops.size(); ++i) {
+    Op& op = graph->ops[i];
+    op.graph = graph.get();
+    op.spec = std::move(spec.ops[i]);
+    OpSpec& s = op.spec;
+    const bool to_host = s.type == TransferType::kD2H || s.type == TransferType::kDisk2H;
+    const std::vector<int64_t>& host_side = to_host ? s.dst : s.src;
+    const std::vector<int64_t>& far_side = to_host ? s.src : s.dst;
+    op.num_blocks = host_side.size();
+    check_slots(host_side, host_->num_slots(), "host");
+    if (IsDeviceCopy(s.type)) {
+      Require(far_side.size() == op.num_blocks * per_block,
+              "a device copy needs tokens_per_block token slots for each block");
+      if (s.layer_end == 0) s.layer_end = layout_.num_layers();
+      Require(s.layer_begin >= 0 && s.layer_begin < s.layer_end && s.layer_end <= layout_.num_layers(),
+              "layers out of range");
+      op.first_rows = layout_.FirstRows(far_side.data(), op.num_blocks);
+    } else {
+      Require(!ssd_.fds.empty(), "there is no SSD tier");
+      Require(far_side.size() == op.num_blocks, "a disk op needs one SSD slot for each block");
+      check_slots(far_side, ssd_.num_slots, "SSD");
+    }
+    for (uint32_t before : s.after) {
+      Require(before < i, "an op can only depend on ops that come before it in the graph");
+      graph->ops[before].successors.push_back(static_cast<uint32_t>(i));
+      op.waiting_for++;
+    }
+  }
+  std::vector<Op*> ready;
+  uint64_t id;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    id = graph->id = next_graph_++;
+    for (Op& op : graph->ops) {
+      if (op.waiting_for == 0) ready.push_back(&op);
+    }
+    if (graph->ops.empty()) {
+      results_.push_back({id, true, "", {}});
+    } else {
+      graphs_.emplace(id, std::move(graph));
+    }
+  }
+  if (ready.empty()) {
+    const uint64_t one = 1;
+    (void)!write(event_fd_, &one, sizeof one);
+    ended_.notify_all();
+  }
+  for (Op* op : ready) Dispatch(op);
+  return id;
+}
+
+bool TransferEngine::Cancel(uint64_t graph) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  auto it = graphs_.find(graph);
+  if (it == graphs_.end()) return false;
+  it->second->cancelled.store(true);
+  return true;
+}
+
+std::vector<GraphResult> TransferEngine::Poll() {
+  std::lock_guard<std::mutex> lock(mutex_);
+  uint64_t count;
+  (void)!read(event_fd_, &count, sizeof count);
+  std::vector<GraphResult> out(std::make_move_iterator(results_.begin()),
+                               std::make_move_iterator(results_.end()));
+  results_.clear();
+  return out;
+}
+
+bool TransferEngine::Wait(uint64_t graph, double timeout_s) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return ended_.wait_for(lock, std::chrono::duration<double>(timeout_s),
+                         [&] { return graphs_.find(graph) == graphs_.end(); });
+}
+
+bool TransferEngine::Drain(double timeout_s) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return ended_.wait_for(lock, std::chrono::duration<double>(timeout_s),
+                         [&] { return graphs_.empty(); });
+}
+
+size_t TransferEngine::num_pending() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return graphs_.size();
+}
+
+TransferStats TransferEngine::Stats() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return stats_;
+}
+
+bool TransferEngine::ShouldSkip(const Op& op) const {
+  return op.poisoned || op.graph->cancelled.load() ||
+         (op.graph->deadline_s > 0 && Now() > op.graph->deadline_s);
+}
+
+void TransferEngine::Dispatch(Op* op) {
+  if (ShouldSkip(*op)) {
+    const bool late = !op->poisoned && !op->graph->cancelled.load();
+    Finish(op, OpStatus::kCancelled, late ? "the deadline passed before it started" : "", {});
+    return;
+  }
+  op->result.start_s = Now();
+  if (op->num_blocks == 0) {
+    if (op->graph->gate && op->spec.type == TransferType::kH2D) {
+      for (int l = op->spec.layer_begin; l < op->spec.layer_end; ++l) op->graph->gate->Arrive(l);
+    }
+    Finish(op, OpStatus::kDone, "", {});
+    return;
+  }
+  if (!IsDeviceCopy(op->spec.type)) {
+    IoQueue& queue = io_[op->spec.type == TransferType::kH2Disk ? 1 : 0];
+    {
+      std::lock_guard<std::mutex> lock(queue.mutex);
+      queue.ops.push_back(op);
+    }
+    queue.wake.notify_one();
+    return;
+  }
+  auto job = std::make_shared<CopyJob>();
+  job->op = op;
+  const int layers = op->spec.layer_end - op->spec.layer_begin;
+  const size_t slice = std::max<size_t>(1, layout_.layer_bytes(op->spec.layer_begin));
+  // Several threads share even a small layer: a forward waits for the first one.
+  const size_t share = (op->num_blocks + copy_threads_.size() - 1) / copy_threads_.size();
+  job->blocks_per_chunk = std::clamp<size_t>(kCopyChunkBytes / slice, 1, std::max<size_t>(1, share));
+  job->chunks_per_layer = (op->num_blocks + job->blocks_per_chunk - 1) / job->blocks_per_chunk;
+  job->num_chunks = job->chunks_per_layer * static_cast<size_t>(layers);
+  job->left.store(job->num_chunks);
+  job->layer_left = std::vector<std::atomic<size_t>>(static_cast<size_t>(layers));
+  for (auto& left : job->layer_left) left.store(job->chunks_per_layer);
+  {
+    std::lock_guard<std::mutex> lock(copy_mutex_);
+    copy_queue_[op->spec.type == TransferType::kH2D ? 0 : 1].jobs.push_back(std::move(job));
+  }
+  copy_wake_.notify_all();
+}
+
+void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok) {
+  Graph* graph = op->graph;
+  if (status != OpStatus::kDone && graph->gate && op->spec.type == TransferType::kH2D) {
+    graph->gate->Fail();
+  }
+  std::vector<Op*> ready;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    op->result.status = status;
+    op->result.ok = std::move(ok);
+    op->result.end_s = Now();
+    if (op->result.start_s == 0) op->result.start_s = op->result.end_s;
+    const int type = static_cast<int>(op->spec.type);
+    if (status == OpStatus::kDone) {
+      stats_.ops_done[type]++;
+      size_t bytes = op->num_blocks * layout_.block_bytes();
+      if (IsDeviceCopy(op->spec.type)) {
+        bytes = op->num_blocks *
+                (layout_.layer_offset(op->spec.layer_end - 1) +
+                 layout_.layer_bytes(op->spec.layer_end - 1) - layout_.layer_offset(op->spec.layer_begin));
+      }
+      stats_.bytes[type] += bytes;
+      stats_.busy_s[type] += op->result.end_s - op->result.start_s;
+    } else if (status == OpStatus::kFailed) {
+      stats_.ops_failed[type]++;
+    } else {
+      stats_.ops_cancelled[type]++;
+    }
+    if (!error.empty() && graph->error.empty()) graph->error = std::move(error);
+    for (uint32_t next : op->successors) {
+      Op& successor = graph->ops[next];
+      if (status != OpStatus::kDone) successor.poisoned = true;
+      if (--successor.waiting_for == 0) ready.push_back(&successor);
+    }
+    if (--graph->left == 0) {
+      GraphResult result{graph->id, true, graph->error, {}};
+      for (Op& each : graph->ops) {
+        result.done = result.done && each.result.status == OpStatus::kDone;
+        result.ops.push_back(std::move(each.result));
+      }
+      results_.push_back(std::move(result));
+      graphs_.erase(graph->id);
+      graph = nullptr;
+    }
+  }
+  if (graph == nullptr) {
+    const uint64_t one = 1;
+    (void)!write(event_fd_, &one, sizeof one);
+    ended_.notify_all();
+    return;
+  }
+  for (Op* next : ready) Dispatch(next);
+}
+
+// ---- copies on the CPU -------------------------------------------------------------------------
+
+void TransferEngine::CopyLoop() {
+  std::unique_lock<std::mutex> lock(copy_mutex_);
+  for (;;) {
+    copy_wake_.wait(lock, [this] {
+      return stop_.load() || !copy_queue_[0].jobs.empty() || !copy_queue_[1].jobs.empty();
+    });
+    if (stop_.load()) return;
+    CopyQueue& queue = !copy_queue_[0].jobs.empty() ? copy_queue_[0] : copy_queue_[1];
+    std::shared_ptr<CopyJob> job = queue.jobs.front();
+    const size_t chunk = job->next++;
+    if (job->next == job->num_chunks) queue.jobs.pop_front();
+    lock.unlock();
+    CopyChunk(*job, chunk);
+    lock.lock();
+  }
+}
+
+void TransferEngine::CopyChunk(CopyJob& job, size_t chunk) {
+  Op* op = job.op;
+  const OpSpec& s = op->spec;
+  const bool to_device = s.type == TransferType::kH2D;
+  const size_t layer_index = chunk / job.chunks_per_layer;
+  const int layer = s.layer_begin + static_cast<int>(layer_index);
+  const size_t first = chunk % job.chunks_per_layer * job.blocks_per_chunk;
+  const size_t last = std::min(op->num_blocks, first + job.blocks_per_chunk);
+  const std::vector<int64_t>& host_slots = to_device ? s.src : s.dst;
+  const std::vector<int64_t>& token_slots = to_device ? s.dst : s.src;
+  const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
+  // A cancelled job still counts its chunks down, so that it ends once, but moves nothing more.
+  if (!op->graph->cancelled.load(std::memory_order_relaxed)) {
+    for (size_t b = first; b < last; ++b) {
+      CopyLayerCpu(layout_, layer, host_->Slot(host_slots[b]), token_slots.data() + b * per_block,
+                   op->first_rows[b], to_device);
+    }
+  }
+  const bool cancelled = op->graph->cancelled.load();
+  if (job.layer_left[layer_index].fetch_sub(1) == 1 && to_device && op->graph->gate && !cancelled) {
+    op->graph->gate->Arrive(layer);
+  }
+  if (job.left.fetch_sub(1) == 1) {
+    Finish(op, cancelled ? OpStatus::kCancelled : OpStatus::kDone, "", {});
+  }
+}
+
+// ---- copies on a GPU ---------------------------------------------------------------------------
+
+void TransferEngine::CudaLoop(bool to_device) {
+  cuda_->MakeCurrent();
+  void* stream = cuda_->CreateStream();
+  CopyQueue& queue = copy_queue_[to_device ? 0 : 1];
+  std::unique_lock<std::mutex> lock(copy_mutex_);
+  for (;;) {
+    copy_wake_.wait(lock, [&] { return stop_.load() || !queue.jobs.empty(); });
+    if (stop_.load()) break;
+    std::shared_ptr<CopyJob> job = queue.jobs.front();
+    queue.jobs.pop_front();
+    lock.unlock();
+    CudaRun(job->op, stream, to_device);
+    lock.lock();
+  }
+  lock.unlock();
+  cuda_->DestroyStream(stream);
+}
+
+void TransferEngine::CudaRun(Op* op, void* stream, bool to_device) {
+  const OpSpec& s = op->spec;
+  const std::vector<int64_t>& host_slots = to_device ? s.src : s.dst;
+  const std::vector<int64_t>& token_slots = to_device ? s.dst : s.src;
+  const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
+  const int64_t rows = layout_.rows_per_block();
+  std::string error;
+  bool good = true;
+  bool cancelled = op->graph->cancelled.load();
+  for (uint64_t event : op->graph->wait_events) {
+    good = good && cuda_->StreamWaitEvent(stream, event, &error);
+  }
+  for (int layer = s.layer_begin; layer < s.layer_end && good && !cancelled; ++layer) {
+    for (size_t b = 0; b < op->num_blocks && good; ++b) {
+      char* host = host_->Slot(host_slots[b]) + layout_.layer_offset(layer);
+      const int64_t first = op->first_rows[b];
+      for (const DeviceBuffer& buffer : layout_.buffers(layer)) {
+        const bool whole = first >= 0 && buffer.row_stride == buffer.row_bytes;
+        const int64_t pieces = whole ? 1 : rows;
+        const size_t bytes = static_cast<size_t>(buffer.row_bytes * (whole ? rows : 1));
+        for (int64_t i = 0; i < pieces && good; ++i) {
+          const int64_t row = first >= 0 ? first + i : token_slots[b * per_block + static_cast<size_t>(i)];
+          const uint64_t device = buffer.base + static_cast<uint64_t>(row * buffer.row_stride);
+          good = to_device ? cuda_->CopyToDevice(device, host, bytes, stream, &error)
+                           : cuda_->CopyToHost(host, device, bytes, stream, &error);
+          host += bytes;
+        }
+      }
+    }
+    // A layer is announced only when its bytes are on the device; a store is synchronised once.
+    if (to_device || layer + 1 == s.layer_end) good = good && cuda_->Synchronize(stream, &error);
+    cancelled = op->graph->cancelled.load();
+    if (good && !cancelled && to_device && op->graph->gate) op->graph->gate->Arrive(layer);
+  }
+  if (!good || cancelled) {
+    // Whatever was queued must have left the pools before the slots are given to somebody else.
+    std::string ignored;
+    cuda_->Synchronize(stream, &ignored);
+  }
+  Finish(op, !good ? OpStatus::kFailed : cancelled ? OpStatus::kCancelled : OpStatus::kDone, error, {});
+}
+
+// ---- disk --------------------------------------------------------------------------------------
+
+void TransferEngine::IoLoop(IoQueue& queue, bool write) {
+  for (;;) {
+    std::vector<Op*> batch;
+    {
+      std::unique_lock<std::mutex> lock(queue.mutex);
+      queue.wake.wait(lock, [&] { return stop_.load() || !queue.ops.empty(); });
+      if (queue.ops.empty()) return;
+      size_t bytes = 0;
+      while (!queue.ops.empty() && bytes < kIoBatchBytes) {
+        batch.push_back(queue.ops.front());
+        queue.ops.pop_front();
+        bytes += batch.back()->num_blocks * host_->slot_bytes();
+      }
+    }
+    std::vector<IoRequest> requests;
+    std::vector<Op*> running;
+    for (Op* op : batch) {
+      if (ShouldSkip(*op)) {
+        Finish(op, OpStatus::kCancelled, "", {});
+        continue;
+      }
+      running.push_back(op);
+      op->result.start_s = Now();
+      const std::vector<int64_t>& host_slots = write ? op->spec.src : op->spec.dst;
+      const std::vector<int64_t>& ssd_slots = write ? op->spec.dst : op->spec.src;
+      for (size_t b = 0; b < op->num_blocks; ++b) {
+        const size_t slot = static_cast<size_t>(ssd_slots[b]);
+        IoRequest request;
+        request.fd = ssd_.fds[slot % ssd_.fds.size()];
+        request.offset = slot / ssd_.fds.size() * host_->slot_bytes();
+        request.data = host_->Slot(host_slots[b]);
+        request.bytes = static_cast<uint32_t>(host_->slot_bytes());
+        requests.push_back(request);
+      }
+    }
+    queue.engine->Run(requests, write);
+    size_t at = 0;
+    for (Op* op : running) {
+      std::vector<uint8_t> ok(op->num_blocks, 1);
+      std::string error;
+      for (size_t b = 0; b < op->num_blocks; ++b, ++at) {
+        if (requests[at].error == 0) continue;
+        ok[b] = 0;
+        if (error.empty()) {
+          error = std::string(write ? "SSD write failed: " : "SSD read failed: ") +
+                  (requests[at].error == ENODATA ? "the file is shorter than it should be"
+                                                 : std::strerror(requests[at].error));
+        }
+      }
+      Finish(op, error.empty() ? OpStatus::kDone : OpStatus::kFailed, error,
+             error.empty() ? std::vector<uint8_t>{} : std::move(ok));
+    }
+  }
+}
+
+}  // namespace flexkv

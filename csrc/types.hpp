@@ -1,0 +1,60 @@
+// Types shared by the whole core. Nothing here allocates, locks or does I/O.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <stdexcept>
+#include <string>
+
+namespace flexkv {
+
+// Identity of one block: 128 bits of a chained hash that covers every token before it and the
+// namespace (model, dtype, layout, tenant ...). Equal keys therefore mean equal KV bytes.
+struct BlockKey {
+  uint64_t lo = 0;
+  uint64_t hi = 0;
+  bool operator==(const BlockKey& other) const { return lo == other.lo && hi == other.hi; }
+};
+static_assert(sizeof(BlockKey) == 16, "keys are passed to and from numpy as pairs of uint64");
+
+// Keys are hashes already: folding the halves is all the mixing a table needs.
+struct BlockKeyHash {
+  size_t operator()(const BlockKey& key) const { return key.lo ^ (key.hi * 0x9E3779B97F4A7C15ull); }
+};
+
+using SlotId = int32_t;
+constexpr SlotId kNoSlot = -1;
+
+// Tiers that own slots on this machine, nearest to the device first. The order is the order in
+// which a hit is looked for.
+enum class Tier : uint8_t { kCpu = 0, kSsd = 1 };
+constexpr int kNumTiers = 2;
+
+// A caller broke the contract of an API (wrong size, unknown id). Faults of the world below
+// (disk, driver) are results, never this.
+class UsageError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+// Something below could not be set up (no memory, no io_uring, no CUDA driver).
+class SystemError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+inline void Require(bool ok, const std::string& what) {
+  if (!ok) throw UsageError(what);
+}
+
+inline size_t AlignUp(size_t value, size_t alignment) {
+  return (value + alignment - 1) / alignment * alignment;
+}
+
+// O_DIRECT needs memory, offset and length aligned to the logical block size of the disk; 4 KiB
+// covers every disk sold.
+constexpr size_t kIoAlignment = 4096;
+
+}  // namespace flexkv

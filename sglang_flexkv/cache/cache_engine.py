@@ -1,0 +1,284 @@
+"""The control plane: what is where, what may go, and which copies a request needs. Moves no byte.
+
+A plan holds what it was promised (a lease on what it reads, reserved slots for what it writes) until
+``finish`` is called with the outcome of its graph, whatever that is.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_flexkv import _core
+from sglang_flexkv.common.block import BlockKeys
+from sglang_flexkv.common.config import CacheConfig
+from sglang_flexkv.common.transfer import TransferOp, TransferOpGraph, TransferType
+
+logger = logging.getLogger(__name__)
+
+CPU, SSD = _core.Tier.CPU, _core.Tier.SSD
+_CPU_BIT, _SSD_BIT = 1 << int(CPU), 1 << int(SSD)
+
+# After this many failed SSD transfers in a row the tier is taken out: a dead disk must not cost every
+# request a failed read.
+_SSD_FAILURES_MAX = 3
+
+
+class PlanKind(Enum):
+    GET = "get"  # CPU or SSD -> device
+    PUT = "put"  # device -> CPU
+    PREFETCH = "prefetch"  # SSD -> CPU
+    SPILL = "spill"  # CPU -> SSD
+
+
+@dataclass
+class TransferPlan:
+    """A graph and what it holds in the index."""
+
+    kind: PlanKind
+    keys: BlockKeys  # the blocks it covers, from the first on
+    graph: TransferOpGraph
+    parent: BlockKeys | None = None
+    leases: list[int] = field(default_factory=list)
+    txn: int = 0
+    txn_tier: _core.Tier | None = None
+    txn_op: int = -1  # the op that fills the reserved slots
+    num_ssd_blocks: int = 0  # blocks that come from SSD
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.keys)
+
+
+@dataclass(frozen=True)
+class MatchResult:
+    """How much of a sequence is held, counted in leading blocks."""
+
+    tiers: npt.NDArray[np.uint8]  # per block a mask of tiers: 1 CPU, 2 SSD
+
+    @property
+    def num_blocks(self) -> int:
+        """Leading blocks that some tier holds."""
+        return len(self.tiers)
+
+    @property
+    def num_cpu_blocks(self) -> int:
+        """Leading blocks that the CPU tier holds."""
+        missing = np.flatnonzero((self.tiers & _CPU_BIT) == 0)
+        return int(missing[0]) if len(missing) else len(self.tiers)
+
+
+class GlobalCacheEngine:
+    """Decides for all tiers. Not thread-safe by itself: one owner calls it."""
+
+    def __init__(self, config: CacheConfig) -> None:
+        self.config = config
+        self.index = _core.PrefixIndex(config.num_cpu_blocks, config.num_ssd_blocks if config.enable_ssd else 0)
+        self.ssd_alive = config.enable_ssd
+        self._ssd_failures = 0
+        # Blocks that are in the CPU tier and should go to SSD: (parent, keys), oldest first. They are not
+        # pinned: what is evicted before its turn is simply not spilled.
+        self._to_spill: deque[tuple[BlockKeys | None, BlockKeys]] = deque()
+        self._to_spill_blocks = 0
+
+    def match(self, keys: BlockKeys) -> MatchResult:
+        """Looks a sequence up in all tiers and marks what it finds as used."""
+        return MatchResult(self.index.match(keys))
+
+    # ---- plans ----
+
+    def plan_get(self, keys: BlockKeys) -> TransferPlan | None:
+        """Plan that brings the leading held blocks to the device, by way of the CPU tier where they are on
+        SSD. Covers fewer blocks than are held if the CPU tier has no room. None: nothing to bring."""
+        return self._plan_fetch(keys, to_device=True)
+
+    def plan_prefetch(self, keys: BlockKeys) -> TransferPlan | None:
+        """Plan that brings the leading held blocks into the CPU tier. None: nothing to bring."""
+        return self._plan_fetch(keys, to_device=False)
+
+    def _plan_fetch(self, keys: BlockKeys, *, to_device: bool) -> TransferPlan | None:
+        limit = len(keys)
+        while limit > 0:
+            lease, tiers, slots = self.index.acquire(keys[:limit])
+            held = len(tiers)
+            on_ssd = np.flatnonzero(tiers == int(SSD))
+            if held == 0 or (not to_device and len(on_ssd) == 0):
+                self.index.release(lease)
+                return None
+            plan = TransferPlan(
+                PlanKind.GET if to_device else PlanKind.PREFETCH,
+                keys[:held],
+                TransferOpGraph(),
+                leases=[lease],
+                num_ssd_blocks=len(on_ssd),
+            )
+            host_slots = slots.astype(np.int64)
+            if len(on_ssd):
+                reserved = self.index.reserve(CPU, None, plan.keys)
+                if reserved is None or not np.array_equal(reserved[1], on_ssd):
+                    # No room, or another transfer is filling one of the blocks right now: take less.
+                    if reserved is not None:
+                        self.index.abort(reserved[0])
+                        busy = np.setdiff1d(on_ssd, reserved[1])
+                        limit = int(busy[0]) if len(busy) else int(on_ssd[0])
+                    else:
+                        limit = int(on_ssd[0]) + (len(on_ssd) // 2 if len(on_ssd) > 1 else 0)
+                    self.index.release(lease)
+                    continue
+                plan.txn, _, staged = reserved
+                plan.txn_tier = CPU
+                host_slots[on_ssd] = staged
+                plan.txn_op = plan.graph.add_transfer_op(
+                    TransferOp(
+                        TransferType.DISK2H,
+                        on_ssd,
+                        src_block_ids=slots[on_ssd].astype(np.int64),
+                        dst_block_ids=host_slots[on_ssd],
+                    )
+                )
+            if to_device:
+                in_cpu = np.flatnonzero(tiers == int(CPU))
+                for positions, after in ((in_cpu, -1), (on_ssd, plan.txn_op)):
+                    if len(positions) == 0:
+                        continue
+                    op = plan.graph.add_transfer_op(
+                        TransferOp(TransferType.H2D, positions, src_block_ids=host_slots[positions])
+                    )
+                    if after >= 0:
+                        plan.graph.add_dependency(op, after)
+            return plan
+        return None
+
+    def plan_put(self, parent: BlockKeys | None, keys: BlockKeys) -> TransferPlan | None:
+        """Plan that copies blocks from the device to the CPU tier, those it holds already left out.
+
+        Args:
+            parent: key of the block before ``keys[0]``, shape [2]; None at the start of a sequence.
+
+        Returns:
+            A plan (with an empty graph if every block is held), or None if pins leave no room.
+        """
+        reserved = self.index.reserve(CPU, parent, keys)
+        if reserved is None:
+            return None
+        txn, positions, slots = reserved
+        plan = TransferPlan(PlanKind.PUT, keys, TransferOpGraph(), parent, txn=txn, txn_tier=CPU)
+        if txn:
+            plan.txn_op = plan.graph.add_transfer_op(
+                TransferOp(TransferType.D2H, positions.astype(np.int64), dst_block_ids=slots.astype(np.int64))
+            )
+        return plan
+
+    def plan_spill(self, blocks_max: int) -> TransferPlan | None:
+        """Plan that copies blocks that wait for it from the CPU tier to SSD. None: nothing waits."""
+        while self._to_spill and self.ssd_alive:
+            parent, keys = self._to_spill.popleft()
+            self._to_spill_blocks -= len(keys)
+            if len(keys) > blocks_max:
+                rest = keys[blocks_max:]
+                self._to_spill.appendleft((keys[blocks_max - 1], rest))
+                self._to_spill_blocks += len(rest)
+                keys = keys[:blocks_max]
+            lease, _, cpu_slots = self.index.acquire(keys, CPU)
+            if lease == 0:
+                continue
+            keys = keys[: len(cpu_slots)]
+            reserved = self.index.reserve(SSD, parent, keys)
+            if reserved is None or reserved[0] == 0:
+                self.index.release(lease)
+                continue
+            txn, positions, ssd_slots = reserved
+            plan = TransferPlan(
+                PlanKind.SPILL, keys, TransferOpGraph(), parent, leases=[lease], txn=txn, txn_tier=SSD
+            )
+            plan.txn_op = plan.graph.add_transfer_op(
+                TransferOp(
+                    TransferType.H2DISK,
+                    positions.astype(np.int64),
+                    src_block_ids=cpu_slots[positions].astype(np.int64),
+                    dst_block_ids=ssd_slots.astype(np.int64),
+                )
+            )
+            return plan
+        return None
+
+    # ---- outcomes ----
+
+    def finish(self, plan: TransferPlan, result: _core.GraphResult | None) -> None:
+        """Publishes what a plan wrote and gives back what it held.
+
+        Args:
+            result: what became of the plan's graph; None if it never ran.
+        """
+        if plan.txn:
+            assert plan.txn_tier is not None
+            op = result.ops[plan.txn_op] if result is not None else None
+            if op is None or op.status in (_core.OpStatus.CANCELLED, _core.OpStatus.PENDING):
+                self.index.abort(plan.txn)
+            elif op.status == _core.OpStatus.DONE:
+                self.index.commit(plan.txn)
+                self._note_ssd(plan.kind, None)
+                if plan.kind is PlanKind.PUT:
+                    self._queue_spill(plan.parent, plan.keys)
+            else:
+                ok = op.ok if len(op.ok) else None
+                if ok is None:
+                    self.index.abort(plan.txn)
+                else:
+                    self.index.commit(plan.txn, ok)
+                if plan.kind in (PlanKind.GET, PlanKind.PREFETCH) and ok is not None:
+                    # What cannot be read back is not there.
+                    failed = plan.graph.ops[plan.txn_op].block_positions[ok == 0]
+                    self.index.invalidate(SSD, np.ascontiguousarray(plan.keys[failed]))
+                assert result is not None
+                self._note_ssd(plan.kind, result.error)
+        for lease in plan.leases:
+            self.index.release(lease)
+
+    def _queue_spill(self, parent: BlockKeys | None, keys: BlockKeys) -> None:
+        if not self.ssd_alive:
+            return
+        self._to_spill.append((parent, keys))
+        self._to_spill_blocks += len(keys)
+        # More than the CPU tier holds cannot be waiting for real: the oldest has been evicted.
+        while self._to_spill_blocks > self.config.num_cpu_blocks and len(self._to_spill) > 1:
+            _, dropped = self._to_spill.popleft()
+            self._to_spill_blocks -= len(dropped)
+
+    def _note_ssd(self, kind: PlanKind, error: str | None) -> None:
+        if kind is PlanKind.PUT or not self.ssd_alive:
+            return
+        if error is None:
+            self._ssd_failures = 0
+            return
+        self._ssd_failures += 1
+        if self._ssd_failures == 1:
+            logger.error("SSD tier: %s. The blocks concerned count as misses.", error)
+        if self._ssd_failures >= _SSD_FAILURES_MAX:
+            self.ssd_alive = False
+            dropped = self.index.invalidate_tier(SSD)
+            self._to_spill.clear()
+            self._to_spill_blocks = 0
+            logger.error(
+                "SSD tier taken out after %d failures in a row (%d blocks dropped); the CPU tier goes on. "
+                "Check the disk and restart the server.",
+                self._ssd_failures,
+                dropped,
+            )
+
+    @property
+    def num_waiting_spills(self) -> int:
+        """Blocks that wait to be copied to SSD."""
+        return self._to_spill_blocks
+
+    def clear(self) -> None:
+        """Forgets everything in every tier. Blocks in use go when their users let go of them."""
+        self._to_spill.clear()
+        self._to_spill_blocks = 0
+        self.index.invalidate_tier(CPU)
+        self.index.invalidate_tier(SSD)

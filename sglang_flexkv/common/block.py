@@ -1,0 +1,76 @@
+"""What a block is called: keys of blocks and sequences of them.
+
+A block is ``tokens_per_block`` tokens over all layers. Its key is 128 bits of a chained hash: the parent's
+key and the block's tokens, and at the root a namespace digest of everything that changes the bytes (model,
+weights, dtype, layout, shard, tenant). Equal keys therefore mean equal KV.
+
+The library path hashes tokens with BLAKE2b, the SGLang path folds SGLang's own SHA-256 page hashes with the
+namespace; both are collision resistant, so a crafted prompt cannot be answered with another tenant's KV.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import NewType
+
+import numpy as np
+import numpy.typing as npt
+
+KEY_BYTES = 16
+
+BlockKeys = npt.NDArray[np.uint64]  # shape [blocks, 2]
+TokenIds = npt.NDArray[np.int64]  # shape [tokens]
+Namespace = NewType("Namespace", bytes)  # KEY_BYTES long
+
+
+def make_namespace(fields: Mapping[str, object]) -> Namespace:
+    """Digest of everything that changes the bytes of a block. Equal fields give equal namespaces, on every
+    machine and in every process."""
+    text = json.dumps({k: str(v) for k, v in fields.items()}, sort_keys=True, separators=(",", ":"))
+    return Namespace(hashlib.blake2b(text.encode(), digest_size=KEY_BYTES, person=b"flexkv-ns-v1").digest())
+
+
+def keys_from_page_hashes(page_hashes: Iterable[str], namespace: Namespace) -> BlockKeys:
+    """Keys of SGLang's pages: the first 128 bits of each chained SHA-256 (hex), folded with the namespace.
+
+    Returns uint64 of shape [pages, 2].
+    """
+    raw = bytes.fromhex("".join([h[: 2 * KEY_BYTES] for h in page_hashes]))
+    keys = np.frombuffer(raw, dtype=np.uint64).reshape(-1, 2)
+    return keys ^ np.frombuffer(namespace, dtype=np.uint64)
+
+
+class SequenceMeta:
+    """A token sequence cut into blocks. The incomplete block at the end is dropped.
+
+    Args:
+        token_ids: int64 array of shape [tokens].
+        tokens_per_block: a power of two.
+        namespace: who may share these blocks.
+    """
+
+    def __init__(self, token_ids: npt.ArrayLike, tokens_per_block: int, namespace: Namespace) -> None:
+        self.token_ids: TokenIds = np.ascontiguousarray(token_ids, dtype=np.int64)
+        if self.token_ids.ndim != 1:
+            raise ValueError(f"token_ids must have one dimension, not {self.token_ids.ndim}")
+        self.tokens_per_block = tokens_per_block
+        self.namespace = namespace
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.token_ids) // self.tokens_per_block
+
+    @cached_property
+    def block_keys(self) -> BlockKeys:
+        """uint64 of shape [num_blocks, 2]."""
+        raw = self.token_ids[: self.num_blocks * self.tokens_per_block].tobytes()
+        step = self.tokens_per_block * self.token_ids.itemsize
+        digest: bytes = self.namespace
+        out = bytearray()
+        for start in range(0, len(raw), step):
+            digest = hashlib.blake2b(digest + raw[start : start + step], digest_size=KEY_BYTES).digest()
+            out += digest
+        return np.frombuffer(bytes(out), dtype=np.uint64).reshape(-1, 2)

@@ -1,0 +1,249 @@
+"""Every setting there is, where it comes from, and what it may be.
+
+This is the only module that reads a configuration file or the environment. A wrong setting ends here, with
+one message that names the setting and the remedy.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any, Self
+
+import psutil
+import torch
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from sglang_flexkv.common.errors import ConfigError
+
+GIB = 1024**3
+ENV_PREFIX = "FLEXKV_"
+_CONFIG_PATH_ENV = "FLEXKV_CONFIG_PATH"  # FlexKV's own name for the configuration file
+
+
+class WritePolicy(Enum):
+    """When a block is copied from the device to the CPU tier."""
+
+    WRITE_THROUGH = "write_through"  # as soon as it is computed
+    WRITE_THROUGH_SELECTIVE = "write_through_selective"  # at its second use
+    WRITE_BACK = "write_back"  # when the device evicts it
+
+
+class PrefetchPolicy(Enum):
+    """How long a request waits in the queue for its blocks to come from SSD."""
+
+    BEST_EFFORT = "best_effort"  # not at all: it takes what has arrived when it is scheduled
+    TIMEOUT = "timeout"  # up to prefetch_timeout_s
+    WAIT_COMPLETE = "wait_complete"  # until the last block is there or has failed
+
+
+class IoEngine(Enum):
+    AUTO = "auto"
+    IO_URING = "io_uring"
+    THREADS = "threads"
+
+
+def _split_dirs(value: object) -> object:
+    """FlexKV writes several directories as one string with ``;`` between them."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(";") if part.strip())
+    return value
+
+
+Directories = Annotated[tuple[Path, ...], BeforeValidator(_split_dirs)]
+
+
+class _Settings(BaseModel):
+    """Frozen settings whose errors are ConfigErrors in the user's words."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+
+    def __init__(self, **values: Any) -> None:
+        try:
+            super().__init__(**values)
+        except ValidationError as error:
+            raise ConfigError(explain(type(self), error)) from None
+
+
+def explain(model: type[BaseModel], error: ValidationError) -> str:
+    """One line per problem: the setting, what is wrong, and what to write instead."""
+    lines = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"])
+        if problem["type"] == "extra_forbidden":
+            close = difflib.get_close_matches(name, model.model_fields, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(model.model_fields)}"
+            lines.append(f"unknown setting {name!r}; {hint}")
+        elif problem["type"] == "value_error":
+            lines.append(f"{name}: {problem['ctx']['error']}" if name else str(problem["ctx"]["error"]))
+        else:
+            lines.append(f"{name}: {problem['msg']} (got {problem['input']!r})")
+    return "; ".join(lines)
+
+
+class ModelConfig(_Settings):
+    """The shape of the KV cache of one model, as this process sees it (one tensor-parallel shard)."""
+
+    num_layers: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_size: int = Field(gt=0)
+    use_mla: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    model_name: str = ""  # part of the namespace: two models never share a block
+
+    @property
+    def token_size_in_bytes(self) -> int:
+        """Bytes of KV of one token over all layers."""
+        kv_dim = 1 if self.use_mla else 2
+        return self.num_layers * self.num_kv_heads * self.head_size * kv_dim * self.dtype.itemsize
+
+
+class CacheConfig(_Settings):
+    """Sizes of the tiers in blocks, as the engine takes them."""
+
+    tokens_per_block: int = 16
+    enable_cpu: bool = True
+    num_cpu_blocks: int = Field(default=1000, gt=0)
+    enable_ssd: bool = False
+    num_ssd_blocks: int = Field(default=0, ge=0)
+    ssd_cache_dir: Directories = ()
+    enable_remote: bool = False
+    copy_threads: int = Field(default=2, gt=0, le=64)
+    io_engine: IoEngine = IoEngine.AUTO
+    io_depth: int = Field(default=64, gt=0, le=4096)  # I/Os in flight, each way
+
+    @field_validator("tokens_per_block")
+    @classmethod
+    def _power_of_two(cls, value: int) -> int:
+        if value <= 0 or value & (value - 1):
+            raise ValueError(f"must be a power of two, got {value}; 16 suits most models")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if not self.enable_cpu:
+            raise ValueError("enable_cpu: the CPU tier cannot be off, every other tier loads through it")
+        if self.enable_remote:
+            raise ValueError("enable_remote: there is no remote tier yet; set it to false")
+        if self.enable_ssd and not (self.num_ssd_blocks and self.ssd_cache_dir):
+            raise ValueError("enable_ssd needs num_ssd_blocks > 0 and ssd_cache_dir")
+        return self
+
+
+class FlexKVConfig(_Settings):
+    """What a user of the SGLang integration can set, in a file, in the environment, or not at all.
+
+    Sizes are totals for this machine: ranks that run side by side share them.
+    """
+
+    cpu_cache_gb: float | None = Field(default=None, gt=0)  # GiB; none: a quarter of the free memory
+    ssd_cache_gb: float = Field(default=0.0, ge=0)  # GiB over all directories; 0: no SSD tier
+    ssd_cache_dir: Directories = ()
+    write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
+    prefetch_policy: PrefetchPolicy = PrefetchPolicy.TIMEOUT
+    prefetch_timeout_s: float = Field(default=3.0, gt=0)
+    copy_threads: int | None = Field(default=None, gt=0, le=64)  # per rank; none: by the CPU count
+    io_engine: IoEngine = IoEngine.AUTO
+    io_depth: int = Field(default=64, gt=0, le=4096)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.ssd_cache_gb > 0 and not self.ssd_cache_dir:
+            raise ValueError("ssd_cache_gb is set but ssd_cache_dir is not: name the directory to use")
+        if self.ssd_cache_dir and self.ssd_cache_gb == 0:
+            raise ValueError("ssd_cache_dir is set but ssd_cache_gb is 0: say how much of it to use")
+        return self
+
+    @classmethod
+    def load(cls, path: str | None) -> FlexKVConfig:
+        """Settings from a YAML or JSON file (or FLEXKV_CONFIG_PATH), overridden by FLEXKV_<SETTING>."""
+        path = path or os.environ.get(_CONFIG_PATH_ENV)
+        values: dict[str, Any] = _read_file(Path(path)) if path else {}
+        known = {f"{ENV_PREFIX}{name.upper()}": name for name in cls.model_fields}
+        for variable, value in os.environ.items():
+            if variable in known:
+                values[known[variable]] = value
+        try:
+            return cls(**values)
+        except ConfigError as error:
+            source = f"in {path}" if path else "in the environment"
+            raise ConfigError(f"FlexKV configuration {source}: {error}") from None
+
+    def cache_config(self, *, block_bytes: int, tokens_per_block: int, num_ranks: int) -> CacheConfig:
+        """Sizes in blocks for one of ``num_ranks`` ranks that share this machine.
+
+        Args:
+            block_bytes: bytes a block takes in a tier, alignment included.
+            num_ranks: processes on this machine that each hold a shard of the cache.
+        """
+        available = available_memory_bytes()
+        cpu_bytes = int(self.cpu_cache_gb * GIB) if self.cpu_cache_gb else available // 4
+        if cpu_bytes > available:
+            raise ConfigError(
+                f"cpu_cache_gb={self.cpu_cache_gb:g} asks for more than the {available / GIB:.1f} GiB of "
+                "memory this machine has available; lower it"
+            )
+        num_cpu_blocks = cpu_bytes // num_ranks // block_bytes
+        if num_cpu_blocks == 0:
+            raise ConfigError(
+                f"cpu_cache_gb={cpu_bytes / GIB:g} holds no block of {block_bytes} bytes per rank; raise it"
+            )
+        num_ssd_blocks = int(self.ssd_cache_gb * GIB) // num_ranks // block_bytes
+        if self.ssd_cache_gb > 0 and num_ssd_blocks < len(self.ssd_cache_dir):
+            raise ConfigError(
+                f"ssd_cache_gb={self.ssd_cache_gb:g} holds no block of {block_bytes} bytes per rank and "
+                "directory; raise it"
+            )
+        # Copies compete with the model's own CPU threads; past four the memory bus is the limit.
+        threads = self.copy_threads or min(4, max(1, (os.cpu_count() or 1) // num_ranks))
+        return CacheConfig(
+            tokens_per_block=tokens_per_block,
+            num_cpu_blocks=num_cpu_blocks,
+            enable_ssd=num_ssd_blocks > 0,
+            num_ssd_blocks=num_ssd_blocks,
+            ssd_cache_dir=self.ssd_cache_dir,
+            copy_threads=threads,
+            io_engine=self.io_engine,
+            io_depth=self.io_depth,
+        )
+
+
+def available_memory_bytes() -> int:
+    """Memory that can be used now: what the machine has free, or what the container's limit leaves."""
+    available = int(psutil.virtual_memory().available)
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else min(available, max(0, int(limit) - used))
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read the FlexKV configuration file {path}: {error.strerror}; check --flexkv-config-file"
+        ) from None
+    try:
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (json.JSONDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} is neither valid YAML nor JSON: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold settings as 'name: value', not a {type(values).__name__}")
+    return values

@@ -1,0 +1,118 @@
+"""How KV is laid out on the device, in the seeds' two layouts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from sglang_flexkv import _core
+
+
+class KVCacheLayoutType(Enum):
+    LAYERWISE = "LAYERWISE"  # [layer, kv, block, token, head, head_dim]
+    BLOCKWISE = "BLOCKWISE"  # [block, layer, kv, token, head, head_dim]
+
+
+@dataclass(frozen=True)
+class KVCacheLayout:
+    """Shape of a device pool that a library user brings along.
+
+    ``kv`` has length 2 (K and V), or 1 with MLA.
+    """
+
+    type: KVCacheLayoutType
+    num_layer: int
+    num_block: int
+    tokens_per_block: int
+    num_head: int
+    head_size: int
+    is_mla: bool = False
+
+    @property
+    def kv_dim(self) -> int:
+        return 1 if self.is_mla else 2
+
+    @property
+    def kv_shape(self) -> tuple[int, ...]:
+        block = (self.tokens_per_block, self.num_head, self.head_size)
+        if self.type is KVCacheLayoutType.LAYERWISE:
+            return (self.num_layer, self.kv_dim, self.num_block, *block)
+        return (self.num_block, self.num_layer, self.kv_dim, *block)
+
+    def device_buffers(self, kv_caches: torch.Tensor | Sequence[torch.Tensor]) -> DeviceBuffers:
+        """The buffers of a pool of this layout.
+
+        Args:
+            kv_caches: one tensor of ``kv_shape``, or with LAYERWISE one tensor of ``kv_shape[1:]`` per layer.
+
+        Raises:
+            ValueError: a tensor has another shape, or is not contiguous where rows are.
+        """
+        if self.type is KVCacheLayoutType.LAYERWISE:
+            layers = list(kv_caches)
+            for layer in layers:
+                if tuple(layer.shape) != self.kv_shape[1:]:
+                    raise ValueError(f"a layer of this layout is {self.kv_shape[1:]}, not {tuple(layer.shape)}")
+            if len(layers) != self.num_layer:
+                raise ValueError(f"this layout has {self.num_layer} layers, not {len(layers)}")
+            # Tokens of all blocks follow one another: a row is a token.
+            per_layer = [[part.flatten(0, 1) for part in layer] for layer in layers]
+            return DeviceBuffers(per_layer, tokens_per_row=1)
+        if not isinstance(kv_caches, torch.Tensor) or tuple(kv_caches.shape) != self.kv_shape:
+            raise ValueError(f"a BLOCKWISE pool is one tensor of shape {self.kv_shape}")
+        per_layer = [
+            [kv_caches[:, layer, part] for part in range(self.kv_dim)] for layer in range(self.num_layer)
+        ]
+        return DeviceBuffers(per_layer, tokens_per_row=self.tokens_per_block)
+
+
+class DeviceBuffers:
+    """The device pool as the engine sees it: per layer one or two matrices of rows.
+
+    A row is one token, or ``tokens_per_row`` tokens where the pool is laid out by page. Keeps the tensors
+    alive as long as the engine may touch them.
+
+    Args:
+        layers: per layer its buffers, each with rows in dimension 0 and a contiguous row.
+
+    Raises:
+        ValueError: rows are not contiguous, or the buffers are not all on one device.
+    """
+
+    def __init__(self, layers: Sequence[Sequence[torch.Tensor]], tokens_per_row: int) -> None:
+        self.tensors = [list(buffers) for buffers in layers]
+        self.tokens_per_row = tokens_per_row
+        devices = {tensor.device for buffers in self.tensors for tensor in buffers}
+        if len(devices) != 1:
+            raise ValueError(f"all KV buffers must be on one device, not on {sorted(map(str, devices))}")
+        self.device = devices.pop()
+        for tensor in (t for buffers in self.tensors for t in buffers):
+            if not tensor[0].is_contiguous():
+                raise ValueError(f"a row of a KV buffer must be contiguous (strides {tensor.stride()})")
+
+    def block_layout(self, tokens_per_block: int) -> _core.BlockLayout:
+        return _core.BlockLayout(
+            [[_describe(tensor) for tensor in buffers] for buffers in self.tensors],
+            tokens_per_block,
+            self.tokens_per_row,
+        )
+
+    @property
+    def cuda_device(self) -> int:
+        """Index of the CUDA device, -1 when the pool is CPU memory."""
+        if self.device.type == "cpu":
+            return -1
+        return self.device.index if self.device.index is not None else torch.cuda.current_device()
+
+
+def _describe(tensor: torch.Tensor) -> _core.DeviceBuffer:
+    row = tensor[0]
+    return _core.DeviceBuffer(
+        base=tensor.data_ptr(),
+        num_rows=tensor.shape[0],
+        row_bytes=row.numel() * tensor.element_size(),
+        row_stride=tensor.stride(0) * tensor.element_size(),
+    )

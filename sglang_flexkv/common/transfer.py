@@ -1,0 +1,91 @@
+"""The language between the control plane and the data plane: graphs of copies.
+
+The cache engine writes a graph and moves no byte; the transfer engine runs it and decides nothing. Device
+slots are bound late: a plan can be made before anyone knows where on the device its blocks will go.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_flexkv import _core
+
+Slots = npt.NDArray[np.int64]
+
+_graph_ids = itertools.count(1)
+
+
+class TransferType(Enum):
+    """Where a copy reads and writes. Values are the core's."""
+
+    H2D = _core.TransferType.H2D
+    D2H = _core.TransferType.D2H
+    DISK2H = _core.TransferType.DISK2H
+    H2DISK = _core.TransferType.H2DISK
+
+    @property
+    def device_is_source(self) -> bool:
+        return self is TransferType.D2H
+
+    @property
+    def touches_device(self) -> bool:
+        return self in (TransferType.H2D, TransferType.D2H)
+
+
+@dataclass
+class TransferOp:
+    """One copy of some blocks between two media.
+
+    ``src_block_ids`` and ``dst_block_ids`` are slots of the respective tier, int64 [blocks]. On the device
+    side they are None until the plan is launched; ``block_positions`` says which blocks of the request the
+    op moves, so that the launch can pick their device slots.
+    """
+
+    transfer_type: TransferType
+    block_positions: npt.NDArray[np.int64]
+    src_block_ids: Slots | None = None
+    dst_block_ids: Slots | None = None
+    layer_id: int = 0
+    layer_granularity: int = -1  # layers from layer_id on; -1: all
+    op_id: int = -1
+    predecessors: list[int] = field(default_factory=list)
+
+
+class TransferOpGraph:
+    """Ops and what must be done before them. Ops are numbered in the order in which they were added."""
+
+    def __init__(self) -> None:
+        self.graph_id = next(_graph_ids)
+        self.ops: list[TransferOp] = []
+
+    def add_transfer_op(self, op: TransferOp) -> int:
+        op.op_id = len(self.ops)
+        self.ops.append(op)
+        return op.op_id
+
+    def add_dependency(self, op_id: int, depends_on: int) -> None:
+        """``op_id`` starts only after ``depends_on`` is done."""
+        if not 0 <= depends_on < op_id < len(self.ops):
+            raise ValueError(f"op {op_id} can only depend on an op added before it, not on {depends_on}")
+        self.ops[op_id].predecessors.append(depends_on)
+
+    def bind_device_slots(self, token_slots: Slots, tokens_per_block: int) -> None:
+        """Fills in the device side of every op.
+
+        Args:
+            token_slots: token slots in the device pool for all blocks of the request, int64
+                [blocks * tokens_per_block].
+        """
+        by_block = token_slots.reshape(-1, tokens_per_block)
+        for op in self.ops:
+            if op.transfer_type.touches_device:
+                slots = by_block[op.block_positions].ravel()
+                if op.transfer_type.device_is_source:
+                    op.src_block_ids = slots
+                else:
+                    op.dst_block_ids = slots

@@ -1,0 +1,96 @@
+"""The bodies of the patches. Each does one thing and leaves the rest to stock SGLang.
+
+All of them do nothing unless ``--enable-flexkv`` is set: an SGLang with this package installed but not
+enabled runs as if it were not there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from sglang_flexkv.common.config import FlexKVConfig
+from sglang_flexkv.common.errors import FlexKVError
+from sglang_flexkv.integration import checks
+
+logger = logging.getLogger(__name__)
+
+# 16 tokens are FlexKV's own default: 0.5 to 8 MiB per block for most models, small enough to lose little of
+# a prompt's end and large enough for one I/O per block.
+DEFAULT_PAGE_SIZE = 16
+
+
+def around_scheduler_init(original: Callable[..., None], scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    from sglang.srt.runtime_context import get_context, get_memory
+
+    enabled = get_memory().enable_flexkv
+    if enabled:
+        get_context().override("sglang-flexkv", enable_unified_cache_external_linker=True)
+    original(scheduler, *args, **kwargs)
+    if enabled:
+        # The gate for prefetching while a request waits in the queue, for counting the cache's transfers as
+        # work in progress, and for the storage field of the cache report.
+        scheduler.enable_lmcache = True
+
+
+def around_create_unified_radix_cache(original: Callable[..., Any], ctx: Any, **kwargs: Any) -> Any:
+    from sglang.srt.runtime_context import get_memory
+
+    if not get_memory().enable_flexkv:
+        return original(ctx, **kwargs)
+    from sglang_flexkv.integration.radix_cache import build_radix_cache
+
+    try:
+        return build_radix_cache(original, ctx)
+    except FlexKVError as error:
+        logger.error("sglang-flexkv cannot start: %s", error)
+        raise
+
+
+def after_create_tree_cache(cache: Any, ctx: Any) -> None:
+    from sglang.srt.runtime_context import get_memory
+
+    if not get_memory().enable_flexkv:
+        return
+    from sglang_flexkv.integration.radix_cache import FlexKVRadixCache
+
+    if not isinstance(cache, FlexKVRadixCache):
+        raise FlexKVError(
+            f"--enable-flexkv is set but SGLang built {type(cache).__name__} instead of FlexKVRadixCache; "
+            "another flag or plugin selects the cache. Run 'sglang-flexkv status'"
+        )
+
+
+def around_page_size_default(original: Callable[[Any], dict[str, Any]], view: Any) -> dict[str, Any]:
+    chosen = original(view)
+    if view.enable_flexkv and chosen.get("page_size") == 1:
+        logger.info(
+            "sglang-flexkv: --page-size is not set; using %d tokens per page and block instead of 1",
+            DEFAULT_PAGE_SIZE,
+        )
+        return {**chosen, "page_size": DEFAULT_PAGE_SIZE}
+    return chosen
+
+
+def after_check_server_args(_result: Any, server_args: Any) -> None:
+    from sglang.srt.arg_groups.overrides import resolving_view
+
+    view = resolving_view(server_args)
+    if not view.enable_flexkv:
+        return
+    try:
+        checks.check_flags(view)
+        checks.check_machine(FlexKVConfig.load(view.flexkv_config_file))
+    except FlexKVError as error:
+        if _is_command_line():
+            # One line for the user who typed the flag, without the launcher's traceback.
+            logger.error("sglang-flexkv cannot start: %s", error)
+            sys.exit(1)
+        raise
+
+
+def _is_command_line() -> bool:
+    return os.path.basename(sys.argv[0]) in ("launch_server.py", "sglang")

@@ -1,0 +1,310 @@
+"""The engine behind SGLang's interface for an external KV store under the radix tree.
+
+SGLang calls everything here from its scheduler's main thread, in the same order on every rank. What a rank
+answers from its own state (a hit, a finished copy) is reduced over the ranks by SGLang's wrapper before it
+matters; what SGLang takes as agreed already (``load``, ``offload``) never depends on local state here.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
+
+from sglang_flexkv.common.block import BlockKeys, Namespace, keys_from_page_hashes
+from sglang_flexkv.common.config import FlexKVConfig, PrefetchPolicy
+from sglang_flexkv.integration.layer_counter import LayerLoadCounter
+from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus, as_token_slots
+
+logger = logging.getLogger(__name__)
+
+# Blocks promised to requests that wait in the queue may hold this share of the CPU tier; beyond it the oldest
+# promise goes (its request looks again when its turn comes).
+_HELD_SHARE_MAX = 0.5
+# A promise nobody came back for, say of a request that found its prefix on the device after all.
+_HOLD_AGE_MAX_S = 60.0
+# A spill of a leaving node waits for its copy. Copies take milliseconds; this is for the day they do not.
+_SPILL_TIMEOUT_S = 30.0
+_FINISH_TIMEOUT_S = 120.0
+
+
+@dataclass
+class _Hold:
+    lease: int
+    num_blocks: int
+    since_s: float
+
+
+@dataclass
+class _QueuedLoad:
+    task: KVTask
+    token_slots: np.ndarray
+    complete: bool  # the plan covers all that was promised
+
+
+@dataclass
+class Prefetch:
+    """Blocks of one waiting request on their way from SSD to the CPU tier."""
+
+    task: KVTask | None  # None: this rank has nothing to bring, another one has
+    keys: BlockKeys
+    num_ssd_blocks: int
+    deadline_s: float | None
+
+    @property
+    def done(self) -> bool:
+        return self.task is None or self.task.ended
+
+
+class FlexKVLinker(UnifiedCacheLinker):
+    """Links the tree to one rank's engine."""
+
+    def __init__(
+        self,
+        engine: KVTaskEngine,
+        config: FlexKVConfig,
+        namespace: Namespace,
+        *,
+        num_layers: int,
+        forward_stream: Any,
+        single_rank: bool,
+    ) -> None:
+        self.engine = engine
+        self.config = config
+        self.namespace = namespace
+        self.forward_stream = forward_stream
+        self.layer_done_counter = LayerLoadCounter(num_layers)
+        self.pools = {PoolName.KV: engine.storage.device}
+        self._single_rank = single_rank
+        self._on_gpu = engine.storage.device.device.type != "cpu"
+        self._tokens_per_block = engine.config.tokens_per_block
+        # What the last lookup of a request was about, so that its prefetch needs no second hash.
+        self._last_lookup: dict[str, BlockKeys] = {}
+        self._holds: OrderedDict[str, _Hold] = OrderedDict()
+        self._held_blocks = 0
+        self._queued: OrderedDict[str, _QueuedLoad] = OrderedDict()
+        self._loading: dict[int, list[_QueuedLoad]] = {}
+        self._offloads: deque[KVTask] = deque()
+
+    # ---- lookup ----
+
+    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
+        """Leading pages of the tail that the CPU tier holds; every shorter prefix is restorable too."""
+        keys = keys_from_page_hashes(transfers[0].keys or (), self.namespace)
+        self._last_lookup[rid] = keys
+        held = self._hold(rid, keys)
+        return list(range(1, held + 1))
+
+    def _hold(self, rid: str, keys: BlockKeys) -> int:
+        """Pins the leading blocks that the CPU tier holds until they are loaded or let go."""
+        self.release_hold(rid)
+        lease, num_blocks = self.engine.hold(keys)
+        if num_blocks == 0:
+            return 0
+        self._holds[rid] = _Hold(lease, num_blocks, time.monotonic())
+        self._held_blocks += num_blocks
+        while self._held_blocks > _HELD_SHARE_MAX * self.engine.config.num_cpu_blocks and len(self._holds) > 1:
+            self.release_hold(next(iter(self._holds)))
+        return num_blocks
+
+    def release_hold(self, rid: str) -> None:
+        hold = self._holds.pop(rid, None)
+        if hold is not None:
+            self._held_blocks -= hold.num_blocks
+            self.engine.unhold(hold.lease)
+
+    def forget_request(self, rid: str) -> None:
+        """Lets go of everything a request was promised but did not load."""
+        self.release_hold(rid)
+        self._last_lookup.pop(rid, None)
+
+    def expire_holds(self) -> None:
+        """Lets go of promises that are too old."""
+        oldest = next(iter(self._holds.items()), None)
+        if oldest is not None and time.monotonic() - oldest[1].since_s > _HOLD_AGE_MAX_S:
+            self.forget_request(oldest[0])
+
+    # ---- prefetch: SSD -> CPU while the request waits ----
+
+    def count_ssd_blocks(self, rid: str) -> tuple[int, int]:
+        """Of what the last lookup of ``rid`` asked for: leading blocks in the CPU tier, and how many of the
+        following ones only SSD holds."""
+        keys = self._last_lookup.get(rid)
+        if keys is None:
+            return 0, 0
+        match = self.engine.match(keys)
+        in_cpu = match.num_cpu_blocks
+        return in_cpu, int(np.count_nonzero(match.tiers[in_cpu:] == 2))
+
+    def start_prefetch(self, rid: str) -> Prefetch:
+        """Starts to bring what the last lookup of ``rid`` asked for from SSD to the CPU tier."""
+        keys = self._last_lookup.get(rid, np.empty((0, 2), np.uint64))
+        task = self.engine.start_prefetch(keys)
+        wait_s = {
+            PrefetchPolicy.BEST_EFFORT: 0.0,
+            PrefetchPolicy.TIMEOUT: self.config.prefetch_timeout_s,
+            PrefetchPolicy.WAIT_COMPLETE: None,
+        }[self.config.prefetch_policy]
+        return Prefetch(
+            task,
+            keys,
+            task.plan.num_ssd_blocks if task is not None and task.plan is not None else 0,
+            None if wait_s is None else time.monotonic() + wait_s,
+        )
+
+    def prefetch_ready(self, prefetch: Prefetch) -> bool:
+        """Whether the request should stop waiting: all is there, or it has waited long enough."""
+        self.engine.poll()
+        late = prefetch.deadline_s is not None and time.monotonic() >= prefetch.deadline_s
+        return prefetch.done or late
+
+    def end_prefetch(self, rid: str, prefetch: Prefetch) -> int:
+        """Ends a prefetch, keeping what has arrived pinned for the request. Returns the blocks that came from
+        SSD. One that is still running goes on by itself: the next request may hit."""
+        arrived = 0
+        if prefetch.task is not None:
+            if prefetch.task.status is TaskStatus.COMPLETED:
+                arrived = prefetch.num_ssd_blocks
+            self.engine.forget(prefetch.task)
+        self._hold(rid, prefetch.keys)
+        return arrived
+
+    # ---- load: CPU -> device, layer by layer under the forward ----
+
+    def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
+        (transfer,) = transfers
+        keys = keys_from_page_hashes(transfer.keys or (), self.namespace)
+        task = self.engine.create_get(keys)
+        self.release_hold(rid)  # the plan has a lease of its own now
+        self._last_lookup.pop(rid, None)
+        complete = task.plan is not None and task.plan.num_blocks == len(keys)
+        if not complete and self._single_rank:
+            # Cannot happen while the lookup's promise holds; if it does, the request is recomputed.
+            self.engine.cancel(task)
+            self.engine.forget(task)
+            return False
+        self._queued[rid] = _QueuedLoad(task, as_token_slots(transfer.device_indices), complete)
+        return True
+
+    def cancel_queued_load(self, rid: str) -> bool:
+        queued = self._queued.pop(rid, None)
+        if queued is None:
+            return False
+        self.engine.cancel(queued.task)
+        self.engine.forget(queued.task)
+        return True
+
+    def start_layer_wise_loading(self) -> int:
+        if not self._queued:
+            return -1
+        loads = list(self._queued.values())
+        self._queued.clear()
+        index, gate = self.layer_done_counter.open_batch()
+        # On a GPU the slots may still be read or written by work queued before: stream order, not a host wait.
+        events = self.record_offload_ready() if self._on_gpu else []
+        for load in loads:
+            if load.complete:
+                self.engine.launch(load.task, load.token_slots, gate=gate, wait_events=events)
+            else:
+                self.engine.cancel(load.task)
+        self._loading[index] = loads
+        return index
+
+    def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        loads = self._loading.pop(counter_index, [])
+        running = [load.task for load in loads if not load.task.ended]
+        while not self.engine.wait(running, _FINISH_TIMEOUT_S):
+            # The slots belong to requests that live: nobody may go on while something writes to them.
+            logger.error("a load has not ended after %.0f s; still waiting for it", _FINISH_TIMEOUT_S)
+        landed = all(load.task.status is TaskStatus.COMPLETED for load in loads)
+        for load in loads:
+            self.engine.forget(load.task)
+        self.layer_done_counter.close_batch(counter_index)
+        return landed
+
+    # ---- offload: device -> CPU ----
+
+    def offload(
+        self,
+        transfers: list[PoolTransfer],
+        session_id: str | None = None,
+        *,
+        parent_hash: str | None = None,
+    ) -> bool:
+        """Queues a node's pages. Always accepted, on every rank alike; no room is a failed offload later."""
+        self._offloads.append(self._start_put(transfers, parent_hash))
+        return True
+
+    def spill(self, transfers: list[PoolTransfer], parent_hash: str | None) -> None:
+        """Stores a node that is about to leave the device, and returns when its slots may be reused."""
+        task = self._start_put(transfers, parent_hash)
+        if not task.ended and not self.engine.wait([task], _SPILL_TIMEOUT_S):
+            logger.error("a spill has not ended after %.0f s; its node is dropped", _SPILL_TIMEOUT_S)
+            self.engine.cancel(task)
+            while not self.engine.wait([task], _SPILL_TIMEOUT_S):
+                pass
+        self.engine.forget(task)
+
+    def _start_put(self, transfers: Sequence[PoolTransfer], parent_hash: str | None) -> KVTask:
+        (transfer,) = transfers
+        keys = keys_from_page_hashes(transfer.keys or (), self.namespace)
+        parent = keys_from_page_hashes([parent_hash], self.namespace)[0] if parent_hash else None
+        task = self.engine.create_put(parent, keys)
+        if task.plan is None:
+            self.engine.cancel(task)  # no room: a failed offload, tried again at the next use
+            return task
+        # Asking a GPU tensor for its values waits for the stream that computed them, so only where needed.
+        slots = as_token_slots(transfer.device_indices) if task.plan.graph.ops else None
+        events = self.record_offload_ready() if self._on_gpu and slots is not None else []
+        self.engine.launch(task, slots, wait_events=events)
+        return task
+
+    def num_completed_offloads(self) -> int:
+        self.engine.poll()
+        count = 0
+        for task in self._offloads:
+            if not task.ended:
+                break
+            count += 1
+        return count
+
+    def pop_completed_offload(self) -> bool:
+        task = self._offloads.popleft()
+        self.engine.forget(task)
+        return task.status is TaskStatus.COMPLETED
+
+    # ---- lifecycle ----
+
+    def reset(self) -> None:
+        """SGLang's flush. It also runs after the weights changed, when nothing that was computed before may be
+        used again, so every tier is emptied."""
+        self._abandon()
+        self.engine.clear()
+
+    def close(self) -> None:
+        self._abandon()
+        self.engine.close()
+
+    def _abandon(self) -> None:
+        for rid in list(self._holds):
+            self.release_hold(rid)
+        self._last_lookup.clear()
+        for rid in list(self._queued):
+            self.cancel_queued_load(rid)
+        self._loading.clear()
+        self._offloads.clear()
+        self.layer_done_counter.reset()
+
+    def check_idle(self) -> None:
+        """Raises AssertionError if anything is held, queued or in flight."""
+        assert not self._holds, f"promises left: {list(self._holds)}"
+        assert not self._queued and not self._loading and not self._offloads, "transfers left"
+        self.engine.check_integrity()
+

@@ -1,0 +1,264 @@
+"""SGLang's radix cache with our tiers under it.
+
+A thin subclass: the tree, its locks and its eviction stay SGLang's. What is added are the calls that SGLang
+makes while a request waits (prefetch from SSD), the spill of a leaving node under ``write_back``, and the
+parent of each stored node, which keeps eviction in our tiers leaf first.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
+    UnifiedCacheLinkerWrapper,
+    _PendingOffload,
+)
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.runtime_context import get_memory, get_parallel
+
+from sglang_flexkv import __version__
+from sglang_flexkv.common.block import make_namespace
+from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
+from sglang_flexkv.integration import checks
+from sglang_flexkv.integration.kv_pool import device_buffers
+from sglang_flexkv.integration.linker import FlexKVLinker, Prefetch
+from sglang_flexkv.kvtask import KVTaskEngine
+from sglang_flexkv.storage.storage_engine import slot_bytes_for
+
+logger = logging.getLogger(__name__)
+
+# Uses of a node before it is stored. A node that leaves is stored whatever its use under write_back, and
+# never before: the threshold is one that no node reaches.
+_STORE_AT_USE = {
+    WritePolicy.WRITE_THROUGH: 1,
+    WritePolicy.WRITE_THROUGH_SELECTIVE: 2,
+    WritePolicy.WRITE_BACK: 2**31 - 1,
+}
+
+
+@dataclass
+class _WaitingRequest:
+    prefetch: Prefetch
+    first_token: int  # where the part that comes from SSD starts in the prompt
+
+
+class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
+    """SGLang's driver of a linker, which additionally tells it the parent of what it stores."""
+
+    cache_linker: FlexKVLinker
+
+    def match(self, key: Any, req: Any, result: Any) -> Any:
+        # A hit that an earlier attempt found must not survive an attempt that finds none.
+        self.hit_markers.pop(req.rid, None)
+        matched = super().match(key, req, result)
+        if req.rid not in self.hit_markers:
+            self.cache_linker.release_hold(req.rid)
+        return matched
+
+    def offload_nodes(self, node_ids: Sequence[int]) -> None:
+        for node_id in node_ids:
+            transfers = self.cache.tree_core.build_external_linker_offload_transfers(node_id)
+            if transfers:
+                self._offload(node_id, transfers)
+
+    def _offload(self, node_id: int, transfers: list[Any]) -> None:
+        cache = self.cache
+        lock_params = cache.inc_lock_ref(node_id).to_dec_params()
+        try:
+            self.cache_linker.offload(transfers, parent_hash=self._parent_hash(node_id))
+        except BaseException:
+            cache.dec_lock_ref(node_id, lock_params)
+            raise
+        cache.tree_core.mark_external_linker_offload_pending(node_id)
+        self.pending_offloads.append(_PendingOffload(node_id, lock_params, [node_id]))
+
+    def spill_node(self, node_id: int) -> None:
+        """Stores a node that is about to be evicted, unless it is stored or on its way already."""
+        transfers = self.cache.tree_core.build_external_linker_offload_transfers(node_id)
+        if transfers:
+            self.cache_linker.spill(transfers, self._parent_hash(node_id))
+
+    def _parent_hash(self, node_id: int) -> str | None:
+        """Hash of the page before the node's first; None at the start of a sequence."""
+        node = self.cache.tree_core.snapshot_buffer_backup(node_id, False)
+        return None if node is None else node.parent_last_hash
+
+    def release_request(self, rid: str) -> None:
+        super().release_request(rid)
+        self.cache_linker.forget_request(rid)
+
+
+class FlexKVRadixCache(UnifiedRadixCache):
+    """UnifiedRadixCache over CPU and SSD tiers."""
+
+    linker: FlexKVLinkerWrapper | None
+
+    def __init__(self, params: Any) -> None:
+        # The parent's constructor calls reset().
+        self._waiting: dict[Any, _WaitingRequest] = {}
+        super().__init__(params)
+        checks.check_components(self.tree_components)
+        self._spill_on_evict = False
+
+    def attach(self, linker: FlexKVLinker, policy: WritePolicy) -> None:
+        """Puts the tiers under the tree."""
+        self.linker = FlexKVLinkerWrapper(self, linker)
+        self.write_through_threshold = _STORE_AT_USE[policy]
+        self._spill_on_evict = policy is WritePolicy.WRITE_BACK
+
+    # ---- while a request waits: SSD -> CPU ----
+
+    def is_backuped(self, node_id: int) -> bool:
+        # SGLang asks this to know whether the store below can continue the device's prefix. Keys are chained,
+        # so ours can, from any node.
+        return True
+
+    def prefetch_from_storage(self, request: Any, *args: Any, **kwargs: Any) -> None:
+        """Called when a request enters the queue, right after its prefix was matched."""
+        if self.linker is None or not self.linker.cache_linker.engine.cache.config.enable_ssd:
+            return
+        linker = self.linker.cache_linker
+        in_cpu, on_ssd = linker.count_ssd_blocks(request.rid)
+        # Whether to wait is decided by all ranks together; which blocks to bring, by each for itself.
+        anything = torch.tensor([on_ssd], dtype=torch.int64)
+        self._all_reduce_attn_groups(anything, torch.distributed.ReduceOp.MAX)
+        if int(anything.item()) == 0:
+            return
+        device_tokens = len(kwargs.get("matched_prefix_tokens") or ()) - in_cpu * self.page_size
+        self._waiting[request] = _WaitingRequest(
+            linker.start_prefetch(request.rid), max(0, device_tokens) + in_cpu * self.page_size
+        )
+
+    def check_prefetch_progress(self, request: Any) -> bool:
+        """Whether a request may be scheduled. Same answer on every rank."""
+        waiting = self._waiting.get(request)
+        if waiting is None or self.linker is None:
+            return True
+        linker = self.linker.cache_linker
+        ready = torch.tensor([int(linker.prefetch_ready(waiting.prefetch))], dtype=torch.int64)
+        self._all_reduce_attn_groups(ready, torch.distributed.ReduceOp.MIN)
+        if not int(ready.item()):
+            return False
+        del self._waiting[request]
+        arrived = linker.end_prefetch(request.rid, waiting.prefetch)
+        self.prefetch_loaded_tokens_by_reqid[request] = arrived * self.page_size
+        self.prefetch_loaded_storage_start_by_reqid[request] = waiting.first_token
+        return True
+
+    def has_pending_cache_operations(self) -> bool:
+        """Whether the tree is locked by copies, or requests wait for some: SGLang is not idle then."""
+        return bool(self._waiting) or (self.linker is not None and bool(self.linker.pending_offloads))
+
+    def release_aborted_request(self, request: Any) -> None:
+        waiting = self._waiting.pop(request, None)
+        if waiting is not None and self.linker is not None:
+            self.linker.cache_linker.end_prefetch(request.rid, waiting.prefetch)
+        super().release_aborted_request(request)
+
+    def finish(self, handle: Any, outcome: Any) -> None:
+        super().finish(handle, outcome)
+        if self.linker is not None:
+            self.linker.hit_markers.pop(handle.rid, None)
+            self.linker.cache_linker.forget_request(handle.rid)
+
+    def check_hicache_events(self) -> None:
+        super().check_hicache_events()
+        if self.linker is not None:
+            self.linker.cache_linker.expire_holds()
+
+    # ---- eviction ----
+
+    def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
+        if self._spill_on_evict and self.linker is not None:
+            self.linker.spill_node(node_id)
+        return super()._evict_device_leaf(node_id, tracker)
+
+    # ---- lifecycle ----
+
+    def reset(self) -> None:
+        self._waiting.clear()
+        super().reset()
+
+    def clear_storage_backend(self) -> bool:
+        """SGLang's endpoint for clearing the storage behind the cache: empties every tier."""
+        if self.linker is None:
+            return False
+        self.linker.cache_linker.reset()
+        return True
+
+    def sanity_check(self) -> None:
+        super().sanity_check()
+        if self.linker is not None and not self._waiting and not self.linker.pending_offloads:
+            self.linker.cache_linker.engine.check_integrity()
+
+
+def build_radix_cache(create: Callable[..., Any], ctx: Any) -> FlexKVRadixCache:
+    """Builds the cache and everything under it.
+
+    Args:
+        create: SGLang's ``create_unified_radix_cache``.
+        ctx: its TreeCacheBuildContext.
+
+    Raises:
+        ConfigError, IncompatibleError: with the setting and the remedy.
+    """
+    # The flag opened the scheduler's gates; left on here it would build SGLang's own linker.
+    with get_memory().override(enable_unified_cache_external_linker=False):
+        cache = create(ctx, cache_class=FlexKVRadixCache)
+    config = FlexKVConfig.load(get_memory().flexkv_config_file)
+    params = ctx.params
+    pool = params.token_to_kv_pool_allocator.get_kvcache()
+    device = device_buffers(pool)
+    page_size = params.page_size
+    parallel = get_parallel()
+    layout = device.block_layout(page_size)
+
+    replicas = 1 if parallel.enable_dp_attention else parallel.dp_size
+    num_ranks = max(1, parallel.tp_size * replicas // parallel.nnodes)
+    cache_config = config.cache_config(
+        block_bytes=slot_bytes_for(layout.block_bytes), tokens_per_block=page_size, num_ranks=num_ranks
+    )
+    namespace = make_namespace(
+        {
+            "model": ctx.model_config.model_path,
+            "revision": ctx.model_config.revision,
+            "dtype": pool.dtype,
+            "layout": [(t.dtype, tuple(t.shape[1:])) for layer in device.tensors for t in layer],
+            "tokens_per_row": device.tokens_per_row,
+            "tokens_per_block": page_size,
+            "tp": (parallel.tp_rank, parallel.tp_size),
+            "format": 1,
+        }
+    )
+    engine = KVTaskEngine(cache_config, device, rank_tag=f"dp{parallel.dp_rank or 0}-tp{parallel.tp_rank}")
+    linker = FlexKVLinker(
+        engine,
+        config,
+        namespace,
+        num_layers=layout.num_layers,
+        forward_stream=ctx.tp_worker.model_runner.forward_stream,
+        single_rank=parallel.tp_size == 1,
+    )
+    atexit.register(linker.close)
+    cache.attach(linker, config.write_policy)
+    pool.register_layer_transfer_counter(linker.layer_done_counter)
+    ctx.tp_worker.register_hicache_layer_transfer_counter(linker.layer_done_counter)
+    slot_bytes = engine.storage.slot_bytes
+    logger.info(
+        "sglang-flexkv %s: %s, block %d tokens (%.1f KiB); CPU tier %.2f GiB (%d blocks); SSD tier %s",
+        __version__,
+        config.write_policy.value,
+        page_size,
+        slot_bytes / 1024,
+        cache_config.num_cpu_blocks * slot_bytes / GIB,
+        cache_config.num_cpu_blocks,
+        f"{cache_config.num_ssd_blocks * slot_bytes / GIB:.2f} GiB through {engine.transfer.io_engine}"
+        if cache_config.enable_ssd
+        else "off",
+    )
+    return cache  # type: ignore[no-any-return]

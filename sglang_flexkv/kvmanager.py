@@ -1,0 +1,297 @@
+"""KVManager: the library's face. Caches the KV of token sequences for any paged pool of torch tensors.
+
+::
+
+    manager = KVManager(model_config, cache_config)
+    manager.register_kv_caches(kv_caches, layout)
+    manager.start()
+
+    task = manager.put_async(token_ids, slot_mapping)
+    manager.wait([task])
+
+    task, mask = manager.get_match(token_ids)
+    manager.launch([task], [slot_mapping])
+    manager.wait([task])
+
+Slots of the device pool are the caller's: they must not be reused for anything else while a task that names
+them runs. Thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sglang_flexkv.common.block import SequenceMeta, make_namespace
+from sglang_flexkv.common.config import CacheConfig, ModelConfig
+from sglang_flexkv.common.storage import DeviceBuffers, KVCacheLayout
+from sglang_flexkv.common.transfer import Slots
+from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus, as_token_slots
+
+Mask = npt.NDArray[np.bool_]
+
+_WAIT_DEFAULT_S = 60.0
+
+
+class KVResponseStatus(Enum):
+    SUCCESS = "success"
+    FAILED = "failed"  # what the mask promised did not arrive: treat it as a miss
+    CANCELLED = "cancelled"
+    TIMEOUT = "timeout"  # still running when the wait was over
+
+
+@dataclass(frozen=True)
+class KVResponse:
+    """Outcome of a task.
+
+    ``return_mask`` is bool [tokens]: for a get the tokens whose KV is on the device now, for a put those that
+    were newly stored.
+    """
+
+    task_id: int
+    status: KVResponseStatus
+    return_mask: Mask
+    error: str = ""
+
+
+@dataclass
+class _Request:
+    task: KVTask
+    mask: Mask  # tokens the task is about
+    first_block: int
+    num_tokens: int
+
+
+class KVManager:
+    """Cache of one device pool.
+
+    Args:
+        model_config: the shape of the model's KV.
+        cache_config: the tiers.
+        tenant: sequences of different tenants never share a block.
+
+    Raises:
+        ConfigError: a setting is impossible on this machine.
+    """
+
+    def __init__(self, model_config: ModelConfig, cache_config: CacheConfig, tenant: str = "") -> None:
+        self.model_config = model_config
+        self.cache_config = cache_config
+        self.namespace = make_namespace(
+            {
+                **model_config.model_dump(),
+                "tokens_per_block": cache_config.tokens_per_block,
+                "tenant": tenant,
+                "format": 1,
+            }
+        )
+        self._device: DeviceBuffers | None = None
+        self._engine: KVTaskEngine | None = None
+        self._requests: dict[int, _Request] = {}
+
+    def register_kv_caches(
+        self, kv_caches: torch.Tensor | Sequence[torch.Tensor], layout: KVCacheLayout
+    ) -> None:
+        """Names the device pool. To be called once, before the first task.
+
+        Raises:
+            ValueError: the tensors do not have the layout's shape, or the layout is not the model's.
+        """
+        if self._device is not None:
+            raise RuntimeError("a device pool is registered already")
+        model = self.model_config
+        if (layout.num_layer, layout.num_head, layout.head_size, layout.is_mla) != (
+            model.num_layers,
+            model.num_kv_heads,
+            model.head_size,
+            model.use_mla,
+        ):
+            raise ValueError(f"the layout {layout} is not that of the model {model}")
+        self._device = layout.device_buffers(kv_caches)
+
+    def start(self) -> None:
+        """Sets the tiers up. Without a registered pool this waits until the first task needs it."""
+        if self._device is not None and self._engine is None:
+            self._engine = KVTaskEngine(self.cache_config, self._device)
+
+    @property
+    def engine(self) -> KVTaskEngine:
+        """The engine under this manager.
+
+        Raises:
+            RuntimeError: no device pool was registered.
+        """
+        self.start()
+        if self._engine is None:
+            raise RuntimeError("register_kv_caches(kv_caches, layout) must name the device pool first")
+        return self._engine
+
+    # ---- get ----
+
+    def get_match(
+        self, token_ids: npt.ArrayLike, token_mask: npt.ArrayLike | None = None
+    ) -> tuple[int, Mask]:
+        """Finds out what is held and promises it to a task.
+
+        Args:
+            token_ids: int [tokens].
+            token_mask: bool [tokens]; False for a leading part that the device has already. Whole blocks.
+
+        Returns:
+            The task (launch or cancel it) and a mask of the tokens it will bring, bool [tokens].
+        """
+        sequence, first = self._sequence(token_ids, token_mask)
+        task = self.engine.create_get(sequence.block_keys[first:])
+        held = task.plan.num_blocks if task.plan else 0
+        return self._add(task, sequence, first, np.arange(first, first + held))
+
+    def get_async(
+        self, token_ids: npt.ArrayLike, slot_mapping: object, token_mask: npt.ArrayLike | None = None
+    ) -> int:
+        """``get_match`` and ``launch`` in one."""
+        task_id, _ = self.get_match(token_ids, token_mask)
+        self.launch([task_id], [slot_mapping])
+        return task_id
+
+    # ---- put ----
+
+    def put_match(
+        self, token_ids: npt.ArrayLike, token_mask: npt.ArrayLike | None = None
+    ) -> tuple[int, Mask]:
+        """Finds out what is not held and reserves room for it.
+
+        Args:
+            token_mask: bool [tokens]; False for a leading part that shall not be looked at. Whole blocks.
+
+        Returns:
+            The task (launch or cancel it) and a mask of the tokens it will store, bool [tokens].
+        """
+        sequence, first = self._sequence(token_ids, token_mask)
+        keys = sequence.block_keys
+        parent = keys[first - 1] if first else None
+        task = self.engine.create_put(parent, keys[first:])
+        new = np.concatenate(
+            [np.empty(0, np.int64), *(op.block_positions for op in task.plan.graph.ops)] if task.plan else [[]]
+        )
+        return self._add(task, sequence, first, new.astype(np.int64) + first)
+
+    def put_async(
+        self, token_ids: npt.ArrayLike, slot_mapping: object, token_mask: npt.ArrayLike | None = None
+    ) -> int:
+        """``put_match`` and ``launch`` in one."""
+        task_id, _ = self.put_match(token_ids, token_mask)
+        self.launch([task_id], [slot_mapping])
+        return task_id
+
+    # ---- running ----
+
+    def launch(self, task_ids: Sequence[int], slot_mappings: Sequence[object]) -> None:
+        """Starts tasks. One that runs or has ended already is left alone.
+
+        Args:
+            slot_mappings: per task the device token slots, int [tokens] (of the whole sequence), or only
+                those of the tokens in the task's mask.
+        """
+        if len(task_ids) != len(slot_mappings):
+            raise ValueError("launch needs one slot mapping per task")
+        for task_id, mapping in zip(task_ids, slot_mappings, strict=True):
+            request = self._request(task_id)
+            if request.task.status is TaskStatus.READY:
+                self.engine.launch(request.task, self._token_slots(request, as_token_slots(mapping)))
+
+    def wait(self, task_ids: Sequence[int], timeout_s: float = _WAIT_DEFAULT_S) -> dict[int, KVResponse]:
+        """Waits for tasks and takes their results: a task that ended is forgotten. One that has not ended in
+        time is reported as TIMEOUT and can be waited for again."""
+        requests = [self._request(task_id) for task_id in task_ids]
+        self.engine.wait([request.task for request in requests], timeout_s)
+        return {request.task.task_id: self._respond(request) for request in requests}
+
+    def try_wait(self, task_ids: Sequence[int]) -> dict[int, KVResponse]:
+        """Results of those of the tasks that have ended, without waiting."""
+        self.engine.poll()
+        requests = [self._request(task_id) for task_id in task_ids]
+        return {r.task.task_id: self._respond(r) for r in requests if r.task.ended}
+
+    def cancel(self, task_ids: Sequence[int]) -> None:
+        """Cancels tasks. A running one ends soon, and its slots are in use until ``wait`` says so."""
+        for task_id in task_ids:
+            self.engine.cancel(self._request(task_id).task)
+
+    def clear(self) -> None:
+        """Forgets everything that is cached, for instance because the model's weights changed."""
+        self.engine.clear()
+
+    def shutdown(self) -> None:
+        """Ends everything and gives memory and files back. Safe to call twice."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+            self._device = None
+
+    # ---- inside ----
+
+    def _sequence(
+        self, token_ids: npt.ArrayLike, token_mask: npt.ArrayLike | None
+    ) -> tuple[SequenceMeta, int]:
+        if isinstance(token_ids, torch.Tensor):
+            token_ids = token_ids.cpu().numpy()
+        sequence = SequenceMeta(token_ids, self.cache_config.tokens_per_block, self.namespace)
+        if token_mask is None:
+            return sequence, 0
+        mask = np.asarray(token_mask, dtype=bool)
+        skipped = int(np.argmax(mask)) if mask.any() else len(mask)
+        if len(mask) != len(sequence.token_ids) or not mask[skipped:].all():
+            raise ValueError("token_mask must have one value per token: False for a leading part, then True")
+        # A part of a block cannot be brought alone: the block that the mask cuts is looked at as a whole.
+        return sequence, skipped // sequence.tokens_per_block
+
+    def _add(
+        self, task: KVTask, sequence: SequenceMeta, first: int, blocks: npt.NDArray[np.int64]
+    ) -> tuple[int, Mask]:
+        mask = np.zeros(len(sequence.token_ids), dtype=bool)
+        by_block = mask[: sequence.num_blocks * sequence.tokens_per_block].reshape(-1, sequence.tokens_per_block)
+        by_block[blocks] = True
+        self._requests[task.task_id] = _Request(task, mask, first, len(mask))
+        return task.task_id, mask
+
+    def _token_slots(self, request: _Request, slots: Slots) -> Slots | None:
+        plan = request.task.plan
+        if plan is None:
+            return None
+        size = self.cache_config.tokens_per_block
+        start, count = request.first_block * size, plan.num_blocks * size
+        if len(slots) == request.num_tokens:
+            return slots[start : start + count]
+        if len(slots) == int(request.mask.sum()):
+            full = np.full(request.num_tokens, -1, dtype=np.int64)
+            full[request.mask] = slots
+            return full[start : start + count]
+        raise ValueError(
+            f"a slot mapping for this task has {request.num_tokens} slots (the sequence) or "
+            f"{int(request.mask.sum())} (the mask), not {len(slots)}"
+        )
+
+    def _request(self, task_id: int) -> _Request:
+        try:
+            return self._requests[task_id]
+        except KeyError:
+            raise KeyError(f"no task {task_id}: it was never created, or its result was taken already") from None
+
+    def _respond(self, request: _Request) -> KVResponse:
+        task = request.task
+        nothing = np.zeros_like(request.mask)
+        if not task.ended:
+            return KVResponse(task.task_id, KVResponseStatus.TIMEOUT, nothing)
+        del self._requests[task.task_id]
+        self.engine.forget(task)
+        if task.status is TaskStatus.COMPLETED:
+            return KVResponse(task.task_id, KVResponseStatus.SUCCESS, request.mask)
+        status = (
+            KVResponseStatus.CANCELLED if task.status is TaskStatus.CANCELLED else KVResponseStatus.FAILED
+        )
+        return KVResponse(task.task_id, status, nothing, task.error)

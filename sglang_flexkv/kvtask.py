@@ -1,0 +1,348 @@
+"""Tasks: the life of one get, put, prefetch or spill, from plan to outcome.
+
+::
+
+    CREATED ──plan──▶ READY ──launch──▶ RUNNING ──▶ COMPLETED
+       │                │                  ├──────▶ FAILED
+       └────────────────┴──────cancel──────┴──────▶ CANCELLED
+
+Whatever way a task ends, what its plan held is given back exactly once. Outcomes are taken in by ``poll``,
+which every call of this class makes first: there is no hidden thread that changes the cache.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+
+from sglang_flexkv import _core
+from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, PlanKind, TransferPlan
+from sglang_flexkv.common.block import BlockKeys
+from sglang_flexkv.common.config import CacheConfig
+from sglang_flexkv.common.storage import DeviceBuffers
+from sglang_flexkv.common.transfer import Slots
+from sglang_flexkv.storage.storage_engine import StorageEngine
+from sglang_flexkv.transfer.transfer_engine import TransferEngine
+
+logger = logging.getLogger(__name__)
+
+# Spills in flight. Enough to keep the disk busy, few enough that a stop does not wait for long.
+_SPILLS_MAX = 4
+_SPILL_BYTES_MAX = 64 << 20
+
+# A stop or a flush waits this long for transfers that have started, then says so and goes on waiting.
+_QUIESCE_WARN_S = 30.0
+
+
+class TaskStatus(Enum):
+    CREATED = "created"
+    READY = "ready"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+_NEXT: dict[TaskStatus, frozenset[TaskStatus]] = {
+    TaskStatus.CREATED: frozenset({TaskStatus.READY, TaskStatus.CANCELLED}),
+    TaskStatus.READY: frozenset({TaskStatus.RUNNING, TaskStatus.COMPLETED, TaskStatus.CANCELLED}),
+    TaskStatus.RUNNING: frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED}),
+    TaskStatus.COMPLETED: frozenset(),
+    TaskStatus.FAILED: frozenset(),
+    TaskStatus.CANCELLED: frozenset(),
+}
+
+
+@dataclass
+class KVTask:
+    task_id: int
+    plan: TransferPlan | None  # None: there was nothing to do
+    status: TaskStatus = TaskStatus.CREATED
+    error: str = ""
+    core_graph: int = 0
+    held_events: list[object] = field(default_factory=list)  # kept alive while the core may wait on them
+
+    def become(self, status: TaskStatus) -> None:
+        if status not in _NEXT[self.status]:
+            raise RuntimeError(f"task {self.task_id} cannot go from {self.status.value} to {status.value}")
+        self.status = status
+
+    @property
+    def ended(self) -> bool:
+        return not _NEXT[self.status]
+
+
+class KVTaskEngine:
+    """Runs tasks over the tiers of one rank. Thread-safe: calls are serialised by one lock.
+
+    Raises:
+        ConfigError, OSError: a tier cannot be set up (see StorageEngine).
+    """
+
+    def __init__(self, config: CacheConfig, device: DeviceBuffers, rank_tag: str = "rank0") -> None:
+        self.config = config
+        self.storage = StorageEngine(config, device, rank_tag)
+        try:
+            self.cache = GlobalCacheEngine(config)
+            self.transfer = TransferEngine(config, self.storage)
+        except BaseException:
+            self.storage.close()
+            raise
+        self._lock = threading.RLock()
+        self._tasks: dict[int, KVTask] = {}
+        self._by_graph: dict[int, KVTask] = {}
+        self._ids = itertools.count(1)
+        self._holds: set[int] = set()
+        self._spills_running = 0
+        self._closed = False
+
+    # ---- asking ----
+
+    def match(self, keys: BlockKeys) -> MatchResult:
+        with self._lock:
+            self.poll()
+            return self.cache.match(keys)
+
+    def hold(self, keys: BlockKeys) -> tuple[int, int]:
+        """Pins the leading blocks that the CPU tier holds, for a reader that comes later.
+
+        Returns:
+            The lease (to be given back with ``unhold``; 0 if there is nothing) and the number of blocks.
+        """
+        with self._lock:
+            self.poll()
+            lease, tiers, _ = self.cache.index.acquire(keys, _core.Tier.CPU)
+            if lease:
+                self._holds.add(lease)
+            return lease, len(tiers)
+
+    def unhold(self, lease: int) -> None:
+        with self._lock:
+            self._holds.discard(lease)
+            self.cache.index.release(lease)
+
+    # ---- creating ----
+
+    def create_get(self, keys: BlockKeys) -> KVTask:
+        """Task that brings the leading held blocks of ``keys`` to the device; READY."""
+        with self._lock:
+            self.poll()
+            return self._add(self.cache.plan_get(keys))
+
+    def create_put(self, parent: BlockKeys | None, keys: BlockKeys) -> KVTask:
+        """Task that stores the blocks of ``keys`` that the CPU tier does not hold; READY. Its plan is None
+        if there is no room."""
+        with self._lock:
+            self.poll()
+            return self._add(self.cache.plan_put(parent, keys))
+
+    def start_prefetch(self, keys: BlockKeys) -> KVTask | None:
+        """Starts to bring the leading held blocks of ``keys`` into the CPU tier; RUNNING. None: nothing to do."""
+        with self._lock:
+            self.poll()
+            plan = self.cache.plan_prefetch(keys)
+            if plan is None:
+                return None
+            task = self._add(plan)
+            self.launch(task)
+            return task
+
+    def _add(self, plan: TransferPlan | None) -> KVTask:
+        task = KVTask(next(self._ids), plan)
+        task.become(TaskStatus.READY)
+        self._tasks[task.task_id] = task
+        return task
+
+    # ---- running ----
+
+    def launch(
+        self,
+        task: KVTask,
+        token_slots: Slots | None = None,
+        *,
+        gate: _core.LayerGate | None = None,
+        wait_events: Sequence[object] = (),
+        timeout_s: float = 0.0,
+    ) -> None:
+        """Starts a READY task.
+
+        Args:
+            token_slots: device token slots of all blocks of the plan, int64 [blocks * tokens_per_block].
+            gate: opened layer by layer as a get arrives; its ``expect`` is raised here.
+            wait_events: torch.cuda.Event objects that must have happened before the device pool is touched.
+        """
+        with self._lock:
+            plan = task.plan
+            if plan is None or not plan.graph.ops:
+                if plan is not None:
+                    self.cache.finish(plan, None)
+                task.become(TaskStatus.COMPLETED)
+                return
+            if token_slots is not None:
+                plan.graph.bind_device_slots(token_slots, self.config.tokens_per_block)
+            if gate is not None:
+                gate.expect(sum(op.transfer_type.name == "H2D" for op in plan.graph.ops))
+            task.core_graph = self.transfer.submit(
+                plan.graph,
+                gate=gate,
+                wait_events=[event.cuda_event for event in wait_events],  # type: ignore[attr-defined]
+                timeout_s=timeout_s,
+            )
+            task.held_events = list(wait_events)
+            task.become(TaskStatus.RUNNING)
+            self._by_graph[task.core_graph] = task
+
+    def poll(self) -> list[KVTask]:
+        """Takes in what has ended and starts what waited for it. Returns the tasks that ended."""
+        ended = []
+        with self._lock:
+            for result in self.transfer.poll():
+                task = self._by_graph.pop(result.graph)
+                assert task.plan is not None
+                self.cache.finish(task.plan, result)
+                task.held_events.clear()
+                task.error = result.error
+                if result.done:
+                    task.become(TaskStatus.COMPLETED)
+                elif any(op.status == _core.OpStatus.FAILED for op in result.ops):
+                    task.become(TaskStatus.FAILED)
+                else:
+                    task.become(TaskStatus.CANCELLED)
+                if task.plan.kind is PlanKind.SPILL:
+                    self._spills_running -= 1
+                    self._tasks.pop(task.task_id, None)
+                ended.append(task)
+            if not self._closed:
+                self._start_spills()
+        return ended
+
+    def _start_spills(self) -> None:
+        blocks_max = max(1, _SPILL_BYTES_MAX // self.storage.slot_bytes)
+        while self._spills_running < _SPILLS_MAX:
+            plan = self.cache.plan_spill(blocks_max)
+            if plan is None:
+                return
+            self._spills_running += 1
+            self.launch(self._add(plan))
+
+    def wait(self, tasks: Iterable[KVTask], timeout_s: float) -> bool:
+        """Waits until all have ended. False when the time is up first; the tasks go on."""
+        deadline = time.monotonic() + timeout_s
+        for task in tasks:
+            while not task.ended:
+                if task.status is not TaskStatus.RUNNING:
+                    raise RuntimeError(f"task {task.task_id} is {task.status.value}: launch it before waiting")
+                left = deadline - time.monotonic()
+                if left <= 0 or not self.transfer.wait(task.core_graph, left):
+                    self.poll()
+                    if task.ended:
+                        break
+                    return False
+                self.poll()
+        return True
+
+    def cancel(self, task: KVTask) -> None:
+        """Ends a task that has not started, and asks a running one to end (it does so by itself, soon)."""
+        with self._lock:
+            if task.status is TaskStatus.RUNNING:
+                self.transfer.cancel(task.core_graph)
+            elif not task.ended:
+                if task.plan is not None:
+                    self.cache.finish(task.plan, None)
+                task.become(TaskStatus.CANCELLED)
+
+    def forget(self, task: KVTask) -> None:
+        """Drops the record of a task that has ended (or ends by itself)."""
+        with self._lock:
+            self._tasks.pop(task.task_id, None)
+
+    def task(self, task_id: int) -> KVTask:
+        try:
+            return self._tasks[task_id]
+        except KeyError:
+            raise KeyError(f"no task {task_id}: it was never created, or its result was taken already") from None
+
+    # ---- all at once ----
+
+    def quiesce(self) -> None:
+        """Cancels what has not started and waits until nothing moves. Keeps what the tiers hold."""
+        with self._lock:
+            for task in list(self._tasks.values()):
+                self.cancel(task)
+            while not self.transfer.drain(_QUIESCE_WARN_S):
+                logger.warning(
+                    "still waiting for %d transfers to end (a stalled disk?)", self.transfer.num_pending
+                )
+            closed, self._closed = self._closed, True  # no new spills
+            self.poll()
+            self._closed = closed
+
+    def clear(self) -> None:
+        """Forgets every block in every tier. Nothing moves when it returns."""
+        with self._lock:
+            self.quiesce()
+            self.cache.clear()
+
+    def flush_spills(self, timeout_s: float) -> bool:
+        """Waits until all that waits for SSD is there. False when the time is up first."""
+        deadline = time.monotonic() + timeout_s
+        while self.cache.num_waiting_spills or self._spills_running:
+            if time.monotonic() > deadline:
+                return False
+            self.transfer.drain(0.05)
+            self.poll()
+        return True
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError if the index is inconsistent, or holds leases or reservations while no task
+        runs."""
+        with self._lock:
+            self.poll()
+            problem = self.cache.index.check_integrity()
+            assert not problem, f"index: {problem}"
+            # A running task may have been forgotten by its creator; it still owns what it holds.
+            known = {**self._tasks, **{task.task_id: task for task in self._by_graph.values()}}
+            live = [task for task in known.values() if not task.ended and task.plan is not None]
+            index = self.cache.index
+            leases = sum(len(task.plan.leases) for task in live if task.plan) + len(self._holds)
+            reservations = sum(bool(task.plan.txn) for task in live if task.plan)
+            assert index.num_leases == leases, f"{index.num_leases} leases, {leases} of them with an owner"
+            assert index.num_transactions == reservations, (
+                f"{index.num_transactions} reservations, {reservations} of them with an owner"
+            )
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Tiers (slots, free, ready, writing, pinned, evicted) and transfers (see TransferEngine.stats)."""
+        with self._lock:
+            out: dict[str, dict[str, float]] = {}
+            for tier in (_core.Tier.CPU, _core.Tier.SSD):
+                s = self.cache.index.stats(tier)
+                out[tier.name] = {
+                    name: getattr(s, name) for name in ("slots", "free", "ready", "writing", "pinned", "evicted")
+                }
+            out.update(self.transfer.stats())
+            return out
+
+    def close(self) -> None:
+        """Ends everything and gives memory, files and locks back. Safe to call twice."""
+        with self._lock:
+            if self._closed:
+                return
+            self.quiesce()
+            self._closed = True
+            self.transfer.close()
+            self.storage.close()
+
+
+def as_token_slots(slot_mapping: object) -> Slots:
+    """Token slots from a torch tensor, a numpy array or a list, as contiguous int64 on the CPU."""
+    if hasattr(slot_mapping, "detach"):
+        slot_mapping = slot_mapping.detach().cpu().numpy()
+    return np.ascontiguousarray(slot_mapping, dtype=np.int64)

@@ -1,0 +1,101 @@
+"""Runs transfer graphs. A thin face of the C++ engine, whose threads never take the GIL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from sglang_flexkv import _core
+from sglang_flexkv.common.config import CacheConfig, IoEngine
+from sglang_flexkv.common.transfer import TransferOpGraph
+from sglang_flexkv.storage.storage_engine import StorageEngine
+
+_IO_KINDS = {
+    IoEngine.AUTO: _core.IoEngineKind.AUTO,
+    IoEngine.IO_URING: _core.IoEngineKind.IO_URING,
+    IoEngine.THREADS: _core.IoEngineKind.THREADS,
+}
+
+
+class TransferEngine:
+    """Submits graphs and hands their results back. Every submitted graph ends exactly once."""
+
+    def __init__(self, config: CacheConfig, storage: StorageEngine) -> None:
+        self._core = _core.TransferEngine(
+            storage.layout,
+            storage.host,
+            ssd_fds=storage.ssd.fds if storage.ssd else [],
+            ssd_slots=storage.num_ssd_slots,
+            copy_threads=config.copy_threads,
+            cuda_device=storage.device.cuda_device,
+            io_engine=_IO_KINDS[config.io_engine],
+            io_depth=config.io_depth,
+        )
+        self.num_layers = storage.layout.num_layers
+
+    def submit(
+        self,
+        graph: TransferOpGraph,
+        *,
+        gate: _core.LayerGate | None = None,
+        wait_events: Sequence[int] = (),
+        timeout_s: float = 0.0,
+    ) -> int:
+        """Starts a graph whose device slots are bound.
+
+        Args:
+            gate: opened layer by layer by the graph's H2D ops.
+            wait_events: CUDA events that must have happened before the device pool is touched.
+            timeout_s: ops that have not started by then are cancelled; 0: no limit.
+
+        Returns:
+            The core's id of the graph, which ``poll`` reports.
+        """
+        ops = []
+        for op in graph.ops:
+            if op.src_block_ids is None or op.dst_block_ids is None:
+                raise ValueError(f"op {op.op_id} of graph {graph.graph_id} has no device slots yet")
+            layers = self.num_layers if op.layer_granularity < 0 else op.layer_granularity
+            ops.append(
+                _core.OpSpec(
+                    op.transfer_type.value,
+                    np.ascontiguousarray(op.src_block_ids, dtype=np.int64),
+                    np.ascontiguousarray(op.dst_block_ids, dtype=np.int64),
+                    layer_begin=op.layer_id,
+                    layer_end=min(self.num_layers, op.layer_id + layers),
+                    after=op.predecessors,
+                )
+            )
+        return self._core.submit(ops, gate=gate, wait_events=list(wait_events), timeout_s=timeout_s)
+
+    def poll(self) -> list[_core.GraphResult]:
+        return self._core.poll()
+
+    def wait(self, core_graph: int, timeout_s: float) -> bool:
+        """Waits until the graph has ended. False when the time is up first."""
+        return self._core.wait(core_graph, timeout_s)
+
+    def cancel(self, core_graph: int) -> bool:
+        return self._core.cancel(core_graph)
+
+    def drain(self, timeout_s: float) -> bool:
+        return self._core.drain(timeout_s)
+
+    @property
+    def num_pending(self) -> int:
+        return self._core.num_pending
+
+    @property
+    def io_engine(self) -> str:
+        """Name of the SSD I/O engine in use, with the reason if it is a fall-back."""
+        note = self._core.io_engine_note
+        return f"{self._core.io_engine_name} ({note})" if note else self._core.io_engine_name
+
+    def stats(self) -> dict[str, dict[str, float]]:
+        """Per transfer type: ops_done, ops_failed, ops_cancelled, bytes, busy_s."""
+        return self._core.stats()
+
+    def close(self) -> None:
+        """Cancels what has not started, waits for what has, and stops the threads."""
+        del self._core
