@@ -1,0 +1,32 @@
+# Everything a checkout needs. `make test` works on a fresh machine: it makes the environment first.
+PYTHON := .venv/bin/python
+
+.DEFAULT_GOAL := help
+.PHONY: help setup models test demo lint clean distclean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup:  ## make .venv with SGLang and this project in it (about a second when up to date)
+	scripts/setup.sh
+
+models: setup  ## make the small random-weight models
+	$(PYTHON) scripts/make_models.py
+
+test: setup models  ## run all tests; ARGS="-k name" selects
+	$(PYTHON) -m pytest tests -q $(ARGS)
+
+demo: setup models  ## run the demo; ARGS are passed on
+	$(PYTHON) demo/demo.py $(ARGS)
+
+lint: setup  ## run the checks of .pre-commit-config.yaml on all files
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m pre_commit run --all-files
+
+clean:  ## remove what was built, but keep .venv and models
+	rm -rf build dist logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -print -prune | xargs -r rm -rf
+	# The editable install may point into build/: have the next setup install it again.
+	rm -f .venv/.project-stamp
+
+distclean: clean  ## remove .venv and models as well
+	rm -rf .venv models

@@ -1,0 +1,101 @@
+"""What SGLang needs on a machine without an accelerator.
+
+`scripts/setup.sh` copies this module, its `.pth` file and the stand-in package
+`sgl_kernel` into the site-packages of the development environment, and only
+there: nothing of this is part of the shipped package. Being in the
+environment's own site-packages, it also reaches the processes SGLang spawns.
+
+It does two things, at the start of every interpreter of that environment:
+
+* It sets defaults for environment variables. A value the user has set wins.
+* It registers an import hook which completes `torchvision` when its compiled
+  operators cannot be loaded (the wheel on PyPI is linked against a CUDA torch).
+  The hook is lazy: `torch` is not imported unless `torchvision` is, so a plain
+  `python -c pass` costs what it did before.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+TYPE_CHECKING = False  # the real one is in `typing`, which is too slow to import here
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from importlib.machinery import ModuleSpec
+    from types import ModuleType
+
+    from torch.library import Library
+
+ENVIRONMENT_DEFAULTS = {
+    # Without it SGLang looks for a GPU, finds none and falls into code paths that need CUDA.
+    "SGLANG_USE_CPU_ENGINE": "1",
+    # Models are local directories; a look-up on a hub can only delay or fail.
+    "HF_HUB_OFFLINE": "1",
+}
+
+# `torchvision/_meta_registrations.py` registers fake kernels for these two, and
+# that fails unless the operators are known. The schemas are the ones of torchvision 0.28.
+TORCHVISION_SCHEMAS = (
+    "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+    "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
+)
+
+# `torchvision.extension` is the submodule that tries to load the operators. Right
+# after it is the only moment when it is known whether they are missing and nothing
+# has used them yet.
+_EXTENSION_MODULE = "torchvision.extension"
+
+# A `Library` takes its definitions back when it is collected, so it has to stay alive.
+_libraries: list[Library] = []
+
+
+def _define_missing_operators(extension: ModuleType) -> None:
+    """Declare (not implement) torchvision's operators if they did not load.
+
+    Calling one still fails, with torch's own message that it has no kernel.
+    """
+    if extension._has_ops():
+        return
+    from torch.library import Library
+
+    library = Library("torchvision", "FRAGMENT")
+    for schema in TORCHVISION_SCHEMAS:
+        library.define(schema)
+    _libraries.append(library)
+
+
+class TorchvisionFinder:
+    """Meta-path finder that acts on exactly one module name."""
+
+    @staticmethod
+    def find_spec(
+        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if name != _EXTENSION_MODULE:
+            return None
+        from importlib.machinery import PathFinder
+
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is None or spec.loader is None:
+            return spec
+        run_module = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run_module(module)
+            _define_missing_operators(module)
+
+        # The loader object belongs to this spec alone, so nothing else sees the change.
+        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def install() -> None:
+    """Set the defaults and register the hook. Doing it twice changes nothing."""
+    for name, value in ENVIRONMENT_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    if TorchvisionFinder not in sys.meta_path:
+        sys.meta_path.insert(0, TorchvisionFinder)
+
+
+install()
