@@ -1,0 +1,205 @@
+"""A real SGLang server over CPU and SSD tiers answers exactly as one without any cache.
+
+The device pool is several times smaller than the prompts, so nearly everything that comes back comes from a
+lower tier; requests run four at a time with chunked prefill, some are aborted in mid-flight, the cache is
+flushed in between, and tenants that must not share send the same prompts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import re
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server import ServerError, SGLangServer
+from workload import conversations
+
+ROOT = Path(__file__).parents[2]
+NEW_TOKENS = 6
+POOL_TOKENS = 2560
+TURNS = conversations(14, 5, seed=11, first_max=500, turn_max=260)
+PASSES = 3  # 14 * 5 * 3 = 210 answers compared per scenario
+
+References = dict[tuple[str, str], list[list[int]]]
+
+
+@dataclass(frozen=True)
+class Scenario:
+    model: str
+    kv_dtype: str
+    page_size: int
+    policy: str
+    tp_size: int = 1
+
+    def __str__(self) -> str:
+        tp = f"-tp{self.tp_size}" if self.tp_size > 1 else ""
+        return f"{self.model}-{self.kv_dtype}-page{self.page_size}-{self.policy}{tp}"
+
+
+# The model computes in fp32 (kv_dtype auto: fp32 KV): in bf16 SGLang without any cache differs from itself
+# as soon as a prompt is cut into other chunks, so equal answers would mean nothing.
+SCENARIOS = [
+    Scenario("tiny-gqa", "auto", 16, "write_through"),
+    Scenario("tiny-mha", "bfloat16", 64, "write_back"),
+    Scenario("tiny-gqa", "bfloat16", 1, "write_through_selective"),
+    Scenario("tiny-gqa", "auto", 16, "write_back", tp_size=2),
+]
+# The conversations end with about 20,000 tokens: neither the device nor the CPU tier holds them all.
+CPU_TOKENS = 6_000
+
+
+def token_bytes(scenario: Scenario) -> int:
+    """Bytes of a token in the CPU tier, over all ranks."""
+    model = json.loads((ROOT / "models" / scenario.model / "config.json").read_text())
+    heads = model["num_key_value_heads"] // scenario.tp_size
+    itemsize = 4 if scenario.kv_dtype == "auto" else 2
+    token = 2 * model["num_hidden_layers"] * heads * model["head_dim"] * itemsize
+    slot = -(-token * scenario.page_size // 4096) * 4096
+    return slot // scenario.page_size * scenario.tp_size
+
+
+@pytest.fixture(scope="module")
+def references() -> References:
+    return {}
+
+
+def reference(references: References, model: str, kv_dtype: str) -> list[list[int]]:
+    """What the same model answers without any cache, computed once per model and dtype of the KV."""
+    if (model, kv_dtype) not in references:
+        flags = {"disable-radix-cache": True, "kv-cache-dtype": kv_dtype, "max-total-tokens": 4 * POOL_TOKENS}
+        with SGLangServer(ROOT / "models" / model, flags, stop_grace_s=0) as server:
+            answers = server.generate_many([t.tokens for t in TURNS], NEW_TOKENS)
+        references[model, kv_dtype] = [answer["output_ids"] for answer in answers]
+    return references[model, kv_dtype]
+
+
+@contextlib.contextmanager
+def flexkv_server(scenario: Scenario, tmp_path: Path) -> Iterator[SGLangServer]:
+    config = tmp_path / "flexkv.yaml"
+    directories = [tmp_path / "ssd0", tmp_path / "ssd1"]
+    for directory in directories:
+        directory.mkdir()
+    config.write_text(
+        f"cpu_cache_gb: {CPU_TOKENS * token_bytes(scenario) / 2**30}\n"
+        "ssd_cache_gb: 0.5\n"
+        f"ssd_cache_dir: {directories[0]};{directories[1]}\n"
+        f"write_policy: {scenario.policy}\n"
+    )
+    flags: dict[str, Any] = {
+        "enable-flexkv": True,
+        "flexkv-config-file": str(config),
+        "kv-cache-dtype": scenario.kv_dtype,
+        "page-size": scenario.page_size,
+        "max-total-tokens": POOL_TOKENS,
+        "chunked-prefill-size": 512,
+        "log-level": "info",
+    }
+    env = {}
+    if scenario.tp_size > 1:
+        flags["tp-size"] = scenario.tp_size
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(scenario.tp_size))
+    server = SGLangServer(ROOT / "models" / scenario.model, flags, env=env, log_path=tmp_path / "server.log")
+    with server:
+        yield server
+
+
+def abort_some(server: SGLangServer, stop: threading.Event) -> None:
+    """Sends long requests over prompts the others use too, and aborts them at some point of their life."""
+    rng = random.Random(5)
+    number = 0
+    while not stop.is_set():
+        number += 1
+        rid = f"victim-{number}"
+        turn = rng.choice(TURNS)
+
+        def victim(rid: str = rid, tokens: tuple[int, ...] = turn.tokens) -> None:
+            with contextlib.suppress(ServerError):
+                server.generate(tokens, 200, rid=rid)
+
+        thread = threading.Thread(target=victim)
+        thread.start()
+        time.sleep(rng.choice([0.0, 0.02, 0.1, 0.4]))
+        server.abort(rid)
+        thread.join()
+
+
+def sources(answers: list[dict[str, Any]]) -> dict[str, int]:
+    """Tokens by where they came from, over all answers."""
+    total = {"device": 0, "host": 0, "storage": 0}
+    for answer in answers:
+        details = answer["meta_info"].get("cached_tokens_details") or {}
+        for name in total:
+            total[name] += details.get(name, 0)
+    return total
+
+
+@pytest.mark.parametrize("scenario", SCENARIOS, ids=str)
+def test_answers_are_those_of_a_server_without_cache(
+    scenario: Scenario, tmp_path: Path, references: References
+) -> None:
+    expected = reference(references, scenario.model, scenario.kv_dtype)
+    total = {"device": 0, "host": 0, "storage": 0}
+    with flexkv_server(scenario, tmp_path) as server:
+        stop = threading.Event()
+        aborter = threading.Thread(target=abort_some, args=(server, stop))
+        for number in range(PASSES):
+            order = list(range(len(TURNS)))
+            if number:
+                random.Random(number).shuffle(order)
+            if number == 1:
+                aborter.start()
+            answers = server.generate_many([TURNS[i].tokens for i in order], NEW_TOKENS)
+            if number == 1:
+                stop.set()
+                aborter.join()
+            got = {i: answer["output_ids"] for i, answer in zip(order, answers, strict=True)}
+            wrong = [i for i in order if got[i] != expected[i]]
+            assert not wrong, f"pass {number}: {len(wrong)} of {len(order)} answers differ, first {wrong[:3]}"
+            for name, tokens in sources(answers).items():
+                total[name] += tokens
+            if number == 0:
+                server.flush_cache()
+                # Flushed means flushed, in every tier: the weights may have changed.
+                first = server.generate(TURNS[-1].tokens, NEW_TOKENS)
+                assert first["meta_info"]["cached_tokens"] == 0
+                assert first["output_ids"] == expected[-1]
+        assert total["host"] > 10_000, total
+        assert total["storage"] > 2_000, total
+    log = server.log()
+    assert "Traceback" not in log.split("sglang-flexkv closed")[0].split("The server is fired up")[-1]
+    closed = re.findall(r"sglang-flexkv closed: (.*)", log)
+    assert len(closed) == scenario.tp_size, server.log_tail()
+    assert all(line.startswith("nothing left held") for line in closed), closed
+
+
+def test_tenants_and_adapters_never_share(tmp_path: Path, references: References) -> None:
+    expected = reference(references, "tiny-gqa", "auto")
+    long = [i for i, turn in enumerate(TURNS) if turn.number == 4][:6]
+    names: list[dict[str, str]] = [
+        {},
+        {"cache_salt": "alice"},
+        {"cache_salt": "bob"},
+        {"extra_key": "adapter"},
+        {"extra_key": "adapter", "cache_salt": "alice"},
+    ]
+    with flexkv_server(SCENARIOS[0], tmp_path) as server:
+        for name in names:  # all of it, so that every tier holds somebody's copy
+            for i in long:
+                answer = server.generate(TURNS[i].tokens, NEW_TOKENS, **name)
+                assert answer["output_ids"] == expected[i]
+                shared = answer["meta_info"]["cached_tokens"]
+                alike = [j for j in long if j < i and j % 3 == i % 3]  # same system prompt, same tenant
+                assert shared == 0 or alike, f"{name} was served {shared} tokens of somebody else"
+        for name in names:
+            for i in long:
+                answer = server.generate(TURNS[i].tokens, NEW_TOKENS, **name)
+                assert answer["output_ids"] == expected[i]
+                assert answer["meta_info"]["cached_tokens"] > len(TURNS[i].tokens) - 17
