@@ -75,13 +75,15 @@ __attribute__((target("avx2"))) void StreamCopyAvx2(char* dst, const char* src, 
     _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i + 96), d);
   }
   std::memcpy(dst + i, src + i, bytes - i);
-  _mm_sfence();
 }
 
 }  // namespace
 #endif
 
-void StreamCopy(char* dst, const char* src, size_t bytes) {
+namespace {
+
+// Streamed stores are weakly ordered: FenceStreamed() has to come before anyone is told of them.
+void CopyUnfenced(char* dst, const char* src, size_t bytes) {
 #if defined(__x86_64__)
   static const bool kHasAvx2 = __builtin_cpu_supports("avx2");
   if (kHasAvx2 && bytes >= 512) {
@@ -90,6 +92,19 @@ void StreamCopy(char* dst, const char* src, size_t bytes) {
   }
 #endif
   std::memcpy(dst, src, bytes);
+}
+
+void FenceStreamed() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+}  // namespace
+
+void StreamCopy(char* dst, const char* src, size_t bytes) {
+  CopyUnfenced(dst, src, bytes);
+  FenceStreamed();
 }
 
 void CopyLayerCpu(const BlockLayout& layout, int layer, char* host_block,
@@ -102,9 +117,9 @@ void CopyLayerCpu(const BlockLayout& layout, int layer, char* host_block,
       char* device = base + row * buffer.row_stride;
       const size_t bytes = static_cast<size_t>(count * buffer.row_bytes);
       if (to_device) {
-        StreamCopy(device, at, bytes);
+        CopyUnfenced(device, at, bytes);
       } else {
-        StreamCopy(at, device, bytes);
+        CopyUnfenced(at, device, bytes);
       }
     };
     if (first_row >= 0 && buffer.row_stride == buffer.row_bytes) {
@@ -117,6 +132,8 @@ void CopyLayerCpu(const BlockLayout& layout, int layer, char* host_block,
     }
     host += rows * buffer.row_bytes;
   }
+  // One fence for all rows: with one per row, small rows spend their time draining the store buffers.
+  FenceStreamed();
 }
 
 }  // namespace flexkv

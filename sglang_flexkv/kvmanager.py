@@ -175,10 +175,8 @@ class KVManager:
         keys = sequence.block_keys
         parent = keys[first - 1] if first else None
         task = self.engine.create_put(parent, keys[first:])
-        new = np.concatenate(
-            [np.empty(0, np.int64), *(op.block_positions for op in task.plan.graph.ops)] if task.plan else [[]]
-        )
-        return self._add(task, sequence, first, new.astype(np.int64) + first)
+        new = [op.block_positions for op in task.plan.graph.ops] if task.plan else []
+        return self._add(task, sequence, first, np.concatenate([np.empty(0, np.int64), *new]) + first)
 
     def put_async(
         self, token_ids: npt.ArrayLike, slot_mapping: object, token_mask: npt.ArrayLike | None = None
@@ -254,7 +252,9 @@ class KVManager:
         self, task: KVTask, sequence: SequenceMeta, first: int, blocks: npt.NDArray[np.int64]
     ) -> tuple[int, Mask]:
         mask = np.zeros(len(sequence.token_ids), dtype=bool)
-        by_block = mask[: sequence.num_blocks * sequence.tokens_per_block].reshape(-1, sequence.tokens_per_block)
+        by_block = mask[: sequence.num_blocks * sequence.tokens_per_block].reshape(
+            -1, sequence.tokens_per_block
+        )
         by_block[blocks] = True
         self._requests[task.task_id] = _Request(task, mask, first, len(mask))
         return task.task_id, mask
@@ -280,7 +280,9 @@ class KVManager:
         try:
             return self._requests[task_id]
         except KeyError:
-            raise KeyError(f"no task {task_id}: it was never created, or its result was taken already") from None
+            raise KeyError(
+                f"no task {task_id}: it was never created, or its result was taken already"
+            ) from None
 
     def _respond(self, request: _Request) -> KVResponse:
         task = request.task

@@ -27,7 +27,7 @@ from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, Pla
 from sglang_flexkv.common.block import BlockKeys
 from sglang_flexkv.common.config import CacheConfig
 from sglang_flexkv.common.storage import DeviceBuffers
-from sglang_flexkv.common.transfer import Slots
+from sglang_flexkv.common.transfer import Slots, TransferType
 from sglang_flexkv.storage.storage_engine import StorageEngine
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
 
@@ -73,6 +73,12 @@ class KVTask:
         if status not in _NEXT[self.status]:
             raise RuntimeError(f"task {self.task_id} cannot go from {self.status.value} to {status.value}")
         self.status = status
+
+    @property
+    def num_loads(self) -> int:
+        """Times that this task passes each layer of a gate."""
+        ops = self.plan.graph.ops if self.plan is not None else []
+        return sum(op.transfer_type is TransferType.H2D for op in ops)
 
     @property
     def ended(self) -> bool:
@@ -144,7 +150,7 @@ class KVTaskEngine:
             return self._add(self.cache.plan_put(parent, keys))
 
     def start_prefetch(self, keys: BlockKeys) -> KVTask | None:
-        """Starts to bring the leading held blocks of ``keys`` into the CPU tier; RUNNING. None: nothing to do."""
+        """Starts to bring the leading held blocks of ``keys`` into the CPU tier. None: nothing to do."""
         with self._lock:
             self.poll()
             plan = self.cache.plan_prefetch(keys)
@@ -175,7 +181,8 @@ class KVTaskEngine:
 
         Args:
             token_slots: device token slots of all blocks of the plan, int64 [blocks * tokens_per_block].
-            gate: opened layer by layer as a get arrives; its ``expect`` is raised here.
+            gate: opened layer by layer as a get arrives. It must have been told to expect ``num_loads`` of
+                every task that shares it, before the first of them is launched.
             wait_events: torch.cuda.Event objects that must have happened before the device pool is touched.
         """
         with self._lock:
@@ -187,8 +194,6 @@ class KVTaskEngine:
                 return
             if token_slots is not None:
                 plan.graph.bind_device_slots(token_slots, self.config.tokens_per_block)
-            if gate is not None:
-                gate.expect(sum(op.transfer_type.name == "H2D" for op in plan.graph.ops))
             task.core_graph = self.transfer.submit(
                 plan.graph,
                 gate=gate,
@@ -238,7 +243,9 @@ class KVTaskEngine:
         for task in tasks:
             while not task.ended:
                 if task.status is not TaskStatus.RUNNING:
-                    raise RuntimeError(f"task {task.task_id} is {task.status.value}: launch it before waiting")
+                    raise RuntimeError(
+                        f"task {task.task_id} is {task.status.value}: launch it before waiting"
+                    )
                 left = deadline - time.monotonic()
                 if left <= 0 or not self.transfer.wait(task.core_graph, left):
                     self.poll()
@@ -267,7 +274,9 @@ class KVTaskEngine:
         try:
             return self._tasks[task_id]
         except KeyError:
-            raise KeyError(f"no task {task_id}: it was never created, or its result was taken already") from None
+            raise KeyError(
+                f"no task {task_id}: it was never created, or its result was taken already"
+            ) from None
 
     # ---- all at once ----
 
@@ -288,6 +297,7 @@ class KVTaskEngine:
         """Forgets every block in every tier. Nothing moves when it returns."""
         with self._lock:
             self.quiesce()
+            self._tasks.clear()  # all have ended, and nobody comes back for what a flush took away
             self.cache.clear()
 
     def flush_spills(self, timeout_s: float) -> bool:
@@ -325,7 +335,8 @@ class KVTaskEngine:
             for tier in (_core.Tier.CPU, _core.Tier.SSD):
                 s = self.cache.index.stats(tier)
                 out[tier.name] = {
-                    name: getattr(s, name) for name in ("slots", "free", "ready", "writing", "pinned", "evicted")
+                    name: getattr(s, name)
+                    for name in ("slots", "free", "ready", "writing", "pinned", "evicted")
                 }
             out.update(self.transfer.stats())
             return out

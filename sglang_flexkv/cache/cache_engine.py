@@ -78,7 +78,9 @@ class GlobalCacheEngine:
 
     def __init__(self, config: CacheConfig) -> None:
         self.config = config
-        self.index = _core.PrefixIndex(config.num_cpu_blocks, config.num_ssd_blocks if config.enable_ssd else 0)
+        self.index = _core.PrefixIndex(
+            config.num_cpu_blocks, config.num_ssd_blocks if config.enable_ssd else 0
+        )
         self.ssd_alive = config.enable_ssd
         self._ssd_failures = 0
         # Blocks that are in the CPU tier and should go to SSD: (parent, keys), oldest first. They are not

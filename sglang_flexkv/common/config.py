@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import os
+from collections.abc import Iterable
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -22,11 +24,14 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
     field_validator,
     model_validator,
 )
 
 from sglang_flexkv.common.errors import ConfigError
+
+logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 ENV_PREFIX = "FLEXKV_"
@@ -57,8 +62,12 @@ class IoEngine(Enum):
 
 def _split_dirs(value: object) -> object:
     """FlexKV writes several directories as one string with ``;`` between them."""
+    if value is None:
+        return ()
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(";") if part.strip())
+    if not isinstance(value, (list, tuple)) or not all(isinstance(part, (str, Path)) for part in value):
+        raise ValueError(f"must be a directory, or several with ';' between them (got {value!r})")
     return value
 
 
@@ -68,13 +77,22 @@ Directories = Annotated[tuple[Path, ...], BeforeValidator(_split_dirs)]
 class _Settings(BaseModel):
     """Frozen settings whose errors are ConfigErrors in the user's words."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    # An infinite size passes every lower bound and fails much later.
+    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
     def __init__(self, **values: Any) -> None:
         try:
             super().__init__(**values)
         except ValidationError as error:
             raise ConfigError(explain(type(self), error)) from None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_bool_as_number(cls, value: object, info: ValidationInfo) -> object:
+        """YAML's ``yes`` and ``on`` are 1 to pydantic; as a size that is hardly meant."""
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise ValueError(f"must be a value, not true or false (got {value})")
+        return value
 
 
 def explain(model: type[BaseModel], error: ValidationError) -> str:
@@ -88,8 +106,11 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
             lines.append(f"unknown setting {name!r}; {hint}")
         elif problem["type"] == "value_error":
             lines.append(f"{name}: {problem['ctx']['error']}" if name else str(problem["ctx"]["error"]))
+        elif problem["type"] == "missing":
+            lines.append(f"{name}: is missing and has no default; give it")
         else:
-            lines.append(f"{name}: {problem['msg']} (got {problem['input']!r})")
+            wrong = problem["msg"].replace("Input should be", "must be")
+            lines.append(f"{name}: {wrong} (got {problem['input']!r})")
     return "; ".join(lines)
 
 
@@ -168,18 +189,25 @@ class FlexKVConfig(_Settings):
 
     @classmethod
     def load(cls, path: str | None) -> FlexKVConfig:
-        """Settings from a YAML or JSON file (or FLEXKV_CONFIG_PATH), overridden by FLEXKV_<SETTING>."""
+        """Settings from a YAML or JSON file (or FLEXKV_CONFIG_PATH), overridden by FLEXKV_<SETTING>.
+
+        Raises:
+            ConfigError: names the file or the variables, the setting, and what to write instead.
+        """
+        origin = "--flexkv-config-file" if path else _CONFIG_PATH_ENV
         path = path or os.environ.get(_CONFIG_PATH_ENV)
-        values: dict[str, Any] = _read_file(Path(path)) if path else {}
+        values = _read_file(Path(path), origin) if path else {}
         known = {f"{ENV_PREFIX}{name.upper()}": name for name in cls.model_fields}
-        for variable, value in os.environ.items():
-            if variable in known:
-                values[known[variable]] = value
+        overrides = [variable for variable in known if variable in os.environ]
+        for variable in overrides:
+            values[known[variable]] = os.environ[variable]
+        _warn_of_misspelt_variables(known)
         try:
             return cls(**values)
         except ConfigError as error:
-            source = f"in {path}" if path else "in the environment"
-            raise ConfigError(f"FlexKV configuration {source}: {error}") from None
+            sources = [f"in {path}"] if path else []
+            sources += [f"in the environment ({', '.join(overrides)})"] if overrides else []
+            raise ConfigError(f"FlexKV configuration {' and '.join(sources)}: {error}") from None
 
     def cache_config(self, *, block_bytes: int, tokens_per_block: int, num_ranks: int) -> CacheConfig:
         """Sizes in blocks for one of ``num_ranks`` ranks that share this machine.
@@ -231,19 +259,38 @@ def available_memory_bytes() -> int:
     return available if limit == "max" else min(available, max(0, int(limit) - used))
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _warn_of_misspelt_variables(known: Iterable[str]) -> None:
+    """Only a warning: FlexKV has variables of its own with this prefix."""
+    known = {_CONFIG_PATH_ENV, *known}
+    for variable in os.environ:
+        if variable.startswith(ENV_PREFIX) and variable not in known:
+            close = difflib.get_close_matches(variable, known, n=1, cutoff=0.9)
+            if close:
+                logger.warning("%s is not a setting and was ignored; did you mean %s?", variable, close[0])
+
+
+def _read_file(path: Path, origin: str) -> dict[str, Any]:
     try:
-        text = path.read_text()
-    except OSError as error:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise ConfigError(
-            f"cannot read the FlexKV configuration file {path}: {error.strerror}; check --flexkv-config-file"
+            f"cannot read the FlexKV configuration file {path}: {reason}; check {origin}"
         ) from None
     try:
         values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (json.JSONDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path} is neither valid YAML nor JSON: {error}") from None
+        kind = "JSON" if path.suffix == ".json" else "YAML"
+        where = " ".join(str(error).split())  # YAML draws the place over several lines
+        raise ConfigError(
+            f"the FlexKV configuration file {path} is not valid {kind}: {where}; correct that place"
+        ) from None
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold settings as 'name: value', not a {type(values).__name__}")
-    return values
+        raise ConfigError(
+            f"the FlexKV configuration file {path} must hold settings as 'name: value', "
+            f"not a {type(values).__name__}"
+        )
+    # Names that YAML reads as numbers or booleans are unknown settings like others.
+    return {str(name): value for name, value in values.items()}

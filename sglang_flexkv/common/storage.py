@@ -55,7 +55,9 @@ class KVCacheLayout:
             layers = list(kv_caches)
             for layer in layers:
                 if tuple(layer.shape) != self.kv_shape[1:]:
-                    raise ValueError(f"a layer of this layout is {self.kv_shape[1:]}, not {tuple(layer.shape)}")
+                    raise ValueError(
+                        f"a layer of this layout is {self.kv_shape[1:]}, not {tuple(layer.shape)}"
+                    )
             if len(layers) != self.num_layer:
                 raise ValueError(f"this layout has {self.num_layer} layers, not {len(layers)}")
             # Tokens of all blocks follow one another: a row is a token.

@@ -7,32 +7,37 @@ from typing import Any
 
 from sglang_flexkv.common.config import GIB, FlexKVConfig, available_memory_bytes
 from sglang_flexkv.common.errors import ConfigError, IncompatibleError
+from sglang_flexkv.storage.ssd_store import check_free_space
 
 # Flag, whether it is set in a way we cannot serve, and what to do. Fields are SGLang's own names.
 _CONFLICTS = (
-    ("enable_hierarchical_cache", bool, "--enable-hierarchical-cache is another host cache; drop it"),
-    ("enable_lmcache", bool, "--enable-lmcache is another external cache; drop it"),
+    ("enable_hierarchical_cache", bool, "--enable-hierarchical-cache, another host cache; drop it"),
+    ("enable_lmcache", bool, "--enable-lmcache, another external cache; drop it"),
     (
         "enable_unified_cache_external_linker",
         bool,
-        "--enable-unified-cache-external-linker selects another external cache; drop it",
+        "--enable-unified-cache-external-linker, which selects another external cache; drop it",
     ),
-    ("radix_cache_backend", bool, "--radix-cache-backend selects another cache; drop it"),
-    ("disable_radix_cache", bool, "--disable-radix-cache leaves nothing to extend; drop it"),
-    ("enable_unified_memory", bool, "--enable-unified-memory moves KV between slots on its own; drop it"),
-    ("enable_hisparse", bool, "--enable-hisparse keeps KV on the host on its own; drop it"),
+    ("radix_cache_backend", bool, "--radix-cache-backend, which selects another cache; drop it"),
+    ("disable_radix_cache", bool, "--disable-radix-cache, which leaves nothing to extend; drop it"),
+    (
+        "enable_unified_memory",
+        bool,
+        "--enable-unified-memory, which moves KV between slots on its own; drop it",
+    ),
+    ("enable_hisparse", bool, "--enable-hisparse, which keeps KV on the host on its own; drop it"),
     (
         "speculative_algorithm",
         bool,
-        "--speculative-algorithm keeps KV of a draft model that is not cached yet; drop it",
+        "--speculative-algorithm, which keeps KV of a draft model that is not cached yet; drop it",
     ),
-    ("pp_size", lambda v: v > 1, "--pp-size above 1 is not supported yet; use --tp-size"),
-    ("dcp_size", lambda v: v > 1, "--dcp-size above 1 is not supported yet"),
-    ("attn_cp_size", lambda v: v > 1, "--attn-cp-size above 1 is not supported yet"),
+    ("pp_size", lambda v: v > 1, "--pp-size above 1 yet; use --tp-size"),
+    ("dcp_size", lambda v: v > 1, "--dcp-size above 1 yet; leave it at 1"),
+    ("attn_cp_size", lambda v: v > 1, "--attn-cp-size above 1 yet; leave it at 1"),
     (
         "disaggregation_mode",
         lambda v: v not in (None, "null"),
-        "--disaggregation-mode is not supported yet; run prefill and decode in one server",
+        "--disaggregation-mode yet; run prefill and decode in one server",
     ),
 )
 
@@ -70,6 +75,9 @@ def check_machine(config: FlexKVConfig) -> None:
             raise ConfigError(
                 f"ssd_cache_dir: {directory} is not writable; fix its permissions or name another one"
             )
+    if config.ssd_cache_dir:
+        share = int(config.ssd_cache_gb * GIB) // len(config.ssd_cache_dir)
+        check_free_space({directory: share for directory in config.ssd_cache_dir})
 
 
 def check_components(tree_components: tuple[Any, ...]) -> None:

@@ -28,6 +28,7 @@ def around_scheduler_init(original: Callable[..., None], scheduler: Any, *args: 
 
     enabled = get_memory().enable_flexkv
     if enabled:
+        _check_applied()
         get_context().override("sglang-flexkv", enable_unified_cache_external_linker=True)
     original(scheduler, *args, **kwargs)
     if enabled:
@@ -57,6 +58,8 @@ def after_create_tree_cache(cache: Any, ctx: Any) -> None:
         return
     from sglang_flexkv.integration.radix_cache import FlexKVRadixCache
 
+    # Also here, in case the patch of the scheduler is the one that is missing.
+    _check_applied()
     if not isinstance(cache, FlexKVRadixCache):
         raise FlexKVError(
             f"--enable-flexkv is set but SGLang built {type(cache).__name__} instead of FlexKVRadixCache; "
@@ -75,6 +78,13 @@ def around_page_size_default(original: Callable[[Any], dict[str, Any]], view: An
     return chosen
 
 
+def around_storage_backend_type(original: Callable[[Any], str], streamer: Any) -> str:
+    from sglang.srt.runtime_context import get_memory
+
+    # No look at the cache itself: with the flag set, none but ours was let through.
+    return "FlexKV" if get_memory().enable_flexkv else original(streamer)
+
+
 def after_check_server_args(_result: Any, server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 
@@ -89,6 +99,16 @@ def after_check_server_args(_result: Any, server_args: Any) -> None:
             # One line for the user who typed the flag, without the launcher's traceback.
             logger.error("sglang-flexkv cannot start: %s", error)
             sys.exit(1)
+        raise
+
+
+def _check_applied() -> None:
+    from sglang_flexkv.integration import patches  # which imports this module for its table
+
+    try:
+        patches.check_applied()
+    except FlexKVError as error:
+        logger.error("sglang-flexkv cannot start: %s", error)
         raise
 
 

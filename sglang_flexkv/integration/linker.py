@@ -19,7 +19,7 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
 from sglang_flexkv.common.block import BlockKeys, Namespace, keys_from_page_hashes
-from sglang_flexkv.common.config import FlexKVConfig, PrefetchPolicy
+from sglang_flexkv.common.config import GIB, FlexKVConfig, PrefetchPolicy
 from sglang_flexkv.integration.layer_counter import LayerLoadCounter
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus, as_token_slots
 
@@ -92,6 +92,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._queued: OrderedDict[str, _QueuedLoad] = OrderedDict()
         self._loading: dict[int, list[_QueuedLoad]] = {}
         self._offloads: deque[KVTask] = deque()
+        self._closed = False
 
     # ---- lookup ----
 
@@ -110,7 +111,9 @@ class FlexKVLinker(UnifiedCacheLinker):
             return 0
         self._holds[rid] = _Hold(lease, num_blocks, time.monotonic())
         self._held_blocks += num_blocks
-        while self._held_blocks > _HELD_SHARE_MAX * self.engine.config.num_cpu_blocks and len(self._holds) > 1:
+        while (
+            self._held_blocks > _HELD_SHARE_MAX * self.engine.config.num_cpu_blocks and len(self._holds) > 1
+        ):
             self.release_hold(next(iter(self._holds)))
         return num_blocks
 
@@ -207,8 +210,14 @@ class FlexKVLinker(UnifiedCacheLinker):
         loads = list(self._queued.values())
         self._queued.clear()
         index, gate = self.layer_done_counter.open_batch()
-        # On a GPU the slots may still be read or written by work queued before: stream order, not a host wait.
+        # On a GPU work queued before may still use the slots: stream order, not a host wait.
         events = self.record_offload_ready() if self._on_gpu else []
+        # Announced before the first one starts: one that lands before the next is announced would open the
+        # gate for both.
+        expected = sum(load.task.num_loads for load in loads if load.complete)
+        gate.expect(expected)
+        if not expected:
+            self.layer_done_counter.close_batch(index)  # nobody would ever open it
         for load in loads:
             if load.complete:
                 self.engine.launch(load.task, load.token_slots, gate=gate, wait_events=events)
@@ -283,14 +292,26 @@ class FlexKVLinker(UnifiedCacheLinker):
     # ---- lifecycle ----
 
     def reset(self) -> None:
-        """SGLang's flush. It also runs after the weights changed, when nothing that was computed before may be
-        used again, so every tier is emptied."""
+        """SGLang's flush. It also runs after the weights changed, when nothing that was computed before
+        may be used again, so every tier is emptied."""
         self._abandon()
         self.engine.clear()
 
     def close(self) -> None:
+        """Ends everything. The log says what the cache did, and whether anything was left held."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.check_idle()
+            left = "nothing left held"
+        except AssertionError as error:
+            left = f"closed while busy ({error})"
+        stats = self.engine.stats()
+        moved = ", ".join(f"{name} {s['bytes'] / GIB:.2f} GiB" for name, s in stats.items() if "bytes" in s)
         self._abandon()
         self.engine.close()
+        logger.info("sglang-flexkv closed: %s; moved %s", left, moved)
 
     def _abandon(self) -> None:
         for rid in list(self._holds):
@@ -305,6 +326,7 @@ class FlexKVLinker(UnifiedCacheLinker):
     def check_idle(self) -> None:
         """Raises AssertionError if anything is held, queued or in flight."""
         assert not self._holds, f"promises left: {list(self._holds)}"
-        assert not self._queued and not self._loading and not self._offloads, "transfers left"
+        assert not self._queued, "loads left in the queue"
+        assert not self._loading, "loads left running"
+        assert not self._offloads, "offloads left"
         self.engine.check_integrity()
-

@@ -1,12 +1,13 @@
 """Every place where this package deviates from stock SGLang, in one table.
 
 Each patch is one hook on one function, with the signature it was written for, the reason, and when it can
-go. ``docs`` of each stand in ``patches/`` of the repository. Nothing is patched that is not listed here, and
-nothing is patched unless the target still has the expected signature.
+go. Each has a page of its own in ``patches/`` of the repository. Nothing is patched that is not listed here,
+and nothing is patched unless the target still has the expected signature.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import pkgutil
 from collections.abc import Callable
@@ -42,8 +43,8 @@ PATCHES = (
         "around",
         hooks.around_scheduler_init,
         ("self", "server_args", "port_args"),
-        "The scheduler calls the external-linker and queue-time prefetch methods of its cache only if its own "
-        "flags say so, and no flag means 'a plugin brings the linker'.",
+        "The scheduler calls the external-linker and queue-time prefetch methods of its cache only if its "
+        "own flags say so, and no flag means 'a plugin brings the linker'.",
         "SGLang asks the tree cache what it supports instead of reading flags.",
     ),
     Patch(
@@ -52,8 +53,8 @@ PATCHES = (
         "around",
         hooks.around_create_unified_radix_cache,
         ("ctx", "cache_class"),
-        "--enable-flexkv builds SGLang's in-tree FlexKV cache; ours is a subclass of UnifiedRadixCache with a "
-        "linker behind it.",
+        "--enable-flexkv builds SGLang's in-tree FlexKV cache; ours is a subclass of UnifiedRadixCache with "
+        "a linker behind it.",
         "register_radix_cache_backend factories can bring a linker and take part in the scheduler's gates.",
     ),
     Patch(
@@ -83,22 +84,39 @@ PATCHES = (
         "SGLang does not know which of its flags cannot work together with ours.",
         "Plugins can take part in argument validation.",
     ),
+    Patch(
+        "storage-backend-name",
+        "sglang.srt.managers.scheduler_components.output_streamer."
+        "SchedulerOutputStreamer._get_storage_backend_type",
+        "around",
+        hooks.around_storage_backend_type,
+        ("self",),
+        "cached_tokens_details.storage_backend says 'none' for a cache without SGLang's own controller.",
+        "SGLang asks the tree cache for the name of its storage backend.",
+    ),
 )
 
 
 def installed_sglang() -> str | None:
-    """Version of the installed SGLang, None if there is none."""
+    """Version of the SGLang that would be imported, None if there is none."""
     try:
         return metadata.version("sglang")
     except metadata.PackageNotFoundError:
+        pass
+    if importlib.util.find_spec("sglang") is None:
         return None
+    from sglang.version import __version__  # a source checkout on the path has no metadata
+
+    return str(__version__)
 
 
 def check_version() -> None:
     """Raises IncompatibleError unless the installed SGLang is one this package was written for."""
     version = installed_sglang()
     if version is None:
-        raise IncompatibleError("SGLang is not installed in this environment: pip install sglang==0.5.23")
+        raise IncompatibleError(
+            f"SGLang is not installed in this environment: pip install sglang=={SUPPORTED_SGLANG[-1]}"
+        )
     if version.split("+")[0] not in SUPPORTED_SGLANG:
         raise IncompatibleError(
             f"sglang-flexkv supports SGLang {', '.join(SUPPORTED_SGLANG)}, not {version}: "
@@ -106,17 +124,30 @@ def check_version() -> None:
         )
 
 
+def check_core() -> None:
+    """Raises IncompatibleError if the compiled part of this package cannot be loaded."""
+    try:
+        from sglang_flexkv import _core  # noqa: F401
+    except ImportError as error:
+        raise IncompatibleError(
+            f"the compiled core of sglang-flexkv cannot be loaded ({error}): build it for this interpreter "
+            "with pip install --force-reinstall --no-deps sglang-flexkv"
+        ) from None
+
+
 def problem_with(patch: Patch) -> str | None:
     """Why a patch cannot be applied to the installed SGLang, None if it can."""
-    module_path, _, name = patch.target.rpartition(".")
+    parent_path, _, name = patch.target.rpartition(".")
     try:
-        target = getattr(pkgutil.resolve_name(module_path), name)
+        target = getattr(pkgutil.resolve_name(parent_path), name)
     except (ImportError, AttributeError) as error:
         return f"{patch.target} does not exist ({error})"
-    target = inspect.unwrap(target)
-    parameters = tuple(inspect.signature(target).parameters)
+    try:
+        parameters = tuple(inspect.signature(inspect.unwrap(target)).parameters)
+    except (TypeError, ValueError) as error:
+        return f"{patch.target} is not a function any more ({error})"
     if parameters != patch.parameters:
-        return f"{patch.target} takes {parameters}, expected {patch.parameters}"
+        return f"{patch.target} takes ({', '.join(parameters)}), expected ({', '.join(patch.parameters)})"
     return None
 
 
@@ -126,7 +157,7 @@ def apply_all() -> None:
     Raises:
         IncompatibleError: a target is missing or has changed; nothing is registered then.
     """
-    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
     problems = [problem for problem in map(problem_with, PATCHES) if problem]
     if problems:
@@ -135,5 +166,23 @@ def apply_all() -> None:
             + "; ".join(problems)
             + f". Install an unmodified sglang=={SUPPORTED_SGLANG[-1]}"
         )
+    # Named here and not by SGLang, which knows no source when the monkey-patch calls.
+    source = HookSource("flexkv", "sglang-flexkv")
     for patch in PATCHES:
-        HookRegistry.register(patch.target, patch.hook, HookType(patch.kind))
+        HookRegistry.register(patch.target, patch.hook, HookType(patch.kind), source=source)
+
+
+def check_applied() -> None:
+    """Raises IncompatibleError unless every patch is in effect in this process.
+
+    SGLang only logs a hook that it fails to apply, and runs with the others.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    missing = [patch.name for patch in PATCHES if patch.target not in HookRegistry._patched]
+    if missing:
+        raise IncompatibleError(
+            f"SGLang did not apply the patches {', '.join(missing)}; its log says why under 'Failed to apply "
+            f"hooks'. Install an unmodified sglang=={SUPPORTED_SGLANG[-1]}, and leave out other plugins that "
+            "replace these functions"
+        )

@@ -188,7 +188,9 @@ class FlexKVRadixCache(UnifiedRadixCache):
         """SGLang's endpoint for clearing the storage behind the cache: empties every tier."""
         if self.linker is None:
             return False
-        self.linker.cache_linker.reset()
+        # Not a reset: this can come at any time, and copies that run still have somebody who waits for them.
+        self.linker.hit_markers.clear()
+        self.linker.cache_linker.engine.cache.clear()
         return True
 
     def sanity_check(self) -> None:
@@ -261,4 +263,4 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any) -> FlexKVRadixCache:
         if cache_config.enable_ssd
         else "off",
     )
-    return cache  # type: ignore[no-any-return]
+    return cache
