@@ -227,7 +227,9 @@ class FlexKVLinker(UnifiedCacheLinker):
         return index
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
-        loads = self._loading.pop(counter_index, [])
+        loads = self._loading.pop(counter_index, None)
+        if loads is None:  # a flush took the batch away: what its slots hold is anybody's guess
+            return False
         running = [load.task for load in loads if not load.task.ended]
         while not self.engine.wait(running, _FINISH_TIMEOUT_S):
             # The slots belong to requests that live: nobody may go on while something writes to them.

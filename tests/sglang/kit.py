@@ -1,0 +1,401 @@
+"""SGLang's own unit-test kit for its unified radix cache, with our cache and our tiers in its place.
+
+The kit (`sglang/test/kits/unified_radix_cache` in the wheel) holds configurations, a factory of caches over
+real pools, and steps that build requests. It has no tests in it: those are in SGLang's repository.
+`build_kit_cache` runs the factory with our class; `Rig` puts a real engine under the result and plays the
+scheduler's part.
+
+The wheel's Rust tree core has no inspection methods and no sources to build them from, so on that core only
+steps that go through the production interface can be used.
+"""
+
+from __future__ import annotations
+
+import sys
+import types
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import TestCase, mock
+
+import numpy as np
+import torch
+from sglang.srt.environ import envs
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
+from sglang.srt.mem_cache.base_prefix_cache import (
+    CacheRequestOutcome,
+    EvictParams,
+    InitLoadBackParams,
+    InsertParams,
+    MatchPrefixParams,
+    MatchResult,
+)
+from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.rust_tree_core.adapter import RustUnifiedTreeCore
+from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
+from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
+from sglang.test.kits.unified_radix_cache import fixtures
+from sglang.test.kits.unified_radix_cache.config import CacheConfig as KitConfig
+from sglang.test.kits.unified_radix_cache.mixins import UnifiedRadixCacheFixtures
+from sglang.test.kits.unified_radix_cache.unified_tree_core_inspection_interface import (
+    UnifiedTreeCoreInspectionInterface,
+)
+
+from sglang_flexkv.common.block import make_namespace
+from sglang_flexkv.common.config import CacheConfig, FlexKVConfig, PrefetchPolicy, WritePolicy
+from sglang_flexkv.integration.kv_pool import device_buffers
+from sglang_flexkv.integration.linker import FlexKVLinker
+from sglang_flexkv.integration.radix_cache import FlexKVRadixCache
+from sglang_flexkv.kvtask import KVTaskEngine
+
+CORES = ("python", "rust")
+
+# Far above what any transfer here takes; reached only when one hangs.
+TIMEOUT_S = 30.0
+
+_RUST_INSPECTOR_MODULE = "sglang.test.kits.unified_radix_cache.rust_unified_tree_core_inspector"
+
+
+class ReleasedRustCore(RustUnifiedTreeCore):
+    """The wheel's Rust core under the name the kit looks for."""
+
+
+UnifiedTreeCoreInspectionInterface.register(ReleasedRustCore)
+
+
+@contextmanager
+def our_cache_in_the_kit() -> Iterator[None]:
+    """The kit's factory builds FlexKVRadixCache, on the wheel's Rust core where it asks for Rust."""
+    stand_in = types.ModuleType(_RUST_INSPECTOR_MODULE)
+    stand_in.RustUnifiedTreeCoreInspector = ReleasedRustCore  # type: ignore[attr-defined]
+    with (
+        mock.patch.object(fixtures, "UnifiedRadixCache", FlexKVRadixCache),
+        mock.patch.dict(sys.modules, {_RUST_INSPECTOR_MODULE: stand_in}),
+    ):
+        yield
+
+
+def build_kit_cache(cfg: KitConfig, core: str, **options: Any) -> tuple[FlexKVRadixCache, Any, Any]:
+    """What the kit's `build_fixture` returns, with our class: the cache, its allocator, the request pool."""
+    with our_cache_in_the_kit():
+        cache, allocator, requests = fixtures.build_fixture(cfg, tree_core_backend=core, **options)
+    assert type(cache) is FlexKVRadixCache
+    # The kit falls back from Rust to Python by itself, and then half of the tests would test nothing new.
+    assert cache._tree_core_backend == core
+    return cache, allocator, requests
+
+
+class KitSteps(UnifiedRadixCacheFixtures, TestCase):
+    """The kit's test steps as an object that functions can use."""
+
+    def __init__(self, cfg: KitConfig) -> None:
+        super().__init__()
+        self.cfg = cfg
+
+
+def make_pool(
+    kind: str, dtype: torch.dtype, page_size: int, *, num_tokens: int, num_layers: int = 3
+) -> MHATokenToKVPool | MLATokenToKVPool:
+    """A small real pool on the CPU; K and V of different widths, so that mixing them up shows."""
+    if kind == "mha":
+        return MHATokenToKVPool(
+            size=num_tokens,
+            page_size=page_size,
+            dtype=dtype,
+            head_num=2,
+            head_dim=16,
+            v_head_dim=8,
+            layer_num=num_layers,
+            device="cpu",
+            enable_memory_saver=False,
+        )
+    return MLATokenToKVPool(
+        size=num_tokens,
+        page_size=page_size,
+        dtype=dtype,
+        kv_lora_rank=24,
+        qk_rope_head_dim=8,
+        layer_num=num_layers,
+        device="cpu",
+        enable_memory_saver=False,
+    )
+
+
+def build_small_cache(
+    pool: MHATokenToKVPool | MLATokenToKVPool, page_size: int, core: str = "rust", **options: Any
+) -> tuple[FlexKVRadixCache, TokenToKVPoolAllocator, ReqToTokenPool]:
+    """Our cache over a pool that the kit's factory does not make (MLA, fp8, fp32)."""
+    set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", page_size=page_size))
+    requests = ReqToTokenPool(size=16, max_context_len=pool.size, device="cpu", enable_memory_saver=False)
+    allocator = TokenToKVPoolAllocator(
+        size=pool.size, dtype=pool.dtype, device="cpu", kvcache=pool, need_sort=False
+    )
+    params = CacheInitParams(
+        req_to_token_pool=requests,
+        token_to_kv_pool_allocator=allocator,
+        page_size=page_size,
+        disable=False,
+        tree_components=(ComponentType.FULL,),
+        eviction_policy="lru",
+        **options,
+    )
+    with envs.SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND.override(core):
+        cache = FlexKVRadixCache(params)
+    assert cache._tree_core_backend == core
+    return cache, allocator, requests
+
+
+class Rig:
+    """A cache with a real engine and linker under it, driven the way SGLang's scheduler does.
+
+    Args:
+        parts: the cache, its allocator and its request pool.
+        ssd_dir: where the SSD tier lives; none: no SSD tier.
+        single_rank: as the linker's; False makes it behave as one of several ranks.
+    """
+
+    def __init__(
+        self,
+        parts: tuple[FlexKVRadixCache, Any, Any],
+        *,
+        policy: WritePolicy = WritePolicy.WRITE_THROUGH,
+        num_cpu_blocks: int = 256,
+        ssd_dir: Path | None = None,
+        prefetch_policy: PrefetchPolicy = PrefetchPolicy.WAIT_COMPLETE,
+        copy_threads: int = 2,
+        single_rank: bool = True,
+    ) -> None:
+        self.cache, self.allocator, self.requests = parts
+        self.pool = self.allocator.get_kvcache()
+        self.page_size = self.cache.page_size
+        device = device_buffers(self.pool)
+        # Taken from the pool itself and not from our description of it, which is under test as well.
+        if isinstance(self.pool, MLATokenToKVPool):
+            layers = [[kv] for kv in self.pool.kv_buffer]
+        else:
+            layers = [[k, v] for k, v in zip(self.pool.k_buffer, self.pool.v_buffer, strict=True)]
+        self.buffers = [buffer for layer in layers for buffer in layer]
+        self.buffers_per_layer = len(layers[0])
+        self.engine = KVTaskEngine(
+            CacheConfig(
+                tokens_per_block=self.page_size,
+                num_cpu_blocks=num_cpu_blocks,
+                enable_ssd=ssd_dir is not None,
+                num_ssd_blocks=num_cpu_blocks if ssd_dir is not None else 0,
+                ssd_cache_dir=(ssd_dir,) if ssd_dir is not None else (),
+                copy_threads=copy_threads,
+            ),
+            device,
+        )
+        self.linker = FlexKVLinker(
+            self.engine,
+            FlexKVConfig(write_policy=policy, prefetch_policy=prefetch_policy),
+            make_namespace({"model": "kit"}),
+            num_layers=self.pool.layer_num,
+            forward_stream=None,
+            single_rank=single_rank,
+        )
+        self.cache.attach(self.linker, policy)
+        self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)
+        self._rid = 0
+
+    # ---- bytes of the device pool, past the accessors that wait for layers ----
+
+    def read(self, slots: torch.Tensor) -> list[torch.Tensor]:
+        """What the pool holds in token slots: per buffer its bytes, one row per token."""
+        return [as_bytes(buffer)[slots.long()] for buffer in self.buffers]
+
+    def read_layer(self, layer: int, slots: torch.Tensor) -> list[torch.Tensor]:
+        """`read` for one layer, by the way that attention takes: it waits for the layer."""
+        self.pool.get_kv_buffer(layer)
+        first = layer * self.buffers_per_layer
+        buffers = self.buffers[first : first + self.buffers_per_layer]
+        return [as_bytes(buffer)[slots.long()] for buffer in buffers]
+
+    def write(self, slots: torch.Tensor, seed: int) -> list[torch.Tensor]:
+        """Random bytes into token slots, as a forward would; returns them as `read` does."""
+        generator = torch.Generator().manual_seed(seed)
+        for buffer in self.buffers:
+            rows = as_bytes(buffer)
+            rows[slots.long()] = torch.randint(
+                256, (len(slots), rows.shape[1]), dtype=torch.uint8, generator=generator
+            )
+        return self.read(slots)
+
+    def fill(self, seed: int) -> None:
+        """Random bytes into the whole pool, for the kit's steps: they allocate slots but write none."""
+        self.write(torch.arange(self.pool.size + 1), seed)
+
+    def scribble(self) -> None:
+        """Makes every byte of the pool wrong: what is right afterwards was loaded."""
+        for buffer in self.buffers:
+            as_bytes(buffer).fill_(0xA5)
+
+    # ---- the scheduler's part ----
+
+    def request(
+        self, tokens: Sequence[int], *, extra_key: str | None = None, cache_salt: str | None = None
+    ) -> Req:
+        self._rid += 1
+        req = Req(
+            rid=f"request-{self._rid}",
+            origin_input_text="",
+            origin_input_ids=array("q", tokens),
+            sampling_params=SamplingParams(temperature=0, max_new_tokens=1),
+            extra_key=extra_key,
+        )
+        req.cache_salt = cache_salt
+        return req
+
+    def insert(
+        self,
+        tokens: Sequence[int],
+        seed: int,
+        *,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+    ) -> list[torch.Tensor]:
+        """Computes tokens that the tree does not hold and inserts them; returns their bytes."""
+        slots = self.allocator.alloc(len(tokens))
+        assert slots is not None, "the device pool of this test is too small"
+        expected = self.write(slots, seed)
+        self.cache.insert(InsertParams(key=radix_key(tokens, extra_key, cache_salt), value=slots))
+        return expected
+
+    def match(self, req: Req) -> MatchResult:
+        return self.cache.match_prefix(
+            MatchPrefixParams(key=radix_key(req.origin_input_ids, req.extra_key, req.cache_salt), req=req)
+        )
+
+    def admit(self, req: Req, match: MatchResult | None = None) -> torch.Tensor:
+        """Matches (unless that was done already) and queues what the tiers hold; returns the token slots of
+        the whole prefix, on the device or on their way. The request keeps a lock on its prefix until `finish`
+        or `abort`."""
+        match = match or self.match(req)
+        req.last_node = match.last_device_node
+        req.lock = self.cache.lock(match.last_device_node)
+        req.prefix_len = match.device_prefix_len
+        if match.host_hit_length:
+            loaded, _ = self.cache.init_load_back(
+                InitLoadBackParams(
+                    best_match_node=match.best_match_node, host_hit_length=match.host_hit_length, req=req
+                )
+            )
+            assert loaded in (0, match.host_hit_length)
+            req.prefix_len += loaded
+        return self.cache.prefix_device_indices(req)
+
+    def start_batch(self) -> int:
+        """Starts the queued loads and makes the pool wait for them, as the next forward would."""
+        index = self.cache.ready_to_load_host_cache()
+        self.linker.layer_done_counter.set_consumer(index)
+        return index
+
+    def forward(self) -> None:
+        """Reads every layer through the pool's accessors, which wait for it."""
+        for layer in range(self.pool.layer_num):
+            self.pool.get_kv_buffer(layer)
+
+    def finish(self, req: Req, slots: torch.Tensor) -> None:
+        """Inserts the prefix that a request used, and lets go of the request."""
+        tokens = req.origin_input_ids[: len(slots)]
+        self.cache.insert(
+            InsertParams(
+                key=radix_key(tokens, req.extra_key, req.cache_salt),
+                value=slots,
+                prev_prefix_len=self._on_device(req),
+            )
+        )
+        self.cache.unlock(req.lock)
+        self.cache.finish(req.cache_request_handle, CacheRequestOutcome.SUCCESS)
+
+    def abort(self, req: Req, slots: torch.Tensor | None = None) -> None:
+        """Lets go of a request that will not run, and of the slots that were to be loaded for it."""
+        self.cache.finish(req.cache_request_handle, CacheRequestOutcome.ABORT)
+        if slots is not None:
+            self.allocator.free(slots[self._on_device(req) :])
+        self.cache.unlock(req.lock)
+
+    def _on_device(self, req: Req) -> int:
+        """Tokens of a request's prefix that the tree held when it was admitted."""
+        root = self.cache.root_node_handle(req.extra_key)
+        return len(self.cache.tree_core.collect_full_device_indices(req.last_node, root))
+
+    def restore(self, *reqs: Req) -> list[torch.Tensor]:
+        """One batch through admission, loading and forward; returns each request's slots."""
+        slots = [self.admit(req) for req in reqs]
+        self.start_batch()
+        self.forward()
+        failed = self.cache.finish_external_linker_loads(list(reqs))
+        assert not failed
+        return slots
+
+    def settle(self) -> None:
+        """Waits until no copy runs and tells the tree."""
+        assert self.engine.transfer.drain(TIMEOUT_S)
+        self.cache.check_hicache_events()
+
+    def evict_all(self) -> None:
+        """Drives everything from the device that no request uses, and spoils what is left in its memory."""
+        self.settle()
+        self.cache.evict(EvictParams(num_tokens=self.cache.full_evictable_size()))
+        assert self.cache.full_evictable_size() == 0
+        self.scribble()
+
+    def stats(self, what: str) -> dict[str, float]:
+        return self.engine.stats()[what]
+
+    # ---- what must hold at the end of every test ----
+
+    def check_nothing_is_left(self) -> None:
+        """No promise, lease, reservation or transfer; and every slot of the device pool is accounted for."""
+        self.settle()
+        assert not self.cache.has_pending_cache_operations()
+        self.linker.check_idle()
+        assert self.stats("CPU")["pinned"] == 0
+        assert self.stats("CPU")["writing"] == 0
+        assert self.cache.full_protected_size() == 0
+        assert self.allocator.available_size() + self.cache.full_evictable_size() == self.pool.size
+        assert not self.engine._tasks, "records of tasks that nobody will ask about"
+        self.cache.sanity_check()
+
+    def close(self) -> None:
+        self.linker.close()
+
+    def __enter__(self) -> Rig:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.check_nothing_is_left()
+        finally:
+            self.close()
+
+
+def assert_same(got: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:
+    """Compares what `Rig.read` returned, byte by byte."""
+    for number, (a, b) in enumerate(zip(got, expected, strict=True)):
+        assert a.shape == b.shape
+        wrong = np.flatnonzero((a != b).any(dim=1).numpy())
+        assert len(wrong) == 0, f"buffer {number}: {len(wrong)} of {len(a)} tokens differ, first {wrong[:5]}"
+
+
+def cut(rows: Iterable[torch.Tensor], first: int, last: int | None = None) -> list[torch.Tensor]:
+    """Tokens [first, last) of what `Rig.read` returned."""
+    return [part[first:last] for part in rows]
+
+
+def radix_key(tokens: Sequence[int], extra_key: str | None = None, cache_salt: str | None = None) -> RadixKey:
+    return RadixKey(array("q", tokens), extra_key=extra_key, cache_salt=cache_salt)
+
+
+def as_bytes(buffer: torch.Tensor) -> torch.Tensor:
+    """A buffer of rows as uint8 [tokens, bytes], sharing its memory."""
+    return buffer.view(torch.uint8).flatten(1)

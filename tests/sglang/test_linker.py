@@ -1,0 +1,773 @@
+"""Our linker and cache over small real KV pools: what comes back is what was stored, nothing stays held."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from kit import TIMEOUT_S, Rig, assert_same, build_small_cache, cut, make_pool, radix_key
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+from sglang.srt.mem_cache.utils import get_storage_hash_str
+
+from sglang_flexkv import _core
+from sglang_flexkv.common.block import keys_from_page_hashes, make_namespace
+from sglang_flexkv.common.config import PrefetchPolicy, WritePolicy
+from sglang_flexkv.kvtask import TaskStatus
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
+PAGES = 4  # of the sequences below
+PAGE = 16
+
+MakeRig = Callable[..., Rig]
+
+
+@pytest.fixture
+def make_rig() -> Iterator[MakeRig]:
+    """Makes rigs; each must be idle at the end of its test, whatever the test did with it."""
+    rigs: list[Rig] = []
+
+    def make(
+        kind: str = "mha",
+        dtype: torch.dtype = torch.bfloat16,
+        page_size: int = PAGE,
+        *,
+        num_pages: int = 48,
+        num_layers: int = 3,
+        **options: Any,
+    ) -> Rig:
+        pool = make_pool(kind, dtype, page_size, num_tokens=num_pages * page_size, num_layers=num_layers)
+        rigs.append(Rig(build_small_cache(pool, page_size), **options))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.check_nothing_is_left()
+        rig.close()
+
+
+def sequence(start: int, pages: int = PAGES, page_size: int = PAGE) -> list[int]:
+    return list(range(start, start + pages * page_size))
+
+
+def device_node(rig: Rig, tokens: list[int]) -> Any:
+    """The tree's node where the device's part of a sequence ends."""
+    return rig.cache.match_prefix(MatchPrefixParams(key=radix_key(tokens))).last_device_node
+
+
+def page_hashes(rig: Rig, tokens: list[int]) -> list[str]:
+    return get_storage_hash_str(radix_key(tokens), None, page_size=rig.page_size)
+
+
+def invalidate_cpu_tier(rig: Rig) -> None:
+    """Forgets what the CPU tier holds, as if newer blocks had pushed it out."""
+    rig.engine.cache.index.invalidate_tier(_core.Tier.CPU)
+
+
+# ---- the round trip ----
+
+
+@pytest.mark.parametrize("policy", WritePolicy, ids=lambda p: p.value)
+@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+def test_an_evicted_prefix_comes_back_into_other_slots_byte_for_byte(
+    make_rig: MakeRig, kind: str, dtype: torch.dtype, page_size: int, policy: WritePolicy
+) -> None:
+    rig = make_rig(kind, dtype, page_size, num_pages=12, policy=policy)
+    tokens = sequence(1, page_size=page_size)
+    expected = rig.insert(tokens, seed=1)
+    first_slots = rig.cache.path_device_indices(device_node(rig, tokens))
+    rig.settle()
+    assert rig.stats("CPU")["ready"] == (PAGES if policy is WritePolicy.WRITE_THROUGH else 0)
+
+    if policy is WritePolicy.WRITE_THROUGH_SELECTIVE:
+        rig.insert(tokens, seed=2)  # the second use: these duplicates are dropped, the first copy stays
+        rig.settle()
+        assert rig.stats("CPU")["ready"] == PAGES
+    rig.evict_all()
+    assert rig.stats("CPU")["ready"] == PAGES
+
+    req = rig.request(tokens)
+    (slots,) = rig.restore(req)
+    assert set(slots.tolist()).isdisjoint(first_slots.tolist())
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+
+
+@pytest.mark.parametrize("policy", WritePolicy, ids=lambda p: p.value)
+def test_only_the_part_that_the_device_lost_is_loaded(make_rig: MakeRig, policy: WritePolicy) -> None:
+    rig = make_rig(policy=policy)
+    trunk, tail = sequence(1), sequence(5000)
+    expected = rig.insert(trunk + tail, seed=1)
+    rig.insert(trunk + tail, seed=2)
+    # A second branch makes the trunk a node of its own, and a request keeps it on the device.
+    other = rig.insert(trunk + sequence(9000), seed=3)
+    rig.insert(trunk + sequence(9000), seed=4)
+    keeper = rig.request(trunk)
+    rig.admit(keeper)
+    rig.settle()
+    rig.cache.evict(EvictParams(num_tokens=rig.cache.full_evictable_size()))
+    before = rig.stats("H2D")["bytes"]
+
+    req = rig.request(trunk + tail)
+    (slots,) = rig.restore(req)
+    assert rig.stats("H2D")["bytes"] - before == PAGES * rig.engine.storage.layout.block_bytes
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+
+    req = rig.request(trunk + sequence(9000))
+    (slots,) = rig.restore(req)
+    # The trunk is the first insert's; the second one's copy of it was dropped as a duplicate.
+    assert_same(cut(rig.read(slots), len(trunk)), cut(other, len(trunk)))
+    assert_same(cut(rig.read(slots), 0, len(trunk)), cut(expected, 0, len(trunk)))
+    rig.finish(req, slots)
+    rig.finish(keeper, slots[: len(trunk)])
+
+
+def test_a_prefix_of_what_is_stored_is_a_hit(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    tokens = sequence(1)
+    expected = rig.insert(tokens, seed=1)
+    rig.evict_all()
+    # Half a page more than two of the stored pages, and then something else.
+    req = rig.request(tokens[: 2 * PAGE + PAGE // 2] + sequence(7000, 2))
+    (slots,) = rig.restore(req)
+    assert len(slots) == 2 * PAGE
+    assert_same(rig.read(slots), cut(expected, 0, 2 * PAGE))
+    rig.finish(req, slots)
+
+
+def test_a_restored_prefix_is_not_stored_a_second_time(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    tokens = sequence(1)
+    rig.insert(tokens, seed=1)
+    rig.evict_all()
+    stored = rig.stats("D2H")["bytes"]
+    req = rig.request(tokens)
+    (slots,) = rig.restore(req)
+    rig.finish(req, slots)
+    rig.settle()
+    assert rig.stats("D2H")["bytes"] == stored
+    # The tree was told that it is stored, or it would offer it again at every use.
+    node = device_node(rig, tokens)
+    assert not rig.cache.tree_core.build_external_linker_offload_transfers(node)
+
+
+@pytest.mark.parametrize("policy", [WritePolicy.WRITE_BACK, WritePolicy.WRITE_THROUGH_SELECTIVE])
+def test_nothing_is_stored_before_the_policy_says_so(make_rig: MakeRig, policy: WritePolicy) -> None:
+    rig = make_rig(policy=policy)
+    rig.insert(sequence(1), seed=1)
+    rig.settle()
+    assert rig.stats("D2H")["ops_done"] == 0
+    rig.evict_all()
+    assert rig.stats("D2H")["ops_done"] == (1 if policy is WritePolicy.WRITE_BACK else 0)
+
+
+def test_a_spilled_node_is_copied_before_its_slots_are_free(make_rig: MakeRig) -> None:
+    # On the CPU nothing orders the copy before the next forward's writes but the spill itself. Large enough
+    # for a copy that nobody waits for to be seen.
+    rig = make_rig(
+        dtype=torch.float32,
+        policy=WritePolicy.WRITE_BACK,
+        num_pages=1600,
+        num_layers=32,
+        num_cpu_blocks=800,
+        copy_threads=1,
+    )
+    tokens = sequence(1, 700)
+    expected = rig.insert(tokens, seed=1)
+    running = []
+    spill = rig.cache.linker.spill_node
+
+    def spill_and_look(node_id: int) -> None:
+        spill(node_id)
+        running.append(rig.engine.transfer.num_pending)
+
+    with mock.patch.object(rig.cache.linker, "spill_node", spill_and_look):
+        rig.cache.evict(EvictParams(num_tokens=len(tokens)))
+    assert running == [0]
+    rig.scribble()
+    req = rig.request(tokens)
+    (slots,) = rig.restore(req)
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+
+
+def test_a_node_stays_on_the_device_until_its_copy_is_done(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    rig.insert(sequence(1), seed=1)
+    # However fast the copy is, the tree has not been told yet.
+    assert rig.cache.evict(EvictParams(num_tokens=PAGES * PAGE)).num_tokens_evicted == 0
+    assert rig.cache.has_pending_cache_operations()
+    rig.settle()
+    assert rig.cache.evict(EvictParams(num_tokens=PAGES * PAGE)).num_tokens_evicted == PAGES * PAGE
+
+
+# ---- who may share ----
+
+
+def test_tenants_and_adapters_never_share_a_block(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    tokens = sequence(1)
+    owners: list[dict[str, str]] = [
+        {},
+        {"extra_key": "lora-a"},
+        {"cache_salt": "lora-a"},  # the same text in the other field is another owner
+        {"cache_salt": "tenant-b"},
+        {"extra_key": "lora-a", "cache_salt": "tenant-b"},
+    ]
+    expected = [rig.insert(tokens, seed, **owner) for seed, owner in enumerate(owners)]
+    rig.evict_all()
+    assert rig.stats("CPU")["ready"] == len(owners) * PAGES
+
+    for stranger in ({"extra_key": "lora-c"}, {"cache_salt": "tenant-c"}, {"extra_key": "tenant-b"}):
+        req = rig.request(tokens, **stranger)
+        assert rig.match(req).host_hit_length == 0
+        rig.abort(req)
+    for owner, bytes_ in zip(owners, expected, strict=True):
+        req = rig.request(tokens, **owner)
+        (slots,) = rig.restore(req)
+        assert_same(rig.read(slots), bytes_)
+        rig.finish(req, slots)
+
+
+def test_another_model_does_not_find_the_same_pages(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    hashes = page_hashes(rig, sequence(1))
+    held = rig.engine.match(keys_from_page_hashes(hashes, rig.linker.namespace)).num_blocks
+    assert held == PAGES
+    other = make_namespace({"model": "another"})
+    assert rig.engine.match(keys_from_page_hashes(hashes, other)).num_blocks == 0
+
+
+# ---- requests that do not go the whole way ----
+
+
+def test_matching_again_and_again_pins_once(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    req = rig.request(sequence(1))
+    for _ in range(3):
+        assert rig.match(req).host_hit_length == PAGES * PAGE
+        assert rig.engine.cache.index.num_leases == 1
+    rig.abort(req)
+
+
+def test_an_abort_between_match_and_load_unpins(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    req = rig.request(sequence(1))
+    rig.match(req)
+    assert rig.stats("CPU")["pinned"] == PAGES
+    rig.abort(req)
+    assert rig.stats("CPU")["pinned"] == 0
+    assert rig.stats("CPU")["ready"] == PAGES
+
+
+def test_a_match_that_the_device_answers_lets_go_of_the_promise(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    tokens = sequence(1)
+    rig.insert(tokens, seed=1)
+    rig.evict_all()
+    req = rig.request(tokens)
+    assert rig.match(req).host_hit_length == PAGES * PAGE
+    rig.insert(tokens, seed=2)  # somebody else computed it while this request waited
+    match = rig.match(req)
+    assert (match.device_prefix_len, match.host_hit_length) == (PAGES * PAGE, 0)
+    assert rig.engine.cache.index.num_leases == 0
+    assert not rig.cache.linker.has_hit(req.rid)
+    rig.settle()
+
+
+def test_a_cancelled_load_writes_nothing_and_gives_everything_back(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    tokens = sequence(1)
+    rig.insert(tokens, seed=1)
+    rig.evict_all()
+    req = rig.request(tokens)
+    slots = rig.admit(req)
+    assert len(slots) == PAGES * PAGE
+    untouched = rig.read(slots)
+    rig.abort(req, slots)
+    assert rig.start_batch() == -1
+    assert rig.engine.transfer.drain(TIMEOUT_S)
+    assert_same(rig.read(slots), untouched)
+    assert rig.stats("CPU")["pinned"] == 0
+
+
+def test_one_cancelled_load_does_not_stop_the_others_of_its_batch(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    first, second = sequence(1), sequence(5000)
+    rig.insert(first, seed=1)
+    expected = rig.insert(second, seed=2)
+    rig.evict_all()
+    aborted, kept = rig.request(first), rig.request(second)
+    aborted_slots, kept_slots = rig.admit(aborted), rig.admit(kept)
+    untouched = rig.read(aborted_slots)
+    rig.abort(aborted, aborted_slots)
+    rig.start_batch()
+    rig.forward()
+    assert not rig.cache.finish_external_linker_loads([kept])
+    assert_same(rig.read(kept_slots), expected)
+    assert_same(rig.read(aborted_slots), untouched)
+    rig.finish(kept, kept_slots)
+
+
+def test_a_promise_survives_pressure_on_the_cpu_tier(make_rig: MakeRig) -> None:
+    rig = make_rig(num_cpu_blocks=2 * PAGES)
+    tokens = sequence(1)
+    expected = rig.insert(tokens, seed=1)
+    rig.evict_all()
+    req = rig.request(tokens)
+    assert rig.match(req).host_hit_length == PAGES * PAGE
+    for number in range(1, 6):
+        rig.insert(sequence(number * 10000), seed=number)
+        rig.evict_all()
+    assert rig.stats("CPU")["evicted"] > 0
+    (slots,) = rig.restore(req)
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+
+
+def test_what_the_cpu_tier_had_to_forget_is_a_miss(make_rig: MakeRig) -> None:
+    rig = make_rig(num_cpu_blocks=2 * PAGES)
+    expected = {}
+    for number in range(1, 6):
+        expected[number] = rig.insert(sequence(number * 10000), seed=number)
+        rig.evict_all()
+    hits = {}
+    for number, bytes_ in expected.items():
+        req = rig.request(sequence(number * 10000))
+        (slots,) = rig.restore(req)
+        hits[number] = len(slots) // PAGE
+        assert_same(rig.read(slots), cut(bytes_, 0, len(slots)))
+        rig.finish(req, slots)
+    assert hits == {1: 0, 2: 0, 3: 0, 4: PAGES, 5: PAGES}
+
+
+def test_a_full_tier_refuses_and_the_tree_offers_the_node_again(make_rig: MakeRig) -> None:
+    rig = make_rig(num_cpu_blocks=PAGES)
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    pinning = rig.request(sequence(1))
+    rig.match(pinning)
+    tokens = sequence(5000)
+    expected = rig.insert(tokens, seed=2)
+    rig.settle()
+    assert rig.stats("CPU")["ready"] == PAGES  # still the first sequence: it is promised
+    rig.abort(pinning)
+    rig.insert(tokens, seed=3)  # the next use
+    rig.evict_all()
+    req = rig.request(tokens)
+    (slots,) = rig.restore(req)
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+
+
+def admit_with_a_broken_promise(rig: Rig, req: Req) -> torch.Tensor:
+    """Admits a request whose blocks went away after its match. No lease allows that; it stands for the day
+    one fails, and for a rank that lost its blocks where the others did not."""
+    match = rig.match(req)
+    rig.linker.release_hold(req.rid)
+    invalidate_cpu_tier(rig)
+    return rig.admit(req, match)
+
+
+def test_a_broken_promise_is_recomputed(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    req = rig.request(sequence(1))
+    free = rig.allocator.available_size()
+    assert len(admit_with_a_broken_promise(rig, req)) == 0
+    assert rig.allocator.available_size() == free
+    rig.abort(req)
+
+
+@pytest.mark.parametrize("with_another", [False, True], ids=["alone", "beside_a_good_load"])
+def test_a_rank_that_cannot_load_what_the_others_load_fails_the_batch_and_blocks_nobody(
+    make_rig: MakeRig, with_another: bool
+) -> None:
+    rig = make_rig(single_rank=False)
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    req = rig.request(sequence(1))
+    slots = admit_with_a_broken_promise(rig, req)
+    assert len(slots) == PAGES * PAGE  # the other ranks load, so this one goes along
+    batch = [(req, slots)]
+    if with_another:
+        rig.insert(sequence(5000), seed=2)
+        rig.evict_all()
+        other = rig.request(sequence(5000))
+        batch.append((other, rig.admit(other)))
+    rig.start_batch()
+    # Nobody opens the gate for it: a forward that waited for that would wait for every layer's time-out.
+    forward = threading.Thread(target=rig.forward, daemon=True)
+    forward.start()
+    forward.join(TIMEOUT_S)
+    assert not forward.is_alive()
+    reqs = [member for member, _ in batch]
+    assert rig.cache.finish_external_linker_loads(reqs) == reqs
+    for member, own in batch:
+        rig.abort(member, own)
+
+
+def test_pressure_takes_the_end_of_a_conversation_before_its_start(make_rig: MakeRig) -> None:
+    # The start is the older part, so plain LRU would take it and leave an end that nobody can reach.
+    rig = make_rig(num_cpu_blocks=2 * PAGES)
+    start = sequence(1)
+    rig.insert(start, seed=1)
+    rig.insert(start + sequence(5000), seed=2)
+    rig.evict_all()
+    assert rig.stats("CPU")["ready"] == 2 * PAGES
+    rig.insert(sequence(9000, PAGES - 1), seed=3)
+    rig.evict_all()
+    req = rig.request(start + sequence(5000))
+    assert rig.match(req).host_hit_length == (PAGES + 1) * PAGE
+    rig.abort(req)
+
+
+# ---- several loads in one batch, layer by layer ----
+
+
+def test_every_load_of_a_batch_is_waited_for(make_rig: MakeRig) -> None:
+    rig = make_rig(num_pages=64)
+    prompts = [sequence(10000 * n, n) for n in (1, 3, 6, 2)]
+    expected = [rig.insert(tokens, seed) for seed, tokens in enumerate(prompts)]
+    rig.evict_all()
+    reqs = [rig.request(tokens) for tokens in prompts]
+    all_slots = rig.restore(*reqs)
+    for req, slots, bytes_ in zip(reqs, all_slots, expected, strict=True):
+        assert_same(rig.read(slots), bytes_)
+        rig.finish(req, slots)
+
+
+def test_a_forward_waits_for_a_load_that_has_not_begun(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    tokens = sequence(1)
+    expected = rig.insert(tokens, seed=1)
+    rig.evict_all()
+    req = rig.request(tokens)
+    slots = rig.admit(req)
+    held_back: list[Callable[[], None]] = []
+    launch = rig.engine.launch
+
+    def hold_back(*args: Any, **kwargs: Any) -> None:
+        held_back.append(lambda: launch(*args, **kwargs))
+
+    with mock.patch.object(rig.engine, "launch", hold_back):
+        rig.start_batch()
+    seen: list[list[torch.Tensor]] = []
+    forward = threading.Thread(target=lambda: seen.append(rig.read_layer(0, slots)), daemon=True)
+    forward.start()
+    forward.join(0.3)
+    assert forward.is_alive()
+    for start in held_back:
+        start()
+    forward.join(TIMEOUT_S)
+    assert_same(seen[0], expected[: rig.buffers_per_layer])
+    assert not rig.cache.finish_external_linker_loads([req])
+    rig.finish(req, slots)
+
+
+def test_a_gate_waits_for_the_second_load_even_if_the_first_has_landed_before_it(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    first, second = sequence(1), sequence(5000)
+    for seed, tokens in enumerate((first, second)):
+        rig.insert(tokens, seed)
+    rig.evict_all()
+    reqs = [rig.request(first), rig.request(second)]
+    slots = [rig.admit(req) for req in reqs]
+    open_before_launch = []
+    launch = rig.engine.launch
+
+    def launch_when_the_last_one_has_landed(*args: Any, gate: _core.LayerGate, **kwargs: Any) -> None:
+        assert rig.engine.transfer.drain(TIMEOUT_S)
+        open_before_launch.append(gate.open_layers)
+        launch(*args, gate=gate, **kwargs)
+
+    with mock.patch.object(rig.engine, "launch", launch_when_the_last_one_has_landed):
+        rig.start_batch()
+    assert open_before_launch == [0, 0]
+    rig.forward()
+    assert not rig.cache.finish_external_linker_loads(reqs)
+    for req, own in zip(reqs, slots, strict=True):
+        rig.finish(req, own)
+
+
+def test_batches_that_overlap_have_gates_of_their_own(make_rig: MakeRig) -> None:
+    # SGLang finishes one batch's loads before it starts the next one's; pipelines of batches would not.
+    rig = make_rig()
+    prompts = [sequence(1), sequence(5000)]
+    expected = [rig.insert(tokens, seed) for seed, tokens in enumerate(prompts)]
+    rig.evict_all()
+    loads = []
+    for tokens in prompts:
+        req = rig.request(tokens)
+        loads.append((req, rig.admit(req), rig.linker.start_layer_wise_loading()))
+    assert loads[0][2] != loads[1][2]
+    for (req, slots, index), bytes_ in zip(loads, expected, strict=True):
+        rig.linker.layer_done_counter.set_consumer(index)
+        rig.forward()
+        assert_same(rig.read(slots), bytes_)
+        assert rig.linker.finish_layer_wise_loading(index)
+        rig.cache.linker.private_load_indices.pop(req.rid)
+        rig.cache.linker.inflight_load_rids.remove(req.rid)
+        rig.finish(req, slots)
+
+
+def test_the_first_layer_is_usable_while_later_ones_are_still_copied(make_rig: MakeRig) -> None:
+    num_layers = 32
+    rig = make_rig(
+        dtype=torch.float32, num_pages=1600, num_layers=num_layers, num_cpu_blocks=800, copy_threads=1
+    )
+    tokens = sequence(1, 700)
+    expected = rig.insert(tokens, seed=1)
+    overlapped = False
+    # One look is enough; a machine that is busy with other things may make us look too late.
+    for _ in range(20):
+        rig.evict_all()
+        req = rig.request(tokens)
+        slots = rig.admit(req)
+        index = rig.start_batch()
+        gate = rig.linker.layer_done_counter._gates[index]
+        first_layer = rig.read_layer(0, slots)
+        open_layers = gate.open_layers
+        assert open_layers >= 1
+        assert_same(first_layer, expected[: rig.buffers_per_layer])
+        rig.forward()
+        assert gate.open_layers == num_layers
+        assert_same(rig.read(slots), expected)
+        assert not rig.cache.finish_external_linker_loads([req])
+        rig.finish(req, slots)
+        if open_layers < num_layers:
+            overlapped = True
+            break
+    assert overlapped
+
+
+# ---- SSD ----
+
+
+def prefetch(rig: Rig, req: Req) -> None:
+    """What the scheduler does when a request enters its queue."""
+    match = rig.match(req)
+    hit = match.device_prefix_len + match.host_hit_length
+    rig.cache.prefetch_from_storage(
+        req.cache_request_handle, match.last_host_node, [], matched_prefix_tokens=req.origin_input_ids[:hit]
+    )
+
+
+def wait_until_ready(rig: Rig, req: Req) -> None:
+    while not rig.cache.check_prefetch_progress(req.cache_request_handle):
+        assert rig.engine.transfer.drain(TIMEOUT_S)
+
+
+def test_what_only_ssd_holds_comes_back_through_prefetch(make_rig: MakeRig, tmp_path: Path) -> None:
+    rig = make_rig(ssd_dir=tmp_path)
+    tokens = sequence(1)
+    expected = rig.insert(tokens, seed=1)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    invalidate_cpu_tier(rig)
+    assert (rig.stats("CPU")["ready"], rig.stats("SSD")["ready"]) == (0, PAGES)
+
+    req = rig.request(tokens)
+    prefetch(rig, req)
+    assert rig.cache.has_pending_cache_operations()
+    wait_until_ready(rig, req)
+    assert rig.cache.pop_prefetch_loaded_tokens(req.cache_request_handle) == PAGES * PAGE
+    # What has arrived is the request's until it is loaded.
+    assert rig.stats("CPU")["pinned"] == PAGES
+    (slots,) = rig.restore(req)
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+
+
+def test_only_the_part_that_the_cpu_tier_lost_is_read_from_ssd(make_rig: MakeRig, tmp_path: Path) -> None:
+    rig = make_rig(ssd_dir=tmp_path)
+    tokens = sequence(1)
+    expected = rig.insert(tokens, seed=1)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    lost = keys_from_page_hashes(page_hashes(rig, tokens), rig.linker.namespace)[PAGES - 1 :]
+    rig.engine.cache.index.invalidate(_core.Tier.CPU, lost.copy())
+
+    req = rig.request(tokens)
+    assert rig.match(req).host_hit_length == (PAGES - 1) * PAGE
+    prefetch(rig, req)
+    wait_until_ready(rig, req)
+    assert rig.cache.pop_prefetch_loaded_span(req.cache_request_handle) == (PAGE, (PAGES - 1) * PAGE)
+    (slots,) = rig.restore(req)
+    assert len(slots) == len(tokens)
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+
+
+def test_a_request_without_anything_on_ssd_does_not_wait(make_rig: MakeRig, tmp_path: Path) -> None:
+    rig = make_rig(ssd_dir=tmp_path)
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    for tokens in (sequence(1), sequence(5000)):  # in the CPU tier, and nowhere
+        req = rig.request(tokens)
+        prefetch(rig, req)
+        assert not rig.cache._waiting
+        assert rig.cache.check_prefetch_progress(req.cache_request_handle)
+        rig.abort(req)
+    assert rig.stats("DISK2H")["ops_done"] == 0
+    assert rig.engine.flush_spills(TIMEOUT_S)
+
+
+@pytest.mark.parametrize("policy", [PrefetchPolicy.BEST_EFFORT, PrefetchPolicy.WAIT_COMPLETE])
+def test_how_long_a_request_waits_for_ssd_is_the_policys_choice(
+    make_rig: MakeRig, tmp_path: Path, policy: PrefetchPolicy
+) -> None:
+    rig = make_rig(ssd_dir=tmp_path, prefetch_policy=policy)
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    invalidate_cpu_tier(rig)
+    req = rig.request(sequence(1))
+    # A prefetch that does not end by itself: the outcome is kept from the engine.
+    with mock.patch.object(rig.engine.transfer, "poll", list):
+        prefetch(rig, req)
+        ready = rig.cache.check_prefetch_progress(req.cache_request_handle)
+    assert ready is (policy is PrefetchPolicy.BEST_EFFORT)
+    wait_until_ready(rig, req)
+    rig.abort(req)
+    assert rig.engine.flush_spills(TIMEOUT_S)
+
+
+def test_an_abort_while_ssd_is_read_leaves_nothing(make_rig: MakeRig, tmp_path: Path) -> None:
+    rig = make_rig(ssd_dir=tmp_path)
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    invalidate_cpu_tier(rig)
+    req = rig.request(sequence(1))
+    prefetch(rig, req)
+    rig.abort(req)
+    assert not rig.cache._waiting
+    rig.settle()
+    assert rig.stats("CPU")["pinned"] == 0
+
+
+# ---- flush ----
+
+
+def test_a_flush_empties_every_tier_and_ends_everything_under_way(make_rig: MakeRig, tmp_path: Path) -> None:
+    rig = make_rig(ssd_dir=tmp_path)
+    for number in range(3):
+        rig.insert(sequence(10000 * number), seed=number)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    assert rig.stats("SSD")["ready"] == 3 * PAGES
+    promised, queued = rig.request(sequence(0)), rig.request(sequence(10000))
+    rig.match(promised)
+    slots = rig.admit(queued)
+    rig.insert(sequence(50000), seed=7)  # its copy is under way
+
+    rig.cache.unlock(queued.lock)
+    rig.cache.reset()
+    rig.allocator.clear()
+
+    assert len(slots) == PAGES * PAGE
+    for tier in ("CPU", "SSD"):
+        stats = rig.stats(tier)
+        assert (stats["ready"], stats["writing"], stats["pinned"]) == (0, 0, 0), tier
+        assert stats["free"] == stats["slots"], tier
+    rig.check_nothing_is_left()
+    for start in (0, 10000, 20000, 50000):
+        req = rig.request(sequence(start))
+        assert rig.match(req).host_hit_length == 0
+        rig.abort(req)
+
+    tokens = sequence(0)
+    expected = rig.insert(tokens, seed=8)  # and it goes on, with other bytes for the same tokens
+    rig.evict_all()
+    req = rig.request(tokens)
+    (slots,) = rig.restore(req)
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+    assert rig.engine.flush_spills(TIMEOUT_S)
+
+
+def test_a_flush_while_a_request_waits_for_ssd_leaves_no_task(make_rig: MakeRig, tmp_path: Path) -> None:
+    rig = make_rig(ssd_dir=tmp_path)
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    invalidate_cpu_tier(rig)
+    req = rig.request(sequence(1))
+    prefetch(rig, req)
+    task = rig.cache._waiting[req.cache_request_handle].prefetch.task
+    assert task is not None
+    rig.cache.reset()
+    rig.allocator.clear()
+    assert task.ended
+    assert task.status in (TaskStatus.COMPLETED, TaskStatus.CANCELLED)
+    assert rig.cache.check_prefetch_progress(req.cache_request_handle)
+    assert (rig.stats("CPU")["ready"], rig.stats("SSD")["ready"]) == (0, 0)
+
+
+def test_clearing_the_storage_keeps_what_the_device_holds(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    tokens = sequence(1)
+    rig.insert(tokens, seed=1)
+    rig.settle()
+    assert rig.cache.clear_storage_backend()
+    assert rig.stats("CPU")["ready"] == 0
+    req = rig.request(tokens)
+    assert rig.match(req).device_prefix_len == len(tokens)
+    rig.abort(req)
+
+
+def test_clearing_the_storage_while_a_node_is_copied_to_it_unlocks_the_node(make_rig: MakeRig) -> None:
+    # The endpoint can be called at any time, not only when the server is idle as a flush is.
+    rig = make_rig()
+    rig.insert(sequence(1), seed=1)
+    assert rig.cache.clear_storage_backend()
+    rig.settle()
+    assert rig.cache.full_protected_size() == 0
+    tokens = sequence(5000)
+    expected = rig.insert(tokens, seed=2)
+    rig.evict_all()
+    req = rig.request(tokens)
+    (slots,) = rig.restore(req)
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+
+
+def test_clearing_the_storage_never_passes_off_an_unfinished_load_as_finished(
+    make_rig: MakeRig,
+) -> None:
+    rig = make_rig(dtype=torch.float32, num_pages=1600, num_layers=32, num_cpu_blocks=800, copy_threads=1)
+    tokens = sequence(1, 700)
+    expected = rig.insert(tokens, seed=1)
+    rig.evict_all()
+    req, late = rig.request(tokens), rig.request(tokens)
+    slots = rig.admit(req)
+    rig.start_batch()
+    assert rig.match(late).host_hit_length == len(tokens)
+    rig.cache.clear_storage_backend()
+    rig.forward()
+    if not rig.cache.finish_external_linker_loads([req]):
+        assert_same(rig.read(slots), expected)
+        rig.finish(req, slots)
+    else:
+        rig.abort(req, slots)
+    # What the other request was promised is gone, so it must not be counted on.
+    assert not rig.cache.linker.has_hit(late.rid)
+    rig.abort(late)
+    rig.settle()
+    assert rig.stats("CPU")["ready"] == 0

@@ -1,0 +1,348 @@
+"""What cannot work ends a real server at its start, with one message that says why and what to do.
+
+Never is the flag ignored, and never is another cache built in silence.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from enum import Enum
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+from server import FlagValue, ServerStartError, SGLangServer
+
+import sglang_flexkv
+from sglang_flexkv.common.config import FlexKVConfig
+from sglang_flexkv.common.errors import ConfigError, IncompatibleError
+from sglang_flexkv.integration import checks
+from sglang_flexkv.integration.kv_pool import device_buffers
+from sglang_flexkv.storage.ssd_store import SsdStore
+
+MODEL = Path(__file__).parents[2] / "models" / "tiny-gqa"
+OURS = "sglang-flexkv cannot start: "
+
+
+class FailedStart(NamedTuple):
+    status: int
+    log: str
+
+    @property
+    def messages(self) -> list[str]:
+        """What our lines say, without the logger's prefix."""
+        return [line.partition(OURS)[2] for line in self.log.splitlines() if OURS in line]
+
+
+def fail_to_start(
+    tmp_path: Path,
+    config: str = "",
+    flags: dict[str, FlagValue] | None = None,
+    env: dict[str, str | None] | None = None,
+) -> FailedStart:
+    """Starts a server that must not come up."""
+    path = tmp_path / "flexkv.yaml"
+    path.write_text(config)
+    ours: dict[str, FlagValue] = {"enable-flexkv": True, "flexkv-config-file": str(path)}
+    server = SGLangServer(
+        MODEL,
+        {**ours, **(flags or {})},
+        env=env,
+        log_path=tmp_path / "server.log",
+        start_timeout_s=150,
+        stop_grace_s=0,
+    )
+    try:
+        with pytest.raises(ServerStartError, match="exited with status") as caught:
+            server.start()
+    finally:
+        server.stop()
+    status = re.search(r"exited with status (-?\d+)", str(caught.value))
+    assert status is not None
+    return FailedStart(int(status[1]), server.log())
+
+
+# ---- real servers that end in the launcher, before a model is loaded ----
+
+IN_THE_LAUNCHER: dict[str, tuple[str, dict[str, FlagValue], dict[str, str | None], list[str]]] = {
+    "wrong key": ("cpu_cach_gb: 1", {}, {}, ["flexkv.yaml", "'cpu_cach_gb'; did you mean 'cpu_cache_gb'"]),
+    "negative size": (
+        "",
+        {},
+        {"FLEXKV_CPU_CACHE_GB": "-1"},
+        ["FLEXKV_CPU_CACHE_GB", "cpu_cache_gb: must be greater than 0"],
+    ),
+    "too much memory": ("cpu_cache_gb: 100000", {}, {}, ["cpu_cache_gb=100000", "GiB of memory", "lower it"]),
+    "no directory": (
+        "ssd_cache_gb: 1\nssd_cache_dir: /no/where",
+        {},
+        {},
+        ["ssd_cache_dir: /no/where does not exist; create it or name another one"],
+    ),
+    "full disk": (
+        "cpu_cache_gb: 0.1\nssd_cache_gb: 1000000\nssd_cache_dir: {tmp}",
+        {},
+        {},
+        ["ssd_cache_gb: ", "cannot take 1000000.00 GiB; lower ssd_cache_gb or free space"],
+    ),
+    "another cache": (
+        "",
+        {"enable-lmcache": True},
+        {},
+        ["--enable-flexkv does not work with --enable-lmcache", "drop it"],
+    ),
+    "no cache": (
+        "",
+        {"disable-radix-cache": True},
+        {},
+        ["--enable-flexkv does not work with --disable-radix-cache", "drop it"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_THE_LAUNCHER)
+def test_a_server_ends_with_one_message(case: str, tmp_path: Path) -> None:
+    config, flags, env, expected = IN_THE_LAUNCHER[case]
+    start = fail_to_start(tmp_path, config.replace("{tmp}", str(tmp_path)), flags, env)
+    assert start.status == 1
+    assert len(start.messages) == 1, start.log
+    for part in expected:
+        assert part in start.messages[0]
+    assert "Traceback" not in start.log
+    assert list(tmp_path.glob("flexkv-*")) == [], "files were left behind"
+
+
+# ---- real servers that end while the cache is built ----
+
+
+ONLY_FROM_HERE = """
+import os, sys
+from importlib.machinery import PathFinder
+
+HERE = [os.path.dirname(__file__)]
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] != "sglang_flexkv":
+            return None
+        spec = PathFinder.find_spec(name, path or HERE, target)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        return spec
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def test_a_directory_in_use_by_another_server(tmp_path: Path) -> None:
+    ssd = tmp_path / "ssd"
+    ssd.mkdir()
+    owner = SsdStore((ssd,), 4, 4096, "dp0-tp0")
+    start = fail_to_start(tmp_path, f"cpu_cache_gb: 0.01\nssd_cache_gb: 0.01\nssd_cache_dir: {ssd}")
+    owner.close()
+    assert start.status != 0
+    assert len(start.messages) == 1, start.log
+    assert f"ssd_cache_dir: {ssd} is in use by another server (process " in start.messages[0]
+    assert "give each server a directory of its own" in start.messages[0]
+
+
+RUN_AFTER_IMPORT = """
+import sys
+from importlib.machinery import PathFinder
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name != {module!r}:
+            return None
+        spec = PathFinder.find_spec(name, path, target)
+        run = spec.loader.exec_module
+        def exec_module(module):
+            run(module)
+            change(module)
+        spec.loader.exec_module = exec_module
+        return spec
+
+def change(module):
+    {change}
+
+sys.meta_path.insert(0, Finder)
+"""
+
+
+def changed_sglang(tmp_path: Path, module: str, change: str) -> dict[str, str | None]:
+    """Environment of a server whose SGLang has a module changed in every process."""
+    site = tmp_path / "site"
+    site.mkdir()
+    text = RUN_AFTER_IMPORT.format(module=module, change=change)
+    (site / "sitecustomize.py").write_text(text)
+    return {"PYTHONPATH": str(site)}
+
+
+def test_a_function_of_sglang_that_has_changed(tmp_path: Path) -> None:
+    env = changed_sglang(
+        tmp_path,
+        "sglang.srt.mem_cache.registry",
+        "module.create_tree_cache = lambda context, server_args: None",
+    )
+    start = fail_to_start(tmp_path, env=env)
+    assert start.status == 1
+    assert len(start.messages) == 1, start.log
+    assert "create_tree_cache takes (context, server_args), expected (ctx)" in start.messages[0]
+    assert "Install an unmodified sglang==" in start.messages[0]
+
+
+def test_a_patch_that_sglang_fails_to_apply(tmp_path: Path) -> None:
+    """SGLang logs that and goes on, with a linker of its own or with none."""
+    env = changed_sglang(
+        tmp_path,
+        "sglang.srt.plugins.hook_registry",
+        """stock = module.HookRegistry._apply_target.__func__
+    def apply(cls, target, hooks):
+        if target.endswith("create_unified_radix_cache"):
+            raise RuntimeError("cannot be applied")
+        stock(cls, target, hooks)
+    module.HookRegistry._apply_target = classmethod(apply)""",
+    )
+    start = fail_to_start(tmp_path, env=env)
+    assert start.status != 0
+    assert len(start.messages) == 1, start.log
+    assert "SGLang did not apply the patches build-our-cache" in start.messages[0]
+    assert "Install an unmodified sglang==" in start.messages[0]
+
+
+def test_a_missing_core(tmp_path: Path) -> None:
+    package = tmp_path / "site" / "sglang_flexkv"
+    shutil.copytree(Path(sglang_flexkv.__file__).parent, package, ignore=shutil.ignore_patterns("*.so"))
+    # The copy must win over an editable install, whose finder would also find the core.
+    (package.parent / "sitecustomize.py").write_text(ONLY_FROM_HERE)
+    start = fail_to_start(tmp_path, env={"PYTHONPATH": str(package.parent)})
+    assert start.status == 1
+    assert len(start.messages) == 1, start.log
+    assert "the compiled core of sglang-flexkv cannot be loaded" in start.messages[0]
+    assert "pip install" in start.messages[0]
+
+
+# ---- flags of SGLang ----
+
+REFUSED_VALUES: dict[str, object] = {
+    "enable_hierarchical_cache": True,
+    "enable_lmcache": True,
+    "enable_unified_cache_external_linker": True,
+    "radix_cache_backend": "mine",
+    "disable_radix_cache": True,
+    "enable_unified_memory": True,
+    "enable_hisparse": True,
+    "speculative_algorithm": "EAGLE",
+    "pp_size": 2,
+    "dcp_size": 2,
+    "attn_cp_size": 2,
+    "disaggregation_mode": "prefill",
+}
+
+
+def resolved(**changes: object) -> Any:
+    """SGLang's arguments as they are resolved by default, with the fields that we look at."""
+    plain: dict[str, object] = dict.fromkeys(REFUSED_VALUES, False) | {
+        "radix_cache_backend": None,
+        "speculative_algorithm": None,
+        "pp_size": 1,
+        "dcp_size": 1,
+        "attn_cp_size": 1,
+        "disaggregation_mode": "null",
+        "device": "cpu",
+    }
+    return SimpleNamespace(**plain | changes)
+
+
+def test_plain_flags_are_accepted() -> None:
+    checks.check_flags(resolved())
+    checks.check_flags(resolved(device="cuda"))
+
+
+def test_every_conflict_has_a_case_here() -> None:
+    assert [name for name, _, _ in checks._CONFLICTS] == list(REFUSED_VALUES)
+
+
+@pytest.mark.parametrize("name", REFUSED_VALUES)
+def test_a_conflicting_flag_is_named(name: str) -> None:
+    with pytest.raises(IncompatibleError) as caught:
+        checks.check_flags(resolved(**{name: REFUSED_VALUES[name]}))
+    message = str(caught.value)
+    assert f"--enable-flexkv does not work with --{name.replace('_', '-')}" in message
+    assert re.search(r"; (drop it|use |run |leave )", message), "no remedy"
+
+
+@pytest.mark.parametrize("name", REFUSED_VALUES)
+def test_flags_are_known_to_sglang(name: str) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    assert name in ServerArgs.__struct_fields__
+
+
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(IncompatibleError, match=r"--device xpu is not supported: .* cpu, cuda"):
+        checks.check_flags(resolved(device="xpu"))
+
+
+# ---- the machine ----
+
+
+def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FlexKVConfig(ssd_cache_gb=0.001, ssd_cache_dir=str(tmp_path))
+    checks.check_machine(config)
+    monkeypatch.setattr(checks.os, "access", lambda *_: False)
+    with pytest.raises(ConfigError, match=r"ssd_cache_dir: .* is not writable; fix its permissions or name"):
+        checks.check_machine(config)
+
+
+# ---- models ----
+
+
+class Component(Enum):
+    """As SGLang's ComponentType, which names them the same."""
+
+    FULL = "full"
+    SWA = "swa"
+    MAMBA = "mamba"
+
+
+def test_components_are_those_of_sglang() -> None:
+    from sglang.srt.mem_cache.unified_cache.components import ComponentType
+
+    for component in Component:
+        assert component.name in ComponentType.__members__
+    checks.check_components((ComponentType.FULL,))
+
+
+@pytest.mark.parametrize("component", [Component.SWA, Component.MAMBA])
+def test_models_with_other_state_are_refused(component: Component) -> None:
+    with pytest.raises(IncompatibleError) as caught:
+        checks.check_components((Component.FULL, component))
+    assert component.name in str(caught.value)
+    assert "start without --enable-flexkv" in str(caught.value)
+
+
+@pytest.fixture
+def plain_pool() -> type:
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+
+    return MHATokenToKVPool
+
+
+def test_pools_with_other_state_are_refused(plain_pool: type) -> None:
+    class WindowedPool(plain_pool):  # type: ignore[misc]
+        pass
+
+    with pytest.raises(IncompatibleError, match=r"a WindowedPool, .*start without --enable-flexkv"):
+        device_buffers(WindowedPool.__new__(WindowedPool))
+
+
+def test_scales_beside_the_kv_are_refused(plain_pool: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_scales = SimpleNamespace(buffer_info=SimpleNamespace(scales=object()))
+    monkeypatch.setattr(plain_pool, "get_device_pool_infos", lambda _: (with_scales,))
+    with pytest.raises(IncompatibleError, match=r"--kv-cache-dtype keeps scales .*use auto, bfloat16 or fp8"):
+        device_buffers(plain_pool.__new__(plain_pool))

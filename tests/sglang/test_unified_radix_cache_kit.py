@@ -1,0 +1,395 @@
+"""SGLang's own kit for its unified radix cache, run against our cache with our real engine under it.
+
+Every configuration of the kit is here: those with full attention only run from insert to load back, those
+with sliding-window or Mamba state are refused in words. The kit's steps for SGLang's own host tier
+(`hicache.py`, `load_back.py`, `storage.py`) have no place here, since a cache has either that tier or a
+linker; nor have the ones that need sliding windows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import random
+from collections.abc import Iterator
+from types import SimpleNamespace
+from unittest import TestCase, mock
+
+import pytest
+import torch
+from kit import CORES, KitSteps, Rig, as_bytes, assert_same, build_kit_cache, cut, radix_key
+from sglang.srt.mem_cache.base_prefix_cache import (
+    EvictParams,
+    InitLoadBackParams,
+    InsertParams,
+    MatchPrefixParams,
+)
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.test.kits.unified_radix_cache.config import CONFIGS
+from sglang.test.kits.unified_radix_cache.config import CacheConfig as KitConfig
+from sglang.test.kits.unified_radix_cache.fixtures import (
+    build_fixture,
+    match_prefix,
+    node_children,
+    node_token_ids,
+)
+from sglang.test.kits.unified_radix_cache.insert_walk import StreamingSessionLockLifecycleFixtures
+from sglang.test.kits.unified_radix_cache.kv_events import UnifiedRadixCacheKVEventsFixtures
+from sglang.test.mem_cache_utils import finish_req
+
+from sglang_flexkv.common.config import WritePolicy
+from sglang_flexkv.common.errors import IncompatibleError
+from sglang_flexkv.integration import checks
+from sglang_flexkv.integration.kv_pool import device_buffers
+
+FULL = [cfg for cfg in CONFIGS if not cfg.has_swa and not cfg.has_mamba and not cfg.is_eagle]
+OTHERS = [cfg for cfg in CONFIGS if cfg not in FULL]
+# The kit makes its EAGLE configurations from the full-attention ones in the same way.
+EAGLE = [dataclasses.replace(cfg, is_eagle=True) for cfg in FULL]
+
+on_both_cores = pytest.mark.parametrize("core", CORES)
+with_each_full_config = pytest.mark.parametrize("cfg", FULL, ids=lambda cfg: cfg.label)
+
+
+@pytest.fixture
+def rig(cfg: KitConfig, core: str) -> Iterator[Rig]:
+    with Rig(build_kit_cache(cfg, core)) as rig:
+        yield rig
+
+
+def drive_out(rig: Rig) -> None:
+    """Evicts everything and spoils the device pool."""
+    rig.evict_all()
+    assert rig.allocator.available_size() == rig.pool.size
+
+
+# ---- every configuration ----
+
+
+def test_the_kit_has_the_configurations_that_are_accounted_for_here() -> None:
+    # Not to be adapted without looking: a new kind of configuration needs a test of its own.
+    assert len(CONFIGS) == 19
+    assert [cfg.page_size for cfg in FULL] == [1, 4, 16, 64, 128]
+    assert len(OTHERS) == 14
+    assert not any(cfg.is_eagle for cfg in CONFIGS)
+
+
+@on_both_cores
+@with_each_full_config
+def test_full_attention_goes_from_insert_to_load_back_byte_for_byte(
+    rig: Rig, cfg: KitConfig, core: str
+) -> None:
+    steps = KitSteps(cfg)
+    tokens = steps._make_seq(1, 3)
+    rig.fill(seed=1)
+    steps._insert(rig.cache, rig.allocator, rig.requests, tokens)
+    old = rig.cache.path_device_indices(match_prefix(rig.cache, tokens).last_device_node)
+    expected = rig.read(old)
+    drive_out(rig)
+    assert rig.stats("CPU")["ready"] == 3
+
+    req = steps._make_req(rig.requests)
+    match = rig.cache.match_prefix(MatchPrefixParams(key=radix_key(tokens), req=req))
+    assert (match.device_prefix_len, match.host_hit_length) == (0, len(tokens))
+    steps._apply_match_to_req(req, match)
+    loaded, node = rig.cache.init_load_back(
+        InitLoadBackParams(best_match_node=req.best_match_node, host_hit_length=req.host_hit_length, req=req)
+    )
+    assert (loaded, node) == (len(tokens), rig.cache.root_node_handle())
+    req.prefix_len = loaded
+    slots = rig.cache.prefix_device_indices(req)
+    assert set(slots.tolist()).isdisjoint(old.tolist())
+    rig.start_batch()
+    rig.forward()
+    assert not rig.cache.finish_external_linker_loads([req])
+    assert_same(rig.read(slots), expected)
+
+    rig.cache.insert(InsertParams(key=radix_key(tokens), value=slots))
+    match = match_prefix(rig.cache, tokens)
+    assert match.device_prefix_len == len(tokens)
+    assert rig.cache.path_device_indices(match.last_device_node).tolist() == slots.tolist()
+
+
+@on_both_cores
+@pytest.mark.parametrize("cfg", OTHERS, ids=lambda cfg: cfg.label)
+def test_state_beside_full_attention_is_refused_by_name(cfg: KitConfig, core: str) -> None:
+    with pytest.raises(IncompatibleError, match=r"not store yet; start without --enable-flexkv") as refusal:
+        build_kit_cache(cfg, core)
+    for present, name in ((cfg.has_swa, "swa"), (cfg.has_mamba, "mamba")):
+        assert (name in str(refusal.value).split("state beside")[0]) is present
+
+
+@pytest.mark.parametrize("cfg", OTHERS, ids=lambda cfg: cfg.label)
+def test_the_pool_of_such_a_model_is_refused_as_well(cfg: KitConfig) -> None:
+    # The second line of defence, for a pool whose tree looks plain. Built by the kit with SGLang's own class.
+    _, allocator, _ = build_fixture(cfg, tree_core_backend="python")
+    assert type(allocator.get_kvcache()) is not MHATokenToKVPool
+    with pytest.raises(IncompatibleError, match=type(allocator.get_kvcache()).__name__):
+        device_buffers(allocator.get_kvcache())
+
+
+def test_speculative_decoding_is_refused_at_the_command_line() -> None:
+    view = SimpleNamespace(**{name: None for name, _, _ in checks._CONFLICTS}, device="cpu")
+    view.pp_size = view.dcp_size = view.attn_cp_size = 1
+    checks.check_flags(view)
+    view.speculative_algorithm = "EAGLE"
+    with pytest.raises(IncompatibleError, match="--speculative-algorithm"):
+        checks.check_flags(view)
+
+
+@on_both_cores
+@pytest.mark.parametrize("cfg", EAGLE, ids=lambda cfg: cfg.label)
+def test_a_tree_with_bigram_keys_restores_the_target_models_kv(rig: Rig, cfg: KitConfig, core: str) -> None:
+    # Refused at the command line for the draft model's own KV; the target's part works already. A bigram key
+    # is one shorter than its tokens, so three pages need one token more.
+    tokens = [*KitSteps(cfg)._make_seq(1, 3), 7777]
+    slots = rig.allocator.alloc(len(tokens))
+    expected = rig.write(slots, seed=1)
+    rig.cache.insert(InsertParams(key=radix_key(tokens), value=slots))
+    rig.allocator.free(slots[3 * cfg.page_size :])
+    drive_out(rig)
+    req = rig.request(tokens)
+    (slots,) = rig.restore(req)
+    assert len(slots) == 3 * cfg.page_size
+    assert_same(rig.read(slots), cut(expected, 0, len(slots)))
+    rig.abort(req, slots)
+
+
+# ---- the kit's steps: chains, splits, requests in flight ----
+
+
+@pytest.mark.parametrize("core", ["python"])  # looks into the tree
+@with_each_full_config
+def test_a_chain_of_nodes_comes_back_as_one_prefix(rig: Rig, cfg: KitConfig, core: str) -> None:
+    steps = KitSteps(cfg)
+    rig.fill(seed=1)
+    chain = steps._build_chain_pages(rig.cache, rig.allocator, rig.requests, 5)
+    assert len(chain) == 5
+    tokens = steps._match_tokens_for_chain(rig.cache, chain)
+    slots = rig.cache.path_device_indices(chain[-1])
+    rig.settle()
+    assert all(rig.cache.tree_core.is_external_cache_stored(node) for node in chain)
+    expected = rig.read(slots)
+    drive_out(rig)
+    assert not node_children(rig.cache, rig.cache.root_node_handle())
+    req = rig.request(tokens)
+    (slots,) = rig.restore(req)
+    assert len(slots) == len(tokens)
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+    # One node now where there were five, and nothing left to store about it.
+    (node,) = node_children(rig.cache, rig.cache.root_node_handle())
+    assert node_token_ids(rig.cache, node) == tokens
+    rig.settle()
+    assert rig.cache.tree_core.is_external_cache_stored(node)
+
+
+@on_both_cores
+@with_each_full_config
+def test_a_node_that_is_split_while_it_is_copied_is_stored_in_both_halves(
+    rig: Rig, cfg: KitConfig, core: str
+) -> None:
+    steps = KitSteps(cfg)
+    trunk = steps._make_seq(1, 2)
+    left, right = trunk + steps._make_seq(5000, 1), trunk + steps._make_seq(9000, 1)
+    expected = {0: rig.insert(left, seed=0)}
+    pending = len(rig.cache.linker.pending_offloads)
+    expected[1] = rig.insert(
+        right, seed=1
+    )  # splits the first node, which the tree still counts as on its way
+    assert len(rig.cache.linker.pending_offloads) == pending + 1
+    rig.settle()
+    assert not rig.cache.linker.pending_offloads
+    assert rig.stats("CPU")["ready"] == 4
+    for tokens in (trunk, left, right):
+        node = match_prefix(rig.cache, tokens).last_device_node
+        assert not rig.cache.tree_core.build_external_linker_offload_transfers(node)
+    drive_out(rig)
+    for number, tokens in enumerate((left, right)):
+        req = rig.request(tokens)
+        (slots,) = rig.restore(req)
+        assert_same(cut(rig.read(slots), len(trunk)), cut(expected[number], len(trunk)))
+        assert_same(cut(rig.read(slots), 0, len(trunk)), cut(expected[0], 0, len(trunk)))
+        rig.finish(req, slots)
+
+
+@on_both_cores
+@with_each_full_config
+def test_a_request_that_finishes_is_stored_and_its_next_turn_is_loaded(
+    rig: Rig, cfg: KitConfig, core: str
+) -> None:
+    steps = KitSteps(cfg)
+    prompt, answer = steps._make_seq(1, 2), steps._make_seq(5000, 1)
+    req, slots = steps._make_inflight_req(
+        rig.cache, rig.allocator, rig.requests, prompt, answer, allocated=True
+    )
+    expected = rig.write(slots, seed=1)
+    req.cache_salt = None
+    finish_req(rig.cache, req, req.extend_end)
+    rig.requests.free(req)
+    drive_out(rig)
+    turn = rig.request([*prompt, *answer, *steps._make_seq(9000, 1)])
+    (slots,) = rig.restore(turn)
+    assert len(slots) == len(prompt) + len(answer)
+    assert_same(rig.read(slots), expected)
+    rig.finish(turn, slots)
+
+
+# ---- the kit's KV events ----
+
+
+class EventSteps(UnifiedRadixCacheKVEventsFixtures, TestCase):
+    pass
+
+
+@on_both_cores
+@pytest.mark.parametrize("cfg", FULL[:3], ids=lambda cfg: cfg.label)
+def test_kv_events_report_the_same_blocks_again_after_a_restore(cfg: KitConfig, core: str) -> None:
+    with Rig(build_kit_cache(cfg, core, enable_kv_cache_events=True)) as rig:
+        steps, tokens = EventSteps(), KitSteps(cfg)._make_seq(1, 3)
+        rig.cache.take_events()
+        steps._insert(rig.cache, rig.allocator, tokens, cache_salt="tenant")
+        stored = steps._stored_events(rig.cache)
+        assert {event.medium for event in stored} == {"GPU"}
+        assert len(steps._event_hashes(stored)) == 3
+        drive_out(rig)
+        removed = steps._removed_events(rig.cache)
+        assert sorted(steps._event_hashes(removed)) == sorted(steps._event_hashes(stored))
+
+        req = rig.request(tokens, cache_salt="tenant")
+        (slots,) = rig.restore(req)
+        assert not steps._stored_events(rig.cache)  # private to its request until that inserts it
+        rig.finish(req, slots)
+        assert steps._event_hashes(steps._stored_events(rig.cache)) == steps._event_hashes(stored)
+
+
+# ---- the kit's streaming sessions ----
+
+
+class SessionSteps(StreamingSessionLockLifecycleFixtures, TestCase):
+    pass
+
+
+@on_both_cores
+def test_a_streaming_session_keeps_its_turns_to_itself_beside_a_linker(core: str) -> None:
+    with Rig(build_kit_cache(FULL[0], core)) as rig:
+        steps = SessionSteps()
+        slot, req = steps._later_turn(rig.cache, rig.allocator, rig.requests)
+        # The slot holds the session's KV, so no lookup is made for it and nothing is promised.
+        assert req.rid not in rig.linker._last_lookup
+        assert rig.engine.cache.index.num_leases == 0
+        assert rig.engine.stats()["H2D"]["ops_done"] == 0
+        assert slot is rig.cache.session.slots["s"]
+        rig.cache.release_session("s")
+        assert "s" not in rig.cache.session.slots
+        rig.settle()
+        assert rig.cache.full_protected_size() == 0
+        rig.linker.check_idle()
+
+
+# ---- random histories against an oracle ----
+
+
+class Oracle:
+    """What a correct cache may answer: the KV of a page is a function of all tokens up to its end, so any
+    slot of any prefix can be checked without remembering who wrote it."""
+
+    def __init__(self, rig: Rig) -> None:
+        self.rig = rig
+        self.page = rig.page_size
+
+    def _page_bytes(self, owner: str, tokens: list[int]) -> list[torch.Tensor]:
+        digest = hashlib.blake2b(repr((owner, tokens)).encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        return [
+            torch.randint(256, (self.page, part.shape[1]), dtype=torch.uint8, generator=generator)
+            for part in self.rig.read(torch.zeros(1, dtype=torch.int64))
+        ]
+
+    def expected(self, owner: str, tokens: list[int]) -> list[torch.Tensor]:
+        pages = [
+            self._page_bytes(owner, tokens[:end]) for end in range(self.page, len(tokens) + 1, self.page)
+        ]
+        return [torch.cat(parts) for parts in zip(*pages, strict=True)]
+
+    def compute(self, owner: str, tokens: list[int], slots: torch.Tensor, first: int) -> None:
+        """A forward: writes the KV of tokens[first:] into its slots."""
+        for buffer, part in zip(self.rig.buffers, self.expected(owner, tokens), strict=True):
+            as_bytes(buffer)[slots[first:].long()] = part[first:]
+
+
+@on_both_cores
+@pytest.mark.parametrize("policy", WritePolicy, ids=lambda policy: policy.value)
+@pytest.mark.parametrize("cfg", [FULL[0], FULL[1], FULL[2]], ids=lambda cfg: cfg.label)
+def test_no_history_makes_it_serve_anything_but_the_right_bytes(
+    cfg: KitConfig, core: str, policy: WritePolicy
+) -> None:
+    cfg = dataclasses.replace(cfg, num_layers=2, head_num=1, head_dim=8, kv_size=24 * cfg.page_size)
+    # Smaller than what the policy stores in the end: blocks leave the CPU tier all the time as well.
+    num_cpu_blocks = 8 if policy is WritePolicy.WRITE_THROUGH_SELECTIVE else 20
+    with Rig(build_kit_cache(cfg, core), policy=policy, num_cpu_blocks=num_cpu_blocks) as rig:
+        steps, oracle, rng = KitSteps(cfg), Oracle(rig), random.Random(f"{cfg.label} {core} {policy}")
+        restored = aborted = 0
+
+        def prompt() -> list[int]:
+            # Few distinct pages, so that prompts share prefixes and split nodes.
+            return [
+                t for _ in range(rng.randrange(1, 6)) for t in steps._make_seq(1000 * rng.randrange(3), 1)
+            ]
+
+        for _ in range(80):
+            batch = []
+            for _ in range(rng.randrange(1, 3)):
+                owner, tokens = rng.choice(["", "tenant"]), prompt()
+                req = rig.request(tokens, cache_salt=owner or None)
+                hit = rig.admit(req)
+                restored += len(hit) - rig._on_device(req)
+                if rng.random() < 0.15:
+                    rig.abort(req, hit)
+                    aborted += 1
+                    continue
+                batch.append((owner, tokens, req, hit))
+            rig.start_batch()
+            rig.forward()
+            assert not rig.cache.finish_external_linker_loads([req for _, _, req, _ in batch])
+            for owner, tokens, req, hit in batch:
+                if len(hit):
+                    assert_same(rig.read(hit), oracle.expected(owner, tokens[: len(hit)]))
+                missing = len(tokens) - len(hit)
+                if missing > rig.allocator.available_size():
+                    rig.cache.evict(EvictParams(num_tokens=missing - rig.allocator.available_size()))
+                new = rig.allocator.alloc(missing) if missing else hit[:0]
+                if new is None:
+                    rig.abort(req, hit)
+                    continue
+                slots = torch.cat([hit, new])
+                oracle.compute(owner, tokens, slots, len(hit))
+                rig.finish(req, slots)
+            if rng.random() < 0.5:
+                rig.settle()
+            if rng.random() < 0.2:
+                rig.evict_all()
+            rig.cache.sanity_check()
+        # The history is worth something: it restored, aborted and lost blocks.
+        assert restored > 0
+        assert aborted > 0
+        assert rig.stats("CPU")["evicted"] > 0
+
+
+@on_both_cores
+def test_the_copy_of_a_page_cannot_be_mistaken_for_that_of_its_neighbour(core: str) -> None:
+    """The oracle itself: a load into the wrong slots must not pass."""
+    with Rig(build_kit_cache(FULL[1], core)) as rig:
+        tokens = KitSteps(FULL[1])._make_seq(1, 3)
+        expected = rig.insert(tokens, seed=1)
+        drive_out(rig)
+        req = rig.request(tokens)
+        slots = rig.admit(req)
+        (load,) = rig.linker._queued.values()
+        with mock.patch.object(load, "token_slots", load.token_slots[::-1].copy()):
+            rig.start_batch()
+            rig.forward()
+            rig.cache.finish_external_linker_loads([req])
+        with pytest.raises(AssertionError, match="tokens differ"):
+            assert_same(rig.read(slots), expected)
+        rig.abort(req, slots)

@@ -1,0 +1,287 @@
+"""Every wrong setting ends in one message that names the setting and the remedy."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_flexkv.common import config as config_module
+from sglang_flexkv.common.config import (
+    GIB,
+    CacheConfig,
+    FlexKVConfig,
+    IoEngine,
+    ModelConfig,
+    PrefetchPolicy,
+    WritePolicy,
+)
+from sglang_flexkv.common.errors import ConfigError
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(config_module.os.environ):
+        if name.startswith("FLEXKV_"):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Any:
+    def load(text: str | bytes, name: str = "flexkv.yaml") -> FlexKVConfig:
+        path = tmp_path / name
+        path.write_bytes(text.encode() if isinstance(text, str) else text)
+        return FlexKVConfig.load(str(path))
+
+    return load
+
+
+# ---- what is accepted ----
+
+
+def test_defaults_without_a_file() -> None:
+    config = FlexKVConfig.load(None)
+    assert config.cpu_cache_gb is None
+    assert config.ssd_cache_gb == 0
+    assert config.ssd_cache_dir == ()
+    assert config.write_policy is WritePolicy.WRITE_THROUGH
+
+
+SETTINGS = {
+    "cpu_cache_gb": 1.5,
+    "ssd_cache_gb": 0.25,
+    "ssd_cache_dir": "/a; /b;",
+    "write_policy": "write_back",
+    "prefetch_policy": "best_effort",
+    "prefetch_timeout_s": 0.5,
+    "copy_threads": 3,
+    "io_engine": "threads",
+    "io_depth": 8,
+}
+
+
+@pytest.mark.parametrize("name", ["flexkv.json", "flexkv.yaml", "flexkv"])
+def test_every_setting_from_a_file(load: Any, name: str) -> None:
+    as_json = json.dumps(SETTINGS)  # JSON is YAML, too
+    as_yaml = "\n".join(f"{key}: {value}" for key, value in SETTINGS.items())
+    config = load(as_json if name.endswith("json") else as_yaml, name)
+    assert config == FlexKVConfig(
+        cpu_cache_gb=1.5,
+        ssd_cache_gb=0.25,
+        ssd_cache_dir=(Path("/a"), Path("/b")),
+        write_policy=WritePolicy.WRITE_BACK,
+        prefetch_policy=PrefetchPolicy.BEST_EFFORT,
+        prefetch_timeout_s=0.5,
+        copy_threads=3,
+        io_engine=IoEngine.THREADS,
+        io_depth=8,
+    )
+    assert set(SETTINGS) == set(FlexKVConfig.model_fields), "a setting is not covered here"
+
+
+def test_directories_as_a_list_or_as_one_string(load: Any) -> None:
+    expected = (Path("/a"), Path("/b c"))
+    assert load("ssd_cache_gb: 1\nssd_cache_dir: [/a, /b c]").ssd_cache_dir == expected
+    assert load("ssd_cache_gb: 1\nssd_cache_dir: /a;/b c").ssd_cache_dir == expected
+
+
+def test_empty_file_and_empty_values_are_the_defaults(load: Any) -> None:
+    assert load("") == FlexKVConfig()
+    assert load("cpu_cache_gb:\nssd_cache_dir:") == FlexKVConfig()
+
+
+def test_the_environment_overrides_the_file(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SETTINGS.items():
+        monkeypatch.setenv(f"FLEXKV_{name.upper()}", str(value))
+    config = load("cpu_cache_gb: 7\nio_engine: io_uring")
+    assert config == FlexKVConfig(**SETTINGS)
+
+
+def test_the_file_can_be_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "flexkv.yaml"
+    path.write_text("cpu_cache_gb: 2.5")
+    monkeypatch.setenv("FLEXKV_CONFIG_PATH", str(path))
+    assert FlexKVConfig.load(None).cpu_cache_gb == 2.5
+    path.unlink()
+    with pytest.raises(ConfigError, match=r"cannot read .*flexkv\.yaml.*check FLEXKV_CONFIG_PATH"):
+        FlexKVConfig.load(None)
+
+
+def test_other_variables_with_our_prefix_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEXKV_LOG_LEVEL", "DEBUG")
+    assert FlexKVConfig.load(None) == FlexKVConfig()
+
+
+def test_a_misspelt_variable_is_named_in_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("FLEXKV_CPU_CACH_GB", "1")
+    with caplog.at_level(logging.WARNING):
+        FlexKVConfig.load(None)
+    assert "FLEXKV_CPU_CACH_GB is not a setting" in caplog.text
+    assert "did you mean FLEXKV_CPU_CACHE_GB" in caplog.text
+
+
+# ---- what is refused ----
+
+NAMED_IN_EVERY_MESSAGE = [
+    ("cpu_cach_gb: 3", ["unknown setting 'cpu_cach_gb'", "did you mean 'cpu_cache_gb'"]),
+    ("zzz: 1", ["unknown setting 'zzz'", "known: cpu_cache_gb, ssd_cache_gb"]),
+    ("1: 2", ["unknown setting '1'", "known: cpu_cache_gb"]),
+    ("cpu_cache_gb: -1", ["cpu_cache_gb", "must be greater than 0", "-1"]),
+    ("cpu_cache_gb: 0", ["cpu_cache_gb", "must be greater than 0"]),
+    ("cpu_cache_gb: lots", ["cpu_cache_gb", "must be a valid number", "'lots'"]),
+    ("cpu_cache_gb: yes", ["cpu_cache_gb", "not true or false"]),
+    ("cpu_cache_gb: .inf", ["cpu_cache_gb", "must be a finite number"]),
+    ("cpu_cache_gb: .nan", ["cpu_cache_gb", "must be a finite number"]),
+    ("ssd_cache_gb: -2", ["ssd_cache_gb", "must be greater than or equal to 0", "-2"]),
+    ("ssd_cache_gb: .inf\nssd_cache_dir: /a", ["ssd_cache_gb", "must be a finite number"]),
+    ("ssd_cache_gb: 3", ["ssd_cache_gb", "ssd_cache_dir is not", "name the directory"]),
+    ("ssd_cache_dir: /a", ["ssd_cache_dir", "ssd_cache_gb is 0", "say how much"]),
+    ("ssd_cache_gb: 1\nssd_cache_dir: ;", ["ssd_cache_dir is not", "name the directory"]),
+    ("ssd_cache_gb: 1\nssd_cache_dir: [/a, 3]", ["ssd_cache_dir", "several with ';' between"]),
+    ("ssd_cache_gb: 1\nssd_cache_dir: {a: 1}", ["ssd_cache_dir", "must be a directory"]),
+    ("write_policy: never", ["write_policy", "'write_through_selective' or 'write_back'", "'never'"]),
+    ("prefetch_policy: 3", ["prefetch_policy", "'best_effort', 'timeout' or 'wait_complete'"]),
+    ("prefetch_timeout_s: 0", ["prefetch_timeout_s", "must be greater than 0"]),
+    ("prefetch_timeout_s: soon", ["prefetch_timeout_s", "must be a valid number"]),
+    ("copy_threads: 0", ["copy_threads", "must be greater than 0"]),
+    ("copy_threads: 65", ["copy_threads", "must be less than or equal to 64"]),
+    ("copy_threads: 1.5", ["copy_threads", "must be a valid integer"]),
+    ("io_engine: libaio", ["io_engine", "'auto', 'io_uring' or 'threads'", "'libaio'"]),
+    ("io_depth: 0", ["io_depth", "must be greater than 0"]),
+    ("io_depth: 5000", ["io_depth", "must be less than or equal to 4096"]),
+    ("- a", ["must hold settings as 'name: value'", "not a list"]),
+    ("hello", ["must hold settings as 'name: value'", "not a str"]),
+    ("cpu_cache_gb: [", ["is not valid YAML", "line 1, column 16", "correct that place"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), NAMED_IN_EVERY_MESSAGE, ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_a_wrong_file_is_refused(load: Any, text: str, expected: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(text)
+    message = str(caught.value)
+    assert "flexkv.yaml" in message
+    assert "\n" not in message
+    for part in expected:
+        assert part in message
+
+
+def test_every_problem_is_reported_at_once(load: Any) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("cpu_cache_gb: -1\nio_depth: 0\nssd_cache: 1")
+    for part in ("cpu_cache_gb", "io_depth", "'ssd_cache'"):
+        assert part in str(caught.value)
+
+
+def test_json_with_a_mistake_is_refused(load: Any) -> None:
+    with pytest.raises(ConfigError, match=r"flexkv\.json is not valid JSON: .*line 1 column 18"):
+        load('{"cpu_cache_gb": }', "flexkv.json")
+    with pytest.raises(ConfigError, match="not a list"):
+        load("[]", "flexkv.json")
+
+
+def test_an_unreadable_file_is_refused(load: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*No such file.*check --flexkv-config-file"):
+        FlexKVConfig.load(str(tmp_path / "missing.yaml"))
+    with pytest.raises(ConfigError, match=r"cannot read .*Is a directory.*check --flexkv-config-file"):
+        FlexKVConfig.load(str(tmp_path))
+    with pytest.raises(ConfigError, match=r"cannot read .*not UTF-8 text"):
+        load(b"\xff\xfe\x00")
+
+
+def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLEXKV_CPU_CACHE_GB", "-3")
+    with pytest.raises(ConfigError, match=r"FLEXKV_CPU_CACHE_GB.*cpu_cache_gb: must be greater than 0"):
+        FlexKVConfig.load(None)
+
+
+# ---- sizes in blocks ----
+
+BLOCK = 8192
+
+
+def blocks(num_ranks: int = 1, **settings: Any) -> CacheConfig:
+    return FlexKVConfig(**settings).cache_config(block_bytes=BLOCK, tokens_per_block=16, num_ranks=num_ranks)
+
+
+def test_ranks_share_the_sizes() -> None:
+    one = blocks(cpu_cache_gb=0.5, ssd_cache_gb=1, ssd_cache_dir="/a")
+    two = blocks(2, cpu_cache_gb=0.5, ssd_cache_gb=1, ssd_cache_dir="/a")
+    assert one.num_cpu_blocks == GIB // 2 // BLOCK
+    assert one.num_ssd_blocks == GIB // BLOCK
+    assert (two.num_cpu_blocks, two.num_ssd_blocks) == (one.num_cpu_blocks // 2, one.num_ssd_blocks // 2)
+    assert one.enable_ssd
+    assert not blocks(cpu_cache_gb=0.5).enable_ssd
+
+
+def test_without_a_size_a_quarter_of_the_free_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module, "available_memory_bytes", lambda: 4 * GIB)
+    assert blocks().num_cpu_blocks == GIB // BLOCK
+
+
+def test_more_memory_than_the_machine_has_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cpu_cache_gb=1e\+06 .*GiB of memory this machine has.*lower it"):
+        blocks(cpu_cache_gb=1e6)
+
+
+def test_memory_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = {"memory.max": str(3 * GIB), "memory.current": str(GIB)}
+    monkeypatch.setattr(config_module.Path, "read_text", lambda path: limits[path.name])
+    assert config_module.available_memory_bytes() <= 2 * GIB
+
+
+def test_sizes_that_hold_no_block_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"cpu_cache_gb=.* holds no block of 8192 bytes.*raise it"):
+        blocks(cpu_cache_gb=1e-7)
+    with pytest.raises(ConfigError, match=r"ssd_cache_gb=.* holds no block of 8192 bytes.*raise it"):
+        blocks(cpu_cache_gb=0.1, ssd_cache_gb=1e-5, ssd_cache_dir="/a;/b")
+
+
+# ---- the library's own settings ----
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"tokens_per_block": 3}, "tokens_per_block: must be a power of two, got 3; 16 suits"),
+        ({"tokens_per_block": 0}, "tokens_per_block: must be a power of two"),
+        ({"enable_cpu": False}, "enable_cpu: the CPU tier cannot be off"),
+        ({"enable_remote": True}, "enable_remote: there is no remote tier yet; set it to false"),
+        ({"enable_ssd": True}, "enable_ssd needs num_ssd_blocks > 0 and ssd_cache_dir"),
+        ({"num_cpu_blocks": -1}, "num_cpu_blocks: must be greater than 0"),
+        ({"num_cpu_blocks": True}, "num_cpu_blocks: must be a value, not true or false"),
+        ({"num_blocks": 1}, "unknown setting 'num_blocks'; did you mean 'num_"),
+    ],
+)
+def test_wrong_cache_config_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        CacheConfig(**settings)
+    assert message in str(caught.value)
+
+
+def test_wrong_model_config_is_refused() -> None:
+    with pytest.raises(ConfigError, match="num_layers: must be greater than 0"):
+        ModelConfig(num_layers=0, num_kv_heads=1, head_size=1)
+    with pytest.raises(ConfigError, match="head_size: is missing and has no default; give it"):
+        ModelConfig(num_layers=1, num_kv_heads=1)
+    with pytest.raises(ConfigError, match="dtype: must be an instance of dtype"):
+        ModelConfig(num_layers=1, num_kv_heads=1, head_size=1, dtype="bfloat16")
+
+
+def test_bytes_of_a_token() -> None:
+    shape = {"num_layers": 3, "num_kv_heads": 2, "head_size": 8}
+    assert ModelConfig(**shape, dtype=torch.float32).token_size_in_bytes == 3 * 2 * 8 * 2 * 4
+    assert ModelConfig(**shape, use_mla=True).token_size_in_bytes == 3 * 2 * 8 * 2
+
+
+def test_settings_cannot_be_changed_later() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        FlexKVConfig().cpu_cache_gb = 1.0  # type: ignore[misc]

@@ -1,0 +1,149 @@
+"""The package's layers: an import may only point down, and few modules may reach outside."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sglang_flexkv
+
+PACKAGE = Path(sglang_flexkv.__file__).parent
+
+# From the bottom. Modules of one layer may import each other if they are of the same part.
+LAYERS = (
+    ("_core",),
+    ("common",),
+    ("storage",),
+    ("cache", "transfer"),
+    ("kvtask",),
+    ("kvmanager",),
+    ("integration",),
+    ("cli",),
+)
+HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
+# The package itself is the library's face: it re-exports kvmanager and what is below it.
+HEIGHT["sglang_flexkv"] = HEIGHT["kvmanager"]
+
+# Reads of files and of the environment that are no settings; everything else belongs into common/config.py.
+OPENS_FILES = {
+    "common/config.py": "the configuration file, the container's memory limit",
+    "integration/startup.py": "the monkey-patch it compares and writes",
+}
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    if relative.name == "__init__.py" and len(relative.parts) == 1:
+        return "sglang_flexkv"
+    return relative.parts[0].removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> Iterator[str]:
+    """Dotted names of what is imported anywhere in a module, inside functions, too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports hide where an arrow points"
+            # `from sglang_flexkv import _core` imports a module; of others the last part may be a name in it.
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def arrows(path: Path, source: str) -> list[str]:
+    """What is wrong with a module's imports of this package."""
+    mine = part_of(path)
+    wrong = []
+    for imported in imports(ast.parse(source)):
+        top, *rest = imported.split(".")
+        if top != "sglang_flexkv":
+            continue
+        # Its version is all that lower modules may take from the package itself.
+        part = rest[0] if rest and rest[0] in HEIGHT else "sglang_flexkv"
+        if imported == "sglang_flexkv.__version__" or part == mine:
+            continue
+        if HEIGHT[part] >= HEIGHT[mine] and mine != "sglang_flexkv":
+            wrong.append(f"{name_of(path)} ({mine}) imports {imported} ({part})")
+        if mine == "sglang_flexkv" and HEIGHT[part] > HEIGHT[mine]:
+            wrong.append(f"{name_of(path)} imports {imported}")
+    return wrong
+
+
+def calls(tree: ast.AST, names: set[str]) -> set[str]:
+    """Which of ``names`` are called, as functions or methods, or used as attributes."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in names:
+            found.add(node.attr)
+        elif isinstance(node, ast.Name) and node.id in names:
+            found.add(node.id)
+    return found
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_every_module_belongs_to_a_layer(path: Path) -> None:
+    assert part_of(path) in HEIGHT, f"{name_of(path)} has no layer: give it one in {Path(__file__).name}"
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_arrows_point_down(path: Path) -> None:
+    assert arrows(path, path.read_text()) == []
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_only_the_integration_knows_sglang(path: Path) -> None:
+    known = any(name.split(".")[0] == "sglang" for name in imports(ast.parse(path.read_text())))
+    assert not known or part_of(path) == "integration"
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_only_the_configuration_reads_the_environment(path: Path) -> None:
+    used = calls(ast.parse(path.read_text()), {"environ", "getenv", "environb"})
+    assert not used or name_of(path) == "common/config.py"
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_only_known_modules_open_files(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    used = calls(tree, {"read_text", "read_bytes", "safe_load"})
+    used |= {
+        "open"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "open"
+    }
+    assert not used or name_of(path) in OPENS_FILES
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_the_command_line_is_read_by_the_plugin_only(path: Path) -> None:
+    """``sys.argv`` is SGLang's: it tells whether the flag was given before SGLang can say so."""
+    used = calls(ast.parse(path.read_text()), {"argv"})
+    assert not used or part_of(path) == "integration"
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("common/block.py", "from sglang_flexkv.storage import ssd_store"),
+        ("storage/ssd_store.py", "from sglang_flexkv.transfer.transfer_engine import TransferEngine"),
+        ("cache/cache_engine.py", "import sglang_flexkv.transfer.transfer_engine"),
+        ("transfer/transfer_engine.py", "from sglang_flexkv.cache import cache_engine"),
+        ("kvtask.py", "from sglang_flexkv.kvmanager import KVManager"),
+        ("kvtask.py", "from sglang_flexkv import KVManager"),
+        ("kvmanager.py", "def f():\n    from sglang_flexkv.integration import hooks"),
+        ("integration/hooks.py", "from sglang_flexkv import cli"),
+        ("__init__.py", "from sglang_flexkv.integration import hooks"),
+    ],
+)
+def test_an_arrow_that_points_up_is_found(module: str, line: str) -> None:
+    assert arrows(PACKAGE / module, line)

@@ -1,0 +1,375 @@
+"""The patches: each fits the installed SGLang, is refused where it does not, and has its page."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+import sglang_flexkv
+from sglang_flexkv.common.errors import ConfigError, FlexKVError, IncompatibleError
+from sglang_flexkv.integration import hooks, patches, plugin
+from sglang_flexkv.integration.patches import PATCHES, SUPPORTED_SGLANG, Patch
+
+ROOT = Path(__file__).parents[2]
+PAGES = ROOT / "patches"
+CHECK_APPLIED = patches.check_applied
+
+
+@pytest.fixture
+def fake_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    module = ModuleType("fake_sglang")
+    monkeypatch.setitem(sys.modules, "fake_sglang", module)
+    return module
+
+
+def target_in(module: ModuleType, function: object) -> Patch:
+    """The first patch, aimed at a function of a fake module."""
+    module.target = function  # type: ignore[attr-defined]
+    return replace(PATCHES[0], target="fake_sglang.target", parameters=("self", "ctx"))
+
+
+# ---- targets and signatures ----
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_target_of_the_installed_sglang_fits(patch: Patch) -> None:
+    assert patches.problem_with(patch) is None
+
+
+def test_names_and_targets_are_unique() -> None:
+    assert len({patch.name for patch in PATCHES}) == len(PATCHES)
+    assert len({patch.target for patch in PATCHES}) == len(PATCHES)
+
+
+def test_a_changed_signature_is_found(fake_module: ModuleType) -> None:
+    assert patches.problem_with(target_in(fake_module, lambda self, ctx: None)) is None
+    problem = patches.problem_with(target_in(fake_module, lambda self, ctx, more=None: None))
+    assert problem == "fake_sglang.target takes (self, ctx, more), expected (self, ctx)"
+
+
+def test_a_target_that_is_gone_is_found(fake_module: ModuleType) -> None:
+    patch = target_in(fake_module, 3)
+    assert "fake_sglang.target is not a function any more" in str(patches.problem_with(patch))
+    for target in ("fake_sglang.other", "no_such_module.target"):
+        assert f"{target} does not exist" in str(patches.problem_with(replace(patch, target=target)))
+
+
+def test_nothing_is_patched_if_one_target_does_not_fit(
+    fake_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    registered: list[object] = []
+    monkeypatch.setattr(HookRegistry, "register", lambda *args, **_: registered.append(args))
+    wrong = target_in(fake_module, lambda other: None)
+    monkeypatch.setattr(patches, "PATCHES", (*PATCHES, wrong))
+    with pytest.raises(IncompatibleError) as caught:
+        patches.apply_all()
+    assert "fake_sglang.target takes (other), expected (self, ctx)" in str(caught.value)
+    assert f"Install an unmodified sglang=={SUPPORTED_SGLANG[-1]}" in str(caught.value)
+    assert registered == []
+    monkeypatch.setattr(patches, "PATCHES", PATCHES)
+    patches.apply_all()
+    assert len(registered) == len(PATCHES)
+
+
+def test_the_patches_are_in_effect_in_a_process_of_sglang() -> None:
+    program = """
+        import json
+        from sglang.srt.plugins import load_plugins
+        load_plugins()
+        load_plugins()
+        import pkgutil
+        from sglang.srt.plugins.hook_registry import HookRegistry
+        from sglang_flexkv.integration.patches import PATCHES
+        found = {}
+        for patch in PATCHES:
+            parent, _, name = patch.target.rpartition(".")
+            wrapped = hasattr(getattr(pkgutil.resolve_name(parent), name), "__wrapped__")
+            found[patch.name] = [wrapped, len(HookRegistry._hooks[patch.target])]
+        from sglang_flexkv.integration.patches import check_applied
+        check_applied()
+        print(json.dumps(found))
+    """
+    out = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    ).stdout
+    assert json.loads(out.splitlines()[-1]) == {patch.name: [True, 1] for patch in PATCHES}
+
+
+# ---- versions ----
+
+
+@pytest.mark.parametrize("version", [*SUPPORTED_SGLANG, f"{SUPPORTED_SGLANG[-1]}+cpu"])
+def test_a_supported_version(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: version)
+    patches.check_version()
+
+
+@pytest.mark.parametrize("version", ["0.5.10", "0.5.22", "0.5.24", "0.5.23rc1", "1.0.0"])
+def test_another_version_is_refused_by_name(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: version)
+    with pytest.raises(IncompatibleError) as caught:
+        patches.check_version()
+    assert f"supports SGLang {', '.join(SUPPORTED_SGLANG)}, not {version}" in str(caught.value)
+    assert f"pip install sglang=={SUPPORTED_SGLANG[-1]}" in str(caught.value)
+
+
+def no_metadata(_: str) -> str:
+    raise metadata.PackageNotFoundError
+
+
+def test_no_sglang_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", no_metadata)
+    monkeypatch.setattr(patches.importlib.util, "find_spec", lambda _: None)
+    with pytest.raises(IncompatibleError, match=r"SGLang is not installed .* pip install sglang=="):
+        patches.check_version()
+
+
+def test_a_source_checkout_has_a_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", no_metadata)
+    monkeypatch.setattr("sglang.version.__version__", "0.5.99.dev1")
+    with pytest.raises(IncompatibleError, match=r"not 0\.5\.99\.dev1"):
+        patches.check_version()
+
+
+# ---- when something is wrong ----
+
+
+@pytest.fixture
+def unusable(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The plugin of a process of SGLang whose version is not supported."""
+    from sglang.srt.mem_cache import registry
+
+    def stock(ctx: Any) -> str:
+        return f"stock cache for {ctx.name}"
+
+    monkeypatch.setattr(metadata, "version", lambda _: "0.4.1")
+    monkeypatch.setattr(registry, "default_radix_cache_factory", stock)
+    monkeypatch.setattr(plugin, "_done", False)
+    return registry
+
+
+def test_with_the_flag_the_process_ends(unusable: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["launch_server.py", "--enable-flexkv"])
+    with pytest.raises(SystemExit) as caught:
+        plugin.register()
+    assert str(caught.value).startswith("sglang-flexkv cannot start: sglang-flexkv supports SGLang")
+
+
+def test_with_the_flag_from_elsewhere_building_a_cache_ends(
+    unusable: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["my_program.py"])
+    plugin.register()
+
+    def context(enabled: bool) -> SimpleNamespace:
+        return SimpleNamespace(name="m", server_args=SimpleNamespace(enable_flexkv=enabled))
+
+    with pytest.raises(FlexKVError, match=r"cannot start: .* not 0\.4\.1"):
+        unusable.default_radix_cache_factory(context(True))
+    assert unusable.default_radix_cache_factory(context(False)) == "stock cache for m"
+    assert unusable.default_radix_cache_factory(SimpleNamespace(name="x")) == "stock cache for x"
+
+
+@pytest.mark.parametrize("error", [IncompatibleError("no fit"), RuntimeError("boom"), AttributeError("x")])
+def test_whatever_goes_wrong_is_not_left_to_sglang(
+    error: Exception, unusable: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(patches, "check_version", lambda: None)
+    monkeypatch.setattr(patches, "apply_all", fail)
+    monkeypatch.setattr(sys, "argv", ["launch_server.py", "--enable-flexkv"])
+    with pytest.raises(SystemExit, match=str(error)):
+        plugin.register()
+
+
+def test_a_missing_core_is_said(unusable: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(patches, "check_version", lambda: None)
+    monkeypatch.setattr(sys, "argv", ["launch_server.py", "--enable-flexkv"])
+    monkeypatch.delattr(sglang_flexkv, "_core")
+    monkeypatch.setitem(sys.modules, "sglang_flexkv._core", None)
+    with pytest.raises(SystemExit, match=r"the compiled core .* cannot be loaded .*pip install"):
+        plugin.register()
+
+
+def test_register_works_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    applied: list[int] = []
+    monkeypatch.setattr(plugin, "_done", False)
+    monkeypatch.setattr(patches, "apply_all", lambda: applied.append(1))
+    plugin.register()
+    plugin.register()
+    assert applied == [1]
+
+
+# ---- the hooks: nothing without the flag, one thing with it ----
+
+
+@pytest.fixture
+def flag(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    monkeypatch.setattr(patches, "check_applied", lambda: None)  # nothing is patched in this process
+
+    def set_flag(enabled: bool) -> None:
+        memory = SimpleNamespace(enable_flexkv=enabled)
+        monkeypatch.setattr("sglang.srt.runtime_context.get_memory", lambda: memory)
+
+    return set_flag
+
+
+def test_gates(flag: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides: list[dict[str, Any]] = []
+    context = SimpleNamespace(override=lambda source, **fields: overrides.append(fields))
+    monkeypatch.setattr("sglang.srt.runtime_context.get_context", lambda: context)
+
+    def stock_init(scheduler: Any, args: str) -> None:
+        scheduler.seen = (args, len(overrides))
+        scheduler.enable_lmcache = False
+
+    flag(False)
+    scheduler = SimpleNamespace()
+    hooks.around_scheduler_init(stock_init, scheduler, "args")
+    assert (scheduler.seen, scheduler.enable_lmcache) == (("args", 0), False)
+    flag(True)
+    hooks.around_scheduler_init(stock_init, scheduler, "args")
+    assert (scheduler.seen, scheduler.enable_lmcache) == (("args", 1), True)
+    assert overrides == [{"enable_unified_cache_external_linker": True}]
+
+
+def test_building_a_cache(
+    flag: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    flag(False)
+    built = hooks.around_create_unified_radix_cache(lambda *a, **k: (a, k), "ctx", cache_class=int)
+    assert built == (("ctx",), {"cache_class": int})
+
+    def fail(original: object, ctx: object) -> None:
+        raise ConfigError("ssd_cache_dir: /a is in use")
+
+    flag(True)
+    monkeypatch.setattr("sglang_flexkv.integration.radix_cache.build_radix_cache", fail)
+    with pytest.raises(ConfigError):
+        hooks.around_create_unified_radix_cache(print, "ctx")
+    assert "sglang-flexkv cannot start: ssd_cache_dir: /a is in use" in caplog.text
+
+
+def test_another_cache_is_refused(flag: Callable[[bool], None]) -> None:
+    from sglang_flexkv.integration.radix_cache import FlexKVRadixCache
+
+    flag(False)
+    assert hooks.after_create_tree_cache("another", "ctx") is None
+    flag(True)
+    with pytest.raises(FlexKVError, match=r"built str instead of FlexKVRadixCache.*sglang-flexkv status"):
+        hooks.after_create_tree_cache("another", "ctx")
+    ours = FlexKVRadixCache.__new__(FlexKVRadixCache)
+    assert hooks.after_create_tree_cache(ours, "ctx") is None
+
+
+@pytest.mark.parametrize(
+    ("enabled", "stock", "expected"),
+    [
+        (True, {"page_size": 1}, {"page_size": hooks.DEFAULT_PAGE_SIZE}),
+        (True, {"page_size": 64}, {"page_size": 64}),
+        (True, {}, {}),  # the user has set it
+        (False, {"page_size": 1}, {"page_size": 1}),
+    ],
+)
+def test_default_of_the_page_size(enabled: bool, stock: dict[str, int], expected: dict[str, int]) -> None:
+    view = SimpleNamespace(enable_flexkv=enabled)
+    assert hooks.around_page_size_default(lambda _: stock, view) == expected
+
+
+def test_name_of_the_storage_backend(flag: Callable[[bool], None]) -> None:
+    flag(False)
+    assert hooks.around_storage_backend_type(lambda streamer: "none", object()) == "none"
+    flag(True)
+    assert hooks.around_storage_backend_type(lambda streamer: "none", object()) == "FlexKV"
+
+
+@pytest.mark.parametrize("missing", PATCHES, ids=lambda patch: patch.name)
+def test_a_patch_that_was_not_applied_is_named(
+    missing: Patch, flag: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    monkeypatch.setattr(HookRegistry, "_patched", {patch.target for patch in PATCHES} - {missing.target})
+    flag(True)
+    monkeypatch.setattr(patches, "check_applied", CHECK_APPLIED)
+    for call in (
+        lambda: hooks.around_scheduler_init(lambda *_: None, SimpleNamespace()),
+        lambda: hooks.after_create_tree_cache("cache", "ctx"),
+    ):
+        with pytest.raises(IncompatibleError, match=rf"did not apply the patches {missing.name};.*Install"):
+            call()
+
+
+def test_all_patches_applied_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    monkeypatch.setattr(HookRegistry, "_patched", {patch.target for patch in PATCHES})
+    patches.check_applied()
+
+
+# ---- the pages ----
+
+
+def pages() -> dict[str, str]:
+    """Text of each page by the name in its file name."""
+    found = {}
+    for path in PAGES.glob("[0-9]*.md"):
+        number, _, name = path.stem.partition("-")
+        assert re.fullmatch(r"\d{4}", number), path.name
+        found[name] = path.read_text()
+    return found
+
+
+def field(page: str, name: str) -> str:
+    (value,) = re.findall(rf"^\| {name} \| (.*) \|$", page, re.MULTILINE)
+    return str(value).replace("`", "")
+
+
+def test_every_patch_has_a_page_and_every_page_a_patch() -> None:
+    numbered = sorted(path.stem for path in PAGES.glob("[0-9]*.md"))
+    assert numbered == [f"{number:04d}-{patch.name}" for number, patch in enumerate(PATCHES, 1)]
+
+
+@pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
+def test_a_page_says_what_the_table_says(patch: Patch) -> None:
+    page = pages()[patch.name]
+    assert page.startswith(f"# {patch.name}\n")
+    assert field(page, "Target") == patch.target
+    assert field(page, "Parameters") == ", ".join(patch.parameters)
+    assert field(page, "Kind") == patch.kind
+    assert field(page, "Hook") == f"{patch.hook.__module__}.{patch.hook.__name__}"
+    assert field(page, "SGLang") == ", ".join(SUPPORTED_SGLANG)
+    sections = {
+        title: " ".join(body.split()) for title, body in re.findall(r"## (.*)\n\n((?:(?!## ).*\n?)*)", page)
+    }
+    assert sections["Why"] == patch.reason
+    assert sections["When it can go"] == patch.remove_when
+    assert len(sections["What it changes"]) > 100
+    for path in re.findall(r"`(tests/[\w/.]+)`", sections["How it is tested"]):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_overview_lists_every_page() -> None:
+    overview = (PAGES / "README.md").read_text()
+    listed = re.findall(r"^\| \d+ \| \[([\w-]+)\]\(([\w.-]+)\)", overview, re.MULTILINE)
+    expected = [(patch.name, f"{number:04d}-{patch.name}.md") for number, patch in enumerate(PATCHES, 1)]
+    assert listed == expected
