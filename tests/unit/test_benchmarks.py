@@ -1,0 +1,87 @@
+"""Benchmarks run, verify what they move, and notice when a byte is wrong. No time is asserted here."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+needs_fio = pytest.mark.skipif(shutil.which("fio") is None, reason="fio, the yardstick, is not installed")
+
+
+def run(name: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / name), "--smoke", "--json", "-", *options],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def report_of(name: str, *options: str) -> dict[str, Any]:
+    done = run(name, *options)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["smoke"]
+    assert report["verified"]
+    assert report["command"].startswith(f"python benchmarks/{name}")
+    assert report["machine"]["cpu"]
+    assert report["machine"]["cores"] > 0
+    assert all(check["count"] > 0 and check["failed"] == 0 for check in report["checks"])
+    assert all(value > 0 for value in report["results"].values())
+    return report
+
+
+def checked(report: dict[str, Any], what: str) -> int:
+    return sum(check["count"] for check in report["checks"] if check["what"] == what)
+
+
+def test_copy_verifies_every_byte() -> None:
+    report = report_of("bench_copy.py")
+    assert {"gather_ratio_memcpy", "scatter_ratio_memcpy"} <= set(report["results"])
+    # Each configuration copies its bytes once to warm up and then `repeats` times.
+    expected = sum(row["mib"] for row in report["rows"]) * (report["settings"]["repeats"] + 1) * 2**20
+    assert checked(report, "bytes after gather") == expected
+    assert checked(report, "bytes after scatter") == expected
+
+
+@needs_fio
+def test_ssd_verifies_every_byte() -> None:
+    report = report_of("bench_ssd.py")
+    assert {"read_ratio_fio", "write_ratio_fio"} <= set(report["results"])
+    assert {row["io_engine"] for row in report["rows"]} == {"io_uring", "threads"}
+    assert report["machine"]["disk"]
+    settings = report["settings"]
+    expected = len(report["rows"]) * settings["mib"] * (settings["repeats"] + 1) * 2**20
+    assert checked(report, "bytes after reading") == expected
+
+
+@pytest.mark.parametrize("name", ["bench_copy.py", pytest.param("bench_ssd.py", marks=needs_fio)])
+def test_a_wrong_byte_fails_the_run(name: str) -> None:
+    done = run(name, "--flip-a-byte")
+    assert done.returncode == 1
+    assert not json.loads(done.stdout)["verified"]
+    assert "verification failed" in done.stderr
+
+
+def test_ttft_serves_hits_from_every_tier() -> None:
+    report = report_of("bench_ttft.py")
+    assert {"cpu_hit_over_device_hit", "cold_over_cpu_hit", "ssd_ttft_ms"} <= set(report["results"])
+    for source in ("device", "cpu", "ssd"):
+        assert checked(report, f"{source} hits came from there")
+    assert checked(report, "outputs equal those of stock SGLang")
+
+
+def test_throughput_compares_servers_without_hits() -> None:
+    report = report_of("bench_throughput.py")
+    assert "throughput_ratio_no_hit" in report["results"]
+    assert [row["server"] for row in report["rows"]] == ["stock", "flexkv"]
+    assert checked(report, "runs without a single hit") == 2
