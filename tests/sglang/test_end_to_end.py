@@ -53,7 +53,7 @@ SCENARIOS = [
     Scenario("tiny-gqa", "auto", 16, "write_back", tp_size=2),
 ]
 # The conversations end with about 20,000 tokens: neither the device nor the CPU tier holds them all.
-CPU_TOKENS = 6_000
+CPU_TOKENS = 4_000
 
 
 def token_bytes(scenario: Scenario) -> int:
@@ -172,7 +172,7 @@ def test_answers_are_those_of_a_server_without_cache(
                 assert first["meta_info"]["cached_tokens"] == 0
                 assert first["output_ids"] == expected[-1]
         assert total["host"] > 10_000, total
-        assert total["storage"] > 2_000, total
+        assert total["storage"] > 500, total
     log = server.log()
     assert "Traceback" not in log.split("sglang-flexkv closed")[0].split("The server is fired up")[-1]
     closed = re.findall(r"sglang-flexkv closed: (.*)", log)
