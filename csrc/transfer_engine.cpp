@@ -135,6 +135,8 @@ TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> hos
     for (IoQueue& queue : io_) queue.engine = MakeIoEngine(io_kind, io_depth, &io_note_);
     io_name_ = io_[0].engine->name();
   }
+  // Everything that can fail comes before the first thread, which nobody would join.
+  host_->StartPinning(cuda_);
   event_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (event_fd_ < 0) throw SystemError(std::string("eventfd: ") + std::strerror(errno));
   if (cuda_) {
@@ -148,7 +150,6 @@ TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> hos
       io_[i].thread = std::thread([this, i] { IoLoop(io_[i], i == 1); });
     }
   }
-  host_->StartPinning(cuda_);
 }
 
 TransferEngine::~TransferEngine() {

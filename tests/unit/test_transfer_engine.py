@@ -270,6 +270,20 @@ def test_random_graphs_with_cancels_end_every_op_exactly_once(rig: Rig) -> None:
     assert counted == sum(submitted.values())
 
 
+def test_a_host_pool_serves_one_engine(rig: Rig) -> None:
+    with pytest.raises(ValueError, match="pinning was started already"):
+        _core.TransferEngine(
+            DeviceBuffers(rig.device, tokens_per_row=1).block_layout(TOKENS),
+            rig.host,
+            [],
+            0,
+            copy_threads=1,
+            cuda_device=-1,
+            io_engine=_core.IoEngineKind.AUTO,
+            io_depth=1,
+        )
+
+
 def test_the_host_pool_takes_what_was_asked_and_is_faulted_in_behind_the_scenes(tmp_path: Path) -> None:
     import psutil
 
