@@ -209,6 +209,15 @@ class FlexKVConfig(_Settings):
             sources += [f"in the environment ({', '.join(overrides)})"] if overrides else []
             raise ConfigError(f"FlexKV configuration {' and '.join(sources)}: {error}") from None
 
+    def check_memory(self) -> None:
+        """Raises ConfigError if the CPU tier is larger than the memory that can be used now."""
+        available = available_memory_bytes()
+        if self.cpu_cache_gb is not None and int(self.cpu_cache_gb * GIB) > available:
+            raise ConfigError(
+                f"cpu_cache_gb={self.cpu_cache_gb:g} asks for more than the {available / GIB:.1f} GiB of "
+                "memory this machine has available; lower it"
+            )
+
     def cache_config(self, *, block_bytes: int, tokens_per_block: int, num_ranks: int) -> CacheConfig:
         """Sizes in blocks for one of ``num_ranks`` ranks that share this machine.
 
@@ -216,13 +225,8 @@ class FlexKVConfig(_Settings):
             block_bytes: bytes a block takes in a tier, alignment included.
             num_ranks: processes on this machine that each hold a shard of the cache.
         """
-        available = available_memory_bytes()
-        cpu_bytes = int(self.cpu_cache_gb * GIB) if self.cpu_cache_gb else available // 4
-        if cpu_bytes > available:
-            raise ConfigError(
-                f"cpu_cache_gb={self.cpu_cache_gb:g} asks for more than the {available / GIB:.1f} GiB of "
-                "memory this machine has available; lower it"
-            )
+        cpu_bytes = int(self.cpu_cache_gb * GIB) if self.cpu_cache_gb else available_memory_bytes() // 4
+        self.check_memory()
         num_cpu_blocks = cpu_bytes // num_ranks // block_bytes
         if num_cpu_blocks == 0:
             raise ConfigError(

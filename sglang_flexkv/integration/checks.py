@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from sglang_flexkv.common.config import GIB, FlexKVConfig, available_memory_bytes
+from sglang_flexkv.common.config import GIB, FlexKVConfig
 from sglang_flexkv.common.errors import ConfigError, IncompatibleError
-from sglang_flexkv.storage.ssd_store import check_free_space
+from sglang_flexkv.storage.ssd_store import check_directory, check_free_space
 
 # Flag, whether it is set in a way we cannot serve, and what to do. Fields are SGLang's own names.
 _CONFLICTS = (
@@ -61,16 +61,9 @@ def check_flags(view: Any) -> None:
 
 def check_machine(config: FlexKVConfig) -> None:
     """Raises ConfigError for what can be known before the model is loaded: memory and directories."""
-    available = available_memory_bytes()
-    if config.cpu_cache_gb is not None and config.cpu_cache_gb * GIB > available:
-        raise ConfigError(
-            f"cpu_cache_gb={config.cpu_cache_gb:g} asks for more than the {available / GIB:.1f} GiB of "
-            "memory this machine has available; lower it"
-        )
+    config.check_memory()
     for directory in config.ssd_cache_dir:
-        if not directory.is_dir():
-            what = "is not a directory" if directory.exists() else "does not exist"
-            raise ConfigError(f"ssd_cache_dir: {directory} {what}; create it or name another one")
+        check_directory(directory)
         if not os.access(directory, os.W_OK | os.X_OK):
             raise ConfigError(
                 f"ssd_cache_dir: {directory} is not writable; fix its permissions or name another one"

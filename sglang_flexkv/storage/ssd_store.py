@@ -24,6 +24,13 @@ logger = logging.getLogger(__name__)
 _PREFIX, _SLOTS, _LOCK = "flexkv-", ".slots", ".lock"
 
 
+def check_directory(directory: Path) -> None:
+    """Raises ConfigError if it is not a directory."""
+    if not directory.is_dir():
+        what = "is not a directory" if directory.exists() else "does not exist"
+        raise ConfigError(f"ssd_cache_dir: {directory} {what}; create it or name another one")
+
+
 def check_free_space(wanted_bytes: Mapping[Path, int]) -> None:
     """Raises ConfigError if a file system lacks the space for slot files of these sizes per directory.
 
@@ -69,9 +76,7 @@ class SsdStore:
             raise
 
     def _open(self, directory: Path, size: int, rank_tag: str) -> None:
-        if not directory.is_dir():
-            what = "is not a directory" if directory.exists() else "does not exist"
-            raise ConfigError(f"ssd_cache_dir: {directory} {what}; create it or name another one")
+        check_directory(directory)
         lock_path = directory / f"{_PREFIX}{rank_tag}{_LOCK}"
         try:
             lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
