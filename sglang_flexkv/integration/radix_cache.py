@@ -19,7 +19,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     _PendingOffload,
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
-from sglang.srt.runtime_context import get_memory, get_parallel
+from sglang.srt.runtime_context import get_context, get_memory, get_parallel
 
 from sglang_flexkv import __version__
 from sglang_flexkv.common.block import make_namespace
@@ -27,6 +27,7 @@ from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
 from sglang_flexkv.integration import checks
 from sglang_flexkv.integration.kv_pool import device_buffers
 from sglang_flexkv.integration.linker import FlexKVLinker, Prefetch
+from sglang_flexkv.integration.model_identity import model_identity
 from sglang_flexkv.kvtask import KVTaskEngine
 from sglang_flexkv.storage.storage_engine import slot_bytes_for
 
@@ -227,13 +228,15 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any) -> FlexKVRadixCache:
     )
     namespace = make_namespace(
         {
-            "model": ctx.model_config.model_path,
-            "revision": ctx.model_config.revision,
+            **model_identity(
+                get_context().config_leaf, ctx.model_config.model_path, ctx.model_config.revision
+            ),
             "dtype": pool.dtype,
             "layout": [(t.dtype, tuple(t.shape[1:])) for layer in device.tensors for t in layer],
             "tokens_per_row": device.tokens_per_row,
             "tokens_per_block": page_size,
             "tp": (parallel.tp_rank, parallel.tp_size),
+            "attn_tp": (parallel.attn_tp_rank, parallel.attn_tp_size),
             "format": 1,
         }
     )

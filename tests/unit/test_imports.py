@@ -30,6 +30,7 @@ HEIGHT["sglang_flexkv"] = HEIGHT["kvmanager"]
 # Reads of files and of the environment that are no settings; everything else belongs into common/config.py.
 OPENS_FILES = {
     "common/config.py": "the configuration file, the container's memory limit",
+    "integration/model_identity.py": "what a model's own files hold, as digests",
     "integration/startup.py": "the monkey-patch it compares and writes",
 }
 

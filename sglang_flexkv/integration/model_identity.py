@@ -1,0 +1,322 @@
+"""Which model computes the KV of this process: what a later process must share to use it.
+
+The SSD tier outlives the process, so a name is not enough: the files behind a path are replaced, and a flag
+can change what is computed from them. Everything that can change the KV of a token sequence is a field here;
+what only changes how fast it is computed, or how it is scheduled, is not. Whatever cannot be told makes the
+identity unique to the process, with a nonce: a miss costs a prefill, a wrong hit a wrong answer.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+import logging
+import os
+import re
+import secrets
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+logger = logging.getLogger(__name__)
+
+# Resolved arguments of SGLang, by the names of its own fields.
+ARGUMENTS = (
+    # What is loaded, and as what.
+    "model_path",
+    "revision",
+    "load_format",
+    "model_loader_extra_config",
+    "model_impl",
+    "model_config_parser",
+    "json_model_override_args",  # rope scaling and theta among others
+    "context_length",  # some rope variants choose their factors by it
+    "is_embedding",
+    "enable_multimodal",
+    "language_model_only",
+    "language_only",
+    "custom_weight_loader",
+    "weight_version",  # the operator's own word for which weights these are
+    # Precision.
+    "dtype",
+    "quantization",
+    "quantization_param_path",  # scales of the KV itself
+    "kv_cache_dtype",
+    "modelopt_quant",
+    "modelopt_checkpoint_restore_path",
+    "enable_tf32_matmul",
+    "enable_quant_communications",
+    "prefill_kv_cache_dequant_dtype",
+    "triton_attention_reduce_in_fp32",
+    "deepep_dispatcher_output_dtype",
+    "enable_w4a4_mxfp4_megamoe",
+    "flashinfer_mxfp4_moe_precision",
+    "kt_weight_path",
+    "kt_method",
+    "kt_num_gpu_experts",
+    # Kernels. They compute the same up to rounding, but whoever leaves one because it is wrong must not find
+    # its KV again, and bitwise reproducible runs cannot mix them.
+    "device",
+    "attention_backend",
+    "prefill_attention_backend",
+    "decode_attention_backend",
+    "mm_attention_backend",
+    "fp8_gemm_runner_backend",
+    "fp4_gemm_runner_backend",
+    "bf16_gemm_backend",
+    "moe_runner_backend",
+    "moe_a2a_backend",
+    "lora_backend",
+    "enable_fused_qk_norm_rope",
+    "enable_torch_compile",
+    "enable_deterministic_inference",
+    "rl_on_policy_target",
+    # What else takes part in the forward pass.
+    "forward_hooks",
+    "debug_tensor_dump_input_file",
+    "dllm_algorithm",
+    "dllm_algorithm_config",
+    "enable_precise_embedding_interpolation",
+    "mm_process_config",
+    "image_processor_backend",
+    "disable_fast_image_processor",
+    "experts_shared_outer_loras",
+    "lora_use_virtual_experts",
+)
+# Arguments that name more files to read.
+PATH_ARGUMENTS = (
+    "quantization_param_path",
+    "modelopt_checkpoint_restore_path",
+    "decrypted_config_file",
+    "kt_weight_path",
+    "dllm_algorithm_config",
+)
+# Arguments that are looked at here for what makes the weights unknowable.
+_SOURCE_ARGUMENTS = (
+    "download_dir",
+    "lora_paths",
+    "weight_cache_mode",
+    "checkpoint_engine_wait_weights_before_ready",
+    "quantize_and_serve",
+)
+
+# Formats whose weights are exactly what the model's own files hold. Not here: dummy (the seed is fixed, but
+# only floating-point parameters are filled, and others keep what was in memory), and formats that take
+# weights from another process, a bucket, or files elsewhere.
+_FILE_FORMATS = frozenset(
+    {
+        "auto",
+        "bitsandbytes",
+        "fastsafetensors",
+        "gguf",
+        "instanttensor",
+        "layered",
+        "mistral",
+        "npcache",
+        "pt",
+        "runai_streamer",
+        "safetensors",
+        "sharded_state",
+    }
+)
+
+_WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
+_HASHED_SUFFIXES = frozenset({".json", ".py"})
+_IRRELEVANT_SUFFIXES = frozenset(
+    {".md", ".txt", ".jinja", ".log", ".lock", ".incomplete", ".png", ".jpg", ".pyc", ".pdf"}
+)
+# Size and time alone miss files whose times were normalised, as images of containers do.
+_SAMPLES = 16
+_SAMPLE_BYTES = 4096
+
+# SGLang's environment variables count unless their name says that they are about operation.
+_OPERATION = re.compile(
+    "LOG_|_LOG|TEST|PORT|TIMEOUT|RUN_ID|_DIR|PATH|HEALTH|PROFILE|METRICS|TRACE|DISAGG|HICACHE|IPC|WARMUP|INTERVAL"
+)
+
+
+@dataclass
+class _Listing:
+    """Files as they are now."""
+
+    digest: str
+    has_weights: bool
+    changed_s: float  # when one of them was last changed or put in its place, seconds since the epoch
+
+
+def model_identity(
+    read: Callable[[str], Any], model_path: str, revision: str | None, *, started_s: float | None = None
+) -> dict[str, object]:
+    """Fields for ``make_namespace`` that stand for the model and how its KV is computed.
+
+    Every rank that reads the same files gets the same fields, now and after a restart, unless there is a
+    nonce among them.
+
+    Args:
+        read: value of a resolved argument of SGLang by its name.
+        model_path: what SGLang loaded: a directory, a file or the id of a hub repository.
+        revision: of the repository.
+        started_s: since when files must not have changed, seconds since the epoch; default: the start of this
+            process, which loaded the weights some time after.
+    """
+    if started_s is None:
+        started_s = psutil.Process().create_time()
+    reasons = _unknowable(read)
+    sources = {"model": find_local(model_path, revision, read("download_dir"))}
+    if read("model_path") != model_path:  # an adapter whose base SGLang loads as the model
+        sources["model_path"] = find_local(read("model_path"), read("revision"), read("download_dir"))
+    # Adapters that are named at launch keep their id over restarts, and SGLang keys their KV by it.
+    for adapter in read("lora_paths") or ():
+        sources[f"lora {adapter.lora_id}"] = find_local(adapter.lora_path)
+    for name in PATH_ARGUMENTS:
+        if read(name):
+            sources[name] = find_local(str(read(name)))
+    files = {}
+    for name, source in sources.items():
+        if source is None:
+            reasons.append(f"the files of {name} are not on this machine")
+            continue
+        try:
+            listing = _list_files(source)
+        except OSError as error:
+            reasons.append(f"the files of {name} cannot be read: {error}")
+            continue
+        files[name] = f"{source} {listing.digest}"
+        if name == "model" and not listing.has_weights:
+            reasons.append(f"{source} holds no weights")
+        if listing.changed_s > started_s:
+            reasons.append(f"{source} has changed since this process started")
+    if reasons:
+        logger.info(
+            "sglang-flexkv: KV that this process writes to SSD will not be found by another one: %s",
+            "; ".join(reasons),
+        )
+    return {
+        "model": model_path,
+        "revision": revision,
+        "files": _text(files),
+        "arguments": _text({name: read(name) for name in ARGUMENTS}),
+        "environment": _text(_environment()),
+        "software": _text({name: _version(name) for name in ("sglang", "torch", "transformers")}),
+        "nonce": secrets.token_hex(16) if reasons else "",
+    }
+
+
+def describe(model_path: str, dtype: object, tokens_per_block: int, tp_rank: int, tp_size: int) -> str:
+    """One line for people about whose KV a store holds."""
+    kind = str(dtype).removeprefix("torch.")
+    return f"{model_path}, {kind}, blocks of {tokens_per_block} tokens, TP rank {tp_rank} of {tp_size}"
+
+
+def find_local(source: str, revision: str | None = None, download_dir: str | None = None) -> Path | None:
+    """Where a model's files are: the path itself, or the snapshot of a hub repository that was downloaded.
+
+    Never asks the network. The path of a snapshot contains its commit.
+    """
+    if os.path.exists(source):
+        return Path(source).absolute()
+    from huggingface_hub import snapshot_download
+
+    # In the order in which SGLang looks for weights.
+    for cache in dict.fromkeys((download_dir, None)):
+        try:
+            return Path(snapshot_download(source, revision=revision, cache_dir=cache, local_files_only=True))
+        except (OSError, ValueError):  # not downloaded; not an id of a repository
+            continue
+    return None
+
+
+def _unknowable(read: Callable[[str], Any]) -> list[str]:
+    """Why the weights of this process are not, or not only, what the model's files hold."""
+    load_format = getattr(read("load_format"), "value", read("load_format"))
+    reasons = []
+    if load_format not in _FILE_FORMATS:
+        reasons.append(f"--load-format {load_format}")
+    if read("weight_cache_mode") != "off":
+        reasons.append("--weight-cache-mode: the weights are another process's")
+    if read("checkpoint_engine_wait_weights_before_ready"):
+        reasons.append("the weights come from a checkpoint engine")
+    if read("quantize_and_serve"):
+        reasons.append("--quantize-and-serve: the scales are computed at every start")
+    return reasons
+
+
+def _list_files(source: Path) -> _Listing:
+    # Also of the directory and of links: renamed or pointed elsewhere, they lead to older files.
+    links = [folder for folder in source.parents if folder.is_symlink()]
+    changed_s = max(path.lstat().st_ctime for path in (source, *links))
+    paths = sorted(_relevant_files(source))
+    digest = hashlib.blake2b(digest_size=16)
+    for path in paths:
+        status = path.stat()
+        changed_s = max(changed_s, status.st_ctime, path.lstat().st_ctime)
+        entry: tuple[object, ...]
+        if path.suffix in _HASHED_SUFFIXES:
+            entry = (hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),)
+        else:
+            entry = (status.st_size, status.st_mtime_ns, _sample(path, status.st_size))
+        digest.update(_text([str(path.relative_to(source.parent)), *entry]).encode() + b"\n")
+    has_weights = any(path.suffix in _WEIGHT_SUFFIXES for path in paths)
+    return _Listing(digest.hexdigest(), has_weights, changed_s)
+
+
+def _relevant_files(source: Path) -> Iterable[Path]:
+    if not source.is_dir():
+        # One file of several: weights-00001-of-00003.gguf
+        stem = re.sub(r"-\d{5}-of-\d{5}$", "", source.stem)
+        shards = source.parent.glob(f"{glob.escape(stem)}-*-of-*{source.suffix}")
+        yield from {source, *shards} if stem != source.stem else {source}
+        return
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, folders, names in os.walk(source, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith((".", "__"))]
+        for name in names:
+            path = Path(folder, name)
+            if not name.startswith(".") and path.suffix not in _IRRELEVANT_SUFFIXES and path.is_file():
+                yield path
+
+
+def _sample(path: Path, size: int) -> str:
+    """Digest of pieces from the first to the last byte of a file."""
+    digest = hashlib.blake2b(digest_size=16)
+    last = max(0, size - _SAMPLE_BYTES)
+    with path.open("rb", buffering=0) as file:
+        for number in range(_SAMPLES):
+            file.seek(last * number // (_SAMPLES - 1))
+            digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _environment() -> dict[str, object]:
+    from sglang.srt.environ import EnvField, envs
+
+    # Only names that SGLang knows: an orchestrator adds more of the same prefix, with addresses in them.
+    return {
+        name: field.get()
+        for name, field in vars(type(envs)).items()
+        if isinstance(field, EnvField) and not field.secret and not _OPERATION.search(name) and field.is_set()
+    }
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:  # a source checkout on the path
+        return "unknown"
+
+
+def _text(value: object) -> str:
+    """The same text for equal values in every process."""
+
+    def other(value: object) -> object:
+        return sorted(map(str, value)) if isinstance(value, (set, frozenset)) else str(value)
+
+    return json.dumps(value, sort_keys=True, default=other)

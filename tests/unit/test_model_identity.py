@@ -1,0 +1,322 @@
+"""The identity of a model: the same for the same files in every process, another one when they change."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_flexkv.common.block import make_namespace
+from sglang_flexkv.integration import model_identity as identity_module
+from sglang_flexkv.integration.model_identity import describe, find_local, model_identity
+
+LATER = 4e9  # the files of a test are older than this start of a process
+WEIGHTS = "model-00002-of-00002.safetensors"
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+DEFAULTS: dict[str, Any] = {
+    **dict.fromkeys(identity_module.ARGUMENTS),
+    **dict.fromkeys(identity_module.PATH_ARGUMENTS),
+    **dict.fromkeys(identity_module._SOURCE_ARGUMENTS),
+    "load_format": "auto",
+    "weight_cache_mode": "off",
+}
+
+
+def identity(
+    path: Path | str, revision: str | None = None, started_s: float = LATER, **arguments: Any
+) -> bytes:
+    values = {**DEFAULTS, "model_path": str(path), "revision": revision, **arguments}
+    fields = model_identity(values.__getitem__, str(path), revision, started_s=started_s)
+    return make_namespace(fields)
+
+
+def fill(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text('{"rope_theta": 10000}')
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "modeling_x.py").write_text("x = 1")
+    (folder / "README.md").write_text("# a model")
+    for number in (1, 2):
+        (folder / f"model-0000{number}-of-00002.safetensors").write_bytes(bytes([number]) * 300_000)
+    return folder
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return fill(tmp_path / "model")
+
+
+def test_every_argument_is_one_of_sglang() -> None:
+    from sglang.srt.arg_groups.arg_utils import namespace_of
+    from sglang.srt.server_args import ServerArgs
+
+    assert set(DEFAULTS) <= set(namespace_of(ServerArgs))
+
+
+# ---- files ----
+
+
+def test_the_same_files_in_another_process(model: Path) -> None:
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_model_identity import identity
+print(identity({str(model)!r}, lora_backend={{"b", "a", "c"}}).hex())
+"""
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert out.split()[-1] == identity(model, lora_backend={"c", "b", "a"}).hex()
+
+
+def touch(model: Path) -> None:
+    os.utime(model / WEIGHTS)
+
+
+def rewrite_in_place(model: Path) -> None:
+    """Other bytes of the same size, with the old times put back."""
+    before = (model / WEIGHTS).stat()
+    (model / WEIGHTS).write_bytes(b"\7" * before.st_size)
+    os.utime(model / WEIGHTS, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def replace_by_rename(model: Path) -> None:
+    (model / "new").write_bytes(b"\2" * 300_000)
+    (model / "new").rename(model / WEIGHTS)
+
+
+def grow(model: Path) -> None:
+    with (model / WEIGHTS).open("ab") as file:
+        file.write(b"x")
+
+
+def edit_config(model: Path) -> None:
+    (model / "config.json").write_text('{"rope_theta": 10001}')
+
+
+def edit_code(model: Path) -> None:
+    (model / "modeling_x.py").write_text("x = 2")
+
+
+def add_scales(model: Path) -> None:
+    (model / "kv_cache_scales.json").write_text("{}")
+
+
+def drop_a_shard(model: Path) -> None:
+    (model / WEIGHTS).unlink()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        touch,
+        rewrite_in_place,
+        replace_by_rename,
+        grow,
+        edit_config,
+        edit_code,
+        add_scales,
+        drop_a_shard,
+    ],
+)
+def test_a_changed_file_changes_it(model: Path, change: Callable[[Path], None]) -> None:
+    before = identity(model)
+    time.sleep(0.02)  # above the resolution of file times
+    change(model)
+    assert identity(model) != before
+    assert identity(model) == identity(model)  # no nonce
+
+
+def test_what_computes_nothing_does_not_count(model: Path) -> None:
+    before = identity(model)
+    (model / "README.md").write_text("# the same model")
+    os.utime(model / "config.json")
+    (model / ".cache").mkdir()
+    (model / ".cache" / "lock").touch()
+    assert identity(model) == before
+
+
+def test_a_copy_elsewhere_is_another_model(model: Path, tmp_path: Path) -> None:
+    shutil.copytree(model, tmp_path / "copy")
+    assert identity(tmp_path / "copy") != identity(model)
+
+
+def test_a_link_that_points_elsewhere_changes_it(model: Path, tmp_path: Path) -> None:
+    other = fill(tmp_path / "other")
+    link = tmp_path / "current"
+    link.symlink_to(model)
+    before = identity(link)
+    assert identity(link) == before
+    link.unlink()
+    link.symlink_to(other)
+    assert identity(link) != before
+
+
+def test_shards_of_a_gguf_count_together(tmp_path: Path) -> None:
+    shards = [tmp_path / f"w-0000{number}-of-00002.gguf" for number in (1, 2)]
+    for shard in shards:
+        shard.write_bytes(b"gguf")
+    (tmp_path / "another.gguf").write_bytes(b"1")
+    before = identity(shards[0], load_format="gguf")
+    (tmp_path / "another.gguf").write_bytes(b"22")
+    assert identity(shards[0], load_format="gguf") == before
+    shards[1].write_bytes(b"more")
+    assert identity(shards[0], load_format="gguf") != before
+
+
+# ---- arguments and environment ----
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("json_model_override_args", '{"rope_scaling": {"factor": 2}}'),
+        ("dtype", "float16"),
+        ("quantization", "fp8"),
+        ("kv_cache_dtype", "fp8_e4m3"),
+        ("context_length", 4096),
+        ("attention_backend", "triton"),
+        ("weight_version", "2"),
+    ],
+)
+def test_an_argument_changes_it(model: Path, name: str, value: object) -> None:
+    assert identity(model, **{name: value}) != identity(model)
+    assert identity(model, **{name: value}) == identity(model, **{name: value})
+
+
+def test_the_revision_changes_it(model: Path) -> None:
+    assert identity(model, revision="v2") != identity(model)
+
+
+def test_scales_in_a_file_of_their_own(model: Path, tmp_path: Path) -> None:
+    scales = tmp_path / "scales.json"
+    scales.write_text(json.dumps({"k": 1}))
+    before = identity(model, quantization_param_path=str(scales))
+    assert identity(model, quantization_param_path=str(scales)) == before
+    scales.write_text(json.dumps({"k": 2}))
+    assert identity(model, quantization_param_path=str(scales)) != before
+
+
+def test_an_adapter_that_was_trained_further_changes_it(model: Path, tmp_path: Path) -> None:
+    adapter = fill(tmp_path / "adapter")
+    refs = [SimpleNamespace(lora_id="of-its-path", lora_path=str(adapter))]
+    before = identity(model, lora_paths=refs)
+    assert identity(model, lora_paths=refs) == before
+    grow(adapter)
+    assert identity(model, lora_paths=refs) != before
+
+
+def test_switches_of_sglang_in_the_environment(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identity(model)
+    monkeypatch.setenv("SGLANG_RUN_ID", "another at every start")
+    monkeypatch.setenv("SGLANG_SERVICE_HOST", "10.0.0.7")  # Kubernetes, for a service named sglang
+    monkeypatch.setenv("SGLANG_LOG_GC", "1")
+    assert identity(model) == before
+    monkeypatch.setenv("SGLANG_EXTERNAL_MODEL_PACKAGE", "my_models")
+    assert identity(model) != before
+
+
+# ---- what cannot be told is unique ----
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ({"load_format": "dummy"}, "--load-format dummy"),
+        ({"load_format": SimpleNamespace(value="remote_instance")}, "--load-format remote_instance"),
+        ({"weight_cache_mode": "client"}, "another process"),
+        ({"checkpoint_engine_wait_weights_before_ready": True}, "checkpoint engine"),
+        ({"quantize_and_serve": True}, "--quantize-and-serve"),
+        ({"quantization_param_path": "/no/such/file"}, "quantization_param_path are not on this machine"),
+    ],
+)
+def test_weights_that_are_not_in_the_files(
+    model: Path, arguments: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        assert identity(model, **arguments) != identity(model, **arguments)
+    assert "will not be found by another one" in caplog.text
+    assert reason in caplog.text
+
+
+def test_a_model_that_is_not_here(tmp_path: Path) -> None:
+    for path in (tmp_path / "nothing", "s3://bucket/model", "nobody/no-such-model-of-ours"):
+        assert identity(path) != identity(path)
+
+
+def test_a_folder_without_weights(model: Path) -> None:
+    for weights in model.glob("*.safetensors"):
+        weights.unlink()
+    assert identity(model) != identity(model)
+
+
+def test_files_that_changed_while_they_may_have_been_loaded(model: Path, tmp_path: Path) -> None:
+    started_s = time.time()
+    time.sleep(0.02)
+    assert identity(model, started_s=started_s + 60) == identity(model, started_s=started_s + 60)
+    # As a deployment does it: the times of the files are those of the original.
+    touch(model)
+    os.utime(model / WEIGHTS, (1, 1))
+    assert identity(model, started_s=started_s) != identity(model, started_s=started_s)
+
+
+def test_the_start_of_the_process_counts_by_default(model: Path) -> None:
+    fields = [
+        model_identity({**DEFAULTS, "model_path": str(model)}.__getitem__, str(model), None) for _ in range(2)
+    ]
+    assert fields[0]["nonce"] != fields[1]["nonce"]  # the files are younger than this process
+
+
+# ---- hub ids ----
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Path:
+    """A cache of downloads with one commit of one repository, in the layout of the hub's client."""
+    repository = tmp_path / "hub" / "models--some--model"
+    blobs = fill(repository / "blobs")
+    snapshot = repository / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    for blob in blobs.iterdir():
+        (snapshot / blob.name).symlink_to(blob)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(COMMIT)
+    return repository
+
+
+def test_a_hub_id_is_its_snapshot(hub: Path) -> None:
+    snapshot = hub / "snapshots" / COMMIT
+    assert find_local("some/model", None, str(hub.parent)) == snapshot
+    assert find_local("some/model", "main", str(hub.parent)) == snapshot
+    assert find_local("some/model", COMMIT, str(hub.parent)) == snapshot
+    assert find_local("some/other", None, str(hub.parent)) is None
+    cache = str(hub.parent)
+    before = identity("some/model", download_dir=cache)
+    assert identity("some/model", download_dir=cache) == before
+    touch(hub / "blobs")  # what the links lead to
+    assert identity("some/model", download_dir=cache) != before
+
+
+def test_another_commit_is_another_model(hub: Path) -> None:
+    cache = str(hub.parent)
+    before = identity("some/model", download_dir=cache)
+    shutil.copytree(hub / "snapshots" / COMMIT, hub / "snapshots" / ("f" * 40), symlinks=True)
+    assert identity("some/model", download_dir=cache) == before
+    (hub / "refs" / "main").write_text("f" * 40)
+    assert identity("some/model", download_dir=cache) != before
+
+
+# ---- for people ----
+
+
+def test_the_label_is_one_line() -> None:
+    label = describe("/models/m", "torch.bfloat16", 16, 1, 2)
+    assert label == "/models/m, bfloat16, blocks of 16 tokens, TP rank 1 of 2"
