@@ -85,6 +85,29 @@ def around_storage_backend_type(original: Callable[[Any], str], streamer: Any) -
     return "FlexKV" if get_memory().enable_flexkv else original(streamer)
 
 
+def before_weights_change(updater: Any, *_args: Any, **_kwargs: Any) -> None:
+    from sglang.srt.runtime_context import get_memory
+
+    if get_memory().enable_flexkv:
+        updater.scheduler.tree_cache.weights_changed()
+
+
+def before_check_weights(updater: Any, recv_req: Any) -> None:
+    if recv_req.action == "reset_tensors":
+        before_weights_change(updater)
+
+
+def before_resume_memory(updater: Any, recv_req: Any) -> None:
+    from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
+    from sglang.srt.runtime_context import get_exec
+
+    features = get_exec().features
+    # Without the saver nothing was released, and with a backup the same bytes come back.
+    lost = features.enable_memory_saver and not features.enable_weights_cpu_backup
+    if lost and (not recv_req.tags or GPU_MEMORY_TYPE_WEIGHTS in recv_req.tags):
+        before_weights_change(updater)
+
+
 def after_check_server_args(_result: Any, server_args: Any) -> None:
     from sglang.srt.arg_groups.overrides import resolving_view
 

@@ -299,6 +299,13 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._abandon()
         self.engine.clear()
 
+    def weights_changed(self) -> None:
+        """No other process may find what is stored from now on, nor what was stored and may now be mixed with
+        it: the names of blocks stand for the weights that this process has loaded. For this process nothing
+        changes; whether it may go on with old KV is SGLang's to say, which flushes if not."""
+        logger.info("sglang-flexkv: the weights change; KV on SSD is for this process only from now on")
+        self.engine.stop_persisting()
+
     def close(self) -> None:
         """Ends everything. The log says what the cache did, and whether anything was left held."""
         if self._closed:

@@ -36,6 +36,8 @@ class Patch:
     remove_when: str
 
 
+_WEIGHT_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
+
 PATCHES = (
     Patch(
         "open-linker-gates",
@@ -93,6 +95,46 @@ PATCHES = (
         ("self",),
         "cached_tokens_details.storage_backend says 'none' for a cache without SGLang's own controller.",
         "SGLang asks the tree cache for the name of its storage backend.",
+    ),
+    Patch(
+        "weights-loaded",
+        f"{_WEIGHT_UPDATER}._observe_weight_load",
+        "before",
+        hooks.before_weights_change,
+        ("self", "source"),
+        "The cache is told to flush after an update of the weights as at any other time, and not at all if "
+        "the update fails half way or asks for no flush; KV of the new weights would be stored under the "
+        "name of the old ones.",
+        "SGLang tells the tree cache that the weights change.",
+    ),
+    Patch(
+        "weights-session",
+        f"{_WEIGHT_UPDATER}.begin_weight_update",
+        "before",
+        hooks.before_weights_change,
+        ("self", "recv_req"),
+        "Between begin_weight_update and end_weight_update another process may write the weights straight "
+        "into memory; SGLang flushes nothing then and calls nothing else.",
+        "SGLang tells the tree cache that the weights change.",
+    ),
+    Patch(
+        "weights-resumed",
+        f"{_WEIGHT_UPDATER}.resume_memory_occupation",
+        "before",
+        hooks.before_resume_memory,
+        ("self", "recv_req"),
+        "Released weights come back with undefined contents unless SGLang keeps a copy on the host, and are "
+        "filled in any way the caller likes.",
+        "SGLang tells the tree cache that the weights change.",
+    ),
+    Patch(
+        "weights-reset",
+        f"{_WEIGHT_UPDATER}.check_weights",
+        "before",
+        hooks.before_check_weights,
+        ("self", "recv_req"),
+        "The action reset_tensors of SGLang's weight checker makes every weight random, and flushes nothing.",
+        "SGLang tells the tree cache that the weights change.",
     ),
 )
 

@@ -185,6 +185,12 @@ class FlexKVRadixCache(UnifiedRadixCache):
         self._waiting.clear()
         super().reset()
 
+    def weights_changed(self) -> None:
+        """The weights are about to differ from the files that this process has loaded. May come at any time,
+        with requests running."""
+        if self.linker is not None:
+            self.linker.cache_linker.weights_changed()
+
     def clear_storage_backend(self) -> bool:
         """SGLang's endpoint for clearing the storage behind the cache: empties every tier."""
         if self.linker is None:

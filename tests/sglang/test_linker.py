@@ -771,3 +771,32 @@ def test_clearing_the_storage_never_passes_off_an_unfinished_load_as_finished(
     rig.abort(late)
     rig.settle()
     assert rig.stats("CPU")["ready"] == 0
+
+
+# ---- new weights ----
+
+
+def test_new_weights_end_persistence_and_nothing_else(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    tokens = sequence(1)
+    rig.insert(tokens, seed=1)
+    rig.settle()
+    with mock.patch.object(rig.engine, "stop_persisting", create=True) as stop:
+        rig.cache.reset()
+        assert not stop.called  # a plain flush is no reason
+        rig.allocator.clear()
+        rig.insert(tokens, seed=2)
+        rig.settle()
+        rig.cache.weights_changed()
+        stop.assert_called_once_with()
+    # Whether old KV may be used on is SGLang's to say: it flushes, or was told not to.
+    assert rig.stats("CPU")["ready"] == PAGES
+    req = rig.request(tokens)
+    assert rig.match(req).device_prefix_len == len(tokens)
+    rig.abort(req)
+
+
+def test_new_weights_before_there_are_tiers(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    with mock.patch.object(rig.cache, "linker", None):
+        rig.cache.weights_changed()

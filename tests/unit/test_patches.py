@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import inspect
 import json
 import re
 import subprocess
@@ -13,6 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -300,6 +303,167 @@ def test_name_of_the_storage_backend(flag: Callable[[bool], None]) -> None:
     assert hooks.around_storage_backend_type(lambda streamer: "none", object()) == "none"
     flag(True)
     assert hooks.around_storage_backend_type(lambda streamer: "none", object()) == "FlexKV"
+
+
+# ---- the hooks on SGLang's weight updater ----
+
+
+class Updater:
+    """SGLang's own weight updater with our hooks on it, over a worker and a cache that note the order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, outcome: tuple[bool, str] | Exception) -> None:
+        import torch
+        from sglang.srt.managers.scheduler_components import weight_updater
+        from sglang.srt.plugins.hook_registry import HookType, _wrap_fn
+
+        cls = weight_updater.SchedulerWeightUpdaterManager
+        for patch in PATCHES:
+            owner, _, name = patch.target.rpartition(".")
+            if owner.endswith(f".{cls.__name__}"):
+                monkeypatch.setattr(cls, name, _wrap_fn(getattr(cls, name), patch.hook, HookType(patch.kind)))
+        monkeypatch.setattr(torch.distributed, "barrier", lambda **_: None)
+        self.log: list[str] = []
+        self.manager = cls.__new__(cls)
+        self.manager.scheduler = SimpleNamespace(
+            tree_cache=SimpleNamespace(weights_changed=lambda: self.log.append("told")),
+            record_weight_version_change=lambda **_: None,
+        )
+        runner = SimpleNamespace(weight_updater=self, check_weights=self._note("check"))
+        self.manager.tp_worker = SimpleNamespace(
+            model_runner=runner,
+            weight_update_runners=lambda: [("target", runner)],
+            deserialize_own_rank=lambda tensors: tensors,
+        )
+        self.manager.draft_worker = self.manager.metrics_collector = None
+        self.manager.tp_cpu_group = self.manager._session = None
+        self.manager.flush_cache = self._note("flush", True)
+        self.update_weights_from_disk = self._note("write", outcome)
+        self.update_weights_from_ipc = self._note("write", outcome)
+        self.update_weights_from_tensor = self._note("write", outcome)
+        self.receive_weights_from_distributed = lambda **_: []
+        self.load_weights_from_distributed = self._note("write", outcome)
+        self.begin_weight_update = self._note("begin")
+        self.end_weight_update = self._note("end")
+
+    def _note(self, what: str, outcome: object = None) -> Callable[..., Any]:
+        def call(*_: object, **__: object) -> object:
+            self.log.append(what)
+            if isinstance(outcome, Exception):
+                raise outcome
+            return outcome
+
+        return call
+
+    def call(self, method: str, **fields: Any) -> None:
+        getattr(self.manager, method)(mock.MagicMock(selector="all", **fields))
+
+
+@pytest.mark.parametrize("flush", [True, False])
+@pytest.mark.parametrize("outcome", [(True, ""), (False, "half done"), RuntimeError("half done")], ids=str)
+@pytest.mark.parametrize("source", ["disk", "ipc", "tensor", "distributed"])
+def test_the_cache_learns_of_new_weights_before_they_come(
+    source: str,
+    outcome: tuple[bool, str] | Exception,
+    flush: bool,
+    flag: Callable[[bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    updater = Updater(monkeypatch, outcome)
+    for enabled in (False, True):
+        flag(enabled)
+        updater.manager._session = None
+        if source in ("tensor", "distributed"):
+            updater.call("begin_weight_update")
+        updater.log.clear()
+        with contextlib.suppress(RuntimeError):
+            updater.call(f"update_weights_from_{source}", flush_cache=flush)
+        flushed = ["flush"] if flush and outcome == (True, "") else []
+        assert updater.log == [*(["told"] if enabled else []), "write", *flushed]
+
+
+def test_the_cache_learns_of_weights_that_a_trainer_writes(
+    flag: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updater = Updater(monkeypatch, (True, ""))
+    for enabled in (False, True):
+        flag(enabled)
+        updater.log.clear()
+        updater.call("begin_weight_update")
+        updater.call("end_weight_update")
+        assert updater.log == [*(["told"] if enabled else []), "begin", "end"]
+
+
+@pytest.mark.parametrize("action", ["checksum", "snapshot", "compare", "reset_tensors"])
+def test_only_a_reset_of_the_weights_matters(
+    action: str, flag: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    updater = Updater(monkeypatch, (True, ""))
+    monkeypatch.setattr(
+        "sglang.srt.managers.scheduler_components.weight_updater._merge_checksum_payloads", lambda _: None
+    )
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda **_: 1)
+    for enabled in (False, True):
+        flag(enabled)
+        updater.log.clear()
+        updater.call("check_weights", action=action)
+        assert updater.log == [*(["told"] if enabled and action == "reset_tensors" else []), "check"]
+
+
+@pytest.mark.parametrize(
+    ("saver", "backup", "tags", "lost"),
+    [
+        (True, False, None, True),
+        (True, False, [], True),
+        (True, False, ["weights"], True),
+        (True, False, ["kv_cache", "cuda_graph"], False),
+        (True, True, ["weights"], False),
+        (False, False, ["weights"], False),  # nothing was released
+    ],
+)
+def test_weights_that_come_back_without_their_contents(
+    saver: bool,
+    backup: bool,
+    tags: list[str] | None,
+    lost: bool,
+    flag: Callable[[bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    features = SimpleNamespace(enable_memory_saver=saver, enable_weights_cpu_backup=backup)
+    monkeypatch.setattr("sglang.srt.runtime_context.get_exec", lambda: SimpleNamespace(features=features))
+    updater = Updater(monkeypatch, (True, ""))
+    for enabled in (False, True):
+        flag(enabled)
+        updater.log.clear()
+        hooks.before_resume_memory(updater.manager, SimpleNamespace(tags=tags))
+        assert updater.log == (["told"] if enabled and lost else [])
+
+
+def test_every_way_to_change_the_weights_is_known() -> None:
+    from sglang.srt.managers.scheduler_components.weight_updater import SchedulerWeightUpdaterManager
+
+    # In it or before it a hook tells the cache; or it changes nothing.
+    told = {
+        "update_weights_from_disk",
+        "update_weights_from_distributed",
+        "update_weights_from_tensor",
+        "update_weights_from_ipc",
+        "begin_weight_update",
+        "end_weight_update",
+        "resume_memory_occupation",
+        "check_weights",
+    }
+    harmless = {
+        "flush_cache_after_weight_update",
+        "record_weight_version_after_update",
+        "init_weights_update_group",
+        "destroy_weights_update_group",
+        "get_weights_by_name",
+        "release_memory_occupation",
+        "save_remote_model",
+        "save_sharded_model",
+    }
+    methods = inspect.getmembers(SchedulerWeightUpdaterManager, inspect.isfunction)
+    assert {name for name, _ in methods if not name.startswith("_")} == told | harmless
 
 
 @pytest.mark.parametrize("missing", PATCHES, ids=lambda patch: patch.name)
