@@ -5,11 +5,14 @@
 
 #include <optional>
 
+#include "admission_filter.hpp"
 #include "block_layout.hpp"
 #include "cuda_driver.hpp"
+#include "fault_disk.hpp"
 #include "host_pool.hpp"
 #include "io_engine.hpp"
 #include "prefix_index.hpp"
+#include "ssd_store.hpp"
 #include "transfer_engine.hpp"
 
 namespace py = pybind11;
@@ -39,6 +42,19 @@ py::array_t<T> ToArray(const std::vector<T>& values) {
   return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
 }
 
+py::array_t<uint64_t> KeysToArray(const std::vector<BlockKey>& keys) {
+  py::array_t<uint64_t> out({static_cast<py::ssize_t>(keys.size()), py::ssize_t{2}});
+  if (!keys.empty()) std::memcpy(out.mutable_data(), keys.data(), keys.size() * sizeof(BlockKey));
+  return out;
+}
+
+BlockKey ToId(const std::string& bytes) {
+  if (bytes.size() != sizeof(BlockKey)) throw UsageError("a namespace has 16 bytes");
+  BlockKey id;
+  std::memcpy(&id, bytes.data(), sizeof id);
+  return id;
+}
+
 std::vector<int64_t> ToVector(const Int64s& values) {
   return {values.data(), values.data() + values.size()};
 }
@@ -55,6 +71,8 @@ py::dict StatsDict(const TransferStats& stats) {
     one["busy_s"] = stats.busy_s[t];
     out[kNames[t]] = one;
   }
+  // What was read and was not what had been written: never used, read again by computing it.
+  out["DISK2H"]["corrupt_blocks"] = stats.corrupt_blocks;
   return out;
 }
 
@@ -63,7 +81,8 @@ py::dict StatsDict(const TransferStats& stats) {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "C++ core of sglang-flexkv: prefix index, host pool, transfer engine.";
   py::register_exception<UsageError>(m, "CoreUsageError", PyExc_ValueError);
-  py::register_exception<SystemError>(m, "CoreSystemError", PyExc_OSError);
+  auto& system_error = py::register_exception<SystemError>(m, "CoreSystemError", PyExc_OSError);
+  py::register_exception<MismatchError>(m, "CoreMismatchError", system_error.ptr());
   m.attr("IO_ALIGNMENT") = kIoAlignment;
 
   py::enum_<Tier>(m, "Tier").value("CPU", Tier::kCpu).value("SSD", Tier::kSsd);
@@ -156,11 +175,42 @@ PYBIND11_MODULE(_core, m) {
           },
           py::arg("tier"), py::arg("keys"))
       .def("invalidate_tier", &PrefixIndex::InvalidateTier, py::arg("tier"), NoGil())
+      .def(
+          "restore",
+          [](PrefixIndex& index, Tier tier, const Keys& keys, const Keys& parents,
+             const py::array_t<SlotId, py::array::c_style>& slots) {
+            const KeyView view = View(keys);
+            const KeyView parent_view = View(parents);
+            if (parent_view.size != view.size || slots.ndim() != 1 ||
+                static_cast<size_t>(slots.size()) != view.size) {
+              throw UsageError("restore: one parent and one slot per key");
+            }
+            const SlotId* slot_data = slots.data();
+            std::vector<uint8_t> taken;
+            {
+              py::gil_scoped_release nogil;
+              index.Restore(tier, view.data, parent_view.data, slot_data, view.size, &taken);
+            }
+            return ToArray(taken);
+          },
+          py::arg("tier"), py::arg("keys"), py::arg("parents"), py::arg("slots"))
       .def("stats", &PrefixIndex::Stats, py::arg("tier"), NoGil())
       .def_property_readonly("num_leases", &PrefixIndex::num_leases)
       .def_property_readonly("num_transactions", &PrefixIndex::num_transactions)
       .def_property_readonly("memory_bytes", &PrefixIndex::memory_bytes)
       .def("check_integrity", &PrefixIndex::CheckIntegrity, NoGil());
+
+  // The GIL stays held: it makes the one owner of a filter any thread of Python.
+  py::class_<AdmissionFilter>(m, "AdmissionFilter")
+      .def(py::init<size_t>(), py::arg("capacity"))
+      .def(
+          "seen",
+          [](AdmissionFilter& filter, const Keys& keys) {
+            const KeyView view = View(keys);
+            return ToArray(filter.Seen(view.data, view.size));
+          },
+          py::arg("keys"))
+      .def("clear", &AdmissionFilter::Clear);
 
   py::class_<DeviceBuffer>(m, "DeviceBuffer")
       .def(py::init([](uint64_t base, int64_t num_rows, int64_t row_bytes, int64_t row_stride) {
@@ -204,15 +254,23 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<OpSpec>(m, "OpSpec")
       .def(py::init([](TransferType type, const Int64s& src, const Int64s& dst, int layer_begin,
-                       int layer_end, std::vector<uint32_t> after) {
-             return OpSpec{type, ToVector(src), ToVector(dst), layer_begin, layer_end, std::move(after)};
+                       int layer_end, std::vector<uint32_t> after, const std::optional<Keys>& keys) {
+             std::vector<BlockKey> copied;
+             if (keys) {
+               const KeyView view = View(*keys);
+               copied.assign(view.data, view.data + view.size);
+             }
+             return OpSpec{type,      ToVector(src),     ToVector(dst),   layer_begin,
+                           layer_end, std::move(copied), std::move(after)};
            }),
            py::arg("type"), py::arg("src"), py::arg("dst"), py::arg("layer_begin") = 0,
-           py::arg("layer_end") = 0, py::arg("after") = std::vector<uint32_t>{});
+           py::arg("layer_end") = 0, py::arg("after") = std::vector<uint32_t>{},
+           py::arg("keys") = std::nullopt);
 
   py::class_<OpResult>(m, "OpResult")
       .def_readonly("status", &OpResult::status)
       .def_property_readonly("ok", [](const OpResult& r) { return ToArray(r.ok); })
+      .def_readonly("corrupt", &OpResult::corrupt)
       .def_readonly("start_s", &OpResult::start_s)
       .def_readonly("end_s", &OpResult::end_s);
 
@@ -223,16 +281,22 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("ops", &GraphResult::ops);
 
   py::class_<TransferEngine>(m, "TransferEngine")
-      .def(py::init([](const BlockLayout& layout, std::shared_ptr<HostPool> host,
-                       std::vector<int> ssd_fds, size_t ssd_slots, int copy_threads, int cuda_device,
-                       IoEngineKind io_engine, int io_depth) {
+      .def(py::init([](const BlockLayout& layout, std::shared_ptr<HostPool> host, int copy_threads,
+                       int cuda_device) {
              py::gil_scoped_release nogil;
-             return std::make_unique<TransferEngine>(layout, std::move(host),
-                                                     SsdFiles{std::move(ssd_fds), ssd_slots},
-                                                     copy_threads, cuda_device, io_engine, io_depth);
+             return std::make_unique<TransferEngine>(layout, std::move(host), copy_threads, cuda_device);
            }),
-           py::arg("layout"), py::arg("host"), py::arg("ssd_fds"), py::arg("ssd_slots"),
-           py::arg("copy_threads"), py::arg("cuda_device"), py::arg("io_engine"), py::arg("io_depth"))
+           py::arg("layout"), py::arg("host"), py::arg("copy_threads"), py::arg("cuda_device"))
+      .def(
+          "attach_ssd",
+          [](TransferEngine& engine, std::shared_ptr<SsdStore> store, IoEngineKind io_engine, int io_depth,
+             double write_bytes_per_s) {
+            py::gil_scoped_release nogil;
+            engine.AttachSsd(std::move(store), {io_engine, io_depth, write_bytes_per_s});
+          },
+          py::arg("store"), py::arg("io_engine"), py::arg("io_depth"), py::arg("write_bytes_per_s") = 0.0)
+      .def("detach_ssd", &TransferEngine::DetachSsd, NoGil())
+      .def_property_readonly("ssd_oldest_io_s", &TransferEngine::ssd_oldest_io_s)
       .def(
           "submit",
           [](TransferEngine& engine, std::vector<OpSpec> ops, std::shared_ptr<LayerGate> gate,
@@ -247,12 +311,142 @@ PYBIND11_MODULE(_core, m) {
       .def("poll", &TransferEngine::Poll, NoGil())
       .def("wait", &TransferEngine::Wait, py::arg("graph"), py::arg("timeout_s"), NoGil())
       .def("drain", &TransferEngine::Drain, py::arg("timeout_s"), NoGil())
+      .def("drain_device", &TransferEngine::DrainDevice, py::arg("timeout_s"), NoGil())
       .def("stats", [](const TransferEngine& engine) { return StatsDict(engine.Stats()); })
       .def_property_readonly("event_fd", &TransferEngine::event_fd)
       .def_property_readonly("num_pending", &TransferEngine::num_pending)
       .def_property_readonly("io_engine_name", &TransferEngine::io_engine_name)
       .def_property_readonly("io_engine_note", &TransferEngine::io_engine_note)
       .def_property_readonly("now_s", &TransferEngine::Now);
+
+  m.def(
+      "slice_bytes",
+      [](const BlockLayout& layout, size_t slot_bytes) {
+        std::vector<size_t> bytes;
+        for (const Slice& slice : SlicesOf(layout, slot_bytes, kSlicesMax)) bytes.push_back(slice.bytes);
+        return bytes;
+      },
+      py::arg("layout"), py::arg("slot_bytes"));
+  m.def(
+      "probe_io_engine",
+      [] {
+        Disk disk;
+        std::string note;
+        const std::string name = disk.MakeEngine(IoEngineKind::kAuto, 1, &note)->name();
+        return std::make_pair(name, note);
+      },
+      NoGil());
+  m.attr("SSD_FORMAT_VERSION") = kSsdFormatVersion;
+  m.attr("SSD_SLOTS_OFFSET") = kSlotsOffset;
+
+  py::class_<Disk, std::shared_ptr<Disk>>(m, "Disk").def(py::init<>());
+  // For tests.
+  py::class_<FaultyDisk, Disk, std::shared_ptr<FaultyDisk>>(m, "FaultyDisk")
+      .def(py::init<uint64_t>(), py::arg("seed"))
+      .def("set_fault", &FaultyDisk::SetFault, py::arg("operation"), py::arg("probability"),
+           py::arg("error") = 0, py::arg("delay_s") = 0.0)
+      .def("clear_faults", &FaultyDisk::ClearFaults)
+      .def("injected", &FaultyDisk::Injected);
+  py::class_<PowerLossDisk, Disk, std::shared_ptr<PowerLossDisk>>(m, "PowerLossDisk")
+      .def(py::init<>())
+      .def("power_fail", &PowerLossDisk::PowerFail, py::arg("seed"), NoGil());
+
+  py::class_<SsdStore, std::shared_ptr<SsdStore>>(m, "SsdStore")
+      .def(py::init([](const std::vector<std::tuple<std::string, std::string, std::string>>& shards,
+                       const py::bytes& name_space, uint64_t num_slots, std::vector<uint32_t> slice_bytes,
+                       std::string label, bool fresh_on_mismatch, double commit_interval_s,
+                       std::shared_ptr<Disk> disk) {
+             SsdStoreOptions options;
+             for (const auto& [directory, slots, journal] : shards) {
+               options.shards.push_back({directory, slots, journal});
+             }
+             options.name_space = ToId(name_space);
+             options.num_slots = num_slots;
+             options.slice_bytes = std::move(slice_bytes);
+             options.label = std::move(label);
+             options.fresh_on_mismatch = fresh_on_mismatch;
+             options.commit_interval_s = commit_interval_s;
+             py::gil_scoped_release nogil;
+             return std::make_shared<SsdStore>(std::move(options), std::move(disk));
+           }),
+           py::arg("shards"), py::arg("namespace"), py::arg("num_slots"), py::arg("slice_bytes"),
+           py::arg("label"), py::arg("fresh_on_mismatch"), py::arg("commit_interval_s"), py::arg("disk"))
+      .def("take_recovered",
+           [](SsdStore& store) {
+             const Recovered found = store.TakeRecovered();
+             return py::make_tuple(KeysToArray(found.keys), KeysToArray(found.parents), ToArray(found.slots));
+           })
+      .def(
+          "publish",
+          [](SsdStore& store, const Keys& keys, const Keys& parents, const Int64s& slots) {
+            const KeyView k = View(keys), p = View(parents);
+            if (k.size != p.size || k.size != static_cast<size_t>(slots.size())) {
+              throw UsageError("publish: one key, one parent and one slot for each block");
+            }
+            py::gil_scoped_release nogil;
+            store.Publish(k.data, p.data, slots.data(), k.size);
+          },
+          py::arg("keys"), py::arg("parents"), py::arg("slots"))
+      .def(
+          "drop",
+          [](SsdStore& store, const Int64s& slots) {
+            py::gil_scoped_release nogil;
+            store.Drop(slots.data(), static_cast<size_t>(slots.size()));
+          },
+          py::arg("slots"))
+      .def("sync", &SsdStore::Sync, py::arg("timeout_s"), NoGil())
+      .def("clear", &SsdStore::Clear, py::arg("keep"), NoGil())
+      .def_property_readonly("error", &SsdStore::error)
+      .def_property_readonly("notes", &SsdStore::notes)
+      .def_property_readonly("num_slots", &SsdStore::num_slots)
+      .def("stats", [](const SsdStore& store) {
+        const SsdStoreStats stats = store.Stats();
+        py::dict out;
+        out["commits"] = stats.commits;
+        out["compactions"] = stats.compactions;
+        out["journal_bytes"] = stats.journal_bytes;
+        out["published"] = stats.published;
+        out["durable"] = stats.durable;
+        return out;
+      });
+
+  py::class_<SsdReader>(m, "SsdReader")
+      .def(py::init<const std::string&, const std::string&>(), py::arg("slots"), py::arg("journal"), NoGil())
+      .def_property_readonly("label", [](const SsdReader& r) { return r.image().superblock.label; })
+      .def_property_readonly("namespace",
+                             [](const SsdReader& r) {
+                               const BlockKey& id = r.image().superblock.name_space;
+                               return py::bytes(reinterpret_cast<const char*>(&id), sizeof id);
+                             })
+      .def_property_readonly("keep", [](const SsdReader& r) { return r.image().superblock.keep; })
+      .def_property_readonly("num_slots", [](const SsdReader& r) { return r.image().superblock.num_slots; })
+      .def_property_readonly("slot_bytes", [](const SsdReader& r) { return r.image().superblock.slot_bytes(); })
+      .def_property_readonly("num_slices",
+                             [](const SsdReader& r) { return r.image().superblock.slice_bytes.size(); })
+      .def_property_readonly("has_journal", [](const SsdReader& r) { return !r.image().entries.empty(); })
+      .def_property_readonly("journal_bytes", [](const SsdReader& r) { return r.image().journal_end; })
+      .def_property_readonly("journal_records", [](const SsdReader& r) { return r.image().records; })
+      .def_property_readonly("damaged_bytes", [](const SsdReader& r) { return r.image().damaged_bytes; })
+      .def_property_readonly("live_slots",
+                             [](const SsdReader& r) {
+                               std::vector<uint32_t> slots;
+                               const auto& entries = r.image().entries;
+                               for (uint32_t i = 0; i < entries.size(); ++i) {
+                                 if (entries[i].sequence != 0) slots.push_back(i);
+                               }
+                               return ToArray(slots);
+                             })
+      .def(
+          "verify",
+          [](SsdReader& reader, const std::vector<uint32_t>& slots) {
+            std::vector<uint32_t> bad;
+            {
+              py::gil_scoped_release nogil;
+              bad = reader.Verify(slots);
+            }
+            return ToArray(bad);
+          },
+          py::arg("slots"));
 
   // For benchmarks and tests: the copy primitive by itself.
   m.def(

@@ -107,6 +107,25 @@ void StreamCopy(char* dst, const char* src, size_t bytes) {
   FenceStreamed();
 }
 
+std::vector<Slice> SlicesOf(const BlockLayout& layout, size_t slot_bytes, size_t max) {
+  const int layers = layout.num_layers();
+  // Of very deep models several layers make one slice.
+  const int layers_min = static_cast<int>((static_cast<size_t>(layers) + max - 1) / max);
+  std::vector<Slice> slices;
+  Slice slice;
+  for (int layer = 0; layer < layers; ++layer) {
+    slice.layer_end = layer + 1;
+    const size_t end = layer + 1 == layers ? slot_bytes : layout.layer_offset(layer + 1);
+    const bool cut = end % kIoAlignment == 0 && slice.layer_end - slice.layer_begin >= layers_min;
+    if (!cut && layer + 1 < layers) continue;
+    slice.bytes = end - slice.offset;
+    slices.push_back(slice);
+    slice = {end, 0, layer + 1, layer + 1};
+  }
+  return slices;
+}
+
+
 void CopyLayerCpu(const BlockLayout& layout, int layer, char* host_block,
                   const int64_t* token_slots, int64_t first_row, bool to_device) {
   char* host = host_block + layout.layer_offset(layer);

@@ -49,6 +49,17 @@ class BlockLayout {
   int64_t num_rows_ = 0;
 };
 
+// A piece of a slot that the SSD tier reads, writes and verifies by itself: one layer, or as few
+// neighbouring layers as fill whole pages.
+struct Slice {
+  size_t offset = 0;
+  size_t bytes = 0;      // a multiple of kIoAlignment; the last slice takes the slot's padding
+  int layer_begin = 0;
+  int layer_end = 0;
+};
+// At most `max` slices that cover a slot.
+std::vector<Slice> SlicesOf(const BlockLayout& layout, size_t slot_bytes, size_t max);
+
 // Copies one layer of one block between a host slot and CPU memory that plays the device.
 // `rows` are the block's token slots, `first_row` what FirstRows said.
 void CopyLayerCpu(const BlockLayout& layout, int layer, char* host_block, const int64_t* token_slots,

@@ -12,27 +12,51 @@
 
 namespace flexkv {
 
-struct IoRequest {
+class Disk;
+
+// One transfer. Belongs to the engine from Submit until Reap returns it, and so does its memory.
+struct Io {
+  bool write = false;
   int fd = -1;
   uint64_t offset = 0;
   char* data = nullptr;
   uint32_t bytes = 0;
-  int error = 0;  // out: 0, or an errno; ENODATA when the file ends early
+  int error = 0;      // out: 0, or an errno; ENODATA when the file ends early
+  uint32_t done = 0;  // bytes moved so far; the engine's
+  void* owner = nullptr;
+  uint32_t tag = 0;   // the owner's
 };
 
 class IoEngine {
  public:
   virtual ~IoEngine() = default;
-  // Does all requests, `depth` of them at a time, and returns when the last one has ended.
-  // One caller at a time.
-  virtual void Run(std::vector<IoRequest>& requests, bool write) = 0;
   virtual const char* name() const = 0;
+  virtual int depth() const = 0;
+
+  // One thread at a time calls the following.
+
+  // Starts transfers, all of them with as few system calls as possible. At most depth() may be in
+  // flight.
+  virtual void Submit(Io* const* ios, size_t count) = 0;
+  // Takes what has ended. Waits for the first, for Wake, or until the time is up.
+  virtual void Reap(std::vector<Io*>* ended, double timeout_s) = 0;
+  // Asks that a transfer in flight ends early. It is reaped as usual, with ECANCELED if the kernel
+  // could still stop it; until then its memory is in use.
+  virtual void Cancel(Io* io) = 0;
+  // Tells that transfers on this file and to this memory will follow. Speeds them up, no more:
+  // returns whether it does.
+  virtual bool RegisterFile(int fd) = 0;
+  virtual bool RegisterMemory(char* base, size_t bytes) = 0;
+
+  // From any thread: ends a Reap that waits.
+  virtual void Wake() = 0;
 };
 
 enum class IoEngineKind { kAuto, kIoUring, kThreads };
 
 // kAuto takes io_uring where the kernel allows it and threads elsewhere (with the reason in *note).
-// Throws SystemError if kIoUring is asked for and refused.
-std::unique_ptr<IoEngine> MakeIoEngine(IoEngineKind kind, int depth, std::string* note);
+// Threads go through `disk`, the ring goes to the kernel. Throws SystemError if kIoUring is asked for
+// and refused.
+std::unique_ptr<IoEngine> MakeIoEngine(IoEngineKind kind, int depth, Disk* disk, std::string* note);
 
 }  // namespace flexkv

@@ -317,6 +317,49 @@ size_t PrefixIndex::InvalidateTier(Tier tier) {
   return ready.size();
 }
 
+size_t PrefixIndex::Restore(Tier tier, const BlockKey* keys, const BlockKey* parents,
+                            const SlotId* slots, size_t count, std::vector<uint8_t>* taken) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  TierState& state = tiers_[static_cast<int>(tier)];
+  // With every slot free no block is ready, being written or dying.
+  Require(state.free_slots.size() == state.capacity, "restore into a tier that is not empty");
+  const size_t most = std::min<size_t>(count, state.capacity);
+  by_key_.reserve(by_key_.size() + most);
+  entries_.reserve(entries_.size() + most);
+
+  taken->assign(count, 0);
+  std::vector<uint32_t> restored;
+  restored.reserve(most);
+  std::vector<bool> used(state.capacity, false);
+  // From the last to the first, so that what contradicts a later record is seen to. No block is
+  // readable before all links stand: the heap then gets only leaves, the oldest first, and never
+  // has to be put in order.
+  for (size_t i = count; i-- > 0;) {
+    if (slots[i] < 0 || static_cast<uint32_t>(slots[i]) >= state.capacity || used[slots[i]]) continue;
+    const uint32_t entry = FindOrCreate(keys[i]);
+    if (At(entry, tier).state != State::kAbsent) continue;
+    used[slots[i]] = true;
+    Occupy(entry, tier, slots[i]);
+    // A second parent would not be linked, and its placeholder would stay for ever.
+    if (!(parents[i] == BlockKey{}) && entries_[entry].parent == kNil) {
+      Link(entry, FindOrCreate(parents[i]));
+    }
+    restored.push_back(entry);
+    (*taken)[i] = 1;
+  }
+  for (size_t i = restored.size(); i-- > 0;) {
+    ++clock_;
+    SetState(restored[i], tier, State::kReady);
+    Touch(restored[i]);
+    UpdateEvictable(restored[i], tier);
+  }
+  state.free_slots.clear();
+  for (uint32_t slot = state.capacity; slot-- > 0;) {
+    if (!used[slot]) state.free_slots.push_back(static_cast<SlotId>(slot));
+  }
+  return restored.size();
+}
+
 TierStats PrefixIndex::Stats(Tier tier) const {
   std::lock_guard<std::mutex> lock(mutex_);
   const TierState& state = tiers_[static_cast<int>(tier)];

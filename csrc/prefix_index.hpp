@@ -73,6 +73,14 @@ class PrefixIndex {
   // Forgets everything in a tier (same rules as Invalidate).
   size_t InvalidateTier(Tier tier);
 
+  // Publishes blocks that survived a restart, each in the slot it occupies in a persistent tier.
+  // Ordered from least to most recently written; an all-zero parent means none. Where records
+  // contradict each other the later one is believed: of two with one key or one slot only the last
+  // is taken, and none whose slot does not exist. `taken` gets a 1 for each that was published.
+  // The tier must be empty. Returns how many were published.
+  size_t Restore(Tier tier, const BlockKey* keys, const BlockKey* parents, const SlotId* slots,
+                 size_t count, std::vector<uint8_t>* taken);
+
   TierStats Stats(Tier tier) const;
   size_t num_leases() const;
   size_t num_transactions() const;

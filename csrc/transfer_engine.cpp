@@ -16,10 +16,6 @@ namespace {
 // One unit of work of a copy thread: large enough to hide the queue, small enough that a load that
 // arrives behind a large store waits for well under a millisecond.
 constexpr size_t kCopyChunkBytes = size_t{512} << 10;
-// Reads or writes that are handed to the I/O engine together. Bounds how long a late, urgent read
-// waits behind queued ones.
-constexpr size_t kIoBatchBytes = size_t{64} << 20;
-
 // Of the block that is copied next, so much of each buffer is fetched ahead. The processor's own
 // prefetcher follows from there; what it cannot know is where the next page starts.
 constexpr size_t kPrefetchBytes = 2048;
@@ -98,6 +94,8 @@ struct TransferEngine::Op {
   bool poisoned = false;             // a dependency did not get done
   std::vector<uint32_t> successors;
   OpResult result;
+  bool started = false;
+  std::unique_ptr<SsdTransfer> disk;  // disk ops that have started
 };
 
 struct TransferEngine::Graph {
@@ -121,20 +119,14 @@ struct TransferEngine::CopyJob {
   std::vector<std::atomic<size_t>> layer_left;  // chunks that are missing per layer
 };
 
-TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, SsdFiles ssd,
-                               int copy_threads, int cuda_device, IoEngineKind io_kind, int io_depth)
-    : layout_(std::move(layout)),
-      host_(std::move(host)),
-      ssd_(std::move(ssd)),
-      epoch_(std::chrono::steady_clock::now()) {
+TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads,
+                               int cuda_device)
+    : layout_(std::move(layout)), host_(std::move(host)), epoch_(std::chrono::steady_clock::now()) {
   Require(host_ != nullptr, "the transfer engine needs a host pool");
   Require(host_->slot_bytes() >= layout_.block_bytes(), "a host slot is smaller than a block");
   Require(copy_threads > 0, "the transfer engine needs at least one copy thread");
+  slices_ = SlicesOf(layout_, host_->slot_bytes(), kSlicesMax);
   if (cuda_device >= 0) cuda_ = CudaDriver::Load(cuda_device);
-  if (!ssd_.fds.empty()) {
-    for (IoQueue& queue : io_) queue.engine = MakeIoEngine(io_kind, io_depth, &io_note_);
-    io_name_ = io_[0].engine->name();
-  }
   // Everything that can fail comes before the first thread, which nobody would join.
   host_->StartPinning(cuda_);
   event_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
@@ -144,11 +136,6 @@ TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> hos
     copy_threads_.emplace_back([this] { CudaLoop(false); });
   } else {
     for (int i = 0; i < copy_threads; ++i) copy_threads_.emplace_back([this] { CopyLoop(); });
-  }
-  if (!ssd_.fds.empty()) {
-    for (int i = 0; i < 2; ++i) {
-      io_[i].thread = std::thread([this, i] { IoLoop(io_[i], i == 1); });
-    }
   }
 }
 
@@ -166,14 +153,45 @@ TransferEngine::~TransferEngine() {
   }
   copy_wake_.notify_all();
   for (std::thread& thread : copy_threads_) thread.join();
-  for (IoQueue& queue : io_) {
-    {
-      std::lock_guard<std::mutex> lock(queue.mutex);
-    }
-    queue.wake.notify_all();
-    if (queue.thread.joinable()) queue.thread.join();
-  }
+  lanes_.clear();
   close(event_fd_);
+}
+
+void TransferEngine::AttachSsd(std::shared_ptr<SsdStore> store, const SsdIoOptions& options) {
+  Require(lanes_.empty(), "an SSD tier is attached already");
+  Require(store->slot_bytes() == host_->slot_bytes() && store->slice_bytes().size() == slices_.size(),
+          "the SSD tier has slots of another shape");
+  std::vector<size_t> offsets;
+  for (const Slice& slice : slices_) offsets.push_back(slice.offset);
+  offsets.push_back(host_->slot_bytes());
+  auto limit = std::make_shared<WriteLimit>(options.write_bytes_per_s);
+  io_note_.clear();
+  std::vector<std::unique_ptr<SsdLane>> lanes;
+  for (size_t shard = 0; shard < store->num_shards(); ++shard) {
+    auto engine = store->disk()->MakeEngine(options.kind, options.depth, &io_note_);
+    io_name_ = engine->name();
+    lanes.push_back(
+        std::make_unique<SsdLane>(store, shard, host_, offsets, std::move(engine), limit, epoch_));
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  lanes_ = std::move(lanes);
+  ssd_ = std::move(store);
+}
+
+void TransferEngine::DetachSsd() {
+  std::vector<std::unique_ptr<SsdLane>> lanes;  // their threads are joined without the lock
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    lanes.swap(lanes_);
+  }
+  lanes.clear();
+  ssd_.reset();
+}
+
+double TransferEngine::ssd_oldest_io_s() const {
+  double oldest = 0;
+  for (const auto& lane : lanes_) oldest = std::max(oldest, lane->oldest_s());
+  return oldest;
 }
 
 double TransferEngine::Now() const {
@@ -203,17 +221,23 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
     const std::vector<int64_t>& far_side = to_host ? s.src : s.dst;
     op.num_blocks = host_side.size();
     check_slots(host_side, host_->num_slots(), "host");
+    if (s.layer_end == 0) s.layer_end = layout_.num_layers();
+    Require(s.layer_begin >= 0 && s.layer_begin < s.layer_end && s.layer_end <= layout_.num_layers(),
+            "layers out of range");
     if (IsDeviceCopy(s.type)) {
       Require(far_side.size() == op.num_blocks * per_block,
               "a device copy needs tokens_per_block token slots for each block");
-      if (s.layer_end == 0) s.layer_end = layout_.num_layers();
-      Require(s.layer_begin >= 0 && s.layer_begin < s.layer_end && s.layer_end <= layout_.num_layers(),
-              "layers out of range");
       op.first_rows = layout_.FirstRows(far_side.data(), op.num_blocks);
     } else {
-      Require(!ssd_.fds.empty(), "there is no SSD tier");
-      Require(far_side.size() == op.num_blocks, "a disk op needs one SSD slot for each block");
-      check_slots(far_side, ssd_.num_slots, "SSD");
+      Require(ssd_ != nullptr, "there is no SSD tier");
+      Require(far_side.size() == op.num_blocks && s.keys.size() == op.num_blocks,
+              "a disk op needs one SSD slot and one key for each block");
+      check_slots(far_side, ssd_->num_slots(), "SSD");
+      auto starts = [&](int layer) {
+        return layer == layout_.num_layers() ||
+               std::any_of(slices_.begin(), slices_.end(), [&](const Slice& x) { return x.layer_begin == layer; });
+      };
+      Require(starts(s.layer_begin) && starts(s.layer_end), "a disk op moves whole slices of layers");
     }
     for (uint32_t before : s.after) {
       Require(before < i, "an op can only depend on ops that come before it in the graph");
@@ -249,6 +273,7 @@ bool TransferEngine::Cancel(uint64_t graph) {
   auto it = graphs_.find(graph);
   if (it == graphs_.end()) return false;
   it->second->cancelled.store(true);
+  for (auto& lane : lanes_) lane->Wake();
   return true;
 }
 
@@ -274,6 +299,11 @@ bool TransferEngine::Drain(double timeout_s) {
                          [&] { return graphs_.empty(); });
 }
 
+bool TransferEngine::DrainDevice(double timeout_s) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  return ended_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return device_ops_ == 0; });
+}
+
 size_t TransferEngine::num_pending() const {
   std::lock_guard<std::mutex> lock(mutex_);
   return graphs_.size();
@@ -290,7 +320,15 @@ bool TransferEngine::ShouldSkip(const Op& op) const {
 }
 
 void TransferEngine::Dispatch(Op* op) {
-  if (ShouldSkip(*op)) {
+  const bool device = IsDeviceCopy(op->spec.type) && op->num_blocks > 0;
+  {
+    // One step with the question whether it may start: who cancels and then sees no copy running must
+    // not see one start.
+    std::lock_guard<std::mutex> lock(mutex_);
+    op->started = !ShouldSkip(*op);
+    device_ops_ += device && op->started;
+  }
+  if (!op->started) {
     const bool late = !op->poisoned && !op->graph->cancelled.load();
     Finish(op, OpStatus::kCancelled, late ? "the deadline passed before it started" : "", {});
     return;
@@ -304,12 +342,7 @@ void TransferEngine::Dispatch(Op* op) {
     return;
   }
   if (!IsDeviceCopy(op->spec.type)) {
-    IoQueue& queue = io_[op->spec.type == TransferType::kH2Disk ? 1 : 0];
-    {
-      std::lock_guard<std::mutex> lock(queue.mutex);
-      queue.ops.push_back(op);
-    }
-    queue.wake.notify_one();
+    StartDiskOp(op);
     return;
   }
   auto job = std::make_shared<CopyJob>();
@@ -339,6 +372,8 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
   std::vector<Op*> ready;
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    device_ops_ -= IsDeviceCopy(op->spec.type) && op->num_blocks > 0 && op->started;
+    if (device_ops_ == 0) ended_.notify_all();
     op->result.status = status;
     op->result.ok = std::move(ok);
     op->result.end_s = Now();
@@ -346,19 +381,17 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
     const int type = static_cast<int>(op->spec.type);
     if (status == OpStatus::kDone) {
       stats_.ops_done[type]++;
-      size_t bytes = op->num_blocks * layout_.block_bytes();
-      if (IsDeviceCopy(op->spec.type)) {
-        bytes = op->num_blocks *
-                (layout_.layer_offset(op->spec.layer_end - 1) +
-                 layout_.layer_bytes(op->spec.layer_end - 1) - layout_.layer_offset(op->spec.layer_begin));
-      }
-      stats_.bytes[type] += bytes;
+      stats_.bytes[type] +=
+          op->num_blocks * (layout_.layer_offset(op->spec.layer_end - 1) +
+                            layout_.layer_bytes(op->spec.layer_end - 1) -
+                            layout_.layer_offset(op->spec.layer_begin));
       stats_.busy_s[type] += op->result.end_s - op->result.start_s;
     } else if (status == OpStatus::kFailed) {
       stats_.ops_failed[type]++;
     } else {
       stats_.ops_cancelled[type]++;
     }
+    stats_.corrupt_blocks += op->result.corrupt;
     if (!error.empty() && graph->error.empty()) graph->error = std::move(error);
     for (uint32_t next : op->successors) {
       Op& successor = graph->ops[next];
@@ -499,59 +532,48 @@ void TransferEngine::CudaRun(Op* op, void* stream, bool to_device) {
 
 // ---- disk --------------------------------------------------------------------------------------
 
-void TransferEngine::IoLoop(IoQueue& queue, bool write) {
-  for (;;) {
-    std::vector<Op*> batch;
-    {
-      std::unique_lock<std::mutex> lock(queue.mutex);
-      queue.wake.wait(lock, [&] { return stop_.load() || !queue.ops.empty(); });
-      if (queue.ops.empty()) return;
-      size_t bytes = 0;
-      while (!queue.ops.empty() && bytes < kIoBatchBytes) {
-        batch.push_back(queue.ops.front());
-        queue.ops.pop_front();
-        bytes += batch.back()->num_blocks * host_->slot_bytes();
-      }
-    }
-    std::vector<IoRequest> requests;
-    std::vector<Op*> running;
-    for (Op* op : batch) {
-      if (ShouldSkip(*op)) {
-        Finish(op, OpStatus::kCancelled, "", {});
-        continue;
-      }
-      running.push_back(op);
-      op->result.start_s = Now();
-      const std::vector<int64_t>& host_slots = write ? op->spec.src : op->spec.dst;
-      const std::vector<int64_t>& ssd_slots = write ? op->spec.dst : op->spec.src;
-      for (size_t b = 0; b < op->num_blocks; ++b) {
-        const size_t slot = static_cast<size_t>(ssd_slots[b]);
-        IoRequest request;
-        request.fd = ssd_.fds[slot % ssd_.fds.size()];
-        request.offset = slot / ssd_.fds.size() * host_->slot_bytes();
-        request.data = host_->Slot(host_slots[b]);
-        request.bytes = static_cast<uint32_t>(host_->slot_bytes());
-        requests.push_back(request);
-      }
-    }
-    queue.engine->Run(requests, write);
-    size_t at = 0;
-    for (Op* op : running) {
-      std::vector<uint8_t> ok(op->num_blocks, 1);
-      std::string error;
-      for (size_t b = 0; b < op->num_blocks; ++b, ++at) {
-        if (requests[at].error == 0) continue;
-        ok[b] = 0;
-        if (error.empty()) {
-          error = std::string(write ? "SSD write failed: " : "SSD read failed: ") +
-                  (requests[at].error == ENODATA ? "the file is shorter than it should be"
-                                                 : std::strerror(requests[at].error));
-        }
-      }
-      Finish(op, error.empty() ? OpStatus::kDone : OpStatus::kFailed, error,
-             error.empty() ? std::vector<uint8_t>{} : std::move(ok));
-    }
+void TransferEngine::StartDiskOp(Op* op) {
+  const bool write = op->spec.type == TransferType::kH2Disk;
+  auto disk = std::make_unique<SsdTransfer>();
+  SsdTransfer* transfer = disk.get();
+  transfer->write = write;
+  transfer->keys = op->spec.keys.data();
+  transfer->host_slots = (write ? op->spec.src : op->spec.dst).data();
+  transfer->ssd_slots = (write ? op->spec.dst : op->spec.src).data();
+  transfer->num_blocks = op->num_blocks;
+  while (slices_[transfer->slice_begin].layer_begin != op->spec.layer_begin) transfer->slice_begin++;
+  while (slices_[transfer->slice_end].layer_end != op->spec.layer_end) transfer->slice_end++;
+  transfer->slice_end++;
+  transfer->deadline_s = op->graph->deadline_s;
+  transfer->cancelled = &op->graph->cancelled;
+  transfer->ok.assign(op->num_blocks, 0);
+  transfer->on_end = [this, op] { EndDiskOp(op); };
+  op->disk = std::move(disk);
+  std::vector<std::vector<uint32_t>> by_lane(lanes_.size());
+  for (size_t b = 0; b < op->num_blocks; ++b) {
+    by_lane[static_cast<size_t>(transfer->ssd_slots[b]) % lanes_.size()].push_back(static_cast<uint32_t>(b));
   }
+  size_t lanes = 0;
+  for (const auto& blocks : by_lane) lanes += !blocks.empty();
+  transfer->left.store(lanes);
+  // The last lane may end the op, and the graph with it, before this loop does: nothing of the op is
+  // touched in it.
+  for (size_t i = 0; i < by_lane.size(); ++i) {
+    if (!by_lane[i].empty()) lanes_[i]->Start(transfer, std::move(by_lane[i]));
+  }
+}
+
+void TransferEngine::EndDiskOp(Op* op) {
+  SsdTransfer& disk = *op->disk;
+  const bool failed = disk.failed > 0 || disk.corrupt > 0;
+  const OpStatus status = failed               ? OpStatus::kFailed
+                          : disk.dropped > 0 ? OpStatus::kCancelled
+                                             : OpStatus::kDone;
+  op->result.corrupt = disk.corrupt;
+  std::string error = disk.error;
+  if (status == OpStatus::kCancelled && !op->graph->cancelled.load()) error = "the deadline passed";
+  std::vector<uint8_t> ok = status == OpStatus::kDone ? std::vector<uint8_t>{} : std::move(disk.ok);
+  Finish(op, status, std::move(error), std::move(ok));
 }
 
 }  // namespace flexkv

@@ -22,6 +22,8 @@
 #include "block_layout.hpp"
 #include "host_pool.hpp"
 #include "io_engine.hpp"
+#include "ssd_lane.hpp"
+#include "ssd_store.hpp"
 #include "types.hpp"
 
 namespace flexkv {
@@ -64,8 +66,9 @@ struct OpSpec {
   // Token slots of the device pool (tokens_per_block per block), host slots, or SSD slots.
   std::vector<int64_t> src;
   std::vector<int64_t> dst;
-  int layer_begin = 0;  // device copies only
-  int layer_end = 0;
+  int layer_begin = 0;
+  int layer_end = 0;    // 0: all layers. Disk ops move whole slices (see SlicesOf)
+  std::vector<BlockKey> keys;   // disk ops: which block each slot holds, or is to hold
   std::vector<uint32_t> after;  // positions of ops in the graph that must be done first
 };
 
@@ -79,6 +82,7 @@ struct GraphSpec {
 struct OpResult {
   OpStatus status = OpStatus::kPending;
   std::vector<uint8_t> ok;   // disk ops: per block; empty when all are like `status`
+  uint32_t corrupt = 0;      // blocks that were read but are not what was written
   double start_s = 0;        // on the engine's monotonic clock
   double end_s = 0;
 };
@@ -96,20 +100,26 @@ struct TransferStats {
   uint64_t ops_cancelled[kNumTransferTypes] = {};
   uint64_t bytes[kNumTransferTypes] = {};
   double busy_s[kNumTransferTypes] = {};
+  uint64_t corrupt_blocks = 0;
 };
 
-struct SsdFiles {
-  std::vector<int> fds;       // slot s lives in file s % fds.size() at (s / fds.size()) * slot_bytes
-  size_t num_slots = 0;
+struct SsdIoOptions {
+  IoEngineKind kind = IoEngineKind::kAuto;
+  int depth = 64;               // transfers in flight per directory
+  double write_bytes_per_s = 0; // over all directories; 0: no limit
 };
 
 class TransferEngine {
  public:
-  // The fds stay owned by the caller and must outlive the engine. `cuda_device` < 0: the device pool
-  // is CPU memory.
-  TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, SsdFiles ssd, int copy_threads,
-                 int cuda_device, IoEngineKind io_kind, int io_depth);
+  // `cuda_device` < 0: the device pool is CPU memory.
+  TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads, int cuda_device);
   ~TransferEngine();
+
+  // Puts an SSD tier under the engine, or takes it away. No disk op may be pending.
+  void AttachSsd(std::shared_ptr<SsdStore> store, const SsdIoOptions& options);
+  void DetachSsd();
+  // For how long the oldest disk transfer has been on its way; 0 if there is none.
+  double ssd_oldest_io_s() const;
 
   // Checks every index of the graph (UsageError) and starts it. Returns its id.
   uint64_t Submit(GraphSpec spec);
@@ -123,11 +133,15 @@ class TransferEngine {
   // Waits until no graph is left. False when the time is up.
   bool Drain(double timeout_s);
 
+  // Waits until no copy from or to the device runs. With every graph cancelled none will start.
+  bool DrainDevice(double timeout_s);
+
   int event_fd() const { return event_fd_; }  // readable while Poll has something
   size_t num_pending() const;
   TransferStats Stats() const;
-  std::string io_engine_name() const { return io_name_; }
-  std::string io_engine_note() const { return io_note_; }
+  const std::string& io_engine_name() const { return io_name_; }
+  const std::string& io_engine_note() const { return io_note_; }
+  const std::vector<Slice>& slices() const { return slices_; }
   double Now() const;
 
  private:
@@ -137,14 +151,6 @@ class TransferEngine {
   struct CopyQueue {
     std::deque<std::shared_ptr<CopyJob>> jobs;
   };
-  struct IoQueue {
-    std::mutex mutex;
-    std::condition_variable wake;
-    std::deque<Op*> ops;
-    std::unique_ptr<IoEngine> engine;
-    std::thread thread;
-  };
-
   void Dispatch(Op* op);
   void Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok);
   bool ShouldSkip(const Op& op) const;
@@ -152,11 +158,14 @@ class TransferEngine {
   void CopyChunk(CopyJob& job, size_t chunk);
   void CudaLoop(bool to_device);
   void CudaRun(Op* op, void* stream, bool to_device);
-  void IoLoop(IoQueue& queue, bool write);
+  void StartDiskOp(Op* op);
+  void EndDiskOp(Op* op);
 
   const BlockLayout layout_;
   const std::shared_ptr<HostPool> host_;
-  const SsdFiles ssd_;
+  std::vector<Slice> slices_;
+  std::shared_ptr<SsdStore> ssd_;
+  std::vector<std::unique_ptr<SsdLane>> lanes_;  // one per directory
   std::shared_ptr<CudaDriver> cuda_;
   int event_fd_ = -1;
   std::string io_name_ = "none", io_note_;
@@ -169,6 +178,7 @@ class TransferEngine {
   std::deque<GraphResult> results_;
   TransferStats stats_;
   uint64_t next_graph_ = 1;
+  size_t device_ops_ = 0;  // that have started and not ended
 
   // Copies. Index 0: loads (H2D), index 1: stores (D2H). CPU threads serve both, loads first; on CUDA
   // each direction has its own thread and stream.
@@ -176,7 +186,6 @@ class TransferEngine {
   std::condition_variable copy_wake_;
   CopyQueue copy_queue_[2];
   std::vector<std::thread> copy_threads_;
-  IoQueue io_[2];  // 0: reads, 1: writes
   std::atomic<bool> stop_{false};
 };
 

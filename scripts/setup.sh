@@ -110,6 +110,7 @@ missing_packages() {
     "$BASE_PYTHON" -c 'import os, sys, sysconfig
 sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         echo "python$PYTHON_VERSION-dev"
+    [[ -f /usr/include/xxhash.h || -f /usr/local/include/xxhash.h ]] || echo libxxhash-dev
     # The benchmarks compare against what fio reads from the same disk; nothing else needs it.
     command -v fio >/dev/null || echo fio
 }

@@ -1,22 +1,29 @@
-"""The command ``sglang-flexkv``: shows whether ``--enable-flexkv`` works here, and installs the monkey-patch.
+"""The command ``sglang-flexkv``: shows whether ``--enable-flexkv`` works here, installs the monkey-patch, and looks
+after the SSD tier's files.
 
-Prints and asks only; what is looked at and written is in ``integration``.
+Prints and asks only; what is looked at and written is in ``integration`` and ``storage``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
+from rich.filesize import decimal
 from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from sglang_flexkv.common.errors import FlexKVError
 from sglang_flexkv.integration import diagnosis, startup
 from sglang_flexkv.integration.diagnosis import Finding, Level
+
+if TYPE_CHECKING:
+    from sglang_flexkv.storage.ssd_tools import Inspection, Verification
 
 _STYLES = {Level.OK: "green", Level.NOTE: "yellow", Level.PROBLEM: "red"}
 
@@ -26,7 +33,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+ssd_app = typer.Typer(help="Looks after the files of the SSD tier, without a server.", no_args_is_help=True)
+app.add_typer(ssd_app, name="ssd")
 console = Console(highlight=False)
+
+_Directories = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of ssd_cache_dir.")]
 
 
 def main() -> None:
@@ -81,6 +92,126 @@ def uninstall() -> None:
         _say("The monkey-patch is not installed.")
 
 
+@ssd_app.command("inspect")
+def ssd_inspect(directories: _Directories) -> None:
+    """Show what the files hold, also while a server uses them."""
+    with _errors():
+        from sglang_flexkv.storage import ssd_tools
+
+        unreadable = False
+        for files in ssd_tools.find(directories):
+            try:
+                _print_inspection(ssd_tools.inspect(files))
+            except ssd_tools.SsdFilesError as error:
+                _say(f"[red]{escape(str(error))}[/red]")
+                unreadable = True
+        if unreadable:
+            raise typer.Exit(1)
+
+
+@ssd_app.command("verify")
+def ssd_verify(directories: _Directories) -> None:
+    """Read every block and compare it with its checksums (exit code 1 if one differs)."""
+    with _errors():
+        from sglang_flexkv.storage import ssd_tools
+
+        wrong = False
+        for files in ssd_tools.find(directories):
+            try:
+                with _progress(str(files.slots)) as progress:
+                    result = ssd_tools.verify(files, progress)
+            except ssd_tools.SsdFilesError as error:
+                _say(f"[red]{escape(str(error))}[/red]")
+                wrong = True
+                continue
+            _print_verification(result)
+            wrong = wrong or bool(result.bad_slots)
+        if wrong:
+            raise typer.Exit(1)
+
+
+@ssd_app.command("clear")
+def ssd_clear(
+    directories: _Directories,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Remove the files. What they hold is lost; a server computes it again."""
+    with _errors():
+        from sglang_flexkv.storage import ssd_tools
+
+        found = ssd_tools.remains(directories)
+        in_use = [each for each in found if each.owner]
+        for each in in_use:
+            _say(f"[red]{escape(str(each.files.slots))} is in use by a server (process {each.owner}).[/red]")
+        if in_use:
+            _say("[red]Nothing was removed: stop the server first.[/red]")
+            raise typer.Exit(1)
+        if not found:
+            _say("nothing to remove")
+            return
+        for each in found:
+            for path in each.paths:
+                _say(escape(str(path)))
+        if not yes:
+            size = _gib(sum(each.disk_bytes for each in found))
+            typer.confirm(f"Remove these files ({size})?", abort=True)
+        _say(f"[green]removed, {_gib(ssd_tools.clear(found))} freed[/green]")
+
+
+def _print_inspection(i: Inspection) -> None:
+    rows = [
+        ("contents", i.label or "(no label)"),
+        ("format", f"version {i.format_version}, namespace {i.namespace.hex()[:12]}"),
+        ("slots", f"{i.num_slots} of {decimal(i.slot_bytes)}; the file has {_gib(i.file_bytes)}"),
+        ("live", f"{i.live_blocks} blocks, {_gib(i.live_bytes)}"),
+        ("journal", f"{decimal(i.journal_bytes)}, {i.journal_records} records, {i.damaged_bytes} bytes damaged"),
+        ("at restart", f"given up: {i.given_up_because}" if i.given_up_because else "kept, for the same model"),
+        ("in use", f"by process {i.owner}" if i.owner else "no"),
+    ]
+    _say(f"[bold]{escape(str(i.files.slots))}[/bold]")
+    for name, text in rows:
+        _say(f"  {name:<11}{escape(text)}")
+
+
+def _print_verification(result: Verification) -> None:
+    bad = len(result.bad_slots)
+    style = "red" if bad else "green"
+    _say(
+        f"{escape(str(result.files.slots))}: {result.num_blocks} blocks, {_gib(result.num_bytes)} read, "
+        f"[{style}]{bad} bad[/]"
+    )
+    if bad:
+        _say(f"  bad slots: {', '.join(map(str, result.bad_slots))}")
+    if result.damaged_bytes:
+        _say(f"  [yellow]{result.damaged_bytes} damaged bytes of the journal: their blocks are lost[/yellow]")
+
+
+@contextmanager
+def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar that goes away when it is done, where there is a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(escape(name), total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB"
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """Errors that were raised on purpose end the command with one line."""
+    try:
+        yield
+    except FlexKVError as error:
+        _say(f"[red]{escape(str(error))}[/red]")
+        raise typer.Exit(1) from None
+    except ImportError as error:
+        _say(f"[red]{escape(str(error))}[/red]; 'sglang-flexkv status' says what is wrong")
+        raise typer.Exit(1) from None
+
+
 def _problems(findings: list[Finding]) -> list[Finding]:
     return [finding for finding in findings if finding.level is Level.PROBLEM]
 
@@ -105,11 +236,8 @@ def _say(text: str) -> None:
 
 
 def _or_exit(action: Callable[[Path], list[Path]], directory: Path) -> list[Path]:
-    try:
+    with _errors():
         return action(directory)
-    except FlexKVError as error:
-        _say(f"[red]{escape(str(error))}[/red]")
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":  # from a source checkout, where there is no script

@@ -117,7 +117,12 @@ class KVManager:
     def start(self) -> None:
         """Sets the tiers up. Without a registered pool this waits until the first task needs it."""
         if self._device is not None and self._engine is None:
-            self._engine = KVTaskEngine(self.cache_config, self._device)
+            self._engine = KVTaskEngine(
+                self.cache_config,
+                self._device,
+                namespace=self.namespace,
+                label=self.model_config.model_name or "a model without a name",
+            )
 
     @property
     def engine(self) -> KVTaskEngine:

@@ -24,10 +24,11 @@ import numpy as np
 
 from sglang_flexkv import _core
 from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, PlanKind, TransferPlan
-from sglang_flexkv.common.block import BlockKeys
+from sglang_flexkv.common.block import BlockKeys, Namespace
 from sglang_flexkv.common.config import CacheConfig
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, TransferType
+from sglang_flexkv.ssdtier import SsdTier
 from sglang_flexkv.storage.storage_engine import StorageEngine
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
 
@@ -37,8 +38,10 @@ logger = logging.getLogger(__name__)
 _SPILLS_MAX = 4
 _SPILL_BYTES_MAX = 64 << 20
 
-# A stop or a flush waits this long for transfers that have started, then says so and goes on waiting.
+# A stop or a flush waits this long for copies that have started, then says so and goes on waiting.
 _QUIESCE_WARN_S = 30.0
+# An orderly stop gives blocks that wait for SSD so long to get there.
+_CLOSE_FLUSH_S = 5.0
 
 
 class TaskStatus(Enum):
@@ -92,15 +95,20 @@ class KVTaskEngine:
         ConfigError, OSError: a tier cannot be set up (see StorageEngine).
     """
 
-    def __init__(self, config: CacheConfig, device: DeviceBuffers, rank_tag: str = "rank0") -> None:
+    def __init__(
+        self,
+        config: CacheConfig,
+        device: DeviceBuffers,
+        *,
+        namespace: Namespace,
+        label: str = "",
+        rank_tag: str = "rank0",
+        disk: _core.Disk | None = None,
+    ) -> None:
         self.config = config
-        self.storage = StorageEngine(config, device, rank_tag)
-        try:
-            self.cache = GlobalCacheEngine(config)
-            self.transfer = TransferEngine(config, self.storage)
-        except BaseException:
-            self.storage.close()
-            raise
+        self.storage = StorageEngine(
+            config, device, namespace=namespace, label=label, rank_tag=rank_tag, disk=disk
+        )
         self._lock = threading.RLock()
         self._tasks: dict[int, KVTask] = {}
         self._by_graph: dict[int, KVTask] = {}
@@ -108,6 +116,23 @@ class KVTaskEngine:
         self._holds: set[int] = set()
         self._spills_running = 0
         self._closed = False
+        try:
+            self.cache = GlobalCacheEngine(config)
+            self.transfer = TransferEngine(config, self.storage)
+            self.ssd = (
+                SsdTier(
+                    self.storage,
+                    self.cache,
+                    self.transfer,
+                    self._cancel_disk_tasks,
+                    lambda: len(self._disk_tasks()),
+                )
+                if config.enable_ssd
+                else None
+            )
+        except BaseException:
+            self.storage.close()
+            raise
 
     # ---- asking ----
 
@@ -225,6 +250,8 @@ class KVTaskEngine:
                     self._tasks.pop(task.task_id, None)
                 ended.append(task)
             if not self._closed:
+                if self.ssd is not None:
+                    self.ssd.poll()
                 self._start_spills()
         return ended
 
@@ -281,24 +308,56 @@ class KVTaskEngine:
     # ---- all at once ----
 
     def quiesce(self) -> None:
-        """Cancels what has not started and waits until nothing moves. Keeps what the tiers hold."""
+        """Cancels everything and waits until nothing touches the device. Keeps what the tiers hold. What is
+        on its way from or to the disk ends by itself: nobody waits for a disk here."""
         with self._lock:
-            for task in list(self._tasks.values()):
+            for task in [*self._tasks.values(), *self._by_graph.values()]:
                 self.cancel(task)
-            while not self.transfer.drain(_QUIESCE_WARN_S):
-                logger.warning(
-                    "still waiting for %d transfers to end (a stalled disk?)", self.transfer.num_pending
-                )
+            while not self.transfer.drain_device(_QUIESCE_WARN_S):
+                logger.warning("still waiting for copies from or to the device to end")
             closed, self._closed = self._closed, True  # no new spills
             self.poll()
             self._closed = closed
 
     def clear(self) -> None:
-        """Forgets every block in every tier. Nothing moves when it returns."""
+        """Forgets every block in every tier. Nothing touches the device when it returns."""
         with self._lock:
             self.quiesce()
-            self._tasks.clear()  # all have ended, and nobody comes back for what a flush took away
+            self._tasks.clear()  # nobody comes back for what a flush took away
+            self._discard(self._by_graph.values())
             self.cache.clear()
+            if self.ssd is not None:
+                self.ssd.clear()
+
+    def stop_persisting(self) -> None:
+        """Empties the SSD tier and marks it: no other process finds what is in it from now on. For the moment
+        when the weights stop being those that the namespace stands for."""
+        with self._lock:
+            self._discard(self._disk_tasks())
+            self.cache.clear_ssd()
+            if self.ssd is not None:
+                self.ssd.stop_persisting()
+
+    @staticmethod
+    def _discard(tasks: Iterable[KVTask]) -> None:
+        for task in tasks:
+            if task.plan is not None:
+                task.plan.discarded = True
+
+    def _disk_tasks(self) -> list[KVTask]:
+        """Running tasks that read or write the disk."""
+        return [
+            task
+            for task in self._by_graph.values()
+            if task.plan is not None
+            and any(not op.transfer_type.touches_device for op in task.plan.graph.ops)
+        ]
+
+    def _cancel_disk_tasks(self) -> None:
+        tasks = self._disk_tasks()
+        self._discard(tasks)
+        for task in tasks:
+            self.cancel(task)
 
     def flush_spills(self, timeout_s: float) -> bool:
         """Waits until all that waits for SSD is there. False when the time is up first."""
@@ -309,6 +368,16 @@ class KVTaskEngine:
             self.transfer.drain(0.05)
             self.poll()
         return True
+
+    def sync(self, timeout_s: float) -> bool:
+        """Waits until all that is stored is on SSD and would survive a power failure. False when the time is
+        up first, or the disk does not let it."""
+        deadline = time.monotonic() + timeout_s
+        return (
+            self.flush_spills(timeout_s)
+            and self.ssd is not None
+            and self.ssd.sync(max(0.0, deadline - time.monotonic()))
+        )
 
     def check_integrity(self) -> None:
         """Raises AssertionError if the index is inconsistent, or holds leases or reservations while no task
@@ -338,6 +407,10 @@ class KVTaskEngine:
                     name: getattr(s, name)
                     for name in ("slots", "free", "ready", "writing", "pinned", "evicted")
                 }
+            if self.ssd is not None:
+                saved = max(0, self.cache.num_offered_to_ssd - self.cache.num_admitted_to_ssd)
+                out["SSD"].update(self.ssd.stats())
+                out["SSD"]["saved_write_bytes"] = saved * self.storage.slot_bytes
             out.update(self.transfer.stats())
             return out
 
@@ -346,9 +419,14 @@ class KVTaskEngine:
         with self._lock:
             if self._closed:
                 return
+            if self.ssd is not None and self.cache.journal is not None:
+                self.flush_spills(_CLOSE_FLUSH_S)  # the next process finds what is on SSD by then
             self.quiesce()
             self._closed = True
+            if self.ssd is not None:
+                self.ssd.close()
             self.transfer.close()
+            self.cache.journal = None  # the last but one to hold it: the store is done when it is closed
             self.storage.close()
 
 

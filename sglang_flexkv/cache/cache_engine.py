@@ -16,17 +16,13 @@ import numpy.typing as npt
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import BlockKeys
-from sglang_flexkv.common.config import CacheConfig
+from sglang_flexkv.common.config import CacheConfig, SsdAdmission
 from sglang_flexkv.common.transfer import TransferOp, TransferOpGraph, TransferType
 
 logger = logging.getLogger(__name__)
 
 CPU, SSD = _core.Tier.CPU, _core.Tier.SSD
 _CPU_BIT, _SSD_BIT = 1 << int(CPU), 1 << int(SSD)
-
-# After this many failed SSD transfers in a row the tier is taken out: a dead disk must not cost every
-# request a failed read.
-_SSD_FAILURES_MAX = 3
 
 
 class PlanKind(Enum):
@@ -49,6 +45,7 @@ class TransferPlan:
     txn_tier: _core.Tier | None = None
     txn_op: int = -1  # the op that fills the reserved slots
     num_ssd_blocks: int = 0  # blocks that come from SSD
+    discarded: bool = False  # what it writes must not be published: the cache was cleared meanwhile
 
     @property
     def num_blocks(self) -> int:
@@ -81,8 +78,18 @@ class GlobalCacheEngine:
         self.index = _core.PrefixIndex(
             config.num_cpu_blocks, config.num_ssd_blocks if config.enable_ssd else 0
         )
-        self.ssd_alive = config.enable_ssd
-        self._ssd_failures = 0
+        # The SSD tier takes part only between ssd_online and ssd_offline.
+        self.journal: _core.SsdStore | None = None
+        self.ssd_failures = 0  # failed SSD transfers in a row
+        self.ssd_error = ""  # of the last of them
+        # Blocks that were seen; with ssd_admission=reuse only what is in it goes to SSD.
+        self._seen = (
+            _core.AdmissionFilter(2 * (config.num_cpu_blocks + config.num_ssd_blocks))
+            if config.ssd_admission is SsdAdmission.REUSE
+            else None
+        )
+        self.num_offered_to_ssd = 0  # blocks that came to the CPU tier while there was an SSD tier
+        self.num_admitted_to_ssd = 0  # of them (or later, of those that were used again) meant for SSD
         # Blocks that are in the CPU tier and should go to SSD: (parent, keys), oldest first. They are not
         # pinned: what is evicted before its turn is simply not spilled.
         self._to_spill: deque[tuple[BlockKeys | None, BlockKeys]] = deque()
@@ -141,6 +148,7 @@ class GlobalCacheEngine:
                         on_ssd,
                         src_block_ids=slots[on_ssd].astype(np.int64),
                         dst_block_ids=host_slots[on_ssd],
+                        keys=np.ascontiguousarray(plan.keys[on_ssd]),
                     )
                 )
             if to_device:
@@ -178,7 +186,7 @@ class GlobalCacheEngine:
 
     def plan_spill(self, blocks_max: int) -> TransferPlan | None:
         """Plan that copies blocks that wait for it from the CPU tier to SSD. None: nothing waits."""
-        while self._to_spill and self.ssd_alive:
+        while self._to_spill and self.journal is not None:
             parent, keys = self._to_spill.popleft()
             self._to_spill_blocks -= len(keys)
             if len(keys) > blocks_max:
@@ -195,6 +203,7 @@ class GlobalCacheEngine:
                 self.index.release(lease)
                 continue
             txn, positions, ssd_slots = reserved
+            self.num_admitted_to_ssd += len(positions)
             plan = TransferPlan(
                 PlanKind.SPILL, keys, TransferOpGraph(), parent, leases=[lease], txn=txn, txn_tier=SSD
             )
@@ -204,6 +213,7 @@ class GlobalCacheEngine:
                     positions.astype(np.int64),
                     src_block_ids=cpu_slots[positions].astype(np.int64),
                     dst_block_ids=ssd_slots.astype(np.int64),
+                    keys=np.ascontiguousarray(keys[positions]),
                 )
             )
             return plan
@@ -218,32 +228,77 @@ class GlobalCacheEngine:
             result: what became of the plan's graph; None if it never ran.
         """
         if plan.txn:
-            assert plan.txn_tier is not None
             op = result.ops[plan.txn_op] if result is not None else None
-            if op is None or op.status in (_core.OpStatus.CANCELLED, _core.OpStatus.PENDING):
+            if (
+                op is None
+                or plan.discarded
+                or op.status in (_core.OpStatus.CANCELLED, _core.OpStatus.PENDING)
+            ):
                 self.index.abort(plan.txn)
-            elif op.status == _core.OpStatus.DONE:
-                self.index.commit(plan.txn)
-                self._note_ssd(plan.kind, None)
-                if plan.kind is PlanKind.PUT:
-                    self._queue_spill(plan.parent, plan.keys)
             else:
-                ok = op.ok if len(op.ok) else None
-                if ok is None:
-                    self.index.abort(plan.txn)
-                else:
-                    self.index.commit(plan.txn, ok)
-                if plan.kind in (PlanKind.GET, PlanKind.PREFETCH) and ok is not None:
-                    # What cannot be read back is not there.
-                    failed = plan.graph.ops[plan.txn_op].block_positions[ok == 0]
-                    self.index.invalidate(SSD, np.ascontiguousarray(plan.keys[failed]))
-                assert result is not None
-                self._note_ssd(plan.kind, result.error)
+                self._finish_writes(plan, op, result.error if result is not None else "")
+        if plan.kind is PlanKind.GET and self._seen is not None and result is not None and result.done:
+            self._queue_spill(None, plan.keys)  # used again: worth its place on SSD
         for lease in plan.leases:
             self.index.release(lease)
 
+    def _finish_writes(self, plan: TransferPlan, op: _core.OpResult, error: str) -> None:
+        """Publishes those reserved blocks of a plan that were filled."""
+        moved = plan.graph.ops[plan.txn_op]
+        ok = op.ok if op.status == _core.OpStatus.FAILED else np.ones(len(moved.block_positions), np.uint8)
+        if len(ok) == 0:
+            self.index.abort(plan.txn)
+            return
+        # The journal first: once the index has it, the block can be evicted and its slot written anew.
+        if plan.kind is PlanKind.SPILL:
+            self._journal_blocks(plan, moved, ok)
+        self.index.commit(plan.txn, ok)
+        if plan.kind is PlanKind.PUT:
+            self._offer_to_ssd(plan.parent, plan.keys)
+            return
+        if plan.kind is not PlanKind.SPILL and not ok.all():
+            # What cannot be read back, or is not what was written, is not there.
+            assert moved.keys is not None
+            assert moved.src_block_ids is not None
+            self.index.invalidate(SSD, np.ascontiguousarray(moved.keys[ok == 0]))
+            if self.journal is not None:
+                self.journal.drop(np.ascontiguousarray(moved.src_block_ids[ok == 0]))
+        # A corrupt block says nothing about the disk's health; a failed transfer does.
+        if int((ok == 0).sum()) > op.corrupt:
+            self.ssd_failures += 1
+            self.ssd_error = error
+        else:
+            self.ssd_failures = 0
+        # The first of many tells it all; what becomes of the tier is logged by who decides it.
+        if error and self.ssd_failures <= 1:
+            logger.error("%s. The blocks concerned count as misses.", error)
+
+    def _journal_blocks(self, plan: TransferPlan, moved: TransferOp, ok: npt.NDArray[np.uint8]) -> None:
+        if self.journal is None or moved.dst_block_ids is None:
+            return
+        parents = np.zeros_like(plan.keys)
+        parents[1:] = plan.keys[:-1]
+        if plan.parent is not None:
+            parents[0] = plan.parent
+        written = moved.block_positions[ok != 0]
+        self.journal.publish(
+            np.ascontiguousarray(plan.keys[written]),
+            np.ascontiguousarray(parents[written]),
+            np.ascontiguousarray(moved.dst_block_ids[ok != 0]),
+        )
+
+    def _offer_to_ssd(self, parent: BlockKeys | None, keys: BlockKeys) -> None:
+        if self.journal is None:
+            return
+        self.num_offered_to_ssd += len(keys)
+        if self._seen is not None:
+            unseen = np.flatnonzero(self._seen.seen(keys) == 0)
+            keys = keys[: unseen[0]] if len(unseen) else keys
+        if len(keys):
+            self._queue_spill(parent, keys)
+
     def _queue_spill(self, parent: BlockKeys | None, keys: BlockKeys) -> None:
-        if not self.ssd_alive:
+        if self.journal is None:
             return
         self._to_spill.append((parent, keys))
         self._to_spill_blocks += len(keys)
@@ -252,35 +307,41 @@ class GlobalCacheEngine:
             _, dropped = self._to_spill.popleft()
             self._to_spill_blocks -= len(dropped)
 
-    def _note_ssd(self, kind: PlanKind, error: str | None) -> None:
-        if kind is PlanKind.PUT or not self.ssd_alive:
-            return
-        if error is None:
-            self._ssd_failures = 0
-            return
-        self._ssd_failures += 1
-        if self._ssd_failures == 1:
-            logger.error("SSD tier: %s. The blocks concerned count as misses.", error)
-        if self._ssd_failures >= _SSD_FAILURES_MAX:
-            self.ssd_alive = False
-            dropped = self.index.invalidate_tier(SSD)
-            self._to_spill.clear()
-            self._to_spill_blocks = 0
-            logger.error(
-                "SSD tier taken out after %d failures in a row (%d blocks dropped); the CPU tier goes on. "
-                "Check the disk and restart the server.",
-                self._ssd_failures,
-                dropped,
-            )
-
     @property
     def num_waiting_spills(self) -> int:
         """Blocks that wait to be copied to SSD."""
         return self._to_spill_blocks
 
-    def clear(self) -> None:
-        """Forgets everything in every tier. Blocks in use go when their users let go of them."""
+    # ---- the SSD tier comes and goes ----
+
+    def ssd_online(self, store: _core.SsdStore) -> int:
+        """Takes the SSD tier in, with the blocks that its files hold. It must be empty in the index. Returns
+        how many blocks are served from it."""
+        self.journal = store
+        self.ssd_failures = 0
+        keys, parents, slots = store.take_recovered()
+        return int(self.index.restore(SSD, keys, parents, slots.astype(np.int32)).sum())
+
+    @property
+    def ssd_is_empty(self) -> bool:
+        """Whether no block of the SSD tier is left in the index. One that somebody holds goes when it is let
+        go."""
+        stats = self.index.stats(SSD)
+        return stats.free == stats.slots
+
+    def ssd_offline(self) -> int:
+        """Leaves the SSD tier out: nothing is looked for or written there. Returns how many blocks are lost
+        to this process until it is back."""
+        self.journal = None
+        return self.clear_ssd()
+
+    def clear_ssd(self) -> int:
+        """Forgets every block of the SSD tier. Blocks in use go when their users let go of them."""
         self._to_spill.clear()
         self._to_spill_blocks = 0
+        return self.index.invalidate_tier(SSD)
+
+    def clear(self) -> None:
+        """Forgets everything in every tier. Blocks in use go when their users let go of them."""
+        self.clear_ssd()
         self.index.invalidate_tier(CPU)
-        self.index.invalidate_tier(SSD)

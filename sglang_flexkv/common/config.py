@@ -60,6 +60,20 @@ class IoEngine(Enum):
     THREADS = "threads"
 
 
+class SsdMismatch(Enum):
+    """What to do with SSD files that hold another model's cache, or have another format."""
+
+    REFUSE = "refuse"  # do not start
+    FRESH = "fresh"  # give up what they hold
+
+
+class SsdAdmission(Enum):
+    """Which blocks are written to SSD."""
+
+    ALL = "all"
+    REUSE = "reuse"  # those that came a second time, or were loaded from the CPU tier
+
+
 def _split_dirs(value: object) -> object:
     """FlexKV writes several directories as one string with ``;`` between them."""
     if value is None:
@@ -140,6 +154,9 @@ class CacheConfig(_Settings):
     enable_ssd: bool = False
     num_ssd_blocks: int = Field(default=0, ge=0)
     ssd_cache_dir: Directories = ()
+    ssd_on_mismatch: SsdMismatch = SsdMismatch.REFUSE
+    ssd_admission: SsdAdmission = SsdAdmission.ALL
+    ssd_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
     enable_remote: bool = False
     copy_threads: int = Field(default=2, gt=0, le=64)
     io_engine: IoEngine = IoEngine.AUTO
@@ -172,6 +189,9 @@ class FlexKVConfig(_Settings):
     cpu_cache_gb: float | None = Field(default=None, gt=0)  # GiB; none: a quarter of the free memory
     ssd_cache_gb: float = Field(default=0.0, ge=0)  # GiB over all directories; 0: no SSD tier
     ssd_cache_dir: Directories = ()
+    ssd_on_mismatch: SsdMismatch = SsdMismatch.REFUSE
+    ssd_admission: SsdAdmission = SsdAdmission.ALL
+    ssd_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
     write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
     prefetch_policy: PrefetchPolicy = PrefetchPolicy.TIMEOUT
     prefetch_timeout_s: float = Field(default=3.0, gt=0)
@@ -246,6 +266,9 @@ class FlexKVConfig(_Settings):
             enable_ssd=num_ssd_blocks > 0,
             num_ssd_blocks=num_ssd_blocks,
             ssd_cache_dir=self.ssd_cache_dir,
+            ssd_on_mismatch=self.ssd_on_mismatch,
+            ssd_admission=self.ssd_admission,
+            ssd_write_limit_mb_s=self.ssd_write_limit_mb_s / num_ranks,
             copy_threads=threads,
             io_engine=self.io_engine,
             io_depth=self.io_depth,

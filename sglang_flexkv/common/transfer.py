@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_flexkv import _core
+from sglang_flexkv.common.block import BlockKeys
 
 Slots = npt.NDArray[np.int64]
 
@@ -50,6 +51,7 @@ class TransferOp:
     block_positions: npt.NDArray[np.int64]
     src_block_ids: Slots | None = None
     dst_block_ids: Slots | None = None
+    keys: BlockKeys | None = None  # disk ops: what the slots hold, or are to hold
     layer_id: int = 0
     layer_granularity: int = -1  # layers from layer_id on; -1: all
     op_id: int = -1

@@ -6,7 +6,6 @@ when that fails.
 
 from __future__ import annotations
 
-import os
 import sys
 import warnings
 from collections.abc import Callable
@@ -110,7 +109,7 @@ def _core() -> list[Finding]:
         return [problem]
     from sglang_flexkv import _core as core
 
-    engine, note = _probe_io_engine()
+    engine, note = core.probe_io_engine()
     remedy = (
         "nothing, but io_uring is faster: allow it in the container's seccomp profile and in "
         "/proc/sys/kernel/io_uring_disabled"
@@ -121,32 +120,6 @@ def _core() -> list[Finding]:
         if note
         else Finding("SSD I/O", Level.OK, engine),
     ]
-
-
-def _probe_io_engine() -> tuple[str, str]:
-    """Name of the I/O engine that ``auto`` takes here, and why it is not io_uring (empty if it is)."""
-    import numpy as np
-
-    from sglang_flexkv import _core as core
-
-    size = core.IO_ALIGNMENT
-    block = np.zeros(size, np.uint8)
-    fd = os.memfd_create("sglang-flexkv-probe")
-    try:
-        os.ftruncate(fd, size)
-        engine = core.TransferEngine(
-            core.BlockLayout([[core.DeviceBuffer(block.ctypes.data, 1, size, size)]], 1),
-            core.HostPool(1, size),
-            ssd_fds=[fd],
-            ssd_slots=1,
-            copy_threads=1,
-            cuda_device=-1,
-            io_engine=core.IoEngineKind.AUTO,
-            io_depth=1,
-        )
-        return engine.io_engine_name, engine.io_engine_note
-    finally:
-        os.close(fd)
 
 
 def _sglang() -> list[Finding]:

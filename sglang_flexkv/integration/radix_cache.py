@@ -27,7 +27,7 @@ from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
 from sglang_flexkv.integration import checks
 from sglang_flexkv.integration.kv_pool import device_buffers
 from sglang_flexkv.integration.linker import FlexKVLinker, Prefetch
-from sglang_flexkv.integration.model_identity import model_identity
+from sglang_flexkv.integration.model_identity import describe, model_identity
 from sglang_flexkv.kvtask import KVTaskEngine
 from sglang_flexkv.storage.storage_engine import slot_bytes_for
 
@@ -246,7 +246,15 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any) -> FlexKVRadixCache:
             "format": 1,
         }
     )
-    engine = KVTaskEngine(cache_config, device, rank_tag=f"dp{parallel.dp_rank or 0}-tp{parallel.tp_rank}")
+    engine = KVTaskEngine(
+        cache_config,
+        device,
+        namespace=namespace,
+        label=describe(
+            ctx.model_config.model_path, pool.dtype, page_size, parallel.tp_rank, parallel.tp_size
+        ),
+        rank_tag=f"dp{parallel.dp_rank or 0}-tp{parallel.tp_rank}",
+    )
     linker = FlexKVLinker(
         engine,
         config,

@@ -9,6 +9,7 @@ import numpy as np
 from sglang_flexkv import _core
 from sglang_flexkv.common.config import CacheConfig, IoEngine
 from sglang_flexkv.common.transfer import TransferOpGraph
+from sglang_flexkv.storage.ssd_store import SsdStore
 from sglang_flexkv.storage.storage_engine import StorageEngine
 
 _IO_KINDS = {
@@ -25,14 +26,33 @@ class TransferEngine:
         self._core = _core.TransferEngine(
             storage.layout,
             storage.host,
-            ssd_fds=storage.ssd.fds if storage.ssd else [],
-            ssd_slots=storage.num_ssd_slots,
             copy_threads=config.copy_threads,
             cuda_device=storage.device.cuda_device,
-            io_engine=_IO_KINDS[config.io_engine],
-            io_depth=config.io_depth,
         )
+        self._config = config
         self.num_layers = storage.layout.num_layers
+
+    def attach_ssd(self, store: SsdStore) -> None:
+        """Puts an SSD tier under the engine.
+
+        Raises:
+            OSError: the configured I/O engine is not to be had.
+        """
+        self._core.attach_ssd(
+            store.core,
+            _IO_KINDS[self._config.io_engine],
+            self._config.io_depth,
+            self._config.ssd_write_limit_mb_s * 1e6,
+        )
+
+    def detach_ssd(self) -> None:
+        """Takes the SSD tier away. No disk op may be pending."""
+        self._core.detach_ssd()
+
+    @property
+    def ssd_oldest_io_s(self) -> float:
+        """For how long the oldest disk transfer has been on its way; 0 if there is none."""
+        return self._core.ssd_oldest_io_s
 
     def submit(
         self,
@@ -65,6 +85,7 @@ class TransferEngine:
                     layer_begin=op.layer_id,
                     layer_end=min(self.num_layers, op.layer_id + layers),
                     after=op.predecessors,
+                    keys=op.keys,
                 )
             )
         return self._core.submit(ops, gate=gate, wait_events=list(wait_events), timeout_s=timeout_s)
@@ -81,6 +102,10 @@ class TransferEngine:
 
     def drain(self, timeout_s: float) -> bool:
         return self._core.drain(timeout_s)
+
+    def drain_device(self, timeout_s: float) -> bool:
+        """Waits until no copy from or to the device runs. False when the time is up first."""
+        return self._core.drain_device(timeout_s)
 
     @property
     def num_pending(self) -> int:

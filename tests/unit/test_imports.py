@@ -18,6 +18,7 @@ LAYERS = (
     ("common",),
     ("storage",),
     ("cache", "transfer"),
+    ("ssdtier",),
     ("kvtask",),
     ("kvmanager",),
     ("integration",),

@@ -30,6 +30,14 @@ def held(index: _core.PrefixIndex, *ids: int) -> list[int]:
     return index.match(keys(*ids)).tolist()
 
 
+def restore(index: _core.PrefixIndex, tier: _core.Tier, *records: tuple[int, int, int]) -> list[int]:
+    """Each record is (block, its parent or 0, slot), the least recently written first."""
+    blocks, parents, slots = zip(*records, strict=True) if records else ((), (), ())
+    parent_keys = keys(*parents)
+    parent_keys[parent_keys[:, 0] == 0] = 0
+    return index.restore(tier, keys(*blocks), parent_keys, np.array(slots, dtype=np.int32)).tolist()
+
+
 def test_reserved_blocks_are_invisible_until_commit() -> None:
     index = _core.PrefixIndex(4, 0)
     txn, positions, slots = index.reserve(CPU, None, keys(1, 2))
@@ -178,6 +186,106 @@ def test_keys_of_the_wrong_shape_are_refused() -> None:
         index.commit(77)
 
 
+def test_restored_blocks_are_read_from_the_slots_they_had() -> None:
+    index = _core.PrefixIndex(4, 8)
+    store(index, CPU, 1)
+    assert restore(index, SSD, (1, 0, 5), (2, 1, 0), (3, 2, 7)) == [1, 1, 1]
+    assert held(index, 1, 2, 3) == [3, 2, 2]
+    lease, tiers, slots = index.acquire(keys(1, 2, 3), SSD)
+    assert tiers.tolist() == [1, 1, 1]
+    assert slots.tolist() == [5, 0, 7]
+    index.release(lease)
+    assert index.stats(SSD).ready == 3
+    assert index.stats(SSD).free == 5
+    assert index.check_integrity() == ""
+
+
+def test_what_was_free_on_the_disk_is_handed_out_low_slots_first() -> None:
+    index = _core.PrefixIndex(0, 6)
+    restore(index, SSD, (1, 0, 1), (2, 1, 3))
+    _, _, slots = index.reserve(SSD, keys(2)[0], keys(3, 4, 5, 6))
+    assert slots.tolist() == [0, 2, 4, 5]
+    assert index.check_integrity() == ""
+
+
+@pytest.mark.parametrize(
+    ("new", "left"),
+    enumerate([[1, 2, 3, 8, 9], [1, 2, 8, 9], [1, 8, 9], [8, 9], [9], []]),
+)
+def test_restored_blocks_go_leaf_first_and_then_oldest_first(new: int, left: list[int]) -> None:
+    index = _core.PrefixIndex(0, 5)
+    # The chain 1-2-3 was written before 8 and 9, and its root before its leaf.
+    restore(index, SSD, (1, 0, 2), (2, 1, 3), (3, 2, 4), (8, 0, 1), (9, 0, 0))
+    index.reserve(SSD, None, keys(*range(100, 100 + new)))
+    assert [block for block in (1, 2, 3, 8, 9) if held(index, block)] == left
+    assert index.check_integrity() == ""
+
+
+def test_a_parent_that_did_not_survive_keeps_its_place() -> None:
+    index = _core.PrefixIndex(0, 3)
+    restore(index, SSD, (3, 2, 0), (4, 2, 1))
+    assert index.check_integrity() == ""
+    store(index, SSD, 2)  # comes back later, and must not go before its children
+    held(index, 3, 4)
+    store(index, SSD, 9)
+    assert held(index, 2) == [2]
+    index.invalidate_tier(SSD)
+    assert index.check_integrity() == ""
+
+
+def test_of_records_that_contradict_each_other_the_later_is_restored() -> None:
+    index = _core.PrefixIndex(0, 4)
+    same_key = restore(index, SSD, (1, 0, 0), (2, 1, 1), (1, 0, 2))
+    assert same_key == [0, 1, 1]
+    assert index.acquire(keys(1, 2))[2].tolist() == [2, 1]
+    assert index.check_integrity() == ""
+
+    index = _core.PrefixIndex(0, 4)
+    assert restore(index, SSD, (1, 0, 3), (2, 0, 3)) == [0, 1]
+    assert held(index, 1) == []
+    assert held(index, 2) == [2]
+    assert index.check_integrity() == ""
+
+    index = _core.PrefixIndex(0, 4)  # an ignored record hides nothing before it
+    assert restore(index, SSD, (1, 0, 0), (1, 0, 4), (1, 0, 2), (2, 0, 2)) == [1, 0, 0, 1]
+    assert held(index, 1) == [2]
+    assert index.check_integrity() == ""
+
+
+def test_a_slot_that_does_not_exist_is_not_restored() -> None:
+    index = _core.PrefixIndex(0, 4)
+    assert restore(index, SSD, (1, 0, -1), (2, 1, 4), (3, 2, 2**31 - 1), (4, 9, 3)) == [0, 0, 0, 1]
+    assert index.stats(SSD).ready == 1
+    assert index.check_integrity() == ""
+
+
+def test_odd_parents_leave_nothing_behind() -> None:
+    index = _core.PrefixIndex(2, 4)
+    store(index, CPU, 2, parent=1)
+    assert restore(index, SSD, (2, 77, 0), (5, 5, 1)) == [1, 1]
+    assert index.check_integrity() == ""
+
+
+def test_only_an_empty_tier_is_restored() -> None:
+    index = _core.PrefixIndex(4, 4)
+    assert restore(index, SSD) == []
+    txn, _, _ = index.reserve(SSD, None, keys(1))
+    with pytest.raises(ValueError, match="not empty"):
+        restore(index, SSD, (2, 0, 0))
+    index.commit(txn)
+    with pytest.raises(ValueError, match="not empty"):
+        restore(index, SSD, (2, 0, 0))
+    lease, _, _ = index.acquire(keys(1))
+    index.invalidate_tier(SSD)
+    with pytest.raises(ValueError, match="not empty"):  # dying: its reader still has the slot
+        restore(index, SSD, (2, 0, 0))
+    index.release(lease)
+    assert restore(index, SSD, (2, 0, 0)) == [1]
+    assert index.check_integrity() == ""
+    with pytest.raises(ValueError, match="one parent and one slot"):
+        index.restore(SSD, keys(1, 2), keys(1), np.zeros(2, dtype=np.int32))
+
+
 class IndexMachine(RuleBasedStateMachine):
     """Random operations on a small index and on a dict of what must be readable.
 
@@ -186,12 +294,21 @@ class IndexMachine(RuleBasedStateMachine):
 
     CAPACITY: ClassVar = {CPU: 7, SSD: 11}
 
-    @initialize()
-    def setup(self) -> None:
+    @initialize(
+        records=st.lists(st.tuples(st.integers(1, 60), st.integers(-1, 11)), max_size=12),
+    )
+    def setup(self, records: list[tuple[int, int]]) -> None:
         self.index = _core.PrefixIndex(self.CAPACITY[CPU], self.CAPACITY[SSD])
         self.slot_of: dict[tuple[_core.Tier, int], int] = {}
         self.txns: list[tuple[int, _core.Tier, list[int], list[int]]] = []
         self.leases: list[tuple[int, list[tuple[_core.Tier, int]]]] = []
+        taken = restore(self.index, SSD, *((block, block // 3, slot) for block, slot in records))
+        for i in reversed(range(len(records))):
+            block, slot = records[i]
+            usable = 0 <= slot < self.CAPACITY[SSD] and slot not in self.slot_of.values()
+            assert taken[i] == (usable and (SSD, block) not in self.slot_of)
+            if taken[i]:
+                self.slot_of[SSD, block] = slot
 
     @staticmethod
     def path(leaf: int) -> list[int]:

@@ -1,0 +1,132 @@
+// The I/O thread of one directory of the SSD tier: moves blocks, or slices of blocks, between host
+// slots and SSD slots, and verifies everything it reads before anybody else sees it.
+//
+// Reads go before writes: while a read is waiting or in flight, writes get a small share of the queue
+// depth. Nothing here waits for one transfer while it could start another; what was read is verified
+// while the disk works on what comes next.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "host_pool.hpp"
+#include "io_engine.hpp"
+#include "ssd_store.hpp"
+
+namespace flexkv {
+
+// Holds writes back to so many bytes per second, over all directories of the tier. 0: no limit.
+class WriteLimit {
+ public:
+  explicit WriteLimit(double bytes_per_s) : rate_(bytes_per_s), available_(0) {}
+  // Takes the bytes and returns 0, or returns how many seconds to wait before asking again.
+  double Take(size_t bytes, double now_s);
+
+ private:
+  std::mutex mutex_;
+  const double rate_;
+  double available_;
+  double last_s_ = 0;
+};
+
+// One op of a graph: the same slices of some blocks, in one direction.
+struct SsdTransfer {
+  bool write = false;
+  const BlockKey* keys = nullptr;
+  const int64_t* host_slots = nullptr;
+  const int64_t* ssd_slots = nullptr;
+  size_t num_blocks = 0;
+  uint32_t slice_begin = 0;
+  uint32_t slice_end = 0;
+  double deadline_s = 0;                      // what has not started by then is dropped; 0: none
+  const std::atomic<bool>* cancelled = nullptr;
+
+  // Out. Blocks are told apart by their byte: every block belongs to one lane.
+  std::vector<uint8_t> ok;
+  std::atomic<size_t> left{0};                // lanes that are not done
+  std::atomic<uint32_t> failed{0};            // blocks with an I/O error
+  std::atomic<uint32_t> corrupt{0};           // blocks that failed verification
+  std::atomic<uint32_t> dropped{0};           // blocks that were not moved: cancelled, or too late
+  std::mutex mutex;
+  std::string error;                          // the first
+  std::function<void()> on_end;               // called by the lane that ends last
+};
+
+class SsdLane {
+ public:
+  // Calls that take longer are asked to end, and fail.
+  static constexpr double kIoTimeoutS = 20;
+
+  SsdLane(std::shared_ptr<SsdStore> store, size_t shard, std::shared_ptr<HostPool> host,
+          std::vector<size_t> slice_offsets, std::unique_ptr<IoEngine> engine,
+          std::shared_ptr<WriteLimit> limit, std::chrono::steady_clock::time_point epoch);
+  // Everything that was started must have ended.
+  ~SsdLane();
+
+  // Moves those blocks of the transfer that belong to this directory.
+  void Start(SsdTransfer* transfer, std::vector<uint32_t> blocks);
+  // For how long the oldest transfer that is on its way has been so; 0 if there is none.
+  double oldest_s() const;
+  // Ends what was cancelled without waiting for something else to happen.
+  void Wake() { engine_->Wake(); }
+
+ private:
+  struct Work {
+    SsdTransfer* transfer = nullptr;
+    std::vector<uint32_t> blocks;
+    size_t next = 0;     // into blocks
+    size_t in_flight = 0;
+  };
+  struct Flight : Io {
+    Work* work = nullptr;
+    uint32_t block = 0;
+    double start_s = 0;
+    bool busy = false;
+    bool asked = false;  // to end early
+  };
+
+  double Now() const;
+  void Loop();
+  void TakeInbox();
+  // Starts what may be started. Returns how long to wait before writes may go on, 0 if they are not
+  // held back.
+  double Refill();
+  bool Prepare(Work* work, Flight* flight);
+  void Land(Flight* flight);
+  void EndIfDone(std::deque<std::unique_ptr<Work>>* queue);
+  void WatchClock();
+  void RegisterMemory();
+
+  const std::shared_ptr<SsdStore> store_;
+  SsdShard& shard_;
+  const std::shared_ptr<HostPool> host_;
+  const std::vector<size_t> slice_offsets_;  // one more than slices
+  const std::unique_ptr<IoEngine> engine_;
+  const std::shared_ptr<WriteLimit> limit_;
+  const std::chrono::steady_clock::time_point epoch_;
+  const size_t num_shards_;
+
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Work>> inbox_;
+
+  // The thread's own.
+  std::deque<std::unique_ptr<Work>> reads_, writes_;
+  std::vector<Flight> flights_;
+  std::vector<Flight*> free_;
+  int in_flight_ = 0, writes_in_flight_ = 0;
+  size_t registered_bytes_ = 0;
+  bool register_memory_ = true;
+
+  std::atomic<double> oldest_start_s_{0};
+  std::atomic<bool> stop_{false};
+  std::thread thread_;
+};
+
+}  // namespace flexkv

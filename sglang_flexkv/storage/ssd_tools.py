@@ -1,0 +1,233 @@
+"""Looks at, checks and removes the SSD tier's files while no server uses them. Prints nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from sglang_flexkv import _core
+from sglang_flexkv.common.errors import FlexKVError
+from sglang_flexkv.storage.ssd_store import ShardFiles, shards_in
+
+# Slots that are read between two reports of progress.
+_BATCH_SLOTS = 32
+
+
+class SsdFilesError(FlexKVError):
+    """Files of the SSD tier cannot be read, are not ours, or belong to a running server."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What the files of one rank in one directory hold."""
+
+    files: ShardFiles
+    owner: str | None  # the process that uses them
+    format_version: int
+    label: str
+    namespace: bytes
+    num_slots: int
+    slot_bytes: int
+    file_bytes: int  # of the slot file
+    live_blocks: int
+    journal_bytes: int
+    journal_records: int
+    damaged_bytes: int  # of the journal
+    given_up_because: str  # why the next server starts empty whatever it serves; "" if it does not
+
+    @property
+    def live_bytes(self) -> int:
+        return self.live_blocks * self.slot_bytes
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What reading every block of one rank in one directory came to."""
+
+    files: ShardFiles
+    num_blocks: int
+    num_bytes: int
+    bad_slots: tuple[int, ...]
+    damaged_bytes: int  # of the journal
+
+
+@dataclass(frozen=True)
+class Remains:
+    """Everything of one rank in one directory, also where its slot file is gone."""
+
+    files: ShardFiles
+    owner: str | None
+    paths: tuple[Path, ...]
+    disk_bytes: int
+
+
+def find(directories: Sequence[Path]) -> list[ShardFiles]:
+    """The ranks in these directories. Raises SsdFilesError for a directory without any."""
+    found = []
+    for directory in _distinct(directories):
+        if not directory.is_dir():
+            what = "is not a directory" if directory.exists() else "does not exist"
+            raise SsdFilesError(f"{directory} {what}")
+        shards = shards_in(directory)
+        if not shards:
+            raise SsdFilesError(f"{directory} holds no files of the SSD tier")
+        found += shards
+    return found
+
+
+def inspect(files: ShardFiles) -> Inspection:
+    """Reads header and journal; also while a server uses the files, as a glimpse of what changes."""
+    reader = _open(files)
+    live = len(reader.live_slots)
+    return Inspection(
+        files=files,
+        owner=owner(files),
+        format_version=_core.SSD_FORMAT_VERSION,  # others are refused
+        label=reader.label,
+        namespace=reader.namespace,
+        num_slots=reader.num_slots,
+        slot_bytes=reader.slot_bytes,
+        file_bytes=files.slots.stat().st_size,
+        live_blocks=live,
+        journal_bytes=reader.journal_bytes if reader.has_journal else 0,
+        journal_records=reader.journal_records,
+        damaged_bytes=reader.damaged_bytes,
+        given_up_because=_why_given_up(reader),
+    )
+
+
+def verify(files: ShardFiles, progress: Callable[[int, int], None]) -> Verification:
+    """Reads every block from the disk and compares it with its checksums.
+
+    No server can start on the files meanwhile.
+
+    Args:
+        progress: called with the number of blocks that were read and that there are.
+
+    Raises:
+        SsdFilesError: the files are in use, not ours, or hold nothing that could be compared.
+    """
+    with _held(files):
+        reader = _open(files)
+        reason = _why_given_up(reader)
+        if not reader.has_journal:
+            raise SsdFilesError(f"{files.slots} cannot be verified: {reason}")
+        _forget_cached_pages(files.slots)
+        slots = reader.live_slots.tolist()
+        bad: list[int] = []
+        progress(0, len(slots))
+        for start in range(0, len(slots), _BATCH_SLOTS):
+            batch = slots[start : start + _BATCH_SLOTS]
+            bad += reader.verify(batch).tolist()
+            progress(start + len(batch), len(slots))
+        return Verification(
+            files, len(slots), len(slots) * reader.slot_bytes, tuple(bad), reader.damaged_bytes
+        )
+
+
+def remains(directories: Sequence[Path]) -> list[Remains]:
+    """What there is to remove. A directory that does not exist holds nothing."""
+    found = []
+    for directory in _distinct(directories):
+        tags = set()
+        for path in _paths(ShardFiles(directory, "*")):
+            prefix, suffix = path.name.split("*")
+            tags |= {p.name[len(prefix) : -len(suffix)] for p in directory.glob(path.name)}
+        for tag in sorted(tags):
+            files = ShardFiles(directory, tag)
+            paths = tuple(path for path in _paths(files) if os.path.lexists(path))
+            used = sum(path.lstat().st_blocks * 512 for path in paths)
+            found.append(Remains(files, owner(files), paths, used))
+    return found
+
+
+def clear(found: Sequence[Remains]) -> int:
+    """Removes the files and returns how many bytes of disk that freed; all of them or, if one is in use, none.
+
+    Raises:
+        SsdFilesError: a server uses some of them, or they cannot be removed.
+    """
+    if not found:
+        return 0
+    first, *rest = found
+    with _held(first.files):
+        freed = clear(rest)
+        for path in first.paths:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                raise SsdFilesError(f"{path} cannot be removed: {error.strerror}") from None
+    return freed + first.disk_bytes
+
+
+def owner(files: ShardFiles) -> str | None:
+    """The process that uses the files: its id, or "unknown"; None if there is none."""
+    try:
+        with _held(files):
+            return None
+    except _InUseError as error:
+        return error.owner
+
+
+class _InUseError(SsdFilesError):
+    def __init__(self, files: ShardFiles, owner: str) -> None:
+        super().__init__(f"{files.slots} is in use by a running server (process {owner}); stop it first")
+        self.owner = owner
+
+
+@contextmanager
+def _held(files: ShardFiles) -> Iterator[None]:
+    """Keeps servers away. Where there is no lock file, or none that may be opened, none can be kept away."""
+    try:
+        lock = os.open(files.lock, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            process = os.pread(lock, 32, 0).decode(errors="replace").strip()
+            raise _InUseError(files, process or "unknown") from None
+        yield
+    finally:
+        os.close(lock)
+
+
+def _open(files: ShardFiles) -> _core.SsdReader:
+    try:
+        return _core.SsdReader(str(files.slots), str(files.journal))
+    except _core.CoreSystemError as error:
+        raise SsdFilesError(str(error)) from None
+
+
+def _why_given_up(reader: _core.SsdReader) -> str:
+    if reader.slot_bytes == 0:
+        return "its header is blank or damaged"
+    if not reader.keep:
+        return "its contents were computed with weights that only the process before had"
+    if not reader.has_journal:
+        return "its journal is missing, damaged, or belongs to other contents"
+    return ""
+
+
+def _forget_cached_pages(path: Path) -> None:
+    """What counts is what is on the disk, not what memory still holds of it."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+        os.close(fd)
+
+
+def _paths(files: ShardFiles) -> tuple[Path, ...]:
+    """All names of a rank's files; the lock last, which guards the others."""
+    return (files.slots, files.journal, files.journal.with_name(files.journal.name + ".new"), files.lock)
+
+
+def _distinct(directories: Sequence[Path]) -> list[Path]:
+    return list({path.resolve(): path for path in directories}.values())
