@@ -4,8 +4,9 @@
 
 One server runs with a device pool that holds only some of the prompts, a CPU tier that holds all of them but
 not the ones that come after, and an SSD tier. The same prompts are sent when nothing is cached, when they
-are still on the device, when they were evicted to the CPU tier, and when they were pushed on to SSD; then to
-a server without any cache. The table says where each token came from and what that saved.
+are still on the device, when they were evicted to the CPU tier, when they were pushed on to SSD, and after
+the server was started anew; then to a server without any cache. The table says where each token came from
+and what that saved.
 """
 
 from __future__ import annotations
@@ -163,6 +164,10 @@ def main() -> int:
                 lambda: [ask(with_cache, other) for other in others[:CPU_TIER_PROMPTS]],
             )
             phases.append(run(Phase("evicted, SSD hit"), with_cache, prompts))
+            step("the server is stopped", with_cache.stop)
+            step("and started again", with_cache.start)
+            ask(with_cache, others[-1][:64])
+            phases.append(run(Phase("restarted, SSD hit"), with_cache, prompts))
         finally:
             with_cache.stop()
         without = SGLangServer(
@@ -203,7 +208,7 @@ def main() -> int:
     console.print(f"outputs identical: [bold]{same}/{len(answers)}[/]")
 
     # A demo that shows nothing must not look like one that does.
-    expected = {1: "device", 2: "cpu", 3: "ssd"}
+    expected = {1: "device", 2: "cpu", 3: "ssd", 4: "ssd"}
     empty = [phases[i].name for i, source in expected.items() if phases[i].tokens(source) < total // 2]
     if empty:
         console.print(f"[red]too few tokens came from where they should: {', '.join(empty)}[/]")

@@ -1,0 +1,54 @@
+"""What a real SGLang server stored on SSD is found by the next one, after a stop and after a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from server import SGLangServer
+from workload import conversations
+
+ROOT = Path(__file__).parents[2]
+NEW_TOKENS = 6
+PROMPTS = [turn.tokens for turn in conversations(6, 2, seed=3)][-6:]
+
+
+def answers(server: SGLangServer) -> list[dict[str, Any]]:
+    return [server.generate(prompt, NEW_TOKENS) for prompt in PROMPTS]
+
+
+def from_ssd(answer: dict[str, Any]) -> int:
+    return (answer["meta_info"].get("cached_tokens_details") or {}).get("storage", 0)
+
+
+def test_the_first_request_after_a_restart_hits_ssd(tmp_path: Path) -> None:
+    directory = tmp_path / "ssd"
+    directory.mkdir()
+    config = tmp_path / "flexkv.yaml"
+    config.write_text(f"cpu_cache_gb: 0.1\nssd_cache_gb: 0.5\nssd_cache_dir: {directory}\n")
+
+    def server() -> SGLangServer:
+        flags = {"enable-flexkv": True, "flexkv-config-file": str(config), "max-total-tokens": 4096}
+        return SGLangServer(
+            ROOT / "models" / "tiny-gqa", {**flags, "log-level": "info"}, log_path=tmp_path / "server.log"
+        )
+
+    with server() as first:
+        expected = [answer["output_ids"] for answer in answers(first)]
+    for how in ("stopped", "killed"):
+        again = server().start()
+        try:
+            got = answers(again)
+            # The first of all, before anything else can have brought it into memory.
+            assert from_ssd(got[0]) >= len(PROMPTS[0]) - 16, (how, got[0]["meta_info"])
+            assert sum(map(from_ssd, got)) > 0.5 * sum(map(len, PROMPTS)), how
+            assert [answer["output_ids"] for answer in got] == expected, how
+        finally:
+            again.stop(grace_s=0)  # SIGKILL: the next start comes after a crash
+    # A flush is for good: what it emptied does not come back with the next server.
+    with server() as last:
+        last.flush_cache()
+    with server() as after:
+        answer = after.generate(PROMPTS[0], NEW_TOKENS)
+        assert answer["meta_info"]["cached_tokens"] == 0
+        assert answer["output_ids"] == expected[0]
