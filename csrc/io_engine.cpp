@@ -114,8 +114,10 @@ class UringEngine final : public IoEngine {
 
   void Reap(std::vector<Io*>* ended, double timeout_s) override {
     const size_t before = ended->size();
+    woken_ = false;
     Collect(ended);
-    if (!again_.empty() || ended->size() > before || refused_.size() > 0) timeout_s = 0;
+    // A Wake that is taken in here is news to the caller: waiting for the next one would lose it.
+    if (woken_ || !again_.empty() || ended->size() > before || !refused_.empty()) timeout_s = 0;
     for (Io* io : again_) Queue(io);
     again_.clear();
     if (!wake_armed_) ArmWake();
@@ -254,7 +256,9 @@ class UringEngine final : public IoEngine {
     }
   }
 
-  void Collect(std::vector<Io*>* ended) {
+  // True if Wake was called.
+  bool Collect(std::vector<Io*>* ended) {
+    bool woken = false;
     unsigned head = *cq_head_;
     const unsigned tail = std::atomic_ref<unsigned>(*cq_tail_).load(std::memory_order_acquire);
     for (; head != tail; ++head) {
@@ -263,12 +267,14 @@ class UringEngine final : public IoEngine {
         uint64_t count;
         (void)!read(wake_fd_, &count, sizeof count);
         wake_armed_ = false;
+        woken_ = true;
       } else if (cqe.user_data != kCancelTag) {
         Io* io = reinterpret_cast<Io*>(cqe.user_data);
         (Advance(io, cqe.res) ? again_ : *ended).push_back(io);
       }
     }
     std::atomic_ref<unsigned>(*cq_head_).store(head, std::memory_order_release);
+    return woken;
   }
 
   const int depth_;
@@ -282,6 +288,7 @@ class UringEngine final : public IoEngine {
   io_uring_cqe* cqes_ = nullptr;
   unsigned queued_ = 0;  // entries that the kernel has not been told of
   bool wake_armed_ = false;
+  bool woken_ = false;   // since the last Reap began
   std::vector<iovec> buffers_;   // registered, by address
   std::vector<Io*> again_;       // short transfers that go on
   std::vector<Io*> refused_;     // failed before they started
