@@ -42,12 +42,13 @@ from common import (
 
 from sglang_flexkv import _core
 from sglang_flexkv.cache.cache_engine import CPU
-from sglang_flexkv.common.block import BlockKeys
+from sglang_flexkv.common.block import BlockKeys, make_namespace
 from sglang_flexkv.common.config import CacheConfig
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine
 
 _TIMEOUT_S = 120.0
+_NAMESPACE = make_namespace({"bench": "copy"})
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Bench:
         ]
         self.pool = [[tensor.numpy() for tensor in layer] for layer in tensors]
         config = CacheConfig(tokens_per_block=page_size, num_cpu_blocks=self.num_blocks, copy_threads=threads)
-        self.engine = KVTaskEngine(config, DeviceBuffers(tensors, tokens_per_row=1))
+        self.engine = KVTaskEngine(config, DeviceBuffers(tensors, tokens_per_row=1), namespace=_NAMESPACE)
         host = self.engine.storage.host
         deadline = time.monotonic() + _TIMEOUT_S
         while host.populated_bytes < host.total_bytes and time.monotonic() < deadline:

@@ -318,6 +318,9 @@ class FlexKVLinker(UnifiedCacheLinker):
             left = f"closed while busy ({error})"
         stats = self.engine.stats()
         moved = ", ".join(f"{name} {s['bytes'] / GIB:.2f} GiB" for name, s in stats.items() if "bytes" in s)
+        saved = stats["SSD"].get("saved_write_bytes", 0.0)
+        if saved:
+            moved += f"; not written to SSD because it came only once: {saved / GIB:.2f} GiB"
         self._abandon()
         self.engine.close()
         logger.info("sglang-flexkv closed: %s; moved %s", left, moved)

@@ -56,12 +56,20 @@ def test_copy_verifies_every_byte() -> None:
 @needs_fio
 def test_ssd_verifies_every_byte() -> None:
     report = report_of("bench_ssd.py")
-    assert {"read_ratio_fio", "write_ratio_fio"} <= set(report["results"])
+    names = ("read", "write", "slice_read", "slice_write", "mixed_read")
+    assert {f"{name}_ratio_fio" for name in names} <= set(report["results"])
     assert {row["io_engine"] for row in report["rows"]} == {"io_uring", "threads"}
     assert report["machine"]["disk"]
     settings = report["settings"]
-    expected = len(report["rows"]) * settings["mib"] * (settings["repeats"] + 1) * 2**20
+    # Each round reads everything once by itself and once under a mixed load.
+    expected = 2 * len(report["rows"]) * settings["mib"] * (settings["repeats"] + 1) * 2**20
     assert checked(report, "bytes after reading") == expected
+
+
+def test_recovery_finds_every_key() -> None:
+    report = report_of("bench_recovery.py")
+    assert report["results"]["recovery_s"] > 0
+    assert checked(report, "bytes of masks of all keys") == report["settings"]["blocks"]
 
 
 @pytest.mark.parametrize("name", ["bench_copy.py", pytest.param("bench_ssd.py", marks=needs_fio)])
