@@ -1,5 +1,5 @@
-"""The command ``sglang-flexkv``: shows whether ``--enable-flexkv`` works here, installs the monkey-patch, and looks
-after the SSD tier's files.
+"""The command ``sglang-flexkv``: shows whether ``--enable-flexkv`` works here, installs the monkey-patch, and
+looks after the SSD tier's files.
 
 Prints and asks only; what is looked at and written is in ``integration`` and ``storage``.
 """
@@ -142,7 +142,7 @@ def ssd_clear(
         found = ssd_tools.remains(directories)
         in_use = [each for each in found if each.owner]
         for each in in_use:
-            _say(f"[red]{escape(str(each.files.slots))} is in use by a server (process {each.owner}).[/red]")
+            _say(f"[red]{escape(str(each.files.slots))} is in use by process {each.owner}[/red]")
         if in_use:
             _say("[red]Nothing was removed: stop the server first.[/red]")
             raise typer.Exit(1)
@@ -164,8 +164,14 @@ def _print_inspection(i: Inspection) -> None:
         ("format", f"version {i.format_version}, namespace {i.namespace.hex()[:12]}"),
         ("slots", f"{i.num_slots} of {decimal(i.slot_bytes)}; the file has {_gib(i.file_bytes)}"),
         ("live", f"{i.live_blocks} blocks, {_gib(i.live_bytes)}"),
-        ("journal", f"{decimal(i.journal_bytes)}, {i.journal_records} records, {i.damaged_bytes} bytes damaged"),
-        ("at restart", f"given up: {i.given_up_because}" if i.given_up_because else "kept, for the same model"),
+        (
+            "journal",
+            f"{decimal(i.journal_bytes)}, {i.journal_records} records, {i.damaged_bytes} bytes damaged",
+        ),
+        (
+            "at restart",
+            f"given up: {i.given_up_because}" if i.given_up_because else "kept, for the same model",
+        ),
         ("in use", f"by process {i.owner}" if i.owner else "no"),
     ]
     _say(f"[bold]{escape(str(i.files.slots))}[/bold]")
@@ -236,8 +242,11 @@ def _say(text: str) -> None:
 
 
 def _or_exit(action: Callable[[Path], list[Path]], directory: Path) -> list[Path]:
-    with _errors():
+    try:
         return action(directory)
+    except FlexKVError as error:
+        _say(f"[red]{escape(str(error))}[/red]")
+        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":  # from a source checkout, where there is no script

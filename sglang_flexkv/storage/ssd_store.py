@@ -7,6 +7,7 @@ and rules are in docs/ssd-format.md.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -169,8 +170,6 @@ def _lock(files: ShardFiles) -> int:
         raise _not_writable(files.directory, error) from None
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     except BlockingIOError:
         owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(lock)
@@ -181,6 +180,10 @@ def _lock(files: ShardFiles) -> int:
     except OSError as error:
         os.close(lock)
         raise _not_writable(files.directory, error) from None
+    # For messages only: a disk that is full of our own slots may have no room for it.
+    with contextlib.suppress(OSError):
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
     return lock
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -146,7 +146,7 @@ def remains(directories: Sequence[Path]) -> list[Remains]:
 
 
 def clear(found: Sequence[Remains]) -> int:
-    """Removes the files and returns how many bytes of disk that freed; all of them or, if one is in use, none.
+    """Removes the files and returns how many bytes of disk that freed. If one is in use, none is removed.
 
     Raises:
         SsdFilesError: a server uses some of them, or they cannot be removed.
@@ -167,7 +167,7 @@ def clear(found: Sequence[Remains]) -> int:
 def owner(files: ShardFiles) -> str | None:
     """The process that uses the files: its id, or "unknown"; None if there is none."""
     try:
-        with _held(files):
+        with _held(files, sign=False):
             return None
     except _InUseError as error:
         return error.owner
@@ -175,15 +175,16 @@ def owner(files: ShardFiles) -> str | None:
 
 class _InUseError(SsdFilesError):
     def __init__(self, files: ShardFiles, owner: str) -> None:
-        super().__init__(f"{files.slots} is in use by a running server (process {owner}); stop it first")
+        super().__init__(f"{files.slots} is in use by process {owner}; stop it first")
         self.owner = owner
 
 
 @contextmanager
-def _held(files: ShardFiles) -> Iterator[None]:
-    """Keeps servers away. Where there is no lock file, or none that may be opened, none can be kept away."""
+def _held(files: ShardFiles, *, sign: bool = True) -> Iterator[None]:
+    """Keeps servers away, who are told this process' id. Without a lock file that can be written (a copy, a
+    read-only mount) nobody is kept away."""
     try:
-        lock = os.open(files.lock, os.O_RDONLY | os.O_CLOEXEC)
+        lock = os.open(files.lock, os.O_RDWR | os.O_CLOEXEC)
     except OSError:
         yield
         return
@@ -193,6 +194,10 @@ def _held(files: ShardFiles) -> Iterator[None]:
         except BlockingIOError:
             process = os.pread(lock, 32, 0).decode(errors="replace").strip()
             raise _InUseError(files, process or "unknown") from None
+        if sign:
+            with suppress(OSError):  # for messages only
+                os.ftruncate(lock, 0)
+                os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
         yield
     finally:
         os.close(lock)
