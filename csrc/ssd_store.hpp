@@ -49,7 +49,7 @@ struct SsdEntry {
 // What is in the files of one shard.
 struct SsdImage {
   Superblock superblock;
-  std::vector<SsdEntry> entries;       // per slot
+  std::vector<SsdEntry> entries;       // per slot that lies within the file
   std::unique_ptr<uint64_t[], void (*)(void*)> checksums{nullptr, std::free};  // [slot][slice]
   uint64_t num_live = 0;
   uint64_t journal_end = kSsdPage;     // where the next frame goes
@@ -210,7 +210,8 @@ class SsdStore {
 // Looks at the files of one shard that no server uses: for inspecting and verifying them.
 class SsdReader {
  public:
-  // Throws MismatchError, or SystemError if they cannot be read or hold nothing that can be replayed.
+  // Throws MismatchError, or SystemError if they cannot be read. Files that are ours and hold nothing
+  // that can be replayed give an image without entries.
   SsdReader(const std::string& slots, const std::string& journal);
   ~SsdReader();
   SsdReader(const SsdReader&) = delete;

@@ -229,10 +229,10 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
               "a device copy needs tokens_per_block token slots for each block");
       op.first_rows = layout_.FirstRows(far_side.data(), op.num_blocks);
     } else {
-      Require(ssd_ != nullptr, "there is no SSD tier");
       Require(far_side.size() == op.num_blocks && s.keys.size() == op.num_blocks,
               "a disk op needs one SSD slot and one key for each block");
-      check_slots(far_side, ssd_->num_slots(), "SSD");
+      // A plan may have been made before the tier was taken away: its disk ops fail, they are no misuse.
+      check_slots(far_side, ssd_ ? ssd_->num_slots() : SIZE_MAX, "SSD");
       auto starts = [&](int layer) {
         return layer == layout_.num_layers() ||
                std::any_of(slices_.begin(), slices_.end(), [&](const Slice& x) { return x.layer_begin == layer; });
@@ -342,7 +342,11 @@ void TransferEngine::Dispatch(Op* op) {
     return;
   }
   if (!IsDeviceCopy(op->spec.type)) {
-    StartDiskOp(op);
+    if (ssd_ == nullptr) {
+      Finish(op, OpStatus::kFailed, "there is no SSD tier at the moment", {});
+    } else {
+      StartDiskOp(op);
+    }
     return;
   }
   auto job = std::make_shared<CopyJob>();

@@ -131,7 +131,11 @@ class SsdTier:
         while not self._stop.wait(self._retry_s):
             self._retry_s = min(2 * self._retry_s, _RETRY_MAX_S)
             try:
-                self._reopened = self._storage.open_ssd()
+                store = self._storage.open_ssd()
+                if self._stop.is_set():
+                    store.close()
+                else:
+                    self._reopened = store
                 return
             except ConfigError as error:
                 logger.warning("SSD tier still out: %s", error)
