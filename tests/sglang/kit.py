@@ -182,6 +182,7 @@ class Rig:
             layers = [[k, v] for k, v in zip(self.pool.k_buffer, self.pool.v_buffer, strict=True)]
         self.buffers = [buffer for layer in layers for buffer in layer]
         self.buffers_per_layer = len(layers[0])
+        namespace = make_namespace({"model": "kit"})
         self.engine = KVTaskEngine(
             CacheConfig(
                 tokens_per_block=self.page_size,
@@ -192,11 +193,12 @@ class Rig:
                 copy_threads=copy_threads,
             ),
             device,
+            namespace=namespace,
         )
         self.linker = FlexKVLinker(
             self.engine,
             FlexKVConfig(write_policy=policy, prefetch_policy=prefetch_policy),
-            make_namespace({"model": "kit"}),
+            namespace,
             num_layers=self.pool.layer_num,
             forward_stream=None,
             single_rank=single_rank,

@@ -16,6 +16,7 @@ import pytest
 from server import FlagValue, ServerStartError, SGLangServer
 
 import sglang_flexkv
+from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import FlexKVConfig
 from sglang_flexkv.common.errors import ConfigError, IncompatibleError
 from sglang_flexkv.integration import checks
@@ -140,7 +141,7 @@ sys.meta_path.insert(0, Finder)
 def test_a_directory_in_use_by_another_server(tmp_path: Path) -> None:
     ssd = tmp_path / "ssd"
     ssd.mkdir()
-    owner = SsdStore((ssd,), 4, 4096, "dp0-tp0")
+    owner = SsdStore((ssd,), 4, [4096], "dp0-tp0", namespace=make_namespace({"model": "another"}))
     start = fail_to_start(tmp_path, f"cpu_cache_gb: 0.01\nssd_cache_gb: 0.01\nssd_cache_dir: {ssd}")
     owner.close()
     assert start.status != 0

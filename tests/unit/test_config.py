@@ -18,6 +18,8 @@ from sglang_flexkv.common.config import (
     IoEngine,
     ModelConfig,
     PrefetchPolicy,
+    SsdAdmission,
+    SsdMismatch,
     WritePolicy,
 )
 from sglang_flexkv.common.errors import ConfigError
@@ -48,6 +50,9 @@ def test_defaults_without_a_file() -> None:
     assert config.cpu_cache_gb is None
     assert config.ssd_cache_gb == 0
     assert config.ssd_cache_dir == ()
+    assert config.ssd_on_mismatch is SsdMismatch.REFUSE
+    assert config.ssd_admission is SsdAdmission.ALL
+    assert config.ssd_write_limit_mb_s == 0
     assert config.write_policy is WritePolicy.WRITE_THROUGH
 
 
@@ -55,6 +60,9 @@ SETTINGS = {
     "cpu_cache_gb": 1.5,
     "ssd_cache_gb": 0.25,
     "ssd_cache_dir": "/a; /b;",
+    "ssd_on_mismatch": "fresh",
+    "ssd_admission": "reuse",
+    "ssd_write_limit_mb_s": 250.5,
     "write_policy": "write_back",
     "prefetch_policy": "best_effort",
     "prefetch_timeout_s": 0.5,
@@ -73,6 +81,9 @@ def test_every_setting_from_a_file(load: Any, name: str) -> None:
         cpu_cache_gb=1.5,
         ssd_cache_gb=0.25,
         ssd_cache_dir=(Path("/a"), Path("/b")),
+        ssd_on_mismatch=SsdMismatch.FRESH,
+        ssd_admission=SsdAdmission.REUSE,
+        ssd_write_limit_mb_s=250.5,
         write_policy=WritePolicy.WRITE_BACK,
         prefetch_policy=PrefetchPolicy.BEST_EFFORT,
         prefetch_timeout_s=0.5,
@@ -145,6 +156,12 @@ NAMED_IN_EVERY_MESSAGE = [
     ("ssd_cache_gb: 1\nssd_cache_dir: ;", ["ssd_cache_dir is not", "name the directory"]),
     ("ssd_cache_gb: 1\nssd_cache_dir: [/a, 3]", ["ssd_cache_dir", "several with ';' between"]),
     ("ssd_cache_gb: 1\nssd_cache_dir: {a: 1}", ["ssd_cache_dir", "must be a directory"]),
+    ("ssd_on_mismatch: ask", ["ssd_on_mismatch", "'refuse' or 'fresh'", "'ask'"]),
+    ("ssd_on_mismatch: yes", ["ssd_on_mismatch", "not true or false"]),
+    ("ssd_admission: none", ["ssd_admission", "'all' or 'reuse'", "'none'"]),
+    ("ssd_write_limit_mb_s: -1", ["ssd_write_limit_mb_s", "must be greater than or equal to 0", "-1"]),
+    ("ssd_write_limit_mb_s: .inf", ["ssd_write_limit_mb_s", "must be a finite number"]),
+    ("ssd_write_limit_mb_s: 100M", ["ssd_write_limit_mb_s", "must be a valid number", "'100M'"]),
     ("write_policy: never", ["write_policy", "'write_through_selective' or 'write_back'", "'never'"]),
     ("prefetch_policy: 3", ["prefetch_policy", "'best_effort', 'timeout' or 'wait_complete'"]),
     ("prefetch_timeout_s: 0", ["prefetch_timeout_s", "must be greater than 0"]),
@@ -222,6 +239,19 @@ def test_ranks_share_the_sizes() -> None:
     assert not blocks(cpu_cache_gb=0.5).enable_ssd
 
 
+def test_ranks_share_the_limit_on_writes() -> None:
+    ssd: dict[str, Any] = {"cpu_cache_gb": 0.5, "ssd_cache_gb": 1, "ssd_cache_dir": "/a"}
+    assert blocks(4, **ssd, ssd_write_limit_mb_s=100).ssd_write_limit_mb_s == 25
+    assert blocks(4, **ssd).ssd_write_limit_mb_s == 0
+
+
+def test_what_happens_on_ssd_is_handed_on() -> None:
+    ssd: dict[str, Any] = {"cpu_cache_gb": 0.5, "ssd_cache_gb": 1, "ssd_cache_dir": "/a"}
+    config = blocks(**ssd, ssd_on_mismatch="fresh", ssd_admission="reuse")
+    assert config.ssd_on_mismatch is SsdMismatch.FRESH
+    assert config.ssd_admission is SsdAdmission.REUSE
+
+
 def test_without_a_size_a_quarter_of_the_free_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(config_module, "available_memory_bytes", lambda: 4 * GIB)
     assert blocks().num_cpu_blocks == GIB // BLOCK
@@ -255,6 +285,9 @@ def test_sizes_that_hold_no_block_are_refused() -> None:
         ({"tokens_per_block": 0}, "tokens_per_block: must be a power of two"),
         ({"enable_cpu": False}, "enable_cpu: the CPU tier cannot be off"),
         ({"enable_remote": True}, "enable_remote: there is no remote tier yet; set it to false"),
+        ({"ssd_admission": "some"}, "ssd_admission: must be"),
+        ({"ssd_on_mismatch": "ask"}, "ssd_on_mismatch: must be"),
+        ({"ssd_write_limit_mb_s": -1}, "ssd_write_limit_mb_s: must be greater than or equal to 0"),
         ({"enable_ssd": True}, "enable_ssd needs num_ssd_blocks > 0 and ssd_cache_dir"),
         ({"num_cpu_blocks": -1}, "num_cpu_blocks: must be greater than 0"),
         ({"num_cpu_blocks": True}, "num_cpu_blocks: must be a value, not true or false"),

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import textwrap
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,9 +21,12 @@ from sglang_flexkv import (
     KVCacheLayout,
     KVCacheLayoutType,
     KVManager,
+    KVResponse,
     KVResponseStatus,
     ModelConfig,
+    _core,
 )
+from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.kvtask import KVTask, TaskStatus
 
 BLOCK = 16
@@ -38,16 +45,18 @@ class Pool:
         dtype: torch.dtype = torch.float16,
         cpu_blocks: int = 32,
         ssd_blocks: int = 0,
+        num_layers: int = 3,
         tenant: str = "",
+        **ssd: Any,
     ) -> None:
-        self.layout = KVCacheLayout(layout_type, 3, 64, BLOCK, 1 if mla else 2, 32, is_mla=mla)
+        self.layout = KVCacheLayout(layout_type, num_layers, 64, BLOCK, 1 if mla else 2, 32, is_mla=mla)
         raw = torch.randint(0, 2**16, (torch.zeros(self.layout.kv_shape).numel(),), dtype=torch.int32)
         self.kv = raw.to(torch.int16).view(torch.int16).reshape(self.layout.kv_shape)
         if dtype.itemsize == 2:
             self.kv = self.kv.view(dtype)
         self.manager = KVManager(
             ModelConfig(
-                num_layers=3,
+                num_layers=num_layers,
                 num_kv_heads=self.layout.num_head,
                 head_size=32,
                 use_mla=mla,
@@ -59,6 +68,7 @@ class Pool:
                 enable_ssd=ssd_blocks > 0,
                 num_ssd_blocks=ssd_blocks,
                 ssd_cache_dir=str(tmp_path) if ssd_blocks else "",
+                **ssd,
             ),
             tenant,
         )
@@ -86,12 +96,37 @@ class Pool:
         assert response.status is KVResponseStatus.SUCCESS
         return int(response.return_mask.sum())
 
-    def get(self, tokens: torch.Tensor, slots: torch.Tensor) -> int:
+    def try_get(self, tokens: torch.Tensor, slots: torch.Tensor) -> KVResponse:
         task, _ = self.manager.get_match(tokens)
         self.manager.launch([task], [slots])
-        response = self.manager.wait([task])[task]
+        return self.manager.wait([task])[task]
+
+    def get(self, tokens: torch.Tensor, slots: torch.Tensor) -> int:
+        response = self.try_get(tokens, slots)
         assert response.status is KVResponseStatus.SUCCESS
         return int(response.return_mask.sum())
+
+    def save(self, tokens: torch.Tensor, slots: torch.Tensor) -> torch.Tensor:
+        """`put`, and all the way to SSD. Returns the bytes."""
+        self.put(tokens, slots)
+        assert self.manager.engine.flush_spills(20.0)
+        return self.bytes_at(slots)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Lets the engine go on until something is so."""
+        deadline = time.monotonic() + 20.0
+        while not condition():
+            assert time.monotonic() < deadline
+            self.manager.engine.poll()
+            time.sleep(0.01)
+
+    def on_ssd(self, tokens: torch.Tensor) -> list[int]:
+        """The SSD slots of leading blocks."""
+        keys = self.manager._sequence(tokens, None)[0].block_keys
+        index = self.manager.engine.cache.index
+        lease, _, slots = index.acquire(keys, _core.Tier.SSD)
+        index.release(lease)
+        return slots.tolist()
 
 
 @pytest.fixture
@@ -145,26 +180,231 @@ def test_what_the_cpu_tier_had_to_forget_comes_back_from_ssd(make) -> None:
     assert pool.manager.engine.stats()["DISK2H"]["ops_done"] >= 4
 
 
-def test_an_ssd_that_loses_its_data_gives_misses_and_is_taken_out(make, tmp_path, caplog) -> None:
+def slot_file(directory: Path) -> Path:
+    (path,) = directory.glob("*.slots")
+    return path
+
+
+def test_an_ssd_that_loses_its_data_gives_misses_and_comes_back(make, tmp_path, caplog) -> None:
     pool = make(cpu_blocks=8, ssd_blocks=64)
     for n in range(8):
-        pool.put(tokens(1000 * (n + 1), 64), SLOTS)
-        assert pool.manager.engine.flush_spills(20.0)
-    os.truncate(next(tmp_path.glob("*.slots")), 0)
-    for n in range(5):
-        task, mask = pool.manager.get_match(tokens(1000 * (n + 1), 64))
-        pool.manager.launch([task], [OTHER])
-        response = pool.manager.wait([task])[task]
-        if mask.any():
-            assert response.status is KVResponseStatus.FAILED
-            assert "SSD read failed" in response.error
+        pool.save(tokens(1000 * (n + 1), 64), SLOTS)
+    os.truncate(slot_file(tmp_path), 0)
+    for n in range(3):
+        response = pool.try_get(tokens(1000 * (n + 1), 64), OTHER)
+        assert response.status is KVResponseStatus.FAILED
+        assert "SSD read failed: the file is shorter than it should be" in response.error
         assert not response.return_mask.any()
-    assert not pool.manager.engine.cache.ssd_alive
-    assert [r.message for r in caplog.records if "taken out" in r.message]
-    assert len([r for r in caplog.records if r.message.startswith("SSD tier: ")]) == 1
-    # The CPU tier goes on.
+        assert pool.get(tokens(1000 * (n + 1), 64), OTHER) == 0  # known by now
+    engine = pool.manager.engine
+    pool.until(lambda: engine.ssd.times_out == 1)
+    (message,) = [r.message for r in caplog.records if "taken out" in r.message]
+    assert "3 failures in a row, the last one: SSD read failed" in message
+    # The CPU tier goes on, and nothing is looked for on SSD.
+    assert engine.stats()["SSD"]["ready"] == 0
+    before = pool.bytes_at(SLOTS)
     pool.put(tokens(9000, 64), SLOTS)
     assert pool.get(tokens(9000, 64), OTHER) == 64
+    assert torch.equal(pool.bytes_at(OTHER), before)
+    # The disk works, so the tier is back, with what its files still hold: nothing.
+    pool.until(lambda: engine.stats()["SSD"]["online"] == 1)
+    assert engine.stats()["SSD"]["recovered"] == 0
+    saved = pool.save(tokens(20000, 64), SLOTS)
+    for n in range(2):
+        pool.save(tokens(30000 + 1000 * n, 64), SLOTS)  # out of the CPU tier
+    pool.wipe(OTHER)
+    assert pool.get(tokens(20000, 64), OTHER) == 64
+    assert torch.equal(pool.bytes_at(OTHER), saved)
+    assert engine.ssd.times_out == 1
+
+
+def test_a_block_that_rots_on_ssd_is_never_served(make, tmp_path, caplog) -> None:
+    pool = make(cpu_blocks=4, ssd_blocks=64)
+    before = pool.save(tokens(1000, 64), SLOTS)
+    pool.save(tokens(2000, 64), SLOTS)
+    bad = pool.on_ssd(tokens(1000, 64))[2]
+    offset = _core.SSD_SLOTS_OFFSET + bad * pool.manager.engine.storage.slot_bytes + 777
+    with slot_file(tmp_path).open("r+b") as file:
+        file.seek(offset)
+        byte = file.read(1)[0]
+        file.seek(offset)
+        file.write(bytes([byte ^ 16]))
+    pool.wipe(OTHER)
+    response = pool.try_get(tokens(1000, 64), OTHER)
+    assert response.status is KVResponseStatus.FAILED
+    assert "a block is not what was written" in response.error
+    assert not response.return_mask.any()
+    assert not pool.bytes_at(OTHER).any(), "what was not verified reached the device"
+    stats = pool.manager.engine.stats()
+    assert stats["DISK2H"]["corrupt_blocks"] == 1
+    assert [r.message for r in caplog.records if "count as misses" in r.message]
+    # The blocks before it are good, and it is no reason to give the disk up.
+    assert pool.get(tokens(1000, 64), OTHER) == 32
+    assert torch.equal(pool.bytes_at(OTHER[:32]), before[:, :, :32])
+    assert stats["SSD"]["online"] == 1
+    assert stats["SSD"]["times_out"] == 0
+    # Computed again, it is written again.
+    before = pool.save(tokens(1000, 64), SLOTS)
+    pool.save(tokens(3000, 64), torch.arange(64, 128))
+    assert pool.get(tokens(1000, 64), OTHER) == 64
+    assert torch.equal(pool.bytes_at(OTHER), before)
+
+
+# ---- what outlives the process ----
+
+
+def restart(make, pool: Pool, **options: Any) -> Pool:
+    pool.manager.engine.check_integrity()
+    pool.manager.shutdown()
+    return make(**options)
+
+
+@pytest.mark.parametrize("layout_type", list(KVCacheLayoutType), ids=lambda v: v.value)
+def test_a_restart_finds_byte_for_byte_what_was_stored(make, layout_type) -> None:
+    options = {"layout_type": layout_type, "cpu_blocks": 8, "ssd_blocks": 64}
+    pool = make(**options)
+    before = {}
+    for n in range(6):
+        slots = torch.arange(n * 64, n * 64 + 64)
+        before[n] = pool.bytes_at(slots)
+        pool.put(tokens(1000 * (n + 1), 64), slots)
+        if n < 5:  # a stop writes out what still waits
+            assert pool.manager.engine.flush_spills(20.0)
+    for _ in range(2):
+        pool = restart(make, pool, **options)
+        stats = pool.manager.engine.stats()
+        assert stats["CPU"]["ready"] == 0
+        assert stats["SSD"]["ready"] == stats["SSD"]["recovered"] == 24
+        for n in range(6):
+            branched = torch.cat([tokens(1000 * (n + 1), 40), tokens(70000, 24)])
+            task, mask = pool.manager.get_match(branched)
+            assert mask.sum() == 32
+            pool.manager.cancel([task])
+            pool.manager.wait([task])
+            pool.wipe(OTHER)
+            assert pool.get(tokens(1000 * (n + 1), 64), OTHER) == 64
+            assert torch.equal(pool.bytes_at(OTHER), before[n])
+    # What was found is extended and evicted like anything else.
+    assert pool.get(tokens(1000, 64), torch.arange(256, 256 + 64)) == 64
+    longer = pool.save(tokens(1000, 128), torch.arange(256, 256 + 128))
+    pool.save(tokens(80000, 64), SLOTS)
+    assert pool.get(tokens(1000, 128), torch.arange(512, 512 + 128)) == 128
+    assert torch.equal(pool.bytes_at(torch.arange(576, 640)), longer[:, :, 64:])
+    assert torch.equal(pool.bytes_at(OTHER), before[0])
+
+
+def test_a_restart_with_less_room_keeps_what_fits(make) -> None:
+    pool = make(ssd_blocks=64)
+    before = pool.save(tokens(1000, 64), SLOTS)
+    pool.save(tokens(2000, 64), SLOTS)
+    pool = restart(make, pool, ssd_blocks=4)
+    assert pool.manager.engine.stats()["SSD"]["ready"] == 4
+    held = pool.get(tokens(1000, 64), OTHER) + pool.get(tokens(2000, 64), torch.arange(600, 664))
+    assert held == 64
+    assert torch.equal(pool.bytes_at(OTHER), before)
+
+
+def test_what_a_killed_process_had_synced_is_found(make, tmp_path) -> None:
+    program = """
+        import sys
+        from pathlib import Path
+        sys.path.insert(0, sys.argv[2])
+        import torch
+        from test_kvmanager import SLOTS, Pool, tokens
+        torch.manual_seed(9)
+        pool = Pool(Path(sys.argv[1]), ssd_blocks=64)
+        pool.put(tokens(1000, 64), SLOTS)
+        print(pool.manager.engine.sync(20.0), flush=True)
+        sys.stdin.read()
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), str(Path(__file__).parent)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "True\n"
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    torch.manual_seed(9)
+    pool = make(ssd_blocks=64)
+    before = pool.bytes_at(SLOTS)  # by the same seed
+    assert pool.get(tokens(1000, 64), OTHER) == 64
+    assert torch.equal(pool.bytes_at(OTHER), before)
+
+
+def test_what_was_cleared_does_not_come_back(make) -> None:
+    pool = make(ssd_blocks=64)
+    pool.save(tokens(1000, 64), SLOTS)
+    pool.manager.clear()
+    before = pool.save(tokens(2000, 64), SLOTS)
+    pool = restart(make, pool, ssd_blocks=64)
+    assert pool.get(tokens(1000, 64), OTHER) == 0
+    assert pool.get(tokens(2000, 64), OTHER) == 64
+    assert torch.equal(pool.bytes_at(OTHER), before)
+    pool.manager.clear()
+    pool = restart(make, pool, ssd_blocks=64)
+    assert pool.manager.engine.stats()["SSD"]["recovered"] == 0
+    assert pool.get(tokens(2000, 64), OTHER) == 0
+
+
+def test_new_weights_stay_in_the_process_that_has_them(make) -> None:
+    pool = make(cpu_blocks=4, ssd_blocks=64)
+    pool.save(tokens(1000, 64), SLOTS)
+    pool.manager.engine.stop_persisting()
+    assert pool.manager.engine.stats()["SSD"]["ready"] == 0
+    before = pool.save(tokens(2000, 64), SLOTS)
+    pool.save(tokens(3000, 64), SLOTS)
+    assert pool.get(tokens(2000, 64), OTHER) == 64  # from SSD: the tier works on
+    assert torch.equal(pool.bytes_at(OTHER), before)
+    pool = restart(make, pool, cpu_blocks=4, ssd_blocks=64)
+    assert pool.manager.engine.stats()["SSD"]["recovered"] == 0
+    before = pool.save(tokens(4000, 64), SLOTS)
+    pool = restart(make, pool, cpu_blocks=4, ssd_blocks=64)
+    assert pool.get(tokens(4000, 64), OTHER) == 64
+    assert torch.equal(pool.bytes_at(OTHER), before)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"tenant": "b"}, {"dtype": torch.bfloat16}, {"num_layers": 4}],
+    ids=["tenant", "dtype", "layers"],
+)
+def test_another_model_on_the_same_directory_is_refused(make, other, caplog) -> None:
+    pool = make(ssd_blocks=64)
+    before = pool.save(tokens(1000, 64), SLOTS)
+    pool.manager.shutdown()
+    with pytest.raises(ConfigError, match=r"another model or setting .*ssd_on_mismatch: fresh") as caught:
+        make(ssd_blocks=64, **other)
+    assert "sglang-flexkv ssd clear" in str(caught.value)
+    # Nothing was lost, and the directory is free.
+    pool = make(ssd_blocks=64)
+    assert pool.get(tokens(1000, 64), OTHER) == 64
+    assert torch.equal(pool.bytes_at(OTHER), before)
+    pool.manager.shutdown()
+    pool = make(ssd_blocks=64, ssd_on_mismatch="fresh", **other)
+    assert "started empty" in caplog.text
+    assert pool.manager.engine.stats()["SSD"]["recovered"] == 0
+    assert pool.get(tokens(1000, 64), OTHER) == 0
+    assert pool.put(tokens(1000, 64), SLOTS) == 64
+
+
+def test_only_what_is_used_again_goes_to_ssd_if_so_configured(make) -> None:
+    pool = make(cpu_blocks=32, ssd_blocks=64, ssd_admission="reuse")
+    for n in range(4):
+        pool.save(tokens(1000 * (n + 1), 64), SLOTS)
+    assert pool.manager.engine.stats()["SSD"]["ready"] == 0
+    assert pool.get(tokens(2000, 64), OTHER) == 64
+    assert pool.manager.engine.flush_spills(20.0)
+    stats = pool.manager.engine.stats()["SSD"]
+    assert stats["ready"] == 4
+    assert stats["saved_write_bytes"] == 12 * pool.manager.engine.storage.slot_bytes
+    pool = restart(make, pool, cpu_blocks=32, ssd_blocks=64, ssd_admission="reuse")
+    assert [pool.get(tokens(1000 * (n + 1), 64), OTHER) for n in range(4)] == [0, 64, 0, 0]
+
+
+# ---- what is stored ----
 
 
 def test_an_incomplete_block_is_dropped(make) -> None:
@@ -265,12 +505,18 @@ def test_clear_forgets_everything_in_every_tier(make) -> None:
 
 def test_shutdown_with_work_in_flight_gives_files_and_locks_back(tmp_path) -> None:
     pool = Pool(tmp_path, ssd_blocks=64)
+    before = {n: pool.bytes_at(SLOTS + 64 * n) for n in range(8)}
     for n in range(8):
-        pool.manager.put_async(tokens(1000 * n, 64), SLOTS)
+        pool.manager.put_async(tokens(1000 * n, 64), SLOTS + 64 * n)
     pool.manager.shutdown()
     pool.manager.shutdown()
-    assert list(tmp_path.glob("*.slots")) == []
+    open_files = [os.path.realpath(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd")]
+    assert not [path for path in open_files if path.startswith(str(tmp_path))]
     again = Pool(tmp_path, ssd_blocks=64)  # the lock is free
+    for n in range(8):  # whatever got there in time is good
+        held = again.get(tokens(1000 * n, 64), OTHER)
+        assert torch.equal(again.bytes_at(OTHER[:held]), before[n][:, :, :held])
+    again.manager.engine.check_integrity()
     again.manager.shutdown()
 
 
