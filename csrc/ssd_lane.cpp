@@ -205,7 +205,9 @@ void SsdLane::Land(Flight* flight) {
       }
     }
     t.ok[block] = good;
-    if (!good) {
+    if (!good && t.cancelled->load(std::memory_order_relaxed)) {
+      t.dropped++;  // cancelled because the store was cleared: says nothing about the disk
+    } else if (!good) {
       t.corrupt++;
       error = "SSD read failed: a block is not what was written";
     }

@@ -38,6 +38,14 @@ struct PageBuffer {
 
 uint64_t NumSlices(const Superblock& superblock) { return superblock.slice_bytes.size(); }
 
+// Slots that the file has all bytes of. Beyond its end there is nothing to serve, and what the header
+// says must not make us take memory that the file does not account for.
+uint64_t SlotsWithin(const Superblock& superblock, int64_t file_bytes) {
+  if (file_bytes < static_cast<int64_t>(kSlotsOffset)) return 0;
+  const uint64_t room = (static_cast<uint64_t>(file_bytes) - kSlotsOffset) / superblock.slot_bytes();
+  return std::min(superblock.num_slots, room);
+}
+
 void Allocate(SsdImage* image, uint64_t num_slots) {
   image->entries.assign(num_slots, {});
   // Zero pages until they are touched: an empty store takes no memory for its checksums.
@@ -66,7 +74,8 @@ void Apply(SsdImage* image, const char* data) {
 int Replay(Disk& disk, int fd, const JournalHeader& header, SsdImage* image) {
   const int64_t size = disk.Size(fd);
   if (size < 0) return static_cast<int>(size);
-  std::vector<char> window(kWindowBytes);
+  const uint64_t behind_header = static_cast<uint64_t>(size) - std::min<uint64_t>(size, kSsdPage);
+  std::vector<char> window(std::min<uint64_t>(kWindowBytes, behind_header));
   uint64_t base = kSsdPage;  // file offset of the window
   size_t have = 0, at = 0;
   uint64_t last_frame = 0, damaged_since = 0;
@@ -77,7 +86,7 @@ int Replay(Disk& disk, int fd, const JournalHeader& header, SsdImage* image) {
       base += at;
       have -= at;
       at = 0;
-      const size_t wanted = std::min<uint64_t>(kWindowBytes - have, static_cast<uint64_t>(size) - base - have);
+      const size_t wanted = std::min<uint64_t>(window.size() - have, static_cast<uint64_t>(size) - base - have);
       const int error = disk.ReadAll(fd, window.data() + have, wanted, base + have);
       if (error < 0) return error;
       have += wanted;
@@ -163,7 +172,7 @@ SsdImage SsdShard::Load(Disk& disk, int slots_fd, int journal_fd, const std::str
   } else if (decoded == Decoded::kOk && header.generation == image.superblock.generation &&
              header.name_space == image.superblock.name_space &&
              header.num_slices == NumSlices(image.superblock)) {
-    Allocate(&image, image.superblock.num_slots);
+    Allocate(&image, SlotsWithin(image.superblock, size));
     if (const int failed = Replay(disk, journal_fd, header, &image); failed < 0) {
       Throw(name, "its journal cannot be read", failed);
     }
@@ -199,6 +208,8 @@ SsdShard::SsdShard(std::shared_ptr<Disk> disk, SsdPaths paths, const SsdStoreOpt
         if (disk_->Size(slots_fd_) > 0) fresh_ = "its header is damaged";
       } else if (!found.keep) {
         fresh_ = "its contents were computed with weights that only the process before had";
+      } else if (SlotsWithin(found, disk_->Size(slots_fd_)) == 0 && found.num_slots > 0) {
+        fresh_ = "its slots were cut off";
       } else if (image_.entries.empty() && found.num_slots > 0) {
         fresh_ = "its journal is missing, damaged, or belongs to other contents";
       }
@@ -274,11 +285,12 @@ void SsdShard::Create(uint64_t num_slots) {
 
 void SsdShard::Resize(uint64_t num_slots) {
   image_.superblock.label = options_.label;
-  const uint64_t before = image_.superblock.num_slots;
+  const uint64_t before = image_.entries.size();
+  const bool was_cut = before < image_.superblock.num_slots;
   const uint64_t bytes = kSlotsOffset + num_slots * image_.superblock.slot_bytes();
   // Also where nothing changes: whoever copied the files may have made them sparse, or cut them.
   Reserve(bytes);
-  if (num_slots != before) {
+  if (num_slots != before || was_cut) {
     SsdImage resized;
     resized.superblock = image_.superblock;
     resized.superblock.num_slots = num_slots;
@@ -293,8 +305,9 @@ void SsdShard::Resize(uint64_t num_slots) {
     image_.checksums = std::move(resized.checksums);
     image_.num_live = resized.num_live;
   }
-  // Slots that go must be gone from the journal before the file is cut; damage is written away.
-  if (num_slots < before || image_.damaged_bytes > 0) {
+  // Slots that go must be gone from the journal before the file is cut, and those that were cut off must
+  // not come back with zeros in them; damage is written away.
+  if (num_slots < before || was_cut || image_.damaged_bytes > 0) {
     if (const int error = Compact(image_.superblock); error < 0) Throw(paths_.journal, "cannot be rewritten", error);
   }
   if (const int error = WriteSuperblock(image_.superblock); error < 0) Throw(paths_.slots, "cannot be written", error);

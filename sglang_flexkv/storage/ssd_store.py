@@ -139,8 +139,8 @@ class SsdStore:
         except _core.CoreSystemError as error:
             self._unlock()
             raise ConfigError(
-                f"ssd_cache_dir: {error}; check the disk, its free space and its permissions, or name another "
-                "directory"
+                f"ssd_cache_dir: {error}; check the disk, its free space and its permissions, or name "
+                "another directory"
             ) from None
         except BaseException:
             self._unlock()
