@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 _SPILLS_MAX = 4
 _SPILL_BYTES_MAX = 64 << 20
 
+# Who waits for a task looks after the disk so often meanwhile.
+_WAIT_STEP_S = 0.1
+
 # A stop or a flush waits this long for copies that have started, then says so and goes on waiting.
 _QUIESCE_WARN_S = 30.0
 # An orderly stop gives blocks that wait for SSD so long to get there.
@@ -274,12 +277,11 @@ class KVTaskEngine:
                         f"task {task.task_id} is {task.status.value}: launch it before waiting"
                     )
                 left = deadline - time.monotonic()
-                if left <= 0 or not self.transfer.wait(task.core_graph, left):
-                    self.poll()
-                    if task.ended:
-                        break
-                    return False
+                # In steps: a disk that hangs is noticed by poll, and nobody else may be calling it.
+                self.transfer.wait(task.core_graph, max(0.0, min(left, _WAIT_STEP_S)))
                 self.poll()
+                if left <= 0 and not task.ended:
+                    return False
         return True
 
     def cancel(self, task: KVTask) -> None:

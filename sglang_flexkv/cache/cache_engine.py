@@ -80,7 +80,8 @@ class GlobalCacheEngine:
         )
         # The SSD tier takes part only between ssd_online and ssd_offline.
         self.journal: _core.SsdStore | None = None
-        self.ssd_failures = 0  # failed SSD transfers in a row
+        # Failed SSD transfers in a row, by what they were: a disk that only reads is no disk to write to.
+        self._ssd_failures = {kind: 0 for kind in PlanKind}
         self.ssd_error = ""  # of the last of them
         # Blocks that were seen; with ssd_admission=reuse only what is in it goes to SSD.
         self._seen = (
@@ -265,12 +266,12 @@ class GlobalCacheEngine:
                 self.journal.drop(np.ascontiguousarray(moved.src_block_ids[ok == 0]))
         # A corrupt block says nothing about the disk's health; a failed transfer does.
         if int((ok == 0).sum()) > op.corrupt:
-            self.ssd_failures += 1
+            self._ssd_failures[plan.kind] += 1
             self.ssd_error = error
         else:
-            self.ssd_failures = 0
+            self._ssd_failures[plan.kind] = 0
         # The first of many tells it all; what becomes of the tier is logged by who decides it.
-        if error and self.ssd_failures <= 1:
+        if error and self._ssd_failures[plan.kind] <= 1:
             logger.error("%s. The blocks concerned count as misses.", error)
 
     def _journal_blocks(self, plan: TransferPlan, moved: TransferOp, ok: npt.NDArray[np.uint8]) -> None:
@@ -314,11 +315,16 @@ class GlobalCacheEngine:
 
     # ---- the SSD tier comes and goes ----
 
+    @property
+    def ssd_failures(self) -> int:
+        """Transfers from or to SSD that failed one after the other."""
+        return max(self._ssd_failures.values())
+
     def ssd_online(self, store: _core.SsdStore) -> int:
         """Takes the SSD tier in, with the blocks that its files hold. It must be empty in the index. Returns
         how many blocks are served from it."""
         self.journal = store
-        self.ssd_failures = 0
+        self._ssd_failures = {kind: 0 for kind in PlanKind}
         keys, parents, slots = store.take_recovered()
         return int(self.index.restore(SSD, keys, parents, slots.astype(np.int32)).sum())
 

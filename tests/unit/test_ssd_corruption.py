@@ -165,14 +165,6 @@ def slices_swapped(template: Template, directory: Path, rng: random.Random) -> s
     return EVERY - {slot}
 
 
-def stale_slot(template: Template, directory: Path, rng: random.Random) -> set[int]:
-    # The same key at the same place, but of another generation of the files.
-    slot = rng.randrange(8, SLOTS)
-    data = piece(template.twin / "slots", OFFSET + slot * SLOT, SLOT)
-    overwrite(directory / "slots", OFFSET + slot * SLOT, data)
-    return EVERY  # same key, same bytes: right, wherever they come from
-
-
 def stale_journal(template: Template, directory: Path, rng: random.Random) -> set[int]:
     shutil.copy(template.stale_journal, directory / "journal")
     return set(range(8, SLOTS))  # the others were overwritten since
@@ -269,11 +261,14 @@ def test_damage(template: Template, copies: Path, damage: Damage) -> None:
         directory = copies / "case"
         shutil.copytree(template.live, directory)
         expected = damage(template, directory, rng)
+        refusal = ""
         try:
             rig = template.open(directory)
         except _core.CoreSystemError as error:
-            assert expected is None, f"seed {seed}: not opened: {error}"
-            assert str(directory) in str(error)
+            refusal = str(error)
+        if refusal:
+            assert expected is None, f"seed {seed}: not opened: {refusal}"
+            assert str(directory) in refusal
         else:
             opened += 1
             served, _ = rig.read()  # which compares the bytes of what is served

@@ -216,10 +216,8 @@ def test_power_fails_at_any_moment(fast_directory: Path, part: int) -> None:
             rig = Rig(directory, memory, disk=disk)
             number = _work(rig, ledger, rng, rng.randint(2, 80), number)
             lost: list[int] = []
-            switch = threading.Timer(
-                rng.random() * rng.choice([0.0005, 0.01, 0.05]),
-                lambda d=disk, s=rng.getrandbits(63), out=lost: out.append(d.power_fail(s)),
-            )
+            moment_s, chance = rng.random() * rng.choice([0.0005, 0.01, 0.05]), rng.getrandbits(63)
+            switch = threading.Timer(moment_s, lambda d=disk, s=chance, out=lost: out.append(d.power_fail(s)))
             switch.start()
             number = _work(rig, ledger, rng, 10_000, number)
             switch.join()

@@ -1,0 +1,315 @@
+"""A disk that fails, hangs, lies or goes away under a running cache: it costs hits, never bytes and never
+requests, and when it works again the tier comes back."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from sglang_flexkv import (
+    CacheConfig,
+    KVCacheLayout,
+    KVCacheLayoutType,
+    KVManager,
+    KVResponse,
+    KVResponseStatus,
+    ModelConfig,
+    _core,
+    ssdtier,
+)
+from sglang_flexkv.kvtask import KVTaskEngine
+from sglang_flexkv.ssdtier import SsdState
+
+BLOCK = 16
+CPU_BLOCKS, SSD_BLOCKS = 16, 128
+POOL = 32  # blocks of the device
+SEQUENCE = 8  # blocks
+PROMPT_S = 2.0  # nothing may take longer, whatever the disk does
+
+
+class Cache:
+    """A manager over a faulty disk. The KV of sequence i is drawn from i: a get can be checked."""
+
+    def __init__(self, directory: Path, io_engine: str) -> None:
+        self.directory = directory
+        self.disk = _core.FaultyDisk(5)
+        layout = KVCacheLayout(KVCacheLayoutType.LAYERWISE, 2, POOL, BLOCK, 2, 64)
+        self.kv = torch.zeros(layout.kv_shape, dtype=torch.float32)
+        self.manager = KVManager(
+            ModelConfig(num_layers=2, num_kv_heads=2, head_size=64, dtype=torch.float32, model_name="faults"),
+            CacheConfig(
+                tokens_per_block=BLOCK,
+                num_cpu_blocks=CPU_BLOCKS,
+                enable_ssd=True,
+                num_ssd_blocks=SSD_BLOCKS,
+                ssd_cache_dir=(directory,),
+                io_engine=io_engine,
+            ),
+        )
+        self.manager.register_kv_caches(self.kv, layout)
+        assert self.manager._device is not None
+        self.manager._engine = KVTaskEngine(
+            self.manager.cache_config,
+            self.manager._device,
+            namespace=self.manager.namespace,
+            disk=self.disk,
+        )
+        self.engine = self.manager.engine
+        assert self.engine.ssd is not None
+        self.tier = self.engine.ssd
+        self.slots = np.arange(SEQUENCE * BLOCK)
+
+    def tokens(self, sequence: int) -> np.ndarray:
+        return np.arange(SEQUENCE * BLOCK) + sequence * 10_000
+
+    def content(self, sequence: int) -> torch.Tensor:
+        """KV of the sequence's blocks, [layer, kv, block, ...]."""
+        generator = torch.Generator().manual_seed(sequence)
+        return torch.rand(self.kv[:, :, :SEQUENCE].shape, generator=generator)
+
+    def put(self, sequence: int) -> None:
+        self.kv[:, :, :SEQUENCE] = self.content(sequence)
+        task = self.manager.put_async(self.tokens(sequence), self.slots)
+        response = self.manager.wait([task], PROMPT_S)[task]
+        assert response.status is KVResponseStatus.SUCCESS, response.error
+
+    def start_get(self, sequence: int) -> int:
+        self.kv[:, :, :SEQUENCE] = -1
+        return self.manager.get_async(self.tokens(sequence), self.slots)
+
+    def check(self, sequence: int, response: KVResponse) -> int:
+        """Returns how many blocks came, all with the right bytes."""
+        assert response.status is not KVResponseStatus.TIMEOUT, "a get hangs on the disk"
+        mask = response.return_mask.reshape(-1, BLOCK)[:, 0]
+        if response.status is KVResponseStatus.SUCCESS:
+            assert torch.equal(self.kv[:, :, :SEQUENCE][:, :, mask], self.content(sequence)[:, :, mask])
+        else:
+            assert not mask.any()
+        return int(mask.sum())
+
+    def get(self, sequence: int, timeout_s: float = PROMPT_S) -> int:
+        task = self.start_get(sequence)
+        return self.check(sequence, self.manager.wait([task], timeout_s)[task])
+
+    def fill(self, sequences: range) -> None:
+        """Puts sequences and waits until each is on SSD; only the last two stay in memory as well."""
+        for sequence in sequences:
+            self.put(sequence)
+            assert self.engine.sync(5.0)
+
+    def until(self, condition: Callable[[], bool], what: str, timeout_s: float = 5.0) -> None:
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, what
+            self.engine.poll()
+            time.sleep(0.01)
+
+    def until_state(self, state: SsdState) -> None:
+        self.until(lambda: self.tier.state is state, f"the tier is {self.tier.state}, not {state}")
+
+    def heals(self) -> None:
+        """The tier comes back, and new blocks get there and come from there."""
+        self.disk.clear_faults()
+        self.until_state(SsdState.ONLINE)
+        self.fill(range(50, 54))
+        assert self.get(50) == SEQUENCE
+        assert self.engine.stats()["DISK2H"]["ops_done"] > 0
+
+
+@pytest.fixture(params=["io_uring", "threads"])
+def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
+    monkeypatch.setattr(ssdtier, "_RETRY_S", 0.05)
+    monkeypatch.setattr(ssdtier, "_RETRY_MAX_S", 0.2)
+    monkeypatch.setattr(ssdtier, "_STALL_S", 0.3)
+    directory = tmp_path / "ssd"
+    directory.mkdir()
+    cache = Cache(directory, request.param)
+    yield cache
+    cache.disk.clear_faults()
+    cache.engine.quiesce()
+    cache.until(lambda: not cache.engine._by_graph, "something never ends")
+    cache.engine.check_integrity()
+    cache.manager.shutdown()
+
+
+def test_reads_fail(cache: Cache) -> None:
+    cache.fill(range(8))
+    cache.disk.set_fault("read", 1.0, errno.EIO)
+    for sequence in range(3):
+        assert cache.get(sequence) == 0
+    cache.until(lambda: cache.tier.times_out == 1, "the tier stays in")
+    assert cache.get(7) == SEQUENCE  # in memory
+    assert cache.get(5) == 0
+    assert cache.tier.state is not SsdState.ONLINE
+    cache.heals()
+
+
+def test_a_read_that_fails_once_costs_one_miss(cache: Cache) -> None:
+    cache.fill(range(8))
+    cache.disk.set_fault("read", 1.0, errno.EIO)
+    assert cache.get(0) == 0
+    cache.disk.clear_faults()
+    assert cache.tier.state is SsdState.ONLINE
+    assert cache.get(1) == SEQUENCE
+    assert cache.tier.times_out == 0
+
+
+def test_writes_fail(cache: Cache) -> None:
+    cache.fill(range(4))
+    cache.disk.set_fault("write", 1.0, errno.EIO)
+    for sequence in range(10, 16):
+        cache.put(sequence)
+    cache.until(lambda: cache.tier.times_out == 1, "the tier stays in")
+    cache.put(20)
+    assert cache.get(20) == SEQUENCE
+    cache.heals()
+
+
+@pytest.mark.parametrize("operation", ["write", "reserve", "sync"])
+def test_disk_is_full(cache: Cache, operation: str) -> None:
+    cache.fill(range(4))
+    # Reserving is asked for again when the files are opened again: full for good, until it is not.
+    for each in {operation, "reserve"}:
+        cache.disk.set_fault(each, 1.0, errno.ENOSPC)
+    for sequence in range(10, 16):
+        cache.put(sequence)
+        cache.engine.sync(0.2)
+    if operation != "reserve":  # all space was reserved at the start
+        cache.until_state(SsdState.AWAY)
+    assert cache.get(15) == SEQUENCE
+    cache.heals()
+
+
+def test_read_only(cache: Cache) -> None:
+    cache.fill(range(4))
+    for operation in ("open", "write", "sync", "reserve", "rename"):
+        cache.disk.set_fault(operation, 1.0, errno.EROFS)
+    for sequence in range(10, 14):
+        cache.put(sequence)
+    cache.until_state(SsdState.AWAY)
+    assert cache.get(13) == SEQUENCE
+    cache.put(14)
+    time.sleep(0.3)  # attempts to come back
+    cache.engine.poll()
+    assert cache.tier.state is SsdState.AWAY
+    cache.heals()
+    assert cache.get(0) == SEQUENCE  # what was there before is there again
+
+
+@pytest.mark.parametrize("operation", ["read", "write"])
+def test_disk_hangs(cache: Cache, operation: str) -> None:
+    cache.fill(range(8))
+    cache.disk.set_fault(operation, 1.0, delay_s=3.0)
+    if operation == "read":
+        assert cache.get(0, timeout_s=PROMPT_S) == 0
+    else:
+        cache.put(10)
+    cache.until(lambda: cache.tier.times_out == 1, "the tier stays in")
+    assert cache.get(7 if operation == "read" else 10) == SEQUENCE
+    cache.heals()
+
+
+def test_sync_hangs(cache: Cache) -> None:
+    cache.fill(range(8))
+    cache.disk.set_fault("sync", 1.0, delay_s=2.0)
+    started_s = time.monotonic()
+    cache.put(10)
+    assert not cache.engine.sync(0.5)
+    assert cache.get(10) == SEQUENCE
+    assert cache.get(0) == SEQUENCE  # reading goes on
+    assert time.monotonic() - started_s < 2.0
+    cache.heals()
+
+
+def test_clear_does_not_wait_for_the_disk(cache: Cache) -> None:
+    cache.fill(range(8))
+    cache.disk.set_fault("read", 1.0, delay_s=3.0)
+    cache.start_get(0)
+    started_s = time.monotonic()
+    cache.manager.clear()
+    assert time.monotonic() - started_s < 0.5
+    cache.until(lambda: not cache.engine._by_graph, "the read never ends")
+    assert cache.get(0) == cache.get(7) == 0
+    cache.heals()
+    for sequence in range(8):
+        assert cache.get(sequence) == 0
+
+
+def test_cleared_while_away(cache: Cache) -> None:
+    cache.fill(range(8))
+    for operation in ("read", "open"):
+        cache.disk.set_fault(operation, 1.0, errno.EIO)
+    for sequence in range(3):
+        cache.get(sequence)
+    cache.until_state(SsdState.AWAY)
+    cache.manager.clear()
+    cache.heals()
+    for sequence in range(8):  # the files came back with them
+        assert cache.get(sequence) == 0
+
+
+def test_shutdown_while_the_disk_hangs(cache: Cache) -> None:
+    cache.fill(range(8))
+    cache.disk.set_fault("read", 1.0, delay_s=3.0)
+    cache.start_get(0)
+    started_s = time.monotonic()
+    cache.manager.shutdown()
+    assert time.monotonic() - started_s < PROMPT_S
+    cache.__init__(cache.directory, "threads")  # type: ignore[misc]  # the lock is free, the files are in order
+    assert cache.get(3) == SEQUENCE
+
+
+def test_short_transfers(cache: Cache) -> None:
+    cache.disk.set_fault("short", 0.7)
+    cache.fill(range(8))
+    for sequence in range(8):
+        assert cache.get(sequence) == SEQUENCE
+    assert cache.disk.injected()["short"] > 0
+    assert cache.tier.times_out == 0
+
+
+def test_bits_flip(cache: Cache) -> None:
+    cache.fill(range(14))
+    cache.disk.set_fault("flip", 0.1)
+    came = [cache.get(sequence) for sequence in range(12)]
+    assert cache.disk.injected()["flip"] > 0
+    assert 0 in came
+    assert cache.engine.stats()["DISK2H"]["corrupt_blocks"] > 0
+    # A disk that answers is not taken out for it.
+    assert cache.tier.times_out == 0
+    cache.heals()
+
+
+def test_directory_is_removed(cache: Cache) -> None:
+    cache.fill(range(4))
+    shutil.rmtree(cache.directory)
+    for sequence in range(10, 14):
+        cache.put(sequence)
+        cache.get(sequence - 10)
+    cache.until_state(SsdState.AWAY)
+    cache.put(20)  # one that no pinned spill keeps out of memory
+    assert cache.get(20) == SEQUENCE
+    cache.directory.mkdir()
+    cache.heals()
+    assert cache.get(1) == 0
+
+
+def test_everything_at_once(cache: Cache) -> None:
+    cache.fill(range(4))
+    for operation in ("open", "read", "write", "sync", "reserve", "rename"):
+        cache.disk.set_fault(operation, 0.1, errno.EIO)
+    for operation in ("short", "flip"):
+        cache.disk.set_fault(operation, 0.1)
+    rng = np.random.default_rng(3)
+    for sequence in rng.integers(0, 24, 150).tolist():
+        if cache.get(sequence) < SEQUENCE:
+            cache.put(sequence)
+    assert sum(cache.disk.injected().values()) > 20
+    cache.heals()
