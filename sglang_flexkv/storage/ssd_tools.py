@@ -113,6 +113,7 @@ def verify(files: ShardFiles, progress: Callable[[int, int], None]) -> Verificat
     """
     with _held(files):
         reader = _open(files)
+        _check_whole(files, reader)
         reason = _why_given_up(reader)
         if not reader.has_journal:
             raise SsdFilesError(f"{files.slots} cannot be verified: {reason}")
@@ -208,6 +209,14 @@ def _open(files: ShardFiles) -> _core.SsdReader:
         return _core.SsdReader(str(files.slots), str(files.journal))
     except _core.CoreSystemError as error:
         raise SsdFilesError(str(error)) from None
+
+
+def _check_whole(files: ShardFiles, reader: _core.SsdReader) -> None:
+    """Blocks behind the end of a file that was cut are not looked for: say so instead of finding fewer."""
+    whole = _core.SSD_SLOTS_OFFSET + reader.num_slots * reader.slot_bytes
+    size = files.slots.stat().st_size
+    if reader.slot_bytes and size < whole:
+        raise SsdFilesError(f"{files.slots} was cut off: it has {size} of {whole} bytes")
 
 
 def _why_given_up(reader: _core.SsdReader) -> str:

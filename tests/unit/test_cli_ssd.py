@@ -170,7 +170,7 @@ def test_verify_a_slot_file_that_was_cut(directory: Path) -> None:
     os.truncate(files_in(directory).slots, _core.SSD_SLOTS_OFFSET)
     code, output = run("verify", directory)
     assert code == 1
-    assert f"{BLOCKS} bad" in output
+    assert "was cut off" in output
 
 
 def test_verify_reports_progress(directory: Path) -> None:
