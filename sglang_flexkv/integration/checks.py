@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang_flexkv.common.config import GIB, FlexKVConfig
 from sglang_flexkv.common.errors import ConfigError, IncompatibleError
-from sglang_flexkv.storage.ssd_store import check_directory, check_free_space
+from sglang_flexkv.storage.ssd_files import check_directory, check_free_space
 
 # Flag, whether it is set in a way we cannot serve, and what to do. Fields are SGLang's own names.
 _CONFLICTS = (

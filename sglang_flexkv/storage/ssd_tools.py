@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.errors import FlexKVError
-from sglang_flexkv.storage.ssd_store import ShardFiles, shards_in
+from sglang_flexkv.storage.ssd_files import ShardFiles, shards_in
 
 # Slots that are read between two reports of progress.
 _BATCH_SLOTS = 32

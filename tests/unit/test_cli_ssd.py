@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 from sglang_flexkv import CacheConfig, KVCacheLayout, KVCacheLayoutType, KVManager, ModelConfig, _core, cli
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.storage import ssd_tools
-from sglang_flexkv.storage.ssd_store import ShardFiles, SsdStore, shards_in
+from sglang_flexkv.storage.ssd_files import ShardFiles, shards_in
+from sglang_flexkv.storage.ssd_store import SsdStore
 
 BLOCKS, SLOTS, TOKENS = 40, 64, 16
 LAYERS, HEADS, HEAD_SIZE = 2, 2, 64

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,3 +151,9 @@ def test_the_command_line_is_read_by_the_plugin_only(path: Path) -> None:
 )
 def test_an_arrow_that_points_up_is_found(module: str, line: str) -> None:
     assert arrows(PACKAGE / module, line)
+
+
+def test_the_patches_load_without_the_compiled_core() -> None:
+    """Only so can a core that does not load be reported in our own words."""
+    code = "import sys, sglang_flexkv.integration.patches; sys.exit('sglang_flexkv._core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

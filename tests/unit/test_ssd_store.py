@@ -24,8 +24,9 @@ from sglang_flexkv import _core
 from sglang_flexkv.common.block import Namespace, make_namespace
 from sglang_flexkv.common.config import GIB
 from sglang_flexkv.common.errors import ConfigError
-from sglang_flexkv.storage import ssd_store
-from sglang_flexkv.storage.ssd_store import SsdStore, check_free_space
+from sglang_flexkv.storage import ssd_files, ssd_store
+from sglang_flexkv.storage.ssd_files import ShardFiles, check_free_space, shards_in
+from sglang_flexkv.storage.ssd_store import SsdStore
 
 SLOT = 4096
 PAGE = 4096
@@ -146,7 +147,7 @@ def test_slots_are_divided_between_directories(tmp_path: Path) -> None:
     filled(*directories, slots=10, blocks={0: 1, 1: 2, 5: 3, 9: 4})
     for directory in directories:
         assert (directory / "flexkv-rank0.slots").stat().st_size == HEADER + 4 * SLOT
-    shards = [ssd_store.ShardFiles(directory, "rank0") for directory in directories]
+    shards = [ShardFiles(directory, "rank0") for directory in directories]
     readers = {s.directory.name: _core.SsdReader(str(s.slots), str(s.journal)) for s in shards}
     live = {name: reader.live_slots.tolist() for name, reader in readers.items()}
     assert live == {"a": [0, 3], "b": [0], "c": [1]}
@@ -181,7 +182,7 @@ def test_ranks_share_a_directory(tmp_path: Path) -> None:
     publish(second, {0: 2})
     second.close()
     first.close()
-    assert [shard.rank_tag for shard in ssd_store.shards_in(tmp_path)] == ["rank0", "rank1"]
+    assert [shard.rank_tag for shard in shards_in(tmp_path)] == ["rank0", "rank1"]
     assert reopened(tmp_path) == {0: 1}
     assert reopened(tmp_path, rank="rank1") == {0: 2}
 
@@ -842,7 +843,7 @@ from pathlib import Path
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.storage import ssd_store
 directory = Path(sys.argv[1])
-ssd_store._free_bytes = lambda _: 2**40  # somebody else takes the space after we asked
+ssd_store.free_bytes = lambda _: 2**40  # somebody else takes the space after we asked
 try:
     ssd_store.SsdStore((directory,), 1000, [4096], "rank0", namespace=bytes(16))
 except ConfigError as error:
@@ -894,7 +895,7 @@ def test_free_space_is_checked_over_all_directories_of_a_disk(
     a, b = tmp_path / "a", tmp_path / "b"
     a.mkdir()
     b.mkdir()
-    monkeypatch.setattr(ssd_store, "_free_bytes", lambda _: 3 * GIB)
+    monkeypatch.setattr(ssd_files, "free_bytes", lambda _: 3 * GIB)
     check_free_space({a: GIB, b: 2 * GIB})
     with pytest.raises(ConfigError, match=r"ssd_cache_gb: .* has 3.00 GiB free and cannot take 4.00 GiB"):
         check_free_space({a: 2 * GIB, b: 2 * GIB})
@@ -902,7 +903,8 @@ def test_free_space_is_checked_over_all_directories_of_a_disk(
 
 def test_slots_that_are_there_count_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     filled(tmp_path, slots=1000, rank="dp0-tp0", blocks={3: 4})
-    monkeypatch.setattr(ssd_store, "_free_bytes", lambda _: 0)
+    for module in (ssd_files, ssd_store):
+        monkeypatch.setattr(module, "free_bytes", lambda _: 0)
     check_free_space({tmp_path: HEADER + 1000 * SLOT})
     with pytest.raises(ConfigError, match="ssd_cache_gb"):
         check_free_space({tmp_path: HEADER + 2000 * SLOT})
