@@ -24,6 +24,8 @@ class AdmissionFilter {
   // Forgets everything.
   void Clear();
 
+  size_t memory_bytes() const { return sets_.size() * sizeof(Set); }
+
  private:
   static constexpr int kWays = 8;
 

@@ -55,6 +55,44 @@ BlockKey ToId(const std::string& bytes) {
   return id;
 }
 
+// Token ids where they lie, int32 or int64; the array must outlive it.
+TokenView ViewTokens(const py::array& tokens, uint32_t per_block) {
+  const bool narrow = py::isinstance<py::array_t<int32_t>>(tokens);
+  const bool wide = py::isinstance<py::array_t<int64_t>>(tokens);
+  if (tokens.ndim() != 1 || !(narrow || wide) || !(tokens.flags() & py::array::c_style)) {
+    throw UsageError("tokens must be a C-contiguous int32 or int64 array with one dimension");
+  }
+  Require(per_block > 0, "this index keeps no tokens: look up by keys");
+  return {tokens.data(), wide, per_block};
+}
+
+// A whole sequence; an incomplete block at its end is left out.
+TokenRun ViewSequence(const py::array& tokens, uint32_t per_block, const std::string& name_space) {
+  const TokenView view = ViewTokens(tokens, per_block);
+  return {ToId(name_space), view, static_cast<size_t>(tokens.size()) / per_block};
+}
+
+// Keys of some blocks and, if given, their tokens.
+struct RunView {
+  RunView(const Keys& keys, const std::optional<py::array>& token_ids, uint32_t per_block) {
+    const KeyView view = View(keys);
+    blocks = {view.data, view.size, nullptr};
+    if (!token_ids) return;
+    tokens = ViewTokens(*token_ids, per_block);
+    Require(static_cast<size_t>(token_ids->size()) / per_block >= view.size, "a block lacks its tokens");
+    blocks.tokens = &tokens;
+  }
+  RunView(const RunView&) = delete;
+  TokenView tokens;
+  BlockRun blocks;
+};
+
+template <typename T>
+py::array_t<T> Leading(py::array_t<T>& values, size_t count) {
+  if (count < static_cast<size_t>(values.size())) values.resize({static_cast<py::ssize_t>(count)}, false);
+  return values;
+}
+
 std::vector<int64_t> ToVector(const Int64s& values) {
   return {values.data(), values.data() + values.size()};
 }
@@ -109,39 +147,111 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("pinned", &TierStats::pinned)
       .def_readonly("evicted", &TierStats::evicted);
 
+  py::enum_<EvictionPolicyKind>(m, "EvictionPolicy")
+      .value("LRU", EvictionPolicyKind::kLru)
+      .value("LFU", EvictionPolicyKind::kLfu)
+      .value("SLRU", EvictionPolicyKind::kSlru)
+      .value("S3FIFO", EvictionPolicyKind::kS3Fifo)
+      .value("FIFO", EvictionPolicyKind::kFifo);
+  m.attr("IMPORTANCE_MAX") = kImportanceMax;
+  m.def(
+      "hash_tokens",
+      [](const py::array& tokens, uint32_t tokens_per_block, const std::string& name_space) {
+        const TokenRun run = ViewSequence(tokens, tokens_per_block, name_space);
+        Keys keys({run.count, size_t{2}});
+        BlockKey* out = reinterpret_cast<BlockKey*>(keys.mutable_data());
+        {
+          py::gil_scoped_release nogil;
+          for (size_t i = 0; i < run.count; ++i) {
+            out[i] = HashBlock(i == 0 ? run.name_space : out[i - 1], run.tokens, i);
+          }
+        }
+        return keys;
+      },
+      py::arg("tokens"), py::arg("tokens_per_block"), py::arg("namespace"));
+
   py::class_<PrefixIndex>(m, "PrefixIndex")
-      .def(py::init<uint32_t, uint32_t>(), py::arg("cpu_slots"), py::arg("ssd_slots"))
+      .def(py::init([](uint32_t cpu_slots, uint32_t ssd_slots, EvictionPolicyKind cpu_policy,
+                       EvictionPolicyKind ssd_policy, uint32_t tokens_per_block) {
+             return std::make_unique<PrefixIndex>(TierSetup{cpu_slots, cpu_policy},
+                                                  TierSetup{ssd_slots, ssd_policy}, tokens_per_block);
+           }),
+           py::arg("cpu_slots"), py::arg("ssd_slots"), py::arg("cpu_policy") = EvictionPolicyKind::kLru,
+           py::arg("ssd_policy") = EvictionPolicyKind::kLru, py::arg("tokens_per_block") = 0)
       .def(
           "match",
-          [](PrefixIndex& index, const Keys& keys) {
-            const KeyView view = View(keys);
-            std::vector<uint8_t> tiers;
+          [](PrefixIndex& index, const Keys& keys, const std::optional<py::array>& tokens) {
+            const RunView run(keys, tokens, index.tokens_per_block());
+            py::array_t<uint8_t> masks(static_cast<py::ssize_t>(run.blocks.count));
+            uint8_t* out = masks.mutable_data();
+            size_t found;
             {
               py::gil_scoped_release nogil;
-              tiers = index.Match(view.data, view.size);
+              found = index.Match(run.blocks, out);
             }
-            return ToArray(tiers);
+            return Leading(masks, found);
           },
-          py::arg("keys"))
+          py::arg("keys"), py::arg("tokens") = std::nullopt)
+      .def(
+          "match_tokens",
+          [](PrefixIndex& index, const py::array& tokens, const std::string& name_space) {
+            const TokenRun run = ViewSequence(tokens, index.tokens_per_block(), name_space);
+            Keys keys({run.count, size_t{2}});
+            py::array_t<uint8_t> masks(static_cast<py::ssize_t>(run.count));
+            BlockKey* key_out = reinterpret_cast<BlockKey*>(keys.mutable_data());
+            uint8_t* mask_out = masks.mutable_data();
+            size_t found;
+            {
+              py::gil_scoped_release nogil;
+              found = index.MatchTokens(run, key_out, mask_out);
+            }
+            return py::make_tuple(keys, Leading(masks, found));
+          },
+          py::arg("tokens"), py::arg("namespace"))
       .def(
           "acquire",
-          [](PrefixIndex& index, const Keys& keys, std::optional<Tier> tier) {
-            const KeyView view = View(keys);
-            Located located;
+          [](PrefixIndex& index, const Keys& keys, std::optional<Tier> tier, bool use,
+             const std::optional<py::array>& tokens) {
+            const RunView run(keys, tokens, index.tokens_per_block());
+            py::array_t<uint8_t> tiers(static_cast<py::ssize_t>(run.blocks.count));
+            py::array_t<SlotId> slots(static_cast<py::ssize_t>(run.blocks.count));
+            uint8_t* tier_out = tiers.mutable_data();
+            SlotId* slot_out = slots.mutable_data();
+            size_t found;
             uint64_t lease;
             {
               py::gil_scoped_release nogil;
-              lease = index.Acquire(view.data, view.size, tier, &located);
+              lease = index.Acquire(run.blocks, tier, use, tier_out, slot_out, &found);
             }
-            return py::make_tuple(lease, ToArray(located.tiers), ToArray(located.slots));
+            return py::make_tuple(lease, Leading(tiers, found), Leading(slots, found));
           },
-          py::arg("keys"), py::arg("tier") = std::nullopt)
+          py::arg("keys"), py::arg("tier") = std::nullopt, py::arg("use") = false,
+          py::arg("tokens") = std::nullopt)
+      .def(
+          "acquire_tokens",
+          [](PrefixIndex& index, const py::array& tokens, const std::string& name_space, bool use) {
+            const TokenRun run = ViewSequence(tokens, index.tokens_per_block(), name_space);
+            Keys keys({run.count, size_t{2}});
+            py::array_t<uint8_t> tiers(static_cast<py::ssize_t>(run.count));
+            py::array_t<SlotId> slots(static_cast<py::ssize_t>(run.count));
+            BlockKey* key_out = reinterpret_cast<BlockKey*>(keys.mutable_data());
+            uint8_t* tier_out = tiers.mutable_data();
+            SlotId* slot_out = slots.mutable_data();
+            size_t found;
+            uint64_t lease;
+            {
+              py::gil_scoped_release nogil;
+              lease = index.AcquireTokens(run, use, key_out, tier_out, slot_out, &found);
+            }
+            return py::make_tuple(lease, keys, Leading(tiers, found), Leading(slots, found));
+          },
+          py::arg("tokens"), py::arg("namespace"), py::arg("use") = false)
       .def("release", &PrefixIndex::Release, py::arg("lease"), NoGil())
       .def(
           "reserve",
-          [](PrefixIndex& index, Tier tier, const std::optional<Keys>& parent,
-             const Keys& keys) -> py::object {
-            const KeyView view = View(keys);
+          [](PrefixIndex& index, Tier tier, const std::optional<Keys>& parent, const Keys& keys,
+             const std::optional<py::array>& tokens, uint8_t importance) -> py::object {
+            const RunView run(keys, tokens, index.tokens_per_block());
             const BlockKey* parent_key = nullptr;
             if (parent) {
               if (parent->size() != 2) throw UsageError("parent must be one key of two uint64");
@@ -152,12 +262,15 @@ PYBIND11_MODULE(_core, m) {
             std::optional<uint64_t> txn;
             {
               py::gil_scoped_release nogil;
-              txn = index.Reserve(tier, parent_key, view.data, view.size, &positions, &slots);
+              positions.reserve(run.blocks.count);
+              slots.reserve(run.blocks.count);
+              txn = index.Reserve(tier, parent_key, run.blocks, importance, &positions, &slots);
             }
             if (!txn) return py::none();
             return py::make_tuple(*txn, ToArray(positions), ToArray(slots));
           },
-          py::arg("tier"), py::arg("parent"), py::arg("keys"))
+          py::arg("tier"), py::arg("parent"), py::arg("keys"), py::arg("tokens") = std::nullopt,
+          py::arg("importance") = 0)
       .def(
           "commit",
           [](PrefixIndex& index, uint64_t txn,
@@ -167,6 +280,19 @@ PYBIND11_MODULE(_core, m) {
           },
           py::arg("txn"), py::arg("ok") = std::nullopt)
       .def("abort", &PrefixIndex::Abort, py::arg("txn"), NoGil())
+      .def("evict", &PrefixIndex::Evict, py::arg("tier"), py::arg("count"), NoGil())
+      .def(
+          "blocks",
+          [](const PrefixIndex& index, Tier tier) {
+            std::vector<BlockKey> keys, parents;
+            std::vector<SlotId> slots;
+            {
+              py::gil_scoped_release nogil;
+              index.Blocks(tier, &keys, &parents, &slots);
+            }
+            return py::make_tuple(KeysToArray(keys), KeysToArray(parents), ToArray(slots));
+          },
+          py::arg("tier"))
       .def(
           "invalidate",
           [](PrefixIndex& index, Tier tier, const Keys& keys) {
@@ -197,7 +323,9 @@ PYBIND11_MODULE(_core, m) {
       .def("stats", &PrefixIndex::Stats, py::arg("tier"), NoGil())
       .def_property_readonly("num_leases", &PrefixIndex::num_leases)
       .def_property_readonly("num_transactions", &PrefixIndex::num_transactions)
+      .def_property_readonly("num_entries", &PrefixIndex::num_entries)
       .def_property_readonly("memory_bytes", &PrefixIndex::memory_bytes)
+      .def_property_readonly("tokens_per_block", &PrefixIndex::tokens_per_block)
       .def("check_integrity", &PrefixIndex::CheckIntegrity, NoGil());
 
   // The GIL stays held: it makes the one owner of a filter any thread of Python.
@@ -353,7 +481,7 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<SsdStore, std::shared_ptr<SsdStore>>(m, "SsdStore")
       .def(py::init([](const std::vector<std::tuple<std::string, std::string, std::string>>& shards,
-                       const py::bytes& name_space, uint64_t num_slots, std::vector<uint32_t> slice_bytes,
+                       const std::string& name_space, uint64_t num_slots, std::vector<uint32_t> slice_bytes,
                        std::string label, bool fresh_on_mismatch, double commit_interval_s,
                        std::shared_ptr<Disk> disk) {
              SsdStoreOptions options;

@@ -4,75 +4,246 @@
 #include <unordered_set>
 
 namespace flexkv {
+namespace {
 
-PrefixIndex::PrefixIndex(uint32_t cpu_slots, uint32_t ssd_slots) {
-  const uint32_t capacity[kNumTiers] = {cpu_slots, ssd_slots};
-  for (int t = 0; t < kNumTiers; ++t) {
-    Require(capacity[t] <= static_cast<uint32_t>(INT32_MAX), "a tier holds at most 2^31 - 1 slots");
-    tiers_[t].capacity = capacity[t];
-    tiers_[t].free_slots.reserve(capacity[t]);
-    // Low slots first: a pool that is never full touches only the memory it uses.
-    for (uint32_t slot = capacity[t]; slot-- > 0;) {
-      tiers_[t].free_slots.push_back(static_cast<SlotId>(slot));
-    }
+constexpr uint32_t kEntriesMin = 1024;
+// Entries whose memory is there from the start, at most (about 100 bytes each).
+constexpr uint32_t kEntriesPopulated = 1u << 21;
+// Lookups are made so many blocks ahead of the one that needs them.
+constexpr size_t kAhead = 16;
+constexpr uint32_t kEntriesMax = 1u << 31;
+
+void AppendRun(auto* runs, uint32_t entry, Tier tier) {
+  if (!runs->empty() && runs->back().tier == tier && runs->back().first + runs->back().count == entry) {
+    runs->back().count++;
+  } else {
+    runs->push_back({entry, 1, tier});
   }
 }
 
-uint32_t PrefixIndex::Find(const BlockKey& key) const {
-  auto it = by_key_.find(key);
-  return it == by_key_.end() ? kNil : it->second;
+}  // namespace
+
+// Tells the policies of entries that were looked at, run by run.
+class PrefixIndex::Toucher {
+ public:
+  Toucher(PrefixIndex& index, bool use) : index_(index), use_(use) {}
+  ~Toucher() { Flush(); }
+  void Add(uint32_t entry) {
+    if (entry != first_ + count_) {
+      Flush();
+      first_ = entry;
+    }
+    ++count_;
+  }
+
+ private:
+  void Flush() {
+    for (TierState& tier : index_.tiers_) {
+      if (count_ > 0 && tier.pool.num_slots() > 0) tier.policy->Touch(first_, count_, use_);
+    }
+    count_ = 0;
+  }
+  PrefixIndex& index_;
+  bool use_;
+  uint32_t first_ = 0;
+  uint32_t count_ = 0;
+};
+
+// Finds the entries of a run of blocks, one after the other.
+class PrefixIndex::Walk {
+ public:
+  Walk(PrefixIndex& index, const BlockRun& blocks) : index_(index), blocks_(blocks) {}
+
+  uint32_t Next(size_t block) {
+    const BlockKey& key = blocks_.keys[block];
+    uint32_t entry = previous_ + 1;
+    if (entry < index_.end_ && index_.keys_[entry] == key && !index_.IsFreed(entry)) {
+      ahead_ = block;
+    } else {
+      // One miss is likely to be followed by more: their buckets are fetched while we wait for this.
+      for (ahead_ = std::max(ahead_, block); ahead_ < std::min(block + kAhead, blocks_.count); ++ahead_) {
+        index_.table_.Prefetch(blocks_.keys[ahead_]);
+      }
+      entry = index_.Find(key);
+    }
+    if (entry != kNil && blocks_.tokens != nullptr &&
+        !index_.HoldsTokens(entry, *blocks_.tokens, block)) {
+      entry = kNil;
+    }
+    previous_ = entry;
+    return entry;
+  }
+
+ private:
+  PrefixIndex& index_;
+  const BlockRun blocks_;
+  uint32_t previous_ = kNil;
+  size_t ahead_ = 0;
+};
+
+// Names the blocks of a whole sequence while it finds them. What is held is recognised by its tokens,
+// and only what is not is hashed.
+class PrefixIndex::TokenWalk {
+ public:
+  TokenWalk(PrefixIndex& index, const TokenRun& run, BlockKey* keys)
+      : index_(index), run_(run), keys_(keys) {
+    Require(run.tokens.per_block == index.tokens_per_block_, "this index keeps no tokens, or of other blocks");
+  }
+
+  uint32_t Next(size_t block) {
+    uint32_t entry = previous_ + 1;
+    if (previous_ != kNil && entry < index_.end_ && index_.nodes_[entry].parent == previous_ &&
+        index_.has_tokens_[entry] && run_.tokens.Equal(block, index_.Tokens(entry))) {
+      keys_[block] = index_.keys_[entry];
+    } else {
+      Name(block);
+      entry = index_.Find(keys_[block]);
+      if (entry != kNil && !index_.HoldsTokens(entry, run_.tokens, block)) entry = kNil;
+    }
+    named_ = block + 1;
+    previous_ = entry;
+    return entry;
+  }
+
+  // Names the blocks that were not looked for. Needs no lock.
+  void NameRest() {
+    for (; named_ < run_.count; ++named_) Name(named_);
+  }
+
+ private:
+  void Name(size_t block) {
+    keys_[block] = HashBlock(block == 0 ? run_.name_space : keys_[block - 1], run_.tokens, block);
+  }
+
+  PrefixIndex& index_;
+  const TokenRun run_;
+  BlockKey* keys_;
+  size_t named_ = 0;
+  uint32_t previous_ = kNil;
+};
+
+PrefixIndex::PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block)
+    : tokens_per_block_(tokens_per_block),
+      table_(std::max(cpu.slots, ssd.slots)),
+      tiers_{TierState(cpu.slots), TierState(ssd.slots)} {
+  const TierSetup setup[kNumTiers] = {cpu, ssd};
+  for (int t = 0; t < kNumTiers; ++t) {
+    Require(setup[t].slots <= kEntriesMax / kNumTiers, "a tier holds at most 2^30 slots");
+    tiers_[t].policy = MakeEvictionPolicy(setup[t].policy, setup[t].slots, traits_);
+  }
+  ReserveEntries(std::clamp(std::max(cpu.slots, ssd.slots), kEntriesMin, kEntriesPopulated), true);
+}
+
+void PrefixIndex::ReserveEntries(size_t count, bool populate) {
+  Require(count <= kEntriesMax, "the index is full");
+  keys_.Reserve(count, populate);
+  nodes_.Reserve(count, populate);
+  if (tokens_per_block_ > 0) {
+    tokens_.Reserve(count * tokens_per_block_, populate);
+    has_tokens_.Reserve(count, populate);
+  }
+  traits_.depth.Reserve(count, populate);
+  traits_.importance.Reserve(count, populate);
+  for (TierState& tier : tiers_) {
+    if (tier.pool.num_slots() > 0) tier.policy->Reserve(count, populate);
+  }
+  reserved_ = static_cast<uint32_t>(count);
+}
+
+void PrefixIndex::Tick() {
+  for (TierState& tier : tiers_) tier.policy->Tick();
 }
 
 uint32_t PrefixIndex::FindOrCreate(const BlockKey& key) {
-  auto [it, inserted] = by_key_.try_emplace(key, kNil);
-  if (!inserted) return it->second;
-  uint32_t id;
-  if (!free_entries_.empty()) {
-    id = free_entries_.back();
-    free_entries_.pop_back();
-    entries_[id] = Entry{};
+  const uint32_t found = FindOrName(key);
+  const uint32_t entry = found & ~kCreated;
+  if (!(found & kCreated)) return entry;
+  nodes_[entry] = {kNil, 0, {}};
+  traits_.depth[entry] = 0;
+  traits_.importance[entry] = 0;
+  return entry;
+}
+
+inline uint32_t PrefixIndex::FindOrName(const BlockKey& key) {
+  const bool recycle = first_free_ != kNil;
+  if (!recycle && end_ == reserved_) ReserveEntries(std::max(kEntriesMin, end_ + end_ / 2), false);
+  const uint32_t id = recycle ? first_free_ : end_;
+  const uint32_t found = table_.FindOrInsert(key, id, keys_.data());
+  if (found != KeyTable::kNone) return found;
+  if (recycle) {
+    first_free_ = nodes_[id].num_children;
   } else {
-    id = static_cast<uint32_t>(entries_.size());
-    entries_.emplace_back();
+    ++end_;
   }
-  entries_[id].key = key;
-  it->second = id;
-  return id;
+  keys_[id] = key;
+  if (tokens_per_block_ > 0) has_tokens_[id] = 0;
+  return id | kCreated;
+}
+
+size_t PrefixIndex::FindOrNameAll(const BlockRun& blocks) {
+  found_.resize(blocks.count);
+  size_t created = 0;
+  for (size_t i = 0; i < blocks.count; ++i) {
+    if (i + kAhead < blocks.count) table_.Prefetch(blocks.keys[i + kAhead]);
+    found_[i] = FindOrName(blocks.keys[i]);
+    created += found_[i] >= kCreated;
+  }
+  return created;
+}
+
+uint16_t PrefixIndex::DepthUnder(uint32_t parent) const {
+  if (parent == kNil) return 0;
+  return std::min(traits_.depth[parent], static_cast<uint16_t>(kDepthMax - 1)) + 1;
+}
+
+bool PrefixIndex::HoldsTokens(uint32_t entry, const TokenView& tokens, size_t block) {
+  if (has_tokens_[entry]) return tokens.Equal(block, Tokens(entry));
+  // It came back from a disk, whose records have keys only; or it is a place kept for a parent.
+  KeepTokens(entry, tokens, block);
+  return true;
+}
+
+void PrefixIndex::KeepTokens(uint32_t entry, const TokenView& tokens, size_t block) {
+  tokens.Copy(block, Tokens(entry));
+  has_tokens_[entry] = 1;
+}
+
+uint8_t PrefixIndex::ReadableTiers(uint32_t entry) const {
+  uint8_t mask = 0;
+  for (int t = 0; t < kNumTiers; ++t) {
+    const bool ready = nodes_[entry].tier[t].state() == State::kReady;
+    mask |= static_cast<uint8_t>(ready << t);
+  }
+  return mask;
 }
 
 void PrefixIndex::Link(uint32_t child, uint32_t parent) {
   // A key is a chained hash: a block has one parent for ever. A parent that is given later than the
   // child (write_back spills leaves first) is linked then.
-  if (parent == kNil || parent == child || entries_[child].parent != kNil) return;
-  entries_[child].parent = parent;
-  entries_[parent].num_children++;
+  if (parent == kNil || parent == child || nodes_[child].parent != kNil) return;
+  nodes_[child].parent = parent;
+  nodes_[parent].num_children++;
+  traits_.depth[child] = DepthUnder(parent);
   for (int t = 0; t < kNumTiers; ++t) {
-    if (entries_[child].tier[t].state == State::kAbsent) continue;
-    entries_[parent].tier[t].children++;
-    UpdateEvictable(parent, static_cast<Tier>(t));
-  }
-}
-
-void PrefixIndex::Touch(uint32_t entry) {
-  entries_[entry].last_use = clock_;
-  for (int t = 0; t < kNumTiers; ++t) {
-    const uint32_t pos = entries_[entry].tier[t].heap_pos;
-    if (pos != kNil) HeapSift(static_cast<Tier>(t), pos);
+    const Tier tier = static_cast<Tier>(t);
+    if (StateOf(child, tier) == State::kAbsent) continue;
+    At(parent, tier).children++;
+    UpdateEvictable(parent, tier);
   }
 }
 
 void PrefixIndex::UpdateEvictable(uint32_t entry, Tier tier) {
-  const Residency& r = At(entry, tier);
-  const bool evictable = r.state == State::kReady && r.pins == 0 && r.children == 0;
-  if (evictable && r.heap_pos == kNil) HeapPush(tier, entry);
-  if (!evictable && r.heap_pos != kNil) HeapErase(tier, entry);
+  Residency& r = At(entry, tier);
+  const bool evictable = r.state() == State::kReady && r.pins() == 0 && r.children == 0;
+  if (evictable == r.evictable()) return;
+  r.word ^= Residency::kEvictable;
+  Of(tier).policy->SetEvictable(entry, evictable);
 }
 
 void PrefixIndex::Occupy(uint32_t entry, Tier tier, SlotId slot) {
-  Residency& r = At(entry, tier);
-  r.slot = slot;
+  At(entry, tier).slot = slot;
   SetState(entry, tier, State::kWriting);
-  const uint32_t parent = entries_[entry].parent;
+  const uint32_t parent = nodes_[entry].parent;
   if (parent != kNil) {
     At(parent, tier).children++;
     UpdateEvictable(parent, tier);
@@ -80,12 +251,11 @@ void PrefixIndex::Occupy(uint32_t entry, Tier tier, SlotId slot) {
 }
 
 void PrefixIndex::Vacate(uint32_t entry, Tier tier) {
-  Residency& r = At(entry, tier);
-  tiers_[static_cast<int>(tier)].free_slots.push_back(r.slot);
-  r.slot = kNoSlot;
+  Of(tier).pool.Free(At(entry, tier).slot);
   SetState(entry, tier, State::kAbsent);
   UpdateEvictable(entry, tier);
-  const uint32_t parent = entries_[entry].parent;
+  Of(tier).policy->Remove(entry);
+  const uint32_t parent = nodes_[entry].parent;
   if (parent != kNil) {
     At(parent, tier).children--;
     UpdateEvictable(parent, tier);
@@ -95,170 +265,303 @@ void PrefixIndex::Vacate(uint32_t entry, Tier tier) {
 
 void PrefixIndex::FreeIfUnused(uint32_t entry) {
   while (entry != kNil) {
-    Entry& e = entries_[entry];
-    if (e.num_children != 0) return;
-    for (const Residency& r : e.tier) {
-      if (r.state != State::kAbsent || r.pins != 0) return;
+    Node& node = nodes_[entry];
+    if (node.num_children != 0) return;
+    for (const Residency& r : node.tier) {
+      if (r.state() != State::kAbsent || r.pins() != 0) return;
     }
-    const uint32_t parent = e.parent;
-    by_key_.erase(e.key);
-    free_entries_.push_back(entry);
-    if (parent != kNil) entries_[parent].num_children--;
+    const uint32_t parent = node.parent;
+    table_.Erase(keys_[entry], entry);
+    node.parent = kFreed;
+    node.num_children = first_free_;
+    first_free_ = entry;
+    if (parent != kNil) nodes_[parent].num_children--;
     entry = parent;  // a placeholder goes with its last child
   }
 }
 
 void PrefixIndex::SetState(uint32_t entry, Tier tier, State state) {
-  uint32_t* count = tiers_[static_cast<int>(tier)].count;
-  State& current = At(entry, tier).state;
-  if (current != State::kAbsent) count[static_cast<int>(current)]--;
-  if (state != State::kAbsent) count[static_cast<int>(state)]++;
-  current = state;
-}
-
-void PrefixIndex::AddPin(uint32_t entry, Tier tier) {
-  if (At(entry, tier).pins++ == 0) tiers_[static_cast<int>(tier)].pinned++;
-  UpdateEvictable(entry, tier);
-}
-
-void PrefixIndex::Unpin(uint32_t entry, Tier tier) {
   Residency& r = At(entry, tier);
-  r.pins--;
-  if (r.pins == 0) tiers_[static_cast<int>(tier)].pinned--;
-  if (r.pins == 0 && r.state == State::kDying) {
+  uint32_t* count = Of(tier).count;
+  if (r.state() != State::kAbsent) count[static_cast<int>(r.state())]--;
+  r.set_state(state);
+  if (state != State::kAbsent) count[static_cast<int>(state)]++;
+}
+
+void PrefixIndex::RaiseImportance(uint32_t entry, uint8_t importance) {
+  // A policy knows where a block is queued by what the block is.
+  for (int t = 0; t < kNumTiers; ++t) {
+    if (nodes_[entry].tier[t].evictable()) tiers_[t].policy->SetEvictable(entry, false);
+  }
+  traits_.importance[entry] = importance;
+  for (int t = 0; t < kNumTiers; ++t) {
+    if (nodes_[entry].tier[t].evictable()) tiers_[t].policy->SetEvictable(entry, true);
+  }
+}
+
+inline void PrefixIndex::AddPin(uint32_t entry, Tier tier) {
+  Residency& r = At(entry, tier);
+  Of(tier).pinned += r.pins() == 0;
+  r.word += Residency::kOnePin;
+  if (r.evictable()) UpdateEvictable(entry, tier);
+}
+
+inline void PrefixIndex::Unpin(uint32_t entry, Tier tier) {
+  Residency& r = At(entry, tier);
+  r.word -= Residency::kOnePin;
+  if (r.pins() != 0) return;
+  Of(tier).pinned--;
+  if (r.state() == State::kDying) {
     Vacate(entry, tier);
-  } else {
+  } else if (r.children == 0) {
     UpdateEvictable(entry, tier);
   }
 }
 
 bool PrefixIndex::Drop(uint32_t entry, Tier tier) {
-  Residency& r = At(entry, tier);
-  if (r.state != State::kReady) return false;  // a writer still owns it, or it is going already
+  if (StateOf(entry, tier) != State::kReady) return false;  // a writer still owns it, or it is going
   SetState(entry, tier, State::kDying);
   UpdateEvictable(entry, tier);
-  if (r.pins == 0) Vacate(entry, tier);
+  if (At(entry, tier).pins() == 0) Vacate(entry, tier);
   return true;
 }
 
-std::vector<uint8_t> PrefixIndex::Match(const BlockKey* keys, size_t count) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<uint8_t> found;
-  ++clock_;
-  for (size_t i = 0; i < count; ++i) {
-    const uint32_t entry = Find(keys[i]);
+template <typename AnyWalk>
+size_t PrefixIndex::MatchAlong(AnyWalk& walk, size_t count, uint8_t* masks) {
+  Tick();
+  Toucher touched(*this, false);
+  size_t found = 0;
+  for (; found < count; ++found) {
+    const uint32_t entry = walk.Next(found);
     if (entry == kNil) break;
-    uint8_t mask = 0;
-    for (int t = 0; t < kNumTiers; ++t) {
-      if (entries_[entry].tier[t].state == State::kReady) mask |= static_cast<uint8_t>(1u << t);
-    }
-    if (mask == 0) break;
-    Touch(entry);
-    found.push_back(mask);
+    masks[found] = ReadableTiers(entry);
+    if (masks[found] == 0) break;
+    touched.Add(entry);
   }
   return found;
 }
 
-uint64_t PrefixIndex::Acquire(const BlockKey* keys, size_t count, std::optional<Tier> tier,
-                              Located* out) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<Pin> pins;
-  ++clock_;
-  for (size_t i = 0; i < count; ++i) {
-    const uint32_t entry = Find(keys[i]);
+template <typename AnyWalk>
+uint64_t PrefixIndex::AcquireAlong(AnyWalk& walk, size_t count, std::optional<Tier> tier, bool use,
+                                   uint8_t* tiers, SlotId* slots, size_t* found) {
+  Tick();
+  std::vector<Run> pins;
+  const uint8_t wanted = tier ? static_cast<uint8_t>(1u << static_cast<int>(*tier)) : uint8_t{0xFF};
+  Toucher touched(*this, use);
+  size_t i = 0;
+  for (; i < count; ++i) {
+    const uint32_t entry = walk.Next(i);
     if (entry == kNil) break;
-    int chosen = -1;
-    for (int t = 0; t < kNumTiers && chosen < 0; ++t) {
-      if (tier && static_cast<int>(*tier) != t) continue;
-      if (entries_[entry].tier[t].state == State::kReady) chosen = t;
-    }
-    if (chosen < 0) break;
-    AddPin(entry, static_cast<Tier>(chosen));
-    Touch(entry);
-    pins.push_back({entry, static_cast<Tier>(chosen)});
-    out->tiers.push_back(static_cast<uint8_t>(chosen));
-    out->slots.push_back(entries_[entry].tier[chosen].slot);
+    const uint8_t mask = ReadableTiers(entry) & wanted;
+    if (mask == 0) break;
+    const Tier chosen = static_cast<Tier>(std::countr_zero(mask));
+    AddPin(entry, chosen);
+    touched.Add(entry);
+    AppendRun(&pins, entry, chosen);
+    tiers[i] = static_cast<uint8_t>(chosen);
+    slots[i] = At(entry, chosen).slot;
   }
-  if (pins.empty()) return 0;
+  *found = i;
+  if (i == 0) return 0;
   const uint64_t id = next_id_++;
   leases_.emplace(id, std::move(pins));
   return id;
+}
+
+size_t PrefixIndex::Match(const BlockRun& blocks, uint8_t* masks) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Walk walk(*this, blocks);
+  return MatchAlong(walk, blocks.count, masks);
+}
+
+size_t PrefixIndex::MatchTokens(const TokenRun& run, BlockKey* keys, uint8_t* masks) {
+  TokenWalk walk(*this, run, keys);
+  size_t found;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    found = MatchAlong(walk, run.count, masks);
+  }
+  walk.NameRest();
+  return found;
+}
+
+uint64_t PrefixIndex::Acquire(const BlockRun& blocks, std::optional<Tier> tier, bool use,
+                              uint8_t* tiers, SlotId* slots, size_t* found) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Walk walk(*this, blocks);
+  return AcquireAlong(walk, blocks.count, tier, use, tiers, slots, found);
+}
+
+uint64_t PrefixIndex::AcquireTokens(const TokenRun& run, bool use, BlockKey* keys, uint8_t* tiers,
+                                    SlotId* slots, size_t* found) {
+  TokenWalk walk(*this, run, keys);
+  uint64_t lease;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    lease = AcquireAlong(walk, run.count, std::nullopt, use, tiers, slots, found);
+  }
+  walk.NameRest();
+  return lease;
 }
 
 bool PrefixIndex::Release(uint64_t lease) {
   std::lock_guard<std::mutex> lock(mutex_);
   auto it = leases_.find(lease);
   if (it == leases_.end()) return false;
-  for (const Pin& pin : it->second) Unpin(pin.entry, pin.tier);
+  for (const Run& run : it->second) {
+    for (uint32_t i = 0; i < run.count; ++i) Unpin(run.first + i, run.tier);
+  }
   leases_.erase(it);
   return true;
 }
 
-std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent,
-                                             const BlockKey* keys, size_t count,
-                                             std::vector<uint32_t>* positions,
+size_t PrefixIndex::Evict(Tier tier, size_t count) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  Tick();
+  return EvictLocked(tier, count);
+}
+
+size_t PrefixIndex::EvictLocked(Tier tier, size_t count) {
+  TierState& state = Of(tier);
+  // Victims lie anywhere in memory. Those that come next are fetched while the first ones go: first
+  // their entries, and when those are there the bucket that their key points to.
+  constexpr size_t kLookahead = 8;
+  uint32_t ahead[kLookahead];
+  size_t num_ahead = 0, num_seen = 0;  // ahead[i % kLookahead] for i in [num_ahead, num_seen)
+  size_t evicted = 0;
+  for (; evicted < count; ++evicted) {
+    const uint32_t victim = state.policy->Victim();
+    if (victim == EvictionPolicy::kNone) break;
+    if (num_ahead < num_seen && ahead[num_ahead % kLookahead] == victim) {
+      ++num_ahead;
+    } else {
+      num_ahead = num_seen = 0;  // it goes on elsewhere, with a parent that was laid bare perhaps
+    }
+    uint32_t last = num_ahead < num_seen ? ahead[(num_seen - 1) % kLookahead] : victim;
+    for (int step = 0; step < 2 && num_seen - num_ahead < kLookahead; ++step) {
+      last = state.policy->After(last);
+      if (last == EvictionPolicy::kNone) break;
+      state.policy->Prefetch(last);
+      __builtin_prefetch(&nodes_[last], 1);
+      __builtin_prefetch(&keys_[last]);
+      ahead[num_seen++ % kLookahead] = last;
+    }
+    if (num_seen - num_ahead > kLookahead / 2) {
+      table_.Prefetch(keys_[ahead[(num_ahead + kLookahead / 2 - 1) % kLookahead]]);
+    }
+    Drop(victim, tier);
+  }
+  state.evicted += evicted;
+  return evicted;
+}
+
+std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, const BlockRun& blocks,
+                                             uint8_t importance, std::vector<uint32_t>* positions,
                                              std::vector<SlotId>* slots) {
   std::lock_guard<std::mutex> lock(mutex_);
-  TierState& state = tiers_[static_cast<int>(tier)];
+  Require(importance <= kImportanceMax, "importance is out of range");
+  Tick();
+  TierState& state = Of(tier);
   // Blocks of this very request that are here already must not be what makes room for the others:
-  // pin them first, and undo it whatever happens.
+  // they are pinned first, which is undone whatever happens. Not needed where there is room for all.
   std::vector<uint32_t> present;
-  size_t needed = 0;
-  for (size_t i = 0; i < count; ++i) {
-    const uint32_t entry = Find(keys[i]);
-    if (entry != kNil && At(entry, tier).state != State::kAbsent) {
-      AddPin(entry, tier);
-      present.push_back(entry);
-    } else {
-      ++needed;
-    }
-  }
-  uint32_t anchor = parent != nullptr ? Find(*parent) : kNil;
-  if (anchor != kNil && At(anchor, tier).state != State::kAbsent) {
-    AddPin(anchor, tier);  // a parent that is evicted for its own child helps nobody
-    present.push_back(anchor);
-  }
   auto unpin_present = [&] {
     for (uint32_t entry : present) Unpin(entry, tier);
   };
-
-  // Whatever is not pinned can go, unless a pinned block sits below it. Checking the bound first
-  // keeps a request that cannot fit from emptying the tier for nothing.
-  if (needed > state.capacity - state.pinned) {
-    unpin_present();
-    return std::nullopt;
-  }
-  while (state.free_slots.size() < needed && !state.evictable.empty()) {
-    state.evicted++;
-    Drop(state.evictable[0], tier);
-  }
-  if (state.free_slots.size() < needed) {
-    unpin_present();
-    return std::nullopt;
-  }
-  ++clock_;
-  uint64_t id = 0;
-  if (needed > 0) {
-    Transaction txn{tier, {}};
-    txn.entries.reserve(needed);
-    // The chain is linked even where blocks are present: they may have come before their parent.
-    // Eviction above may have freed the anchor's entry, so it is looked up again.
-    uint32_t previous = parent != nullptr ? FindOrCreate(*parent) : kNil;
-    for (size_t i = 0; i < count; ++i) {
-      const uint32_t entry = FindOrCreate(keys[i]);
-      Link(entry, previous);
-      if (At(entry, tier).state == State::kAbsent) {
-        const SlotId slot = state.free_slots.back();
-        state.free_slots.pop_back();
-        Occupy(entry, tier, slot);
-        AddPin(entry, tier);  // the writer's pin
-        positions->push_back(static_cast<uint32_t>(i));
-        slots->push_back(slot);
-        txn.entries.push_back(entry);
+  if (state.pool.num_free() < blocks.count) {
+    size_t needed = 0;
+    Walk walk(*this, {blocks.keys, blocks.count, nullptr});
+    for (size_t i = 0; i < blocks.count; ++i) {
+      const uint32_t entry = walk.Next(i);
+      if (entry != kNil && StateOf(entry, tier) != State::kAbsent) {
+        AddPin(entry, tier);
+        present.push_back(entry);
+      } else {
+        ++needed;
       }
-      Touch(entry);
+    }
+    const uint32_t anchor = parent != nullptr ? Find(*parent) : kNil;
+    if (anchor != kNil && StateOf(anchor, tier) != State::kAbsent) {
+      AddPin(anchor, tier);  // a parent that is evicted for its own child helps nobody
+      present.push_back(anchor);
+    }
+    // Whatever is not pinned can go, unless a pinned block sits below it. Checking the bound first
+    // keeps a request that cannot fit from emptying the tier for nothing.
+    bool fits = needed <= state.pool.num_slots() - state.pinned;
+    if (fits && state.pool.num_free() < needed) {
+      const size_t missing = needed - state.pool.num_free();
+      fits = EvictLocked(tier, missing) == missing;
+    }
+    if (!fits) {
+      unpin_present();
+      return std::nullopt;
+    }
+  }
+  Transaction txn{tier, {}, 0};
+  {
+    // The chain is linked even where blocks are present: they may have come before their parent.
+    // Eviction above may have freed the parent's entry, so it is looked up again.
+    uint32_t previous = parent != nullptr ? FindOrCreate(*parent) : kNil;
+    // A parent that nothing is stored under is not kept.
+    if (parent != nullptr && blocks.count == 0) FreeIfUnused(previous);
+    const size_t num_created = FindOrNameAll(blocks);
+    state.pool.Allocate(num_created, &fresh_slots_);
+    size_t next_fresh = 0;
+    Toucher touched(*this, false);
+    const int t = static_cast<int>(tier);
+    bool linked = false;  // the previous entry counts this one as its child already
+    for (size_t i = 0; i < blocks.count; ++i) {
+      const uint32_t entry = found_[i] & ~kCreated;
+      if (found_[i] & kCreated) {
+        // What is new is written in one piece, with the child that is about to follow.
+        const bool has_child = i + 1 < blocks.count && (found_[i + 1] & kCreated);
+        Node& node = nodes_[entry];
+        node.parent = previous;
+        node.num_children = has_child;
+        Residency& r = node.tier[t];
+        r.slot = fresh_slots_[next_fresh++];
+        r.children = has_child;
+        r.word = Residency::kOnePin | static_cast<uint32_t>(State::kWriting);  // the writer's pin
+        for (int other = 0; other < kNumTiers; ++other) {
+          if (other != t) node.tier[other] = {};
+        }
+        traits_.importance[entry] = importance;
+        traits_.depth[entry] = DepthUnder(previous);
+        if (!linked && previous != kNil) {
+          nodes_[previous].num_children++;
+          Residency& above = nodes_[previous].tier[t];
+          above.children++;
+          if (above.evictable()) UpdateEvictable(previous, tier);
+        }
+        linked = has_child;
+        if (blocks.tokens != nullptr) KeepTokens(entry, *blocks.tokens, i);
+        positions->push_back(static_cast<uint32_t>(i));
+        slots->push_back(r.slot);
+        AppendRun(&txn.runs, entry, tier);
+      } else {
+        linked = false;
+        Link(entry, previous);
+        if (blocks.tokens != nullptr && !has_tokens_[entry]) KeepTokens(entry, *blocks.tokens, i);
+        if (importance > traits_.importance[entry]) RaiseImportance(entry, importance);
+        if (StateOf(entry, tier) == State::kAbsent) {
+          Occupy(entry, tier, state.pool.Allocate());
+          AddPin(entry, tier);
+          positions->push_back(static_cast<uint32_t>(i));
+          slots->push_back(At(entry, tier).slot);
+          AppendRun(&txn.runs, entry, tier);
+        }
+      }
+      touched.Add(entry);
       previous = entry;
     }
+    txn.count = positions->size();
+    state.count[static_cast<int>(State::kWriting)] += static_cast<uint32_t>(num_created);
+    state.pinned += static_cast<uint32_t>(num_created);
+    for (const Run& run : txn.runs) state.policy->Store(run.first, run.count, &keys_[run.first]);
+    fresh_slots_.clear();
+  }
+  uint64_t id = 0;
+  if (txn.count > 0) {
     id = next_id_++;
     transactions_.emplace(id, std::move(txn));
   }
@@ -271,15 +574,25 @@ size_t PrefixIndex::Commit(uint64_t txn, const uint8_t* ok, size_t count) {
   auto it = transactions_.find(txn);
   Require(it != transactions_.end(), "commit of an unknown transaction");
   const Transaction& t = it->second;
-  Require(ok == nullptr || count == t.entries.size(), "commit: one ok byte per reserved block");
+  Require(ok == nullptr || count == t.count, "commit: one ok byte per reserved block");
   size_t published = 0;
+  size_t position = t.count;
   // Children first: giving a failed parent back must not free an entry that a child still needs.
-  for (size_t i = t.entries.size(); i-- > 0;) {
-    const bool good = ok == nullptr || ok[i] != 0;
-    SetState(t.entries[i], t.tier, good ? State::kReady : State::kDying);
-    published += good;
-    Unpin(t.entries[i], t.tier);
+  for (size_t r = t.runs.size(); r-- > 0;) {
+    for (uint32_t i = t.runs[r].count; i-- > 0;) {
+      const uint32_t entry = t.runs[r].first + i;
+      --position;
+      if (ok == nullptr || ok[position] != 0) {
+        At(entry, t.tier).set_state(State::kReady);
+        ++published;
+      } else {
+        SetState(entry, t.tier, State::kDying);
+      }
+      Unpin(entry, t.tier);
+    }
   }
+  Of(t.tier).count[static_cast<int>(State::kWriting)] -= static_cast<uint32_t>(published);
+  Of(t.tier).count[static_cast<int>(State::kReady)] += static_cast<uint32_t>(published);
   transactions_.erase(it);
   return published;
 }
@@ -289,9 +602,11 @@ bool PrefixIndex::Abort(uint64_t txn) {
   auto it = transactions_.find(txn);
   if (it == transactions_.end()) return false;
   const Transaction& t = it->second;
-  for (size_t i = t.entries.size(); i-- > 0;) {
-    SetState(t.entries[i], t.tier, State::kDying);
-    Unpin(t.entries[i], t.tier);
+  for (size_t r = t.runs.size(); r-- > 0;) {
+    for (uint32_t i = t.runs[r].count; i-- > 0;) {
+      SetState(t.runs[r].first + i, t.tier, State::kDying);
+      Unpin(t.runs[r].first + i, t.tier);
+    }
   }
   transactions_.erase(it);
   return true;
@@ -309,63 +624,73 @@ size_t PrefixIndex::Invalidate(Tier tier, const BlockKey* keys, size_t count) {
 
 size_t PrefixIndex::InvalidateTier(Tier tier) {
   std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<uint32_t> ready;
-  for (const auto& [key, entry] : by_key_) {
-    if (At(entry, tier).state == State::kReady) ready.push_back(entry);
+  size_t dropped = 0;
+  for (uint32_t entry = 0; entry < end_; ++entry) {
+    if (!IsFreed(entry)) dropped += Drop(entry, tier);
   }
-  for (uint32_t entry : ready) Drop(entry, tier);
-  return ready.size();
+  return dropped;
 }
 
 size_t PrefixIndex::Restore(Tier tier, const BlockKey* keys, const BlockKey* parents,
                             const SlotId* slots, size_t count, std::vector<uint8_t>* taken) {
   std::lock_guard<std::mutex> lock(mutex_);
-  TierState& state = tiers_[static_cast<int>(tier)];
+  TierState& state = Of(tier);
   // With every slot free no block is ready, being written or dying.
-  Require(state.free_slots.size() == state.capacity, "restore into a tier that is not empty");
-  const size_t most = std::min<size_t>(count, state.capacity);
-  by_key_.reserve(by_key_.size() + most);
-  entries_.reserve(entries_.size() + most);
+  Require(state.pool.num_free() == state.pool.num_slots(), "restore into a tier that is not empty");
 
+  // From the last to the first, so that what contradicts a later record is seen to.
   taken->assign(count, 0);
-  std::vector<uint32_t> restored;
-  restored.reserve(most);
-  std::vector<bool> used(state.capacity, false);
-  // From the last to the first, so that what contradicts a later record is seen to. No block is
-  // readable before all links stand: the heap then gets only leaves, the oldest first, and never
-  // has to be put in order.
-  for (size_t i = count; i-- > 0;) {
-    if (slots[i] < 0 || static_cast<uint32_t>(slots[i]) >= state.capacity || used[slots[i]]) continue;
+  size_t num_taken = 0;
+  {
+    std::vector<bool> used(state.pool.num_slots(), false);
+    KeyTable seen(std::min<size_t>(count, state.pool.num_slots()));
+    for (size_t i = count; i-- > 0;) {
+      if (slots[i] < 0 || static_cast<uint32_t>(slots[i]) >= state.pool.num_slots() || used[slots[i]]) {
+        continue;
+      }
+      if (seen.FindOrInsert(keys[i], static_cast<uint32_t>(i), keys) != KeyTable::kNone) continue;
+      used[slots[i]] = true;
+      (*taken)[i] = 1;
+      ++num_taken;
+    }
+  }
+  // In the order in which they were written: what was written together gets consecutive entries.
+  for (size_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) table_.Prefetch(keys[i + kAhead]);
+    if (!(*taken)[i]) continue;
     const uint32_t entry = FindOrCreate(keys[i]);
-    if (At(entry, tier).state != State::kAbsent) continue;
-    used[slots[i]] = true;
-    Occupy(entry, tier, slots[i]);
     // A second parent would not be linked, and its placeholder would stay for ever.
-    if (!(parents[i] == BlockKey{}) && entries_[entry].parent == kNil) {
+    if (!(parents[i] == BlockKey{}) && !(parents[i] == keys[i]) && nodes_[entry].parent == kNil) {
       Link(entry, FindOrCreate(parents[i]));
     }
-    restored.push_back(entry);
-    (*taken)[i] = 1;
+    Tick();
+    state.pool.Take(slots[i]);
+    Occupy(entry, tier, slots[i]);
+    state.policy->Store(entry, 1, &keys_[entry]);
+    SetState(entry, tier, State::kReady);
+    UpdateEvictable(entry, tier);
   }
-  for (size_t i = restored.size(); i-- > 0;) {
-    ++clock_;
-    SetState(restored[i], tier, State::kReady);
-    Touch(restored[i]);
-    UpdateEvictable(restored[i], tier);
+  return num_taken;
+}
+
+size_t PrefixIndex::Blocks(Tier tier, std::vector<BlockKey>* keys, std::vector<BlockKey>* parents,
+                           std::vector<SlotId>* slots) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  for (uint32_t entry = 0; entry < end_; ++entry) {
+    if (IsFreed(entry) || StateOf(entry, tier) != State::kReady) continue;
+    keys->push_back(keys_[entry]);
+    parents->push_back(nodes_[entry].parent == kNil ? BlockKey{} : keys_[nodes_[entry].parent]);
+    slots->push_back(At(entry, tier).slot);
   }
-  state.free_slots.clear();
-  for (uint32_t slot = state.capacity; slot-- > 0;) {
-    if (!used[slot]) state.free_slots.push_back(static_cast<SlotId>(slot));
-  }
-  return restored.size();
+  return keys->size();
 }
 
 TierStats PrefixIndex::Stats(Tier tier) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  const TierState& state = tiers_[static_cast<int>(tier)];
+  const TierState& state = Of(tier);
   TierStats stats;
-  stats.slots = state.capacity;
-  stats.free = static_cast<uint32_t>(state.free_slots.size());
+  stats.slots = state.pool.num_slots();
+  stats.free = state.pool.num_free();
   stats.ready = state.count[static_cast<int>(State::kReady)];
   stats.writing = state.count[static_cast<int>(State::kWriting)];
   stats.pinned = state.pinned;
@@ -383,136 +708,100 @@ size_t PrefixIndex::num_transactions() const {
   return transactions_.size();
 }
 
+size_t PrefixIndex::num_entries() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return table_.size();
+}
+
 size_t PrefixIndex::memory_bytes() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  size_t bytes = entries_.capacity() * sizeof(Entry) + free_entries_.capacity() * sizeof(uint32_t);
-  bytes += by_key_.bucket_count() * sizeof(void*) +
-           by_key_.size() * (sizeof(std::pair<BlockKey, uint32_t>) + 2 * sizeof(void*));
-  for (const TierState& state : tiers_) {
-    bytes += state.free_slots.capacity() * sizeof(SlotId) +
-             state.evictable.capacity() * sizeof(uint32_t);
-  }
+  const size_t per_entry = sizeof(BlockKey) + sizeof(Node) + tokens_per_block_ * sizeof(int32_t) +
+                           (tokens_per_block_ > 0) + sizeof(uint16_t) + sizeof(uint8_t);
+  size_t bytes = end_ * per_entry + table_.memory_bytes();
+  for (const TierState& state : tiers_) bytes += state.pool.memory_bytes() + state.policy->memory_bytes();
   return bytes;
 }
 
 std::string PrefixIndex::CheckIntegrity() const {
   std::lock_guard<std::mutex> lock(mutex_);
   std::vector<uint32_t> pins[kNumTiers], children[kNumTiers];
-  std::vector<uint32_t> structural(entries_.size(), 0);
+  std::vector<uint32_t> structural(end_, 0);
   for (int t = 0; t < kNumTiers; ++t) {
-    pins[t].assign(entries_.size(), 0);
-    children[t].assign(entries_.size(), 0);
+    pins[t].assign(end_, 0);
+    children[t].assign(end_, 0);
   }
   for (const auto& [id, lease] : leases_) {
-    for (const Pin& pin : lease) pins[static_cast<int>(pin.tier)][pin.entry]++;
-  }
-  for (const auto& [id, txn] : transactions_) {
-    for (uint32_t entry : txn.entries) {
-      pins[static_cast<int>(txn.tier)][entry]++;
-      if (At(entry, txn.tier).state != State::kWriting) return "a reserved block is not being written";
+    for (const Run& run : lease) {
+      for (uint32_t i = 0; i < run.count; ++i) pins[static_cast<int>(run.tier)][run.first + i]++;
     }
   }
-  if (by_key_.size() + free_entries_.size() != entries_.size()) return "entries are lost";
-  for (const auto& [key, id] : by_key_) {
-    const Entry& e = entries_[id];
-    if (!(e.key == key)) return "an entry sits under another key";
-    if (e.parent != kNil) {
-      structural[e.parent]++;
-      for (int t = 0; t < kNumTiers; ++t) {
-        children[t][e.parent] += e.tier[t].state != State::kAbsent;
+  for (const auto& [id, txn] : transactions_) {
+    size_t count = 0;
+    for (const Run& run : txn.runs) {
+      for (uint32_t entry = run.first; entry < run.first + run.count; ++entry, ++count) {
+        pins[static_cast<int>(txn.tier)][entry]++;
+        if (StateOf(entry, txn.tier) != State::kWriting) return "a reserved block is not being written";
       }
+    }
+    if (count != txn.count) return "a transaction has lost blocks";
+  }
+  size_t freed = 0;
+  for (uint32_t id = first_free_; id != kNil; id = nodes_[id].num_children) {
+    if (!IsFreed(id)) return "an entry in use is free";
+    ++freed;
+  }
+  if (table_.size() + freed != end_) return "entries are lost";
+  for (uint32_t id = 0; id < end_; ++id) {
+    if (IsFreed(id)) continue;
+    if (Find(keys_[id]) != id) return "an entry is not found by its key";
+    const Node& node = nodes_[id];
+    if (node.parent == kNil) continue;
+    structural[node.parent]++;
+    for (int t = 0; t < kNumTiers; ++t) {
+      children[t][node.parent] += StateOf(id, static_cast<Tier>(t)) != State::kAbsent;
     }
   }
   for (int t = 0; t < kNumTiers; ++t) {
     const TierState& state = tiers_[t];
-    std::unordered_set<SlotId> seen(state.free_slots.begin(), state.free_slots.end());
-    if (seen.size() != state.free_slots.size()) return "a slot is free twice";
-    size_t evictable = 0;
+    const Tier tier = static_cast<Tier>(t);
+    std::unordered_set<SlotId> used;
+    std::vector<bool> evictable(end_, false);
     uint32_t pinned = 0, count[4] = {};
-    for (const auto& [key, id] : by_key_) {
-      const Residency& r = entries_[id].tier[t];
-      pinned += r.pins > 0;
-      count[static_cast<int>(r.state)]++;
-      if ((r.slot == kNoSlot) != (r.state == State::kAbsent)) return "slot and state disagree";
-      if (r.slot != kNoSlot && !seen.insert(r.slot).second) return "a slot is used twice";
-      if (r.slot != kNoSlot && static_cast<uint32_t>(r.slot) >= state.capacity) return "no such slot";
-      if (r.pins != pins[t][id]) return "pins without a lease or transaction";
-      if (r.state == State::kDying && r.pins == 0) return "a dropped block kept its slot";
-      if (r.children != children[t][id]) return "wrong count of resident children";
-      const bool can_go = r.state == State::kReady && r.pins == 0 && r.children == 0;
-      if (can_go != (r.heap_pos != kNil)) return "the eviction heap misses or keeps an entry";
-      if (can_go) {
-        ++evictable;
-        if (r.heap_pos >= state.evictable.size() || state.evictable[r.heap_pos] != id) {
-          return "the eviction heap points elsewhere";
-        }
-        if (r.heap_pos > 0) {
-          const uint32_t above = state.evictable[(r.heap_pos - 1) / 2];
-          if (entries_[above].last_use > entries_[id].last_use) return "the eviction heap is unordered";
-        }
+    for (uint32_t id = 0; id < end_; ++id) {
+      if (IsFreed(id)) continue;
+      const Residency& r = At(id, tier);
+      pinned += r.pins() > 0;
+      count[static_cast<int>(r.state())]++;
+      const bool absent = StateOf(id, tier) == State::kAbsent;
+      if (!absent && (r.slot < 0 || static_cast<uint32_t>(r.slot) >= state.pool.num_slots())) {
+        return "no such slot";
       }
+      if (!absent && !used.insert(r.slot).second) return "a slot is used twice";
+      if (!absent && state.pool.IsFree(r.slot)) return "a slot in use is free";
+      if (r.pins() != pins[t][id]) return "pins without a lease or transaction";
+      if (StateOf(id, tier) == State::kDying && r.pins() == 0) return "a dropped block kept its slot";
+      if (r.children != children[t][id]) return "wrong count of resident children";
+      evictable[id] = StateOf(id, tier) == State::kReady && r.pins() == 0 && r.children == 0;
+      if (evictable[id] != r.evictable()) return "wrong about what may be evicted";
     }
-    if (evictable != state.evictable.size()) return "the eviction heap has strangers";
-    if (seen.size() != state.capacity) return "slots are lost";
+    if (used.size() + state.pool.num_free() != state.pool.num_slots()) return "slots are lost";
+    if (state.pool.num_slots() > 0) {
+      const std::string problem = state.policy->Check(evictable);
+      if (!problem.empty()) return problem;
+    }
     if (pinned != state.pinned) return "wrong count of pinned blocks";
     for (int k = static_cast<int>(State::kWriting); k <= static_cast<int>(State::kDying); ++k) {
       if (count[k] != state.count[k]) return "wrong count of blocks by state";
     }
   }
-  for (const auto& [key, id] : by_key_) {
-    const Entry& e = entries_[id];
-    if (e.num_children != structural[id]) return "wrong count of children";
-    bool used = e.num_children > 0;
-    for (const Residency& r : e.tier) used |= r.state != State::kAbsent;
-    if (!used) return "an entry that nothing refers to";
+  for (uint32_t id = 0; id < end_; ++id) {
+    if (IsFreed(id)) continue;
+    if (nodes_[id].num_children != structural[id]) return "wrong count of children";
+    bool needed = structural[id] > 0;
+    for (int t = 0; t < kNumTiers; ++t) needed |= StateOf(id, static_cast<Tier>(t)) != State::kAbsent;
+    if (!needed) return "an entry that nothing refers to";
   }
   return "";
-}
-
-// ---- heap of evictable leaves ------------------------------------------------------------------
-
-void PrefixIndex::HeapPush(Tier tier, uint32_t entry) {
-  auto& heap = tiers_[static_cast<int>(tier)].evictable;
-  heap.push_back(entry);
-  At(entry, tier).heap_pos = static_cast<uint32_t>(heap.size() - 1);
-  HeapSift(tier, At(entry, tier).heap_pos);
-}
-
-void PrefixIndex::HeapErase(Tier tier, uint32_t entry) {
-  auto& heap = tiers_[static_cast<int>(tier)].evictable;
-  const uint32_t pos = At(entry, tier).heap_pos;
-  At(entry, tier).heap_pos = kNil;
-  const uint32_t last = heap.back();
-  heap.pop_back();
-  if (last == entry) return;
-  heap[pos] = last;
-  At(last, tier).heap_pos = pos;
-  HeapSift(tier, pos);
-}
-
-void PrefixIndex::HeapSift(Tier tier, uint32_t pos) {
-  auto& heap = tiers_[static_cast<int>(tier)].evictable;
-  auto older = [&](uint32_t a, uint32_t b) { return entries_[a].last_use < entries_[b].last_use; };
-  auto place = [&](uint32_t at, uint32_t entry) {
-    heap[at] = entry;
-    At(entry, tier).heap_pos = at;
-  };
-  const uint32_t entry = heap[pos];
-  while (pos > 0) {
-    const uint32_t up = (pos - 1) / 2;
-    if (!older(entry, heap[up])) break;
-    place(pos, heap[up]);
-    pos = up;
-  }
-  for (;;) {
-    size_t down = 2 * static_cast<size_t>(pos) + 1;
-    if (down >= heap.size()) break;
-    if (down + 1 < heap.size() && older(heap[down + 1], heap[down])) ++down;
-    if (!older(heap[down], entry)) break;
-    place(pos, heap[down]);
-    pos = static_cast<uint32_t>(down);
-  }
-  place(pos, entry);
 }
 
 }  // namespace flexkv

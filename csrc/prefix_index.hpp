@@ -1,24 +1,35 @@
 // One index for all tiers: which block lives in which slot of which tier, who needs it, and what
 // may go. It moves no byte.
 //
-// Why a hash table of blocks and not a tree of runs: keys are chained hashes, so a key already says
+// Why entries per block and not a tree of runs: keys are chained hashes, so a key already says
 // where in the tree it is, and SGLang hands us fragments (the part of a prompt that is not on the
-// device) whose ancestors we may not hold. Parent links are kept for one purpose: eviction is
-// leaf first in every tier, so a prefix never loses a block in its middle.
+// device) whose ancestors we may not hold. What a tree of runs is fast at is kept all the same: the
+// blocks of one prompt get consecutive entries, so the next block of a walk is tried in the next
+// entry, which is in the cache already, before the table of keys is asked. Parent links are kept
+// for one purpose: eviction is leaf first in every tier, so a prefix never loses a block in its
+// middle.
 //
 // Two-phase slots: Reserve hands out slots that nobody can see, Commit makes them readable, Abort
 // gives them back. A lease pins what its reader was promised until it is released.
 //
-// Locking: one mutex, held only inside a call; no call waits for anything while holding it.
+// Locking: one mutex, held only inside a call. No call waits for anything while holding it, calls
+// nobody who could call back, and takes no other lock; so it can be called under any lock of a
+// caller, and a call takes microseconds.
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
 #include <unordered_map>
 #include <vector>
 
+#include "eviction.hpp"
+#include "growing_array.hpp"
+#include "key_table.hpp"
+#include "mempool.hpp"
+#include "token_hash.hpp"
 #include "types.hpp"
 
 namespace flexkv {
@@ -32,38 +43,69 @@ struct TierStats {
   uint64_t evicted = 0;     // blocks that left this tier to make room, since start
 };
 
-struct Located {
-  std::vector<uint8_t> tiers;   // per block: Tier it will be read from
-  std::vector<SlotId> slots;    // per block: slot in that tier
+struct TierSetup {
+  uint32_t slots = 0;
+  EvictionPolicyKind policy = EvictionPolicyKind::kLru;
+};
+
+// Blocks of a caller: their keys and, where the index keeps tokens, what they must hold.
+struct BlockRun {
+  const BlockKey* keys = nullptr;
+  size_t count = 0;
+  const TokenView* tokens = nullptr;  // of the same blocks; may be null
+};
+
+// A sequence of a caller, from its start: named and found by its tokens.
+struct TokenRun {
+  BlockKey name_space;  // who may share its blocks
+  TokenView tokens;
+  size_t count = 0;     // blocks
 };
 
 class PrefixIndex {
  public:
-  PrefixIndex(uint32_t cpu_slots, uint32_t ssd_slots);
+  // `tokens_per_block`: tokens are kept and compared; 0 if callers have keys that cannot collide.
+  PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block = 0);
 
   // For each of the leading blocks that is readable somewhere, a bit mask of the tiers that hold it
-  // (bit 0 CPU, bit 1 SSD). Stops at the first block that no tier holds. Marks them as used.
-  std::vector<uint8_t> Match(const BlockKey* keys, size_t count);
+  // (bit 0 CPU, bit 1 SSD) goes to `masks`. Stops at the first block that no tier holds, and returns
+  // how many there were. Marks them as looked at.
+  size_t Match(const BlockRun& blocks, uint8_t* masks);
 
-  // Pins the leading readable blocks, each in its nearest tier, and returns the lease and where they
-  // are. `tier` restricts the search to one tier. Zero blocks: no lease (id 0).
-  uint64_t Acquire(const BlockKey* keys, size_t count, std::optional<Tier> tier, Located* out);
+  // Hash and match in one: `keys` gets the keys of all blocks of a sequence. What is held is
+  // recognised by its tokens and not hashed again.
+  size_t MatchTokens(const TokenRun& run, BlockKey* keys, uint8_t* masks);
+
+  // Pins the leading readable blocks, each in its nearest tier, and returns the lease. `tier`
+  // restricts the search to one tier. `use`: they are going to be read, which is what eviction
+  // policies count; otherwise they are only looked at. Of each of the first `found` blocks `tiers`
+  // and `slots` say where it is. Zero blocks: no lease (id 0).
+  uint64_t Acquire(const BlockRun& blocks, std::optional<Tier> tier, bool use, uint8_t* tiers,
+                   SlotId* slots, size_t* found);
+
+  // Hash and acquire in one, in all tiers.
+  uint64_t AcquireTokens(const TokenRun& run, bool use, BlockKey* keys, uint8_t* tiers, SlotId* slots,
+                         size_t* found);
 
   // Gives a lease back. False if it is not known (released or reset before): nothing changes.
   bool Release(uint64_t lease);
 
-  // Reserves slots in `tier` for the blocks it does not hold yet, evicting least recently used
-  // leaves where needed. `parent` is the key before keys[0], if any. On success `positions` says
-  // which of the keys are new, `slots` where to write them, and the transaction id is returned; if
+  // Reserves slots in `tier` for the blocks it does not hold yet, evicting where needed what the
+  // tier's policy says. `parent` is the key before the first, if any. On success `positions` says
+  // which of the blocks are new, `slots` where to write them, and the transaction id is returned; if
   // every block is there already it is 0. nullopt: pins leave no room; nothing was reserved.
-  std::optional<uint64_t> Reserve(Tier tier, const BlockKey* parent, const BlockKey* keys,
-                                  size_t count, std::vector<uint32_t>* positions,
+  // `importance` of the request, 0 to kImportanceMax: less important blocks are evicted first.
+  std::optional<uint64_t> Reserve(Tier tier, const BlockKey* parent, const BlockRun& blocks,
+                                  uint8_t importance, std::vector<uint32_t>* positions,
                                   std::vector<SlotId>* slots);
 
   // Ends a transaction. Blocks whose `ok` byte is zero are given back instead of published; a null
   // `ok` publishes all. Returns how many were published.
   size_t Commit(uint64_t txn, const uint8_t* ok, size_t count);
   bool Abort(uint64_t txn);
+
+  // Makes room for that many blocks more, as far as pins let it. Returns how many blocks went.
+  size_t Evict(Tier tier, size_t count);
 
   // Forgets blocks of one tier, for instance because they could not be read back. A pinned block
   // stops being readable at once and gives its slot back when its last pin goes. Returns how many
@@ -81,85 +123,130 @@ class PrefixIndex {
   size_t Restore(Tier tier, const BlockKey* keys, const BlockKey* parents, const SlotId* slots,
                  size_t count, std::vector<uint8_t>* taken);
 
+  // All readable blocks of a tier, in no order; an all-zero parent means none. Returns how many.
+  size_t Blocks(Tier tier, std::vector<BlockKey>* keys, std::vector<BlockKey>* parents,
+                std::vector<SlotId>* slots) const;
+
   TierStats Stats(Tier tier) const;
   size_t num_leases() const;
   size_t num_transactions() const;
+  size_t num_entries() const;  // blocks that some tier holds, and places kept for parents
   size_t memory_bytes() const;
+  uint32_t tokens_per_block() const { return tokens_per_block_; }
 
   // Checks every invariant of the structure against a fresh walk; returns "" or what is broken.
   std::string CheckIntegrity() const;
 
  private:
   static constexpr uint32_t kNil = UINT32_MAX;
-  enum class State : uint8_t { kAbsent, kWriting, kReady, kDying };
+  static constexpr uint32_t kCreated = 1u << 31;
+  static constexpr uint32_t kFreed = UINT32_MAX - 1;  // as a parent: the entry is not in use
+  enum class State : uint32_t { kAbsent, kWriting, kReady, kDying };
 
+  // Plain words and no bit-fields: a new entry is written with a few stores that way, and with
+  // bit-fields through the stack, which takes the processor ten times as long.
   struct Residency {
-    SlotId slot = kNoSlot;
-    uint32_t pins = 0;
-    uint32_t children = 0;      // children that occupy a slot in this tier
-    uint32_t heap_pos = kNil;   // place in the tier's heap of evictable leaves
-    State state = State::kAbsent;
+    SlotId slot;        // unless absent
+    uint32_t children;  // children that occupy a slot in this tier
+    uint32_t word;      // pins, whether its policy may evict it, and state
+
+    static constexpr uint32_t kStateMask = 3, kEvictable = 4, kOnePin = 8;
+    State state() const { return static_cast<State>(word & kStateMask); }
+    void set_state(State state) { word = (word & ~kStateMask) | static_cast<uint32_t>(state); }
+    bool evictable() const { return word & kEvictable; }
+    uint32_t pins() const { return word / kOnePin; }
   };
 
   // An entry without any residency is a placeholder: it keeps the place of a block that only its
   // children refer to, so that leaf-first order survives children that arrive before their parent.
-  struct Entry {
-    BlockKey key;
-    uint64_t last_use = 0;
-    uint32_t parent = kNil;
-    uint32_t num_children = 0;  // entries whose parent this is
+  // Of an entry that is not in use num_children is the next one.
+  struct Node {
+    uint32_t parent;
+    uint32_t num_children;  // entries whose parent this is
     Residency tier[kNumTiers];
   };
+  static_assert(sizeof(Node) == 32, "two entries share a cache line");
 
-  struct Pin {
-    uint32_t entry;
+  // Entries of consecutive ids.
+  struct Run {
+    uint32_t first;
+    uint32_t count;
     Tier tier;
   };
   struct Transaction {
     Tier tier;
-    std::vector<uint32_t> entries;
+    std::vector<Run> runs;
+    size_t count;
+  };
+  class Toucher;
+  class Walk;
+  class TokenWalk;
+
+  struct TierState {
+    explicit TierState(uint32_t slots) : pool(slots) {}
+    Mempool pool;
+    std::unique_ptr<EvictionPolicy> policy;
+    uint32_t count[4] = {};  // blocks by State; kAbsent is not counted
+    uint32_t pinned = 0;
+    uint64_t evicted = 0;
   };
 
-  Residency& At(uint32_t entry, Tier tier) { return entries_[entry].tier[static_cast<int>(tier)]; }
+  Residency& At(uint32_t entry, Tier tier) { return nodes_[entry].tier[static_cast<int>(tier)]; }
   const Residency& At(uint32_t entry, Tier tier) const {
-    return entries_[entry].tier[static_cast<int>(tier)];
+    return nodes_[entry].tier[static_cast<int>(tier)];
   }
-  uint32_t Find(const BlockKey& key) const;
+  State StateOf(uint32_t entry, Tier tier) const { return At(entry, tier).state(); }
+  TierState& Of(Tier tier) { return tiers_[static_cast<int>(tier)]; }
+  const TierState& Of(Tier tier) const { return tiers_[static_cast<int>(tier)]; }
+  bool IsFreed(uint32_t entry) const { return nodes_[entry].parent == kFreed; }
+  uint8_t ReadableTiers(uint32_t entry) const;
+  int32_t* Tokens(uint32_t entry) { return &tokens_[static_cast<size_t>(entry) * tokens_per_block_]; }
+  bool HoldsTokens(uint32_t entry, const TokenView& tokens, size_t block);
+  void KeepTokens(uint32_t entry, const TokenView& tokens, size_t block);
+
+  void Tick();
+  uint32_t Find(const BlockKey& key) const { return table_.Find(key, keys_.data()); }
   uint32_t FindOrCreate(const BlockKey& key);
+  // Like FindOrCreate, but of a new entry, marked kCreated, only the key is set.
+  uint32_t FindOrName(const BlockKey& key);
+  size_t FindOrNameAll(const BlockRun& blocks);
+  uint16_t DepthUnder(uint32_t parent) const;
+  template <typename AnyWalk>
+  size_t MatchAlong(AnyWalk& walk, size_t count, uint8_t* masks);
+  template <typename AnyWalk>
+  uint64_t AcquireAlong(AnyWalk& walk, size_t count, std::optional<Tier> tier, bool use, uint8_t* tiers,
+                        SlotId* slots, size_t* found);
+  size_t EvictLocked(Tier tier, size_t count);
+  void ReserveEntries(size_t count, bool populate);
   void Link(uint32_t child, uint32_t parent);
-  void Touch(uint32_t entry);
-  // Puts the entry into, or takes it out of, the heap of what may be evicted from `tier`.
   void UpdateEvictable(uint32_t entry, Tier tier);
   void Occupy(uint32_t entry, Tier tier, SlotId slot);
   void Vacate(uint32_t entry, Tier tier);
   void SetState(uint32_t entry, Tier tier, State state);
+  void RaiseImportance(uint32_t entry, uint8_t importance);
   void AddPin(uint32_t entry, Tier tier);
   void Unpin(uint32_t entry, Tier tier);
   void FreeIfUnused(uint32_t entry);
   bool Drop(uint32_t entry, Tier tier);
 
-  void HeapPush(Tier tier, uint32_t entry);
-  void HeapErase(Tier tier, uint32_t entry);
-  void HeapSift(Tier tier, uint32_t pos);
-
-  struct TierState {
-    uint32_t capacity = 0;
-    std::vector<SlotId> free_slots;
-    std::vector<uint32_t> evictable;  // binary heap by last_use, oldest on top
-    uint32_t count[4] = {};           // blocks by State; kAbsent is not counted
-    uint32_t pinned = 0;
-    uint64_t evicted = 0;
-  };
-
+  const uint32_t tokens_per_block_;
   mutable std::mutex mutex_;
-  std::vector<Entry> entries_;
-  std::vector<uint32_t> free_entries_;
-  std::unordered_map<BlockKey, uint32_t, BlockKeyHash> by_key_;
+  KeyTable table_;
+  GrowingArray<BlockKey> keys_;
+  GrowingArray<Node> nodes_;
+  GrowingArray<int32_t> tokens_;
+  GrowingArray<uint8_t> has_tokens_;
+  BlockTraits traits_;
+  uint32_t end_ = 0;         // entries were given out below it
+  uint32_t reserved_ = 0;    // arrays have room up to it
+  uint32_t first_free_ = kNil;      // of the entries that were given back
   TierState tiers_[kNumTiers];
-  std::unordered_map<uint64_t, std::vector<Pin>> leases_;
+  std::unordered_map<uint64_t, std::vector<Run>> leases_;
   std::unordered_map<uint64_t, Transaction> transactions_;
-  uint64_t clock_ = 0;
   uint64_t next_id_ = 1;
+  // Within Reserve: entries of its blocks, and slots for those that are new.
+  std::vector<uint32_t> found_;
+  std::vector<SlotId> fresh_slots_;
 };
 
 }  // namespace flexkv

@@ -122,6 +122,7 @@ class KVManager:
                 self._device,
                 namespace=self.namespace,
                 label=self.model_config.model_name or "a model without a name",
+                keep_tokens=True,
             )
 
     @property
@@ -151,7 +152,10 @@ class KVManager:
             The task (launch or cancel it) and a mask of the tokens it will bring, bool [tokens].
         """
         sequence, first = self._sequence(token_ids, token_mask)
-        task = self.engine.create_get(sequence.block_keys[first:])
+        if first:
+            task = self.engine.create_get(sequence.block_keys[first:], sequence.tokens_from(first))
+        else:
+            task = self.engine.create_get(sequence)
         held = task.plan.num_blocks if task.plan else 0
         return self._add(task, sequence, first, np.arange(first, first + held))
 
@@ -179,7 +183,7 @@ class KVManager:
         sequence, first = self._sequence(token_ids, token_mask)
         keys = sequence.block_keys
         parent = keys[first - 1] if first else None
-        task = self.engine.create_put(parent, keys[first:])
+        task = self.engine.create_put(parent, keys[first:], sequence.tokens_from(first))
         new = [op.block_positions for op in task.plan.graph.ops] if task.plan else []
         return self._add(task, sequence, first, np.concatenate([np.empty(0, np.int64), *new]) + first)
 

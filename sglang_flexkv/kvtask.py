@@ -24,7 +24,7 @@ import numpy as np
 
 from sglang_flexkv import _core
 from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, PlanKind, TransferPlan
-from sglang_flexkv.common.block import BlockKeys, Namespace
+from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, TokenIds
 from sglang_flexkv.common.config import CacheConfig
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, TransferType
@@ -106,6 +106,7 @@ class KVTaskEngine:
         namespace: Namespace,
         label: str = "",
         rank_tag: str = "rank0",
+        keep_tokens: bool = False,
         disk: _core.Disk | None = None,
     ) -> None:
         self.config = config
@@ -120,7 +121,7 @@ class KVTaskEngine:
         self._spills_running = 0
         self._closed = False
         try:
-            self.cache = GlobalCacheEngine(config)
+            self.cache = GlobalCacheEngine(config, keep_tokens=keep_tokens)
             self.transfer = TransferEngine(config, self.storage)
             self.ssd = (
                 SsdTier(
@@ -164,18 +165,25 @@ class KVTaskEngine:
 
     # ---- creating ----
 
-    def create_get(self, keys: BlockKeys) -> KVTask:
-        """Task that brings the leading held blocks of ``keys`` to the device; READY."""
+    def create_get(self, blocks: BlockKeys | SequenceMeta, tokens: TokenIds | None = None) -> KVTask:
+        """Task that brings the leading held blocks to the device; READY. See GlobalCacheEngine.plan_get."""
         with self._lock:
             self.poll()
-            return self._add(self.cache.plan_get(keys))
+            return self._add(self.cache.plan_get(blocks, tokens))
 
-    def create_put(self, parent: BlockKeys | None, keys: BlockKeys) -> KVTask:
-        """Task that stores the blocks of ``keys`` that the CPU tier does not hold; READY. Its plan is None
-        if there is no room."""
+    def create_put(
+        self,
+        parent: BlockKeys | None,
+        keys: BlockKeys,
+        tokens: TokenIds | None = None,
+        *,
+        importance: int = 0,
+    ) -> KVTask:
+        """Task that stores the blocks that the CPU tier does not hold; READY. Its plan is None if there is no
+        room. See GlobalCacheEngine.plan_put."""
         with self._lock:
             self.poll()
-            return self._add(self.cache.plan_put(parent, keys))
+            return self._add(self.cache.plan_put(parent, keys, tokens, importance=importance))
 
     def start_prefetch(self, keys: BlockKeys) -> KVTask | None:
         """Starts to bring the leading held blocks of ``keys`` into the CPU tier. None: nothing to do."""

@@ -15,14 +15,16 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_flexkv import _core
-from sglang_flexkv.common.block import BlockKeys
-from sglang_flexkv.common.config import CacheConfig, SsdAdmission
+from sglang_flexkv.common.block import BlockKeys, SequenceMeta, TokenIds
+from sglang_flexkv.common.config import CacheConfig, EvictionPolicy, SsdAdmission
 from sglang_flexkv.common.transfer import TransferOp, TransferOpGraph, TransferType
 
 logger = logging.getLogger(__name__)
 
 CPU, SSD = _core.Tier.CPU, _core.Tier.SSD
 _CPU_BIT, _SSD_BIT = 1 << int(CPU), 1 << int(SSD)
+
+_POLICIES = {policy: getattr(_core.EvictionPolicy, policy.name) for policy in EvictionPolicy}
 
 
 class PlanKind(Enum):
@@ -71,12 +73,20 @@ class MatchResult:
 
 
 class GlobalCacheEngine:
-    """Decides for all tiers. Not thread-safe by itself: one owner calls it."""
+    """Decides for all tiers. Not thread-safe by itself: one owner calls it.
 
-    def __init__(self, config: CacheConfig) -> None:
+    Args:
+        keep_tokens: for callers whose keys are SequenceMeta's: what is found is compared token by token.
+    """
+
+    def __init__(self, config: CacheConfig, *, keep_tokens: bool = False) -> None:
         self.config = config
         self.index = _core.PrefixIndex(
-            config.num_cpu_blocks, config.num_ssd_blocks if config.enable_ssd else 0
+            config.num_cpu_blocks,
+            config.num_ssd_blocks if config.enable_ssd else 0,
+            _POLICIES[config.cpu_eviction_policy],
+            _POLICIES[config.ssd_eviction_policy],
+            config.tokens_per_block if keep_tokens else 0,
         )
         # The SSD tier takes part only between ssd_online and ssd_offline.
         self.journal: _core.SsdStore | None = None
@@ -102,19 +112,38 @@ class GlobalCacheEngine:
 
     # ---- plans ----
 
-    def plan_get(self, keys: BlockKeys) -> TransferPlan | None:
+    def plan_get(
+        self, blocks: BlockKeys | SequenceMeta, tokens: TokenIds | None = None
+    ) -> TransferPlan | None:
         """Plan that brings the leading held blocks to the device, by way of the CPU tier where they are on
-        SSD. Covers fewer blocks than are held if the CPU tier has no room. None: nothing to bring."""
-        return self._plan_fetch(keys, to_device=True)
+        SSD. Covers fewer blocks than are held if the CPU tier has no room. None: nothing to bring.
+
+        Args:
+            blocks: their keys, or a whole sequence, which is given its keys on the way.
+            tokens: what the blocks must hold, int [blocks * tokens_per_block], if the index keeps tokens.
+        """
+        if isinstance(blocks, SequenceMeta):
+            lease, blocks.block_keys, tiers, slots = self.index.acquire_tokens(
+                blocks.token_ids, blocks.namespace, use=True
+            )
+            return self._plan_fetch(blocks.block_keys, (lease, tiers, slots), blocks.token_ids)
+        return self._plan_fetch(blocks, self.index.acquire(blocks, use=True, tokens=tokens), tokens)
 
     def plan_prefetch(self, keys: BlockKeys) -> TransferPlan | None:
         """Plan that brings the leading held blocks into the CPU tier. None: nothing to bring."""
-        return self._plan_fetch(keys, to_device=False)
+        return self._plan_fetch(keys, self.index.acquire(keys), None, to_device=False)
 
-    def _plan_fetch(self, keys: BlockKeys, *, to_device: bool) -> TransferPlan | None:
-        limit = len(keys)
-        while limit > 0:
-            lease, tiers, slots = self.index.acquire(keys[:limit])
+    def _plan_fetch(
+        self,
+        keys: BlockKeys,
+        acquired: tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int32]],
+        tokens: TokenIds | None,
+        *,
+        to_device: bool = True,
+    ) -> TransferPlan | None:
+        """Plan for what was acquired; for less of it where the CPU tier has no room."""
+        while True:
+            lease, tiers, slots = acquired
             held = len(tiers)
             on_ssd = np.flatnonzero(tiers == int(SSD))
             if held == 0 or (not to_device and len(on_ssd) == 0):
@@ -129,7 +158,7 @@ class GlobalCacheEngine:
             )
             host_slots = slots.astype(np.int64)
             if len(on_ssd):
-                reserved = self.index.reserve(CPU, None, plan.keys)
+                reserved = self.index.reserve(CPU, None, plan.keys, tokens)
                 if reserved is None or not np.array_equal(reserved[1], on_ssd):
                     # No room, or another transfer is filling one of the blocks right now: take less.
                     if reserved is not None:
@@ -139,6 +168,9 @@ class GlobalCacheEngine:
                     else:
                         limit = int(on_ssd[0]) + (len(on_ssd) // 2 if len(on_ssd) > 1 else 0)
                     self.index.release(lease)
+                    if limit == 0:
+                        return None
+                    acquired = self.index.acquire(keys[:limit], use=to_device, tokens=tokens)
                     continue
                 plan.txn, _, staged = reserved
                 plan.txn_tier = CPU
@@ -163,18 +195,26 @@ class GlobalCacheEngine:
                     if after >= 0:
                         plan.graph.add_dependency(op, after)
             return plan
-        return None
 
-    def plan_put(self, parent: BlockKeys | None, keys: BlockKeys) -> TransferPlan | None:
+    def plan_put(
+        self,
+        parent: BlockKeys | None,
+        keys: BlockKeys,
+        tokens: TokenIds | None = None,
+        *,
+        importance: int = 0,
+    ) -> TransferPlan | None:
         """Plan that copies blocks from the device to the CPU tier, those it holds already left out.
 
         Args:
             parent: key of the block before ``keys[0]``, shape [2]; None at the start of a sequence.
+            tokens: what the blocks hold, int [blocks * tokens_per_block], if the index keeps tokens.
+            importance: of the request, 0 to IMPORTANCE_MAX; less important blocks are evicted first.
 
         Returns:
             A plan (with an empty graph if every block is held), or None if pins leave no room.
         """
-        reserved = self.index.reserve(CPU, parent, keys)
+        reserved = self.index.reserve(CPU, parent, keys, tokens, importance)
         if reserved is None:
             return None
         txn, positions, slots = reserved

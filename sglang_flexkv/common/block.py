@@ -4,8 +4,9 @@ A block is ``tokens_per_block`` tokens over all layers. Its key is 128 bits of a
 key and the block's tokens, and at the root a namespace digest of everything that changes the bytes (model,
 weights, dtype, layout, shard, tenant). Equal keys therefore mean equal KV.
 
-The library path hashes tokens with BLAKE2b, the SGLang path folds SGLang's own SHA-256 page hashes with the
-namespace; both are collision resistant, so a crafted prompt cannot be answered with another tenant's KV.
+The SGLang path folds SGLang's own SHA-256 page hashes with the namespace: they are collision resistant, so a
+crafted prompt cannot be answered with another tenant's KV. The library path hashes tokens with XXH3, which is
+much faster, and the index compares the tokens of what it finds.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import NewType
 import numpy as np
 import numpy.typing as npt
 
+from sglang_flexkv import _core
+
 KEY_BYTES = 16
 
 BlockKeys = npt.NDArray[np.uint64]  # shape [blocks, 2]
-TokenIds = npt.NDArray[np.int64]  # shape [tokens]
+TokenIds = npt.NDArray[np.int32] | npt.NDArray[np.int64]  # shape [tokens]
 Namespace = NewType("Namespace", bytes)  # KEY_BYTES long
 
 
@@ -47,13 +50,19 @@ class SequenceMeta:
     """A token sequence cut into blocks. The incomplete block at the end is dropped.
 
     Args:
-        token_ids: int64 array of shape [tokens].
+        token_ids: int array of shape [tokens]; int32 and int64 are taken as they are, without a copy.
         tokens_per_block: a power of two.
         namespace: who may share these blocks.
+
+    Raises:
+        ValueError: the ids have another shape, or do not fit in 32 bits.
     """
 
     def __init__(self, token_ids: npt.ArrayLike, tokens_per_block: int, namespace: Namespace) -> None:
-        self.token_ids: TokenIds = np.ascontiguousarray(token_ids, dtype=np.int64)
+        ids = np.asarray(token_ids)
+        if ids.dtype not in (np.int32, np.int64):
+            ids = ids.astype(np.int64)
+        self.token_ids: TokenIds = np.ascontiguousarray(ids)
         if self.token_ids.ndim != 1:
             raise ValueError(f"token_ids must have one dimension, not {self.token_ids.ndim}")
         self.tokens_per_block = tokens_per_block
@@ -65,12 +74,9 @@ class SequenceMeta:
 
     @cached_property
     def block_keys(self) -> BlockKeys:
-        """uint64 of shape [num_blocks, 2]."""
-        raw = self.token_ids[: self.num_blocks * self.tokens_per_block].tobytes()
-        step = self.tokens_per_block * self.token_ids.itemsize
-        digest: bytes = self.namespace
-        out = bytearray()
-        for start in range(0, len(raw), step):
-            digest = hashlib.blake2b(digest + raw[start : start + step], digest_size=KEY_BYTES).digest()
-            out += digest
-        return np.frombuffer(bytes(out), dtype=np.uint64).reshape(-1, 2)
+        """uint64 of shape [num_blocks, 2]. Who finds the blocks by their tokens fills it in on the way."""
+        return _core.hash_tokens(self.token_ids, self.tokens_per_block, self.namespace)
+
+    def tokens_from(self, block: int) -> TokenIds:
+        """Token ids from a block on."""
+        return self.token_ids[block * self.tokens_per_block :]

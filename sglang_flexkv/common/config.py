@@ -54,6 +54,16 @@ class PrefetchPolicy(Enum):
     WAIT_COMPLETE = "wait_complete"  # until the last block is there or has failed
 
 
+class EvictionPolicy(Enum):
+    """Which blocks of a tier go first when it is full. Always leaf first, and never what is in use."""
+
+    LRU = "lru"  # the least recently used
+    LFU = "lfu"  # the least often used
+    SLRU = "slru"  # those that were never used again, then the least recently used
+    S3FIFO = "s3fifo"  # new ones have to prove themselves in a tenth of the tier
+    FIFO = "fifo"  # the oldest
+
+
 class IoEngine(Enum):
     AUTO = "auto"
     IO_URING = "io_uring"
@@ -153,6 +163,8 @@ class CacheConfig(_Settings):
     num_cpu_blocks: int = Field(default=1000, gt=0)
     enable_ssd: bool = False
     num_ssd_blocks: int = Field(default=0, ge=0)
+    cpu_eviction_policy: EvictionPolicy = EvictionPolicy.LRU
+    ssd_eviction_policy: EvictionPolicy = EvictionPolicy.LRU
     ssd_cache_dir: Directories = ()
     ssd_on_mismatch: SsdMismatch = SsdMismatch.REFUSE
     ssd_admission: SsdAdmission = SsdAdmission.ALL
@@ -192,6 +204,8 @@ class FlexKVConfig(_Settings):
     ssd_on_mismatch: SsdMismatch = SsdMismatch.REFUSE
     ssd_admission: SsdAdmission = SsdAdmission.ALL
     ssd_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
+    cpu_eviction_policy: EvictionPolicy = EvictionPolicy.LRU
+    ssd_eviction_policy: EvictionPolicy = EvictionPolicy.LRU
     write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
     prefetch_policy: PrefetchPolicy = PrefetchPolicy.TIMEOUT
     prefetch_timeout_s: float = Field(default=3.0, gt=0)
@@ -265,6 +279,8 @@ class FlexKVConfig(_Settings):
             num_cpu_blocks=num_cpu_blocks,
             enable_ssd=num_ssd_blocks > 0,
             num_ssd_blocks=num_ssd_blocks,
+            cpu_eviction_policy=self.cpu_eviction_policy,
+            ssd_eviction_policy=self.ssd_eviction_policy,
             ssd_cache_dir=self.ssd_cache_dir,
             ssd_on_mismatch=self.ssd_on_mismatch,
             ssd_admission=self.ssd_admission,

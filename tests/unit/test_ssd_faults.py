@@ -60,6 +60,7 @@ class Cache:
             self.manager._device,
             namespace=self.manager.namespace,
             disk=self.disk,
+            keep_tokens=True,
         )
         self.engine = self.manager.engine
         assert self.engine.ssd is not None

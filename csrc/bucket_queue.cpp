@@ -1,0 +1,89 @@
+#include "bucket_queue.hpp"
+
+#include <algorithm>
+#include <utility>
+
+namespace flexkv {
+
+BucketQueue::BucketQueue(GrowingArray<QueueLink>* links) : links_(links), used_(kBuckets, false) {
+  Clear();
+}
+
+void BucketQueue::Clear() {
+  buckets_.resize(kBuckets);
+  for (uint32_t i = 0; i < kBuckets; ++i) buckets_[i] = {i | kBucket, i | kBucket};
+  used_ = BitTree(kBuckets, false);
+}
+
+size_t BucketQueue::Lowest() const {
+  const size_t found = used_.LowestFrom(base_ % kBuckets);
+  return found != SIZE_MAX ? found : used_.Lowest();
+}
+
+void BucketQueue::Insert(uint32_t entry, uint64_t priority) {
+  if (size_ == 0) {
+    shift_ = 0;
+    base_ = priority - std::min<uint64_t>(priority, kBuckets / 2);  // something older may follow
+  }
+  uint64_t bucket = priority >> shift_;
+  while (bucket >= base_ + kBuckets) {
+    base_ += (Lowest() + kBuckets - base_ % kBuckets) % kBuckets;
+    if (bucket < base_ + kBuckets) break;
+    Widen();
+    bucket = priority >> shift_;
+  }
+  ++size_;
+  // What is older than all the others goes before them.
+  const bool first = bucket < base_;
+  const size_t position = first ? Lowest() : bucket % kBuckets;
+  const uint32_t end = static_cast<uint32_t>(position) | kBucket;
+  used_.Insert(position);
+  const uint32_t previous = first ? end : At(end).previous;
+  const uint32_t next = first ? At(end).next : end;
+  (*links_)[entry] = {previous, next};
+  At(previous).next = entry;
+  At(next).previous = entry;
+}
+
+void BucketQueue::Erase(uint32_t entry) {
+  const QueueLink link = (*links_)[entry];
+  At(link.previous).next = link.next;
+  At(link.next).previous = link.previous;
+  if (link.previous == link.next) used_.Erase(link.next & ~kBucket);  // it was alone
+  --size_;
+}
+
+uint32_t BucketQueue::Front() const { return size_ == 0 ? kNone : buckets_[Lowest()].next; }
+
+void BucketQueue::Widen() {
+  const std::vector<QueueLink> old = std::exchange(buckets_, {});
+  Clear();
+  for (size_t i = 0; i < kBuckets; ++i) {
+    const size_t position = (base_ + i) % kBuckets;
+    const QueueLink& list = old[position];
+    if (list.next == (static_cast<uint32_t>(position) | kBucket)) continue;
+    const size_t target = ((base_ + i) >> 1) % kBuckets;
+    const uint32_t end = static_cast<uint32_t>(target) | kBucket;
+    const uint32_t before = At(end).previous;
+    At(before).next = list.next;
+    At(list.next).previous = before;
+    At(list.previous).next = end;
+    At(end).previous = list.previous;
+    used_.Insert(target);
+  }
+  base_ >>= 1;
+  ++shift_;
+}
+
+std::vector<uint32_t> BucketQueue::Entries() const {
+  std::vector<uint32_t> entries;
+  for (size_t i = 0; i < kBuckets; ++i) {
+    const uint32_t end = static_cast<uint32_t>((base_ + i) % kBuckets) | kBucket;
+    for (uint32_t at = buckets_[end & ~kBucket].next; at != end; at = (*links_)[at].next) {
+      entries.push_back(at);
+    }
+  }
+  return entries;
+}
+
+}  // namespace flexkv

@@ -1,0 +1,64 @@
+// Which block of a tier goes first. One policy object per tier; the index tells it what happens and
+// asks it for victims. It decides nothing about what may go: the index says so, block by block
+// (SetEvictable), and that is only ever a leaf that nobody holds.
+//
+// Only what may go is queued, so no call passes by anything else: every call takes constant time per
+// block.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "growing_array.hpp"
+#include "types.hpp"
+
+namespace flexkv {
+
+enum class EvictionPolicyKind : uint8_t { kLru, kLfu, kSlru, kS3Fifo, kFifo };
+
+// What the index knows about its entries and every policy may use.
+struct BlockTraits {
+  GrowingArray<uint16_t> depth;      // blocks before it in its prompt, as far as is known
+  GrowingArray<uint8_t> importance;  // of its request, 0 to kImportanceMax; the less important go first
+};
+constexpr uint8_t kImportanceMax = 127;
+constexpr uint16_t kDepthMax = UINT16_MAX;  // and beyond
+
+class EvictionPolicy {
+ public:
+  static constexpr uint32_t kNone = UINT32_MAX;
+
+  virtual ~EvictionPolicy() = default;
+
+  // Room for entries up to `count`; `populate`: with memory that is there already.
+  virtual void Reserve(size_t count, bool populate) = 0;
+  // A new call of the index begins: what follows happens at one time.
+  virtual void Tick() = 0;
+  // Blocks of consecutive ids came to the tier.
+  virtual void Store(uint32_t first, uint32_t count, const BlockKey* keys) = 0;
+  // Entries of consecutive ids, blocks of one prompt, were looked at; some may be in other tiers
+  // only. `use`: it was not only asked for them, they are read.
+  virtual void Touch(uint32_t first, uint32_t count, bool use) = 0;
+  // It may go, or may not, from now on.
+  virtual void SetEvictable(uint32_t id, bool evictable) = 0;
+  // A block left the tier.
+  virtual void Remove(uint32_t id) = 0;
+  // The block that should go first, of those that may; kNone if there is none. It must be removed.
+  virtual uint32_t Victim() = 0;
+
+  // For who evicts many: what probably goes after this one (kNone: nobody can say), and a hint that
+  // a block is about to go.
+  virtual uint32_t After(uint32_t id) const = 0;
+  virtual void Prefetch(uint32_t id) const = 0;
+
+  virtual size_t memory_bytes() const = 0;
+  // Returns "" or what is broken; `evictable` says of each id below `count` whether it may go.
+  virtual std::string Check(const std::vector<bool>& evictable) const = 0;
+};
+
+std::unique_ptr<EvictionPolicy> MakeEvictionPolicy(EvictionPolicyKind kind, uint32_t capacity,
+                                                   const BlockTraits& traits);
+
+}  // namespace flexkv

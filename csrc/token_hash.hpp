@@ -1,0 +1,27 @@
+// Keys from token ids: chained XXH3-128, for the library's path. (SGLang hashes its pages itself.)
+//
+// It is fast, not cryptographic: whoever looks a block up by such a key compares its tokens, too.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "types.hpp"
+
+namespace flexkv {
+
+// Token ids of some blocks, 32 or 64 bits each, where they lie in the caller's memory.
+struct TokenView {
+  const void* data = nullptr;
+  bool wide = false;  // int64
+  size_t per_block = 0;
+
+  // Copies the tokens of a block; throws UsageError if one needs more than 32 bits.
+  void Copy(size_t block, int32_t* out) const;
+  bool Equal(size_t block, const int32_t* stored) const;
+};
+
+// Key of the block with these tokens after the block `parent`, or after the namespace's digest.
+BlockKey HashBlock(const BlockKey& parent, const TokenView& tokens, size_t block);
+
+}  // namespace flexkv
