@@ -148,6 +148,8 @@ PYBIND11_MODULE(_core, m) {
       .def_readonly("evicted", &TierStats::evicted);
 
   py::enum_<EvictionPolicyKind>(m, "EvictionPolicy")
+      .value("ADAPTIVE", EvictionPolicyKind::kAdaptive)
+      .value("COST", EvictionPolicyKind::kCost)
       .value("LRU", EvictionPolicyKind::kLru)
       .value("LFU", EvictionPolicyKind::kLfu)
       .value("SLRU", EvictionPolicyKind::kSlru)
@@ -172,16 +174,18 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<PrefixIndex>(m, "PrefixIndex")
       .def(py::init([](uint32_t cpu_slots, uint32_t ssd_slots, EvictionPolicyKind cpu_policy,
-                       EvictionPolicyKind ssd_policy, uint32_t tokens_per_block) {
+                       EvictionPolicyKind ssd_policy, uint32_t tokens_per_block, bool keep_tokens) {
              return std::make_unique<PrefixIndex>(TierSetup{cpu_slots, cpu_policy},
-                                                  TierSetup{ssd_slots, ssd_policy}, tokens_per_block);
+                                                  TierSetup{ssd_slots, ssd_policy}, tokens_per_block,
+                                                  keep_tokens);
            }),
            py::arg("cpu_slots"), py::arg("ssd_slots"), py::arg("cpu_policy") = EvictionPolicyKind::kLru,
-           py::arg("ssd_policy") = EvictionPolicyKind::kLru, py::arg("tokens_per_block") = 0)
+           py::arg("ssd_policy") = EvictionPolicyKind::kLru, py::arg("tokens_per_block") = 16,
+           py::arg("keep_tokens") = false)
       .def(
           "match",
           [](PrefixIndex& index, const Keys& keys, const std::optional<py::array>& tokens) {
-            const RunView run(keys, tokens, index.tokens_per_block());
+            const RunView run(keys, tokens, index.tokens_kept());
             py::array_t<uint8_t> masks(static_cast<py::ssize_t>(run.blocks.count));
             uint8_t* out = masks.mutable_data();
             size_t found;
@@ -195,7 +199,7 @@ PYBIND11_MODULE(_core, m) {
       .def(
           "match_tokens",
           [](PrefixIndex& index, const py::array& tokens, const std::string& name_space) {
-            const TokenRun run = ViewSequence(tokens, index.tokens_per_block(), name_space);
+            const TokenRun run = ViewSequence(tokens, index.tokens_kept(), name_space);
             Keys keys({run.count, size_t{2}});
             py::array_t<uint8_t> masks(static_cast<py::ssize_t>(run.count));
             BlockKey* key_out = reinterpret_cast<BlockKey*>(keys.mutable_data());
@@ -212,7 +216,7 @@ PYBIND11_MODULE(_core, m) {
           "acquire",
           [](PrefixIndex& index, const Keys& keys, std::optional<Tier> tier, bool use,
              const std::optional<py::array>& tokens) {
-            const RunView run(keys, tokens, index.tokens_per_block());
+            const RunView run(keys, tokens, index.tokens_kept());
             py::array_t<uint8_t> tiers(static_cast<py::ssize_t>(run.blocks.count));
             py::array_t<SlotId> slots(static_cast<py::ssize_t>(run.blocks.count));
             uint8_t* tier_out = tiers.mutable_data();
@@ -230,7 +234,7 @@ PYBIND11_MODULE(_core, m) {
       .def(
           "acquire_tokens",
           [](PrefixIndex& index, const py::array& tokens, const std::string& name_space, bool use) {
-            const TokenRun run = ViewSequence(tokens, index.tokens_per_block(), name_space);
+            const TokenRun run = ViewSequence(tokens, index.tokens_kept(), name_space);
             Keys keys({run.count, size_t{2}});
             py::array_t<uint8_t> tiers(static_cast<py::ssize_t>(run.count));
             py::array_t<SlotId> slots(static_cast<py::ssize_t>(run.count));
@@ -250,8 +254,9 @@ PYBIND11_MODULE(_core, m) {
       .def(
           "reserve",
           [](PrefixIndex& index, Tier tier, const std::optional<Keys>& parent, const Keys& keys,
-             const std::optional<py::array>& tokens, uint8_t importance) -> py::object {
-            const RunView run(keys, tokens, index.tokens_per_block());
+             const std::optional<py::array>& tokens, uint8_t importance,
+             bool staging) -> py::object {
+            const RunView run(keys, tokens, index.tokens_kept());
             const BlockKey* parent_key = nullptr;
             if (parent) {
               if (parent->size() != 2) throw UsageError("parent must be one key of two uint64");
@@ -264,13 +269,13 @@ PYBIND11_MODULE(_core, m) {
               py::gil_scoped_release nogil;
               positions.reserve(run.blocks.count);
               slots.reserve(run.blocks.count);
-              txn = index.Reserve(tier, parent_key, run.blocks, importance, &positions, &slots);
+              txn = index.Reserve(tier, parent_key, run.blocks, {importance, staging}, &positions, &slots);
             }
             if (!txn) return py::none();
             return py::make_tuple(*txn, ToArray(positions), ToArray(slots));
           },
           py::arg("tier"), py::arg("parent"), py::arg("keys"), py::arg("tokens") = std::nullopt,
-          py::arg("importance") = 0)
+          py::arg("importance") = 0, py::arg("staging") = false)
       .def(
           "commit",
           [](PrefixIndex& index, uint64_t txn,
@@ -325,7 +330,7 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("num_transactions", &PrefixIndex::num_transactions)
       .def_property_readonly("num_entries", &PrefixIndex::num_entries)
       .def_property_readonly("memory_bytes", &PrefixIndex::memory_bytes)
-      .def_property_readonly("tokens_per_block", &PrefixIndex::tokens_per_block)
+      .def_property_readonly("tokens_kept", &PrefixIndex::tokens_kept)
       .def("check_integrity", &PrefixIndex::CheckIntegrity, NoGil());
 
   // The GIL stays held: it makes the one owner of a filter any thread of Python.

@@ -5,6 +5,7 @@
 #include "admission_filter.hpp"
 #include "bit_tree.hpp"
 #include "bucket_queue.hpp"
+#include "reuse_model.hpp"
 
 namespace flexkv {
 namespace {
@@ -14,8 +15,8 @@ constexpr uint8_t kUsesMax = 31;
 struct Meta {
   uint32_t stamp_low;  // time by the policy's clock; of what is the rule's business
   uint16_t stamp_high;
-  uint8_t uses;  // times it was used since it came, up to kUsesMax
-  uint8_t segment : 1;
+  uint8_t uses;      // times it was used since it came, or what else the rule counts
+  uint8_t kind : 4;  // the rule's
   uint8_t resident : 1;
   uint8_t queued : 1;  // it may go
 
@@ -32,31 +33,39 @@ static_assert(sizeof(Meta) == 8, "one word a block");
 struct FifoRule {
   static constexpr uint32_t kLevels = 1;
   static constexpr bool kTouches = false;
-  FifoRule(uint32_t, const BlockTraits&) {}
-  void Store(uint32_t, Meta& meta, const BlockKey&, uint64_t now) { meta.set_stamp(now); }
-  void Touch(uint32_t, Meta&, uint64_t, bool) {}
+  static constexpr bool kRefuses = false;  // whether Admits may say no
+  FifoRule(const EvictionSetup&, const BlockTraits&) {}
+  void Tick() { ++now; }
+  void Store(uint32_t, Meta& meta, const BlockKey&, bool) { meta.set_stamp(now); }
+  void Touch(uint32_t, Meta&, bool) {}
   uint32_t Level(const Meta&) const { return 0; }
-  uint64_t Rank(uint32_t, const Meta& meta) const { return meta.stamp(); }
+  uint64_t Rank(const Meta& meta) const { return meta.stamp(); }
   // Whether to look at the second level before the first.
   bool SecondFirst() const { return false; }
   // Whether a victim gets another chance, and what then becomes of it: another level or rank.
   bool Spares(const Meta&) const { return false; }
-  void Spare(Meta&, uint64_t) {}
-  void Remove(const Meta&) {}
+  void Spare(Meta&) {}
+  void Chosen(const Meta&) {}  // as a victim
+  void Remove(const Meta&, const BlockKey&) {}
+  uint64_t RankOf(const EvictionPolicy::Newcomer&) const { return 0; }
+  void Refuse(const EvictionPolicy::Newcomer&) {}
+  bool Remembers(const BlockKey&) const { return false; }
   size_t memory_bytes() const { return 0; }
+
+  uint64_t now = 0;  // calls; 48 bits of it are kept, which lasts for thousands of years
 };
 
 struct LruRule : FifoRule {
   static constexpr bool kTouches = true;
   using FifoRule::FifoRule;
-  void Touch(uint32_t, Meta& meta, uint64_t now, bool) { meta.set_stamp(now); }
+  void Touch(uint32_t, Meta& meta, bool) { meta.set_stamp(now); }
 };
 
 // The least often used, and of those the least recently used.
 struct LfuRule : LruRule {
   static constexpr uint32_t kLevels = kUsesMax + 1;
   using LruRule::LruRule;
-  void Touch(uint32_t, Meta& meta, uint64_t now, bool use) {
+  void Touch(uint32_t, Meta& meta, bool use) {
     meta.set_stamp(now);
     if (use && meta.uses < kUsesMax) ++meta.uses;
   }
@@ -66,23 +75,23 @@ struct LfuRule : LruRule {
 // Segmented LRU: what was used is protected, in four fifths of the tier at most.
 struct SlruRule : LruRule {
   static constexpr uint32_t kLevels = 2;
-  SlruRule(uint32_t capacity, const BlockTraits& traits)
-      : LruRule(capacity, traits), protected_max(capacity / 5 * 4) {}
-  void Touch(uint32_t, Meta& meta, uint64_t now, bool use) {
+  SlruRule(const EvictionSetup& setup, const BlockTraits& traits)
+      : LruRule(setup, traits), protected_max(setup.capacity / 5 * 4) {}
+  void Touch(uint32_t, Meta& meta, bool use) {
     meta.set_stamp(now);
-    if (!use || meta.segment == 1) return;
-    meta.segment = 1;
+    if (!use || meta.kind == 1) return;
+    meta.kind = 1;
     ++num_protected;
   }
-  uint32_t Level(const Meta& meta) const { return meta.segment; }
+  uint32_t Level(const Meta& meta) const { return meta.kind; }
   bool SecondFirst() const { return num_protected > protected_max; }
-  bool Spares(const Meta& meta) const { return meta.segment == 1 && num_protected > protected_max; }
-  void Spare(Meta& meta, uint64_t now) {
-    meta.segment = 0;  // once more from the start, as if it had come just now
+  bool Spares(const Meta& meta) const { return meta.kind == 1 && num_protected > protected_max; }
+  void Spare(Meta& meta) {
+    meta.kind = 0;  // once more from the start, as if it had come just now
     meta.set_stamp(now);
     --num_protected;
   }
-  void Remove(const Meta& meta) { num_protected -= meta.segment; }
+  void Remove(const Meta& meta, const BlockKey&) { num_protected -= meta.kind; }
 
   uint32_t protected_max;
   uint32_t num_protected = 0;
@@ -94,22 +103,24 @@ struct S3FifoRule : FifoRule {
   static constexpr uint32_t kLevels = 2;
   static constexpr bool kTouches = true;
   static constexpr uint8_t kUsesKept = 3;
-  S3FifoRule(uint32_t capacity, const BlockTraits& traits)
-      : FifoRule(capacity, traits), small_max(capacity / 10), ghosts(2 * static_cast<size_t>(capacity)) {}
-  void Store(uint32_t, Meta& meta, const BlockKey& key, uint64_t now) {
+  S3FifoRule(const EvictionSetup& setup, const BlockTraits& traits)
+      : FifoRule(setup, traits),
+        small_max(setup.capacity / 10),
+        ghosts(2 * std::max<size_t>(1, setup.capacity)) {}
+  void Store(uint32_t, Meta& meta, const BlockKey& key, bool) {
     meta.set_stamp(now);
-    meta.segment = ghosts.Seen(&key, 1)[0];
-    num_small += meta.segment == 0;
+    meta.kind = ghosts.Seen(&key, 1)[0];
+    num_small += meta.kind == 0;
   }
-  void Touch(uint32_t, Meta& meta, uint64_t, bool use) {
+  void Touch(uint32_t, Meta& meta, bool use) {
     if (use && meta.uses < kUsesKept) ++meta.uses;
   }
-  uint32_t Level(const Meta& meta) const { return meta.segment; }
+  uint32_t Level(const Meta& meta) const { return meta.kind; }
   bool SecondFirst() const { return num_small <= small_max; }
   bool Spares(const Meta& meta) const { return meta.uses > 0; }
-  void Spare(Meta& meta, uint64_t now) {
-    if (meta.segment == 0) {
-      meta.segment = 1;
+  void Spare(Meta& meta) {
+    if (meta.kind == 0) {
+      meta.kind = 1;
       meta.uses = 0;
       --num_small;
     } else {
@@ -117,7 +128,7 @@ struct S3FifoRule : FifoRule {
     }
     meta.set_stamp(now);
   }
-  void Remove(const Meta& meta) { num_small -= meta.segment == 0; }
+  void Remove(const Meta& meta, const BlockKey&) { num_small -= meta.kind == 0; }
   size_t memory_bytes() const { return ghosts.memory_bytes(); }
 
   uint32_t small_max;
@@ -125,12 +136,75 @@ struct S3FifoRule : FifoRule {
   AdmissionFilter ghosts;
 };
 
+// What a block would cost to compute again, times how often it was used, on top of the worth of what
+// went last (so that nothing lives on old merits for ever). A token deep in a prompt costs more: its
+// attention reads all that is before it, as much as all the rest of it costs from kEvenDepth on.
+struct CostRule : FifoRule {
+  static constexpr bool kTouches = true;
+  static constexpr uint64_t kUnit = 1024;       // worth of a block without a past, never used
+  static constexpr uint64_t kEvenDepth = 8192;  // tokens
+  CostRule(const EvictionSetup& setup, const BlockTraits& block_traits)
+      : FifoRule(setup, block_traits), traits(block_traits), tokens_per_block(setup.tokens_per_block) {}
+  void Store(uint32_t id, Meta& meta, const BlockKey&, bool) { meta.set_stamp(Worth(id, 0)); }
+  void Touch(uint32_t id, Meta& meta, bool use) {
+    if (use && meta.uses < kUsesMax) ++meta.uses;
+    meta.set_stamp(Worth(id, meta.uses));
+  }
+  void Chosen(const Meta& meta) { age = std::max(age, meta.stamp()); }
+  uint64_t Worth(uint32_t id, uint64_t uses) const {
+    const uint64_t tokens_before = static_cast<uint64_t>(traits.depth[id]) * tokens_per_block;
+    return age + (uses + 1) * (kUnit + kUnit * tokens_before / kEvenDepth);
+  }
+
+  const BlockTraits& traits;
+  uint32_t tokens_per_block;
+  uint64_t age = 0;
+};
+
+// The reuse of blocks of some classes is learned while the tier runs; see reuse_model.hpp.
+struct AdaptiveRule : FifoRule {
+  static constexpr bool kTouches = true;
+  static constexpr bool kRefuses = true;
+  AdaptiveRule(const EvictionSetup& setup, const BlockTraits& block_traits)
+      : FifoRule(setup, block_traits),
+        traits(block_traits),
+        model(setup.capacity, std::max(1u, kDeepTokens / std::max(1u, setup.tokens_per_block))) {}
+  void Tick() { model.BeginRequest(); }
+  void Store(uint32_t id, Meta& meta, const BlockKey& key, bool staging) {
+    Write(meta, model.Arrive(key, traits.depth[id], staging));
+  }
+  void Touch(uint32_t id, Meta& meta, bool use) {
+    if (use) Write(meta, model.Use(Read(meta), traits.depth[id]));
+  }
+  uint64_t Rank(const Meta& meta) const { return model.Worth(Read(meta)); }
+  void Remove(const Meta& meta, const BlockKey& key) { model.Leave(key, Read(meta)); }
+  uint64_t RankOf(const EvictionPolicy::Newcomer& newcomer) const {
+    return model.Worth(model.Preview(newcomer.key, newcomer.depth));
+  }
+  void Refuse(const EvictionPolicy::Newcomer& newcomer) {
+    model.Leave(newcomer.key, model.Arrive(newcomer.key, newcomer.depth, false));
+  }
+  bool Remembers(const BlockKey& key) const { return model.Remembers(key); }
+  size_t memory_bytes() const { return model.memory_bytes(); }
+
+  static ReuseModel::Past Read(const Meta& meta) { return {meta.stamp(), meta.uses, meta.kind}; }
+  static void Write(Meta& meta, const ReuseModel::Past& past) {
+    meta.set_stamp(past.last);
+    meta.uses = past.count;
+    meta.kind = past.kind & 15;
+  }
+
+  static constexpr uint32_t kDeepTokens = 4096;
+  const BlockTraits& traits;
+  ReuseModel model;
+};
+
 template <typename Rule>
 class QueuedPolicy final : public EvictionPolicy {
  public:
-  QueuedPolicy(uint32_t capacity, const BlockTraits& traits)
+  QueuedPolicy(const EvictionSetup& setup, const BlockTraits& traits)
       : traits_(traits),
-        rule_(capacity, traits),
+        rule_(setup, traits),
         queues_((kImportanceMax + 1) * Rule::kLevels),
         used_(queues_.size(), false) {}
 
@@ -139,13 +213,13 @@ class QueuedPolicy final : public EvictionPolicy {
     links_.Reserve(count, populate);
   }
 
-  void Tick() override { ++now_; }
+  void Tick() override { rule_.Tick(); }
 
-  void Store(uint32_t first, uint32_t count, const BlockKey* keys) override {
+  void Store(uint32_t first, uint32_t count, const BlockKey* keys, bool staging) override {
     for (uint32_t i = 0; i < count; ++i) {
       Meta meta{};
       meta.resident = true;
-      rule_.Store(first + i, meta, keys[i], now_);
+      rule_.Store(first + i, meta, keys[i], staging);
       metas_[first + i] = meta;
     }
     num_entries_ = std::max<size_t>(num_entries_, static_cast<size_t>(first) + count);
@@ -157,7 +231,7 @@ class QueuedPolicy final : public EvictionPolicy {
         Meta& meta = metas_[id];
         if (!meta.resident) continue;
         if (meta.queued) Leave(id);
-        rule_.Touch(id, meta, now_, use);
+        rule_.Touch(id, meta, use);
         if (meta.queued) Enter(id);
       }
     }
@@ -172,8 +246,8 @@ class QueuedPolicy final : public EvictionPolicy {
     }
   }
 
-  void Remove(uint32_t id) override {
-    rule_.Remove(metas_[id]);
+  void Remove(uint32_t id, const BlockKey& key) override {
+    rule_.Remove(metas_[id], key);
     metas_[id] = {};
   }
 
@@ -184,13 +258,27 @@ class QueuedPolicy final : public EvictionPolicy {
         if (level % 2 == 0 && rule_.SecondFirst() && used_.Contains(level + 1)) ++level;
       }
       const uint32_t id = queues_[level]->Front();
-      if (!rule_.Spares(metas_[id])) return id;
+      if (!rule_.Spares(metas_[id])) {
+        rule_.Chosen(metas_[id]);
+        return id;
+      }
       Leave(id);
-      rule_.Spare(metas_[id], now_);
+      rule_.Spare(metas_[id]);
       Enter(id);
     }
     return kNone;
   }
+
+  bool Admits(const Newcomer& newcomer, uint32_t victim) const override {
+    if (!Rule::kRefuses) return true;
+    const uint8_t importance = traits_.importance[victim];
+    if (newcomer.importance != importance) return newcomer.importance > importance;
+    return rule_.RankOf(newcomer) >= rule_.Rank(metas_[victim]);
+  }
+
+  void Refuse(const Newcomer& newcomer) override { rule_.Refuse(newcomer); }
+
+  bool Remembers(const BlockKey& key) const override { return rule_.Remembers(key); }
 
   uint32_t After(uint32_t id) const override {
     const uint32_t next = links_[id].next;
@@ -241,7 +329,7 @@ class QueuedPolicy final : public EvictionPolicy {
   void Enter(uint32_t id) {
     const size_t level = Level(id);
     if (queues_[level] == nullptr) queues_[level] = std::make_unique<BucketQueue>(&links_);
-    queues_[level]->Insert(id, rule_.Rank(id, metas_[id]));
+    queues_[level]->Insert(id, rule_.Rank(metas_[id]));
     used_.Insert(level);
   }
 
@@ -258,24 +346,26 @@ class QueuedPolicy final : public EvictionPolicy {
   size_t num_entries_ = 0;
   std::vector<std::unique_ptr<BucketQueue>> queues_;  // by importance, then the rule's level
   BitTree used_;  // queues that are not empty
-  uint64_t now_ = 0;  // 48 bits of it are kept, which lasts for thousands of years
 };
 
 }  // namespace
 
-std::unique_ptr<EvictionPolicy> MakeEvictionPolicy(EvictionPolicyKind kind, uint32_t capacity,
-                                                   const BlockTraits& traits) {
-  switch (kind) {
+std::unique_ptr<EvictionPolicy> MakeEvictionPolicy(const EvictionSetup& setup, const BlockTraits& traits) {
+  switch (setup.kind) {
+    case EvictionPolicyKind::kAdaptive:
+      return std::make_unique<QueuedPolicy<AdaptiveRule>>(setup, traits);
+    case EvictionPolicyKind::kCost:
+      return std::make_unique<QueuedPolicy<CostRule>>(setup, traits);
     case EvictionPolicyKind::kLru:
-      return std::make_unique<QueuedPolicy<LruRule>>(capacity, traits);
+      return std::make_unique<QueuedPolicy<LruRule>>(setup, traits);
     case EvictionPolicyKind::kLfu:
-      return std::make_unique<QueuedPolicy<LfuRule>>(capacity, traits);
+      return std::make_unique<QueuedPolicy<LfuRule>>(setup, traits);
     case EvictionPolicyKind::kSlru:
-      return std::make_unique<QueuedPolicy<SlruRule>>(capacity, traits);
+      return std::make_unique<QueuedPolicy<SlruRule>>(setup, traits);
     case EvictionPolicyKind::kS3Fifo:
-      return std::make_unique<QueuedPolicy<S3FifoRule>>(capacity, traits);
+      return std::make_unique<QueuedPolicy<S3FifoRule>>(setup, traits);
     case EvictionPolicyKind::kFifo:
-      return std::make_unique<QueuedPolicy<FifoRule>>(capacity, traits);
+      return std::make_unique<QueuedPolicy<FifoRule>>(setup, traits);
   }
   throw UsageError("no such eviction policy");
 }

@@ -16,7 +16,7 @@
 
 namespace flexkv {
 
-enum class EvictionPolicyKind : uint8_t { kLru, kLfu, kSlru, kS3Fifo, kFifo };
+enum class EvictionPolicyKind : uint8_t { kAdaptive, kCost, kLru, kLfu, kSlru, kS3Fifo, kFifo };
 
 // What the index knows about its entries and every policy may use.
 struct BlockTraits {
@@ -36,17 +36,31 @@ class EvictionPolicy {
   virtual void Reserve(size_t count, bool populate) = 0;
   // A new call of the index begins: what follows happens at one time.
   virtual void Tick() = 0;
-  // Blocks of consecutive ids came to the tier.
-  virtual void Store(uint32_t first, uint32_t count, const BlockKey* keys) = 0;
+  // Blocks of consecutive ids came to the tier. `staging`: from another tier and on their way to a
+  // reader, who will be counted; otherwise somebody had to compute them.
+  virtual void Store(uint32_t first, uint32_t count, const BlockKey* keys, bool staging) = 0;
   // Entries of consecutive ids, blocks of one prompt, were looked at; some may be in other tiers
   // only. `use`: it was not only asked for them, they are read.
   virtual void Touch(uint32_t first, uint32_t count, bool use) = 0;
   // It may go, or may not, from now on.
   virtual void SetEvictable(uint32_t id, bool evictable) = 0;
   // A block left the tier.
-  virtual void Remove(uint32_t id) = 0;
+  virtual void Remove(uint32_t id, const BlockKey& key) = 0;
   // The block that should go first, of those that may; kNone if there is none. It must be removed.
   virtual uint32_t Victim() = 0;
+
+  // Whether a block that is not there is worth more than this victim of the tier's; if not it should
+  // stay outside, with all that comes after it in its prompt.
+  struct Newcomer {
+    BlockKey key;
+    uint32_t depth;
+    uint8_t importance;
+  };
+  virtual bool Admits(const Newcomer& newcomer, uint32_t victim) const = 0;
+  // It was left outside.
+  virtual void Refuse(const Newcomer& newcomer) = 0;
+  // Whether it was in the tier, or left outside, not long ago.
+  virtual bool Remembers(const BlockKey& key) const = 0;
 
   // For who evicts many: what probably goes after this one (kNone: nobody can say), and a hint that
   // a block is about to go.
@@ -58,7 +72,13 @@ class EvictionPolicy {
   virtual std::string Check(const std::vector<bool>& evictable) const = 0;
 };
 
-std::unique_ptr<EvictionPolicy> MakeEvictionPolicy(EvictionPolicyKind kind, uint32_t capacity,
-                                                   const BlockTraits& traits);
+struct EvictionSetup {
+  EvictionPolicyKind kind;
+  uint32_t capacity;          // blocks of the tier
+  uint32_t tokens_per_block;
+};
+
+// `traits` must outlive the policy.
+std::unique_ptr<EvictionPolicy> MakeEvictionPolicy(const EvictionSetup& setup, const BlockTraits& traits);
 
 }  // namespace flexkv

@@ -87,7 +87,7 @@ class PrefixIndex::TokenWalk {
  public:
   TokenWalk(PrefixIndex& index, const TokenRun& run, BlockKey* keys)
       : index_(index), run_(run), keys_(keys) {
-    Require(run.tokens.per_block == index.tokens_per_block_, "this index keeps no tokens, or of other blocks");
+    Require(run.tokens.per_block == index.tokens_kept_, "this index keeps no tokens, or of other blocks");
   }
 
   uint32_t Next(size_t block) {
@@ -122,14 +122,15 @@ class PrefixIndex::TokenWalk {
   uint32_t previous_ = kNil;
 };
 
-PrefixIndex::PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block)
-    : tokens_per_block_(tokens_per_block),
+PrefixIndex::PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block,
+                         bool keep_tokens)
+    : tokens_kept_(keep_tokens ? tokens_per_block : 0),
       table_(std::max(cpu.slots, ssd.slots)),
       tiers_{TierState(cpu.slots), TierState(ssd.slots)} {
   const TierSetup setup[kNumTiers] = {cpu, ssd};
   for (int t = 0; t < kNumTiers; ++t) {
     Require(setup[t].slots <= kEntriesMax / kNumTiers, "a tier holds at most 2^30 slots");
-    tiers_[t].policy = MakeEvictionPolicy(setup[t].policy, setup[t].slots, traits_);
+    tiers_[t].policy = MakeEvictionPolicy({setup[t].policy, setup[t].slots, tokens_per_block}, traits_);
   }
   ReserveEntries(std::clamp(std::max(cpu.slots, ssd.slots), kEntriesMin, kEntriesPopulated), true);
 }
@@ -138,8 +139,8 @@ void PrefixIndex::ReserveEntries(size_t count, bool populate) {
   Require(count <= kEntriesMax, "the index is full");
   keys_.Reserve(count, populate);
   nodes_.Reserve(count, populate);
-  if (tokens_per_block_ > 0) {
-    tokens_.Reserve(count * tokens_per_block_, populate);
+  if (tokens_kept_ > 0) {
+    tokens_.Reserve(count * tokens_kept_, populate);
     has_tokens_.Reserve(count, populate);
   }
   traits_.depth.Reserve(count, populate);
@@ -176,7 +177,7 @@ inline uint32_t PrefixIndex::FindOrName(const BlockKey& key) {
     ++end_;
   }
   keys_[id] = key;
-  if (tokens_per_block_ > 0) has_tokens_[id] = 0;
+  if (tokens_kept_ > 0) has_tokens_[id] = 0;
   return id | kCreated;
 }
 
@@ -254,7 +255,7 @@ void PrefixIndex::Vacate(uint32_t entry, Tier tier) {
   Of(tier).pool.Free(At(entry, tier).slot);
   SetState(entry, tier, State::kAbsent);
   UpdateEvictable(entry, tier);
-  Of(tier).policy->Remove(entry);
+  Of(tier).policy->Remove(entry, keys_[entry]);
   const uint32_t parent = nodes_[entry].parent;
   if (parent != kNil) {
     At(parent, tier).children--;
@@ -418,10 +419,12 @@ bool PrefixIndex::Release(uint64_t lease) {
 size_t PrefixIndex::Evict(Tier tier, size_t count) {
   std::lock_guard<std::mutex> lock(mutex_);
   Tick();
-  return EvictLocked(tier, count);
+  return EvictLocked(tier, count, nullptr);
 }
 
-size_t PrefixIndex::EvictLocked(Tier tier, size_t count) {
+// `admits`, if any, is asked whether the n-th of those who need the room is worth its victim.
+size_t PrefixIndex::EvictLocked(Tier tier, size_t count,
+                                const std::function<bool(size_t, uint32_t)>& admits) {
   TierState& state = Of(tier);
   // Victims lie anywhere in memory. Those that come next are fetched while the first ones go: first
   // their entries, and when those are there the bucket that their key points to.
@@ -431,7 +434,7 @@ size_t PrefixIndex::EvictLocked(Tier tier, size_t count) {
   size_t evicted = 0;
   for (; evicted < count; ++evicted) {
     const uint32_t victim = state.policy->Victim();
-    if (victim == EvictionPolicy::kNone) break;
+    if (victim == EvictionPolicy::kNone || (admits && !admits(evicted, victim))) break;
     if (num_ahead < num_seen && ahead[num_ahead % kLookahead] == victim) {
       ++num_ahead;
     } else {
@@ -455,13 +458,55 @@ size_t PrefixIndex::EvictLocked(Tier tier, size_t count) {
   return evicted;
 }
 
-std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, const BlockRun& blocks,
-                                             uint8_t importance, std::vector<uint32_t>* positions,
+// Evicts what it takes to store the blocks that are not there, for as many of them as the policy
+// admits. Returns how many of the leading blocks (there already or not) can be stored; nullopt if
+// pins leave no room.
+std::optional<size_t> PrefixIndex::MakeRoom(Tier tier, const BlockKey* parent, const BlockRun& blocks,
+                             const Purpose& purpose) {
+  TierState& state = Of(tier);
+  std::vector<uint32_t> missing;
+  uint32_t depth = 0;  // of the first block
+  Walk walk(*this, {blocks.keys, blocks.count, nullptr});
+  for (size_t i = 0; i < blocks.count; ++i) {
+    const uint32_t entry = walk.Next(i);
+    if (entry == kNil || StateOf(entry, tier) == State::kAbsent) missing.push_back(static_cast<uint32_t>(i));
+    if (i == 0 && entry != kNil) depth = traits_.depth[entry];
+  }
+  const uint32_t anchor = parent != nullptr ? Find(*parent) : kNil;
+  if (anchor != kNil) depth = DepthUnder(anchor);
+  const size_t room = state.pool.num_free();
+  if (missing.size() <= room) return blocks.count;
+
+  auto newcomer = [&](size_t i) {
+    return EvictionPolicy::Newcomer{blocks.keys[missing[i]], depth + missing[i], purpose.importance};
+  };
+  size_t stored = 0;
+  bool refused = false;
+  if (purpose.staging) {
+    stored = room + EvictLocked(tier, missing.size() - room, nullptr);
+  } else if (parent != nullptr && (anchor == kNil || StateOf(anchor, tier) == State::kAbsent) &&
+             state.policy->Remembers(*parent)) {
+    refused = true;  // its prompt was cut off before it: nobody would find it
+  } else {
+    stored = room + EvictLocked(tier, missing.size() - room, [&](size_t n, uint32_t victim) {
+      refused = !state.policy->Admits(newcomer(room + n), victim);
+      return !refused;
+    });
+  }
+  if (stored == missing.size()) return blocks.count;
+  if (!refused) return std::nullopt;
+  for (size_t i = stored; i < missing.size(); ++i) state.policy->Refuse(newcomer(i));
+  return missing[stored];
+}
+
+std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, const BlockRun& run,
+                                             const Purpose& purpose, std::vector<uint32_t>* positions,
                                              std::vector<SlotId>* slots) {
   std::lock_guard<std::mutex> lock(mutex_);
-  Require(importance <= kImportanceMax, "importance is out of range");
+  Require(purpose.importance <= kImportanceMax, "importance is out of range");
   Tick();
   TierState& state = Of(tier);
+  BlockRun blocks = run;
   // Blocks of this very request that are here already must not be what makes room for the others:
   // they are pinned first, which is undone whatever happens. Not needed where there is room for all.
   std::vector<uint32_t> present;
@@ -487,15 +532,14 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
     }
     // Whatever is not pinned can go, unless a pinned block sits below it. Checking the bound first
     // keeps a request that cannot fit from emptying the tier for nothing.
-    bool fits = needed <= state.pool.num_slots() - state.pinned;
-    if (fits && state.pool.num_free() < needed) {
-      const size_t missing = needed - state.pool.num_free();
-      fits = EvictLocked(tier, missing) == missing;
-    }
-    if (!fits) {
+    const bool may_fit = needed <= state.pool.num_slots() - state.pinned;
+    const std::optional<size_t> stored =
+        may_fit ? MakeRoom(tier, parent, blocks, purpose) : std::nullopt;
+    if (!stored) {
       unpin_present();
       return std::nullopt;
     }
+    blocks.count = *stored;
   }
   Transaction txn{tier, {}, 0};
   {
@@ -525,7 +569,7 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
         for (int other = 0; other < kNumTiers; ++other) {
           if (other != t) node.tier[other] = {};
         }
-        traits_.importance[entry] = importance;
+        traits_.importance[entry] = purpose.importance;
         traits_.depth[entry] = DepthUnder(previous);
         if (!linked && previous != kNil) {
           nodes_[previous].num_children++;
@@ -542,7 +586,7 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
         linked = false;
         Link(entry, previous);
         if (blocks.tokens != nullptr && !has_tokens_[entry]) KeepTokens(entry, *blocks.tokens, i);
-        if (importance > traits_.importance[entry]) RaiseImportance(entry, importance);
+        if (purpose.importance > traits_.importance[entry]) RaiseImportance(entry, purpose.importance);
         if (StateOf(entry, tier) == State::kAbsent) {
           Occupy(entry, tier, state.pool.Allocate());
           AddPin(entry, tier);
@@ -557,7 +601,7 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
     txn.count = positions->size();
     state.count[static_cast<int>(State::kWriting)] += static_cast<uint32_t>(num_created);
     state.pinned += static_cast<uint32_t>(num_created);
-    for (const Run& run : txn.runs) state.policy->Store(run.first, run.count, &keys_[run.first]);
+    for (const Run& run : txn.runs) state.policy->Store(run.first, run.count, &keys_[run.first], purpose.staging);
     fresh_slots_.clear();
   }
   uint64_t id = 0;
@@ -666,7 +710,7 @@ size_t PrefixIndex::Restore(Tier tier, const BlockKey* keys, const BlockKey* par
     Tick();
     state.pool.Take(slots[i]);
     Occupy(entry, tier, slots[i]);
-    state.policy->Store(entry, 1, &keys_[entry]);
+    state.policy->Store(entry, 1, &keys_[entry], true);
     SetState(entry, tier, State::kReady);
     UpdateEvictable(entry, tier);
   }
@@ -715,8 +759,8 @@ size_t PrefixIndex::num_entries() const {
 
 size_t PrefixIndex::memory_bytes() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  const size_t per_entry = sizeof(BlockKey) + sizeof(Node) + tokens_per_block_ * sizeof(int32_t) +
-                           (tokens_per_block_ > 0) + sizeof(uint16_t) + sizeof(uint8_t);
+  const size_t per_entry = sizeof(BlockKey) + sizeof(Node) + tokens_kept_ * sizeof(int32_t) +
+                           (tokens_kept_ > 0) + sizeof(uint16_t) + sizeof(uint8_t);
   size_t bytes = end_ * per_entry + table_.memory_bytes();
   for (const TierState& state : tiers_) bytes += state.pool.memory_bytes() + state.policy->memory_bytes();
   return bytes;

@@ -18,6 +18,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -62,10 +63,16 @@ struct TokenRun {
   size_t count = 0;     // blocks
 };
 
+// What blocks are stored for.
+struct Purpose {
+  uint8_t importance = 0;  // of the request, 0 to kImportanceMax: the less important are evicted first
+  bool staging = false;    // they come from another tier, for a reader: no policy refuses them
+};
+
 class PrefixIndex {
  public:
-  // `tokens_per_block`: tokens are kept and compared; 0 if callers have keys that cannot collide.
-  PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block = 0);
+  // `keep_tokens`: the tokens of blocks are kept and compared, for callers whose keys may collide.
+  PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block, bool keep_tokens);
 
   // For each of the leading blocks that is readable somewhere, a bit mask of the tiers that hold it
   // (bit 0 CPU, bit 1 SSD) goes to `masks`. Stops at the first block that no tier holds, and returns
@@ -93,10 +100,11 @@ class PrefixIndex {
   // Reserves slots in `tier` for the blocks it does not hold yet, evicting where needed what the
   // tier's policy says. `parent` is the key before the first, if any. On success `positions` says
   // which of the blocks are new, `slots` where to write them, and the transaction id is returned; if
-  // every block is there already it is 0. nullopt: pins leave no room; nothing was reserved.
-  // `importance` of the request, 0 to kImportanceMax: less important blocks are evicted first.
+  // every block is there already it is 0. nullopt: pins leave no room; nothing was reserved. A
+  // policy may find the last of the new blocks worth less than what would have to go for them: then
+  // they get no slots.
   std::optional<uint64_t> Reserve(Tier tier, const BlockKey* parent, const BlockRun& blocks,
-                                  uint8_t importance, std::vector<uint32_t>* positions,
+                                  const Purpose& purpose, std::vector<uint32_t>* positions,
                                   std::vector<SlotId>* slots);
 
   // Ends a transaction. Blocks whose `ok` byte is zero are given back instead of published; a null
@@ -132,7 +140,8 @@ class PrefixIndex {
   size_t num_transactions() const;
   size_t num_entries() const;  // blocks that some tier holds, and places kept for parents
   size_t memory_bytes() const;
-  uint32_t tokens_per_block() const { return tokens_per_block_; }
+  // Tokens kept per block; 0: none are.
+  uint32_t tokens_kept() const { return tokens_kept_; }
 
   // Checks every invariant of the structure against a fresh walk; returns "" or what is broken.
   std::string CheckIntegrity() const;
@@ -200,7 +209,7 @@ class PrefixIndex {
   const TierState& Of(Tier tier) const { return tiers_[static_cast<int>(tier)]; }
   bool IsFreed(uint32_t entry) const { return nodes_[entry].parent == kFreed; }
   uint8_t ReadableTiers(uint32_t entry) const;
-  int32_t* Tokens(uint32_t entry) { return &tokens_[static_cast<size_t>(entry) * tokens_per_block_]; }
+  int32_t* Tokens(uint32_t entry) { return &tokens_[static_cast<size_t>(entry) * tokens_kept_]; }
   bool HoldsTokens(uint32_t entry, const TokenView& tokens, size_t block);
   void KeepTokens(uint32_t entry, const TokenView& tokens, size_t block);
 
@@ -216,7 +225,9 @@ class PrefixIndex {
   template <typename AnyWalk>
   uint64_t AcquireAlong(AnyWalk& walk, size_t count, std::optional<Tier> tier, bool use, uint8_t* tiers,
                         SlotId* slots, size_t* found);
-  size_t EvictLocked(Tier tier, size_t count);
+  size_t EvictLocked(Tier tier, size_t count, const std::function<bool(size_t, uint32_t)>& admits);
+  std::optional<size_t> MakeRoom(Tier tier, const BlockKey* parent, const BlockRun& blocks,
+                                 const Purpose& purpose);
   void ReserveEntries(size_t count, bool populate);
   void Link(uint32_t child, uint32_t parent);
   void UpdateEvictable(uint32_t entry, Tier tier);
@@ -229,7 +240,7 @@ class PrefixIndex {
   void FreeIfUnused(uint32_t entry);
   bool Drop(uint32_t entry, Tier tier);
 
-  const uint32_t tokens_per_block_;
+  const uint32_t tokens_kept_;
   mutable std::mutex mutex_;
   KeyTable table_;
   GrowingArray<BlockKey> keys_;

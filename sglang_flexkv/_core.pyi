@@ -58,11 +58,13 @@ class TierStats:
     def evicted(self) -> int: ...
 
 class EvictionPolicy(Enum):
-    LRU = 0
-    LFU = 1
-    SLRU = 2
-    S3FIFO = 3
-    FIFO = 4
+    ADAPTIVE = 0
+    COST = 1
+    LRU = 2
+    LFU = 3
+    SLRU = 4
+    S3FIFO = 5
+    FIFO = 6
 
 IMPORTANCE_MAX: int
 
@@ -75,7 +77,8 @@ class PrefixIndex:
         ssd_slots: int,
         cpu_policy: EvictionPolicy = ...,
         ssd_policy: EvictionPolicy = ...,
-        tokens_per_block: int = 0,
+        tokens_per_block: int = 16,
+        keep_tokens: bool = False,
     ) -> None: ...
     def match(self, keys: _Keys, tokens: _Tokens | None = None) -> npt.NDArray[np.uint8]: ...
     def match_tokens(self, tokens: _Tokens, namespace: bytes) -> tuple[_Keys, npt.NDArray[np.uint8]]: ...
@@ -93,6 +96,7 @@ class PrefixIndex:
         keys: _Keys,
         tokens: _Tokens | None = None,
         importance: int = 0,
+        staging: bool = False,
     ) -> tuple[int, npt.NDArray[np.uint32], _Slots] | None: ...
     def commit(self, txn: int, ok: npt.NDArray[np.uint8] | None = None) -> int: ...
     def abort(self, txn: int) -> bool: ...
@@ -111,7 +115,7 @@ class PrefixIndex:
     @property
     def memory_bytes(self) -> int: ...
     @property
-    def tokens_per_block(self) -> int: ...
+    def tokens_kept(self) -> int: ...
     def check_integrity(self) -> str: ...
 
 class AdmissionFilter:

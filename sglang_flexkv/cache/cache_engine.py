@@ -86,7 +86,8 @@ class GlobalCacheEngine:
             config.num_ssd_blocks if config.enable_ssd else 0,
             _POLICIES[config.cpu_eviction_policy],
             _POLICIES[config.ssd_eviction_policy],
-            config.tokens_per_block if keep_tokens else 0,
+            config.tokens_per_block,
+            keep_tokens,
         )
         # The SSD tier takes part only between ssd_online and ssd_offline.
         self.journal: _core.SsdStore | None = None
@@ -158,7 +159,7 @@ class GlobalCacheEngine:
             )
             host_slots = slots.astype(np.int64)
             if len(on_ssd):
-                reserved = self.index.reserve(CPU, None, plan.keys, tokens)
+                reserved = self.index.reserve(CPU, None, plan.keys, tokens, staging=True)
                 if reserved is None or not np.array_equal(reserved[1], on_ssd):
                     # No room, or another transfer is filling one of the blocks right now: take less.
                     if reserved is not None:

@@ -57,6 +57,8 @@ class PrefetchPolicy(Enum):
 class EvictionPolicy(Enum):
     """Which blocks of a tier go first when it is full. Always leaf first, and never what is in use."""
 
+    ADAPTIVE = "adaptive"  # those that, as far as was learned, come back least
+    COST = "cost"  # those that are cheapest to compute again, times how often they were used
     LRU = "lru"  # the least recently used
     LFU = "lfu"  # the least often used
     SLRU = "slru"  # those that were never used again, then the least recently used
@@ -163,8 +165,8 @@ class CacheConfig(_Settings):
     num_cpu_blocks: int = Field(default=1000, gt=0)
     enable_ssd: bool = False
     num_ssd_blocks: int = Field(default=0, ge=0)
-    cpu_eviction_policy: EvictionPolicy = EvictionPolicy.LRU
-    ssd_eviction_policy: EvictionPolicy = EvictionPolicy.LRU
+    cpu_eviction_policy: EvictionPolicy = EvictionPolicy.ADAPTIVE
+    ssd_eviction_policy: EvictionPolicy = EvictionPolicy.ADAPTIVE
     ssd_cache_dir: Directories = ()
     ssd_on_mismatch: SsdMismatch = SsdMismatch.REFUSE
     ssd_admission: SsdAdmission = SsdAdmission.ALL
@@ -204,8 +206,8 @@ class FlexKVConfig(_Settings):
     ssd_on_mismatch: SsdMismatch = SsdMismatch.REFUSE
     ssd_admission: SsdAdmission = SsdAdmission.ALL
     ssd_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
-    cpu_eviction_policy: EvictionPolicy = EvictionPolicy.LRU
-    ssd_eviction_policy: EvictionPolicy = EvictionPolicy.LRU
+    cpu_eviction_policy: EvictionPolicy = EvictionPolicy.ADAPTIVE
+    ssd_eviction_policy: EvictionPolicy = EvictionPolicy.ADAPTIVE
     write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
     prefetch_policy: PrefetchPolicy = PrefetchPolicy.TIMEOUT
     prefetch_timeout_s: float = Field(default=3.0, gt=0)
