@@ -21,6 +21,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from sglang_flexkv.common.block import BlockKeys, Namespace, keys_from_page_hashes
 from sglang_flexkv.common.config import GIB, FlexKVConfig, PrefetchPolicy
 from sglang_flexkv.integration.layer_counter import LayerLoadCounter
+from sglang_flexkv.integration.page_hashes import PageHashes
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus, as_token_slots
 
 logger = logging.getLogger(__name__)
@@ -84,7 +85,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.pools = {PoolName.KV: engine.storage.device}
         self._single_rank = single_rank
         self._on_gpu = engine.storage.device.device.type != "cpu"
-        self._tokens_per_block = engine.config.tokens_per_block
+        self.page_hashes = PageHashes(engine.config.tokens_per_block, namespace)
         # What the last lookup of a request was about, so that its prefetch needs no second hash.
         self._last_lookup: dict[str, BlockKeys] = {}
         self._holds: OrderedDict[str, _Hold] = OrderedDict()
@@ -98,7 +99,7 @@ class FlexKVLinker(UnifiedCacheLinker):
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Leading pages of the tail that the CPU tier holds; every shorter prefix is restorable too."""
-        keys = keys_from_page_hashes(transfers[0].keys or (), self.namespace)
+        keys = self.page_hashes.keys(rid, transfers[0].keys or ())
         self._last_lookup[rid] = keys
         held = self._hold(rid, keys)
         return list(range(1, held + 1))
@@ -127,6 +128,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         """Lets go of everything a request was promised but did not load."""
         self.release_hold(rid)
         self._last_lookup.pop(rid, None)
+        self.page_hashes.forget(rid)
 
     def expire_holds(self) -> None:
         """Lets go of promises that are too old."""
@@ -183,7 +185,7 @@ class FlexKVLinker(UnifiedCacheLinker):
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         (transfer,) = transfers
-        keys = keys_from_page_hashes(transfer.keys or (), self.namespace)
+        keys = self.page_hashes.keys(rid, transfer.keys or ())
         task = self.engine.create_get(keys)
         self.release_hold(rid)  # the plan has a lease of its own now
         self._last_lookup.pop(rid, None)
@@ -248,9 +250,10 @@ class FlexKVLinker(UnifiedCacheLinker):
         session_id: str | None = None,
         *,
         parent_hash: str | None = None,
+        importance: int = 0,
     ) -> bool:
         """Queues a node's pages. Always accepted, on every rank alike; no room is a failed offload later."""
-        self._offloads.append(self._start_put(transfers, parent_hash))
+        self._offloads.append(self._start_put(transfers, parent_hash, importance))
         return True
 
     def spill(self, transfers: list[PoolTransfer], parent_hash: str | None) -> None:
@@ -263,11 +266,13 @@ class FlexKVLinker(UnifiedCacheLinker):
                 pass
         self.engine.forget(task)
 
-    def _start_put(self, transfers: Sequence[PoolTransfer], parent_hash: str | None) -> KVTask:
+    def _start_put(
+        self, transfers: Sequence[PoolTransfer], parent_hash: str | None, importance: int = 0
+    ) -> KVTask:
         (transfer,) = transfers
         keys = keys_from_page_hashes(transfer.keys or (), self.namespace)
         parent = keys_from_page_hashes([parent_hash], self.namespace)[0] if parent_hash else None
-        task = self.engine.create_put(parent, keys)
+        task = self.engine.create_put(parent, keys, importance=importance)
         if task.plan is None:
             self.engine.cancel(task)  # no room: a failed offload, tried again at the next use
             return task
@@ -329,6 +334,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         for rid in list(self._holds):
             self.release_hold(rid)
         self._last_lookup.clear()
+        self.page_hashes.clear()
         for rid in list(self._queued):
             self.cancel_queued_load(rid)
         self._loading.clear()

@@ -19,9 +19,10 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     _PendingOffload,
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.runtime_context import get_context, get_memory, get_parallel
 
-from sglang_flexkv import __version__
+from sglang_flexkv import __version__, _core
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
 from sglang_flexkv.integration import checks
@@ -49,17 +50,50 @@ class _WaitingRequest:
 
 
 class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
-    """SGLang's driver of a linker, which additionally tells it the parent of what it stores."""
+    """SGLang's driver of a linker. It additionally tells it the parent and the importance of what is stored,
+    hashes the pages of a waiting prompt once, and reduces one number over the ranks instead of a mask."""
 
+    cache: FlexKVRadixCache
     cache_linker: FlexKVLinker
+    _matching_rid = ""
 
     def match(self, key: Any, req: Any, result: Any) -> Any:
+        self._matching_rid = req.rid
         # A hit that an earlier attempt found must not survive an attempt that finds none.
         self.hit_markers.pop(req.rid, None)
         matched = super().match(key, req, result)
         if req.rid not in self.hit_markers:
             self.cache_linker.release_hold(req.rid)
         return matched
+
+    def _tail_hashes(self, key: Any, result: Any, device_hit_len: int) -> list[str]:
+        anchor = None
+        if device_hit_len > 0:
+            anchor = self.cache.get_last_hash_value(result.last_device_node)
+            if anchor is None:
+                return []  # without it the tail would hash as if it were a prompt's start
+        page = self.cache.page_size
+
+        def hash_pages(first: int, end: int, before: str | None) -> list[str]:
+            hashes: list[str] = get_storage_hash_str(key[first * page : end * page], before, page_size=page)
+            return hashes
+
+        return self.cache_linker.page_hashes.tail(
+            self._matching_rid,
+            key.raw_token_ids(),
+            (key.extra_key, key.cache_salt),
+            device_hit_len // page,
+            anchor,
+            hash_pages,
+        )
+
+    def _sync_restorable_prefix(
+        self, restorable: Sequence[int], *, num_pages: int, device_hit_pages: int
+    ) -> int:
+        # Of a prefix that we hold, every shorter one can be restored: the ranks have the shortest in common.
+        held = torch.tensor([len(restorable)], dtype=torch.int64)
+        self.cache._all_reduce_attn_groups(held, torch.distributed.ReduceOp.MIN)
+        return int(held.item())
 
     def offload_nodes(self, node_ids: Sequence[int]) -> None:
         for node_id in node_ids:
@@ -71,7 +105,9 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
         cache = self.cache
         lock_params = cache.inc_lock_ref(node_id).to_dec_params()
         try:
-            self.cache_linker.offload(transfers, parent_hash=self._parent_hash(node_id))
+            self.cache_linker.offload(
+                transfers, parent_hash=self._parent_hash(node_id), importance=cache.insert_importance
+            )
         except BaseException:
             cache.dec_lock_ref(node_id, lock_params)
             raise
@@ -105,12 +141,24 @@ class FlexKVRadixCache(UnifiedRadixCache):
         super().__init__(params)
         checks.check_components(self.tree_components)
         self._spill_on_evict = False
+        # Whether a request's priority is about the cache, too: SGLang takes it so only if it is told to.
+        self._by_priority = False
+        self.insert_importance = 0  # of the request that is inserted right now
 
     def attach(self, linker: FlexKVLinker, policy: WritePolicy) -> None:
         """Puts the tiers under the tree."""
         self.linker = FlexKVLinkerWrapper(self, linker)
+        self._by_priority = get_memory().radix_eviction_policy == "priority"
         self.write_through_threshold = _STORE_AT_USE[policy]
         self._spill_on_evict = policy is WritePolicy.WRITE_BACK
+
+    def insert(self, params: Any) -> Any:
+        if self._by_priority:
+            self.insert_importance = min(max(int(params.priority or 0), 0), _core.IMPORTANCE_MAX)
+        try:
+            return super().insert(params)
+        finally:
+            self.insert_importance = 0
 
     # ---- while a request waits: SSD -> CPU ----
 
@@ -168,7 +216,11 @@ class FlexKVRadixCache(UnifiedRadixCache):
             self.linker.cache_linker.forget_request(handle.rid)
 
     def check_hicache_events(self) -> None:
-        super().check_hicache_events()
+        # The ranks agree on what has been offloaded, each time that SGLang's loop comes round. What is on its
+        # way is the same on every rank (nodes are offered in the same order and always accepted), so where
+        # nothing is, every rank knows that the others have nothing to say either.
+        if self.linker is None or self.linker.pending_offloads:
+            super().check_hicache_events()
         if self.linker is not None:
             self.linker.cache_linker.expire_holds()
 
