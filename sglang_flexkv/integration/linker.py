@@ -130,8 +130,10 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._last_lookup.pop(rid, None)
         self.page_hashes.forget(rid)
 
-    def expire_holds(self) -> None:
-        """Lets go of promises that are too old."""
+    def tick(self) -> None:
+        """Called at each step of the scheduler: takes in what has ended, and lets go of promises that are too
+        old."""
+        self.engine.poll()
         oldest = next(iter(self._holds.items()), None)
         if oldest is not None and time.monotonic() - oldest[1].since_s > _HOLD_AGE_MAX_S:
             self.forget_request(oldest[0])

@@ -222,7 +222,7 @@ class FlexKVRadixCache(UnifiedRadixCache):
         if self.linker is None or self.linker.pending_offloads:
             super().check_hicache_events()
         if self.linker is not None:
-            self.linker.cache_linker.expire_holds()
+            self.linker.cache_linker.tick()
 
     # ---- eviction ----
 
