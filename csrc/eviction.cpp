@@ -50,6 +50,7 @@ struct FifoRule {
   uint64_t RankOf(const EvictionPolicy::Newcomer&) const { return 0; }
   void Refuse(const EvictionPolicy::Newcomer&) {}
   bool Remembers(const BlockKey&) const { return false; }
+  void Prefetch(const BlockKey&) const {}
   size_t memory_bytes() const { return 0; }
 
   uint64_t now = 0;  // calls; 48 bits of it are kept, which lasts for thousands of years
@@ -185,6 +186,7 @@ struct AdaptiveRule : FifoRule {
     model.Leave(newcomer.key, model.Arrive(newcomer.key, newcomer.depth, false));
   }
   bool Remembers(const BlockKey& key) const { return model.Remembers(key); }
+  void Prefetch(const BlockKey& key) const { model.Prefetch(key); }
   size_t memory_bytes() const { return model.memory_bytes(); }
 
   static ReuseModel::Past Read(const Meta& meta) { return {meta.stamp(), meta.uses, meta.kind}; }
@@ -216,7 +218,9 @@ class QueuedPolicy final : public EvictionPolicy {
   void Tick() override { rule_.Tick(); }
 
   void Store(uint32_t first, uint32_t count, const BlockKey* keys, bool staging) override {
+    constexpr uint32_t kAhead = 16;
     for (uint32_t i = 0; i < count; ++i) {
+      if (i + kAhead < count) rule_.Prefetch(keys[i + kAhead]);
       Meta meta{};
       meta.resident = true;
       rule_.Store(first + i, meta, keys[i], staging);
@@ -290,6 +294,8 @@ class QueuedPolicy final : public EvictionPolicy {
     __builtin_prefetch(&metas_[id], 1);
     __builtin_prefetch(&traits_.importance[id]);
   }
+
+  void PrefetchPast(const BlockKey& key) const override { rule_.Prefetch(key); }
 
   std::string Check(const std::vector<bool>& evictable) const override {
     size_t queued = 0;

@@ -62,10 +62,11 @@ class EvictionPolicy {
   // Whether it was in the tier, or left outside, not long ago.
   virtual bool Remembers(const BlockKey& key) const = 0;
 
-  // For who evicts many: what probably goes after this one (kNone: nobody can say), and a hint that
-  // a block is about to go.
+  // For who evicts many: what probably goes after this one (kNone: nobody can say), and hints that
+  // a block is about to go, and that a key is about to come or go.
   virtual uint32_t After(uint32_t id) const = 0;
   virtual void Prefetch(uint32_t id) const = 0;
+  virtual void PrefetchPast(const BlockKey& key) const = 0;
 
   virtual size_t memory_bytes() const = 0;
   // Returns "" or what is broken; `evictable` says of each id below `count` whether it may go.

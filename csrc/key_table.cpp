@@ -6,9 +6,9 @@
 namespace flexkv {
 namespace {
 
-// Buckets per entry. Linear probing looks at two or three neighbours then, mostly in one cache line.
-constexpr double kRoom = 1.5;
-constexpr double kRoomMin = 1.2;
+// Buckets per entry. Linear probing looks at two to four neighbours then, mostly in one cache line.
+constexpr double kRoom = 1.35;
+constexpr double kRoomMin = 1.15;
 constexpr size_t kBucketsMin = 64;
 
 }  // namespace

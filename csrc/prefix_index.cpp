@@ -416,6 +416,11 @@ bool PrefixIndex::Release(uint64_t lease) {
   return true;
 }
 
+void PrefixIndex::PrefetchKey(Tier tier, const BlockKey& key) const {
+  table_.Prefetch(key);
+  Of(tier).policy->PrefetchPast(key);
+}
+
 size_t PrefixIndex::Evict(Tier tier, size_t count) {
   std::lock_guard<std::mutex> lock(mutex_);
   Tick();
@@ -450,8 +455,10 @@ size_t PrefixIndex::EvictLocked(Tier tier, size_t count,
       ahead[num_seen++ % kLookahead] = last;
     }
     if (num_seen - num_ahead > kLookahead / 2) {
-      table_.Prefetch(keys_[ahead[(num_ahead + kLookahead / 2 - 1) % kLookahead]]);
+      PrefetchKey(tier, keys_[ahead[(num_ahead + kLookahead / 2 - 1) % kLookahead]]);
     }
+    // The parent is next where this was its last child; it lies just before it, most of the time.
+    if (victim >= kLookahead) PrefetchKey(tier, keys_[victim - kLookahead / 2]);
     Drop(victim, tier);
   }
   state.evicted += evicted;
@@ -462,20 +469,17 @@ size_t PrefixIndex::EvictLocked(Tier tier, size_t count,
 // admits. Returns how many of the leading blocks (there already or not) can be stored; nullopt if
 // pins leave no room.
 std::optional<size_t> PrefixIndex::MakeRoom(Tier tier, const BlockKey* parent, const BlockRun& blocks,
-                             const Purpose& purpose) {
+                                            const std::vector<uint32_t>& missing,
+                                            const Purpose& purpose) {
   TierState& state = Of(tier);
-  std::vector<uint32_t> missing;
-  uint32_t depth = 0;  // of the first block
-  Walk walk(*this, {blocks.keys, blocks.count, nullptr});
-  for (size_t i = 0; i < blocks.count; ++i) {
-    const uint32_t entry = walk.Next(i);
-    if (entry == kNil || StateOf(entry, tier) == State::kAbsent) missing.push_back(static_cast<uint32_t>(i));
-    if (i == 0 && entry != kNil) depth = traits_.depth[entry];
-  }
-  const uint32_t anchor = parent != nullptr ? Find(*parent) : kNil;
-  if (anchor != kNil) depth = DepthUnder(anchor);
   const size_t room = state.pool.num_free();
   if (missing.size() <= room) return blocks.count;
+  // Whatever is not pinned can go, unless a pinned block sits below it. Checking the bound first
+  // keeps a request that cannot fit from emptying the tier for nothing.
+  if (missing.size() > state.pool.num_slots() - state.pinned) return std::nullopt;
+  const uint32_t anchor = parent != nullptr ? Find(*parent) : kNil;
+  const uint32_t first = anchor != kNil || blocks.count == 0 ? kNil : Find(blocks.keys[0]);
+  const uint32_t depth = anchor != kNil ? DepthUnder(anchor) : first != kNil ? traits_.depth[first] : 0;
 
   auto newcomer = [&](size_t i) {
     return EvictionPolicy::Newcomer{blocks.keys[missing[i]], depth + missing[i], purpose.importance};
@@ -489,6 +493,8 @@ std::optional<size_t> PrefixIndex::MakeRoom(Tier tier, const BlockKey* parent, c
     refused = true;  // its prompt was cut off before it: nobody would find it
   } else {
     stored = room + EvictLocked(tier, missing.size() - room, [&](size_t n, uint32_t victim) {
+      const size_t ahead = room + n + kAhead;
+      if (ahead < missing.size()) state.policy->PrefetchPast(blocks.keys[missing[ahead]]);
       refused = !state.policy->Admits(newcomer(room + n), victim);
       return !refused;
     });
@@ -499,14 +505,14 @@ std::optional<size_t> PrefixIndex::MakeRoom(Tier tier, const BlockKey* parent, c
   return missing[stored];
 }
 
-std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, const BlockRun& run,
+std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, const BlockRun& wanted,
                                              const Purpose& purpose, std::vector<uint32_t>* positions,
                                              std::vector<SlotId>* slots) {
   std::lock_guard<std::mutex> lock(mutex_);
   Require(purpose.importance <= kImportanceMax, "importance is out of range");
   Tick();
   TierState& state = Of(tier);
-  BlockRun blocks = run;
+  BlockRun blocks = wanted;  // as far as they can be stored
   // Blocks of this very request that are here already must not be what makes room for the others:
   // they are pinned first, which is undone whatever happens. Not needed where there is room for all.
   std::vector<uint32_t> present;
@@ -514,7 +520,7 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
     for (uint32_t entry : present) Unpin(entry, tier);
   };
   if (state.pool.num_free() < blocks.count) {
-    size_t needed = 0;
+    std::vector<uint32_t> missing;
     Walk walk(*this, {blocks.keys, blocks.count, nullptr});
     for (size_t i = 0; i < blocks.count; ++i) {
       const uint32_t entry = walk.Next(i);
@@ -522,7 +528,7 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
         AddPin(entry, tier);
         present.push_back(entry);
       } else {
-        ++needed;
+        missing.push_back(static_cast<uint32_t>(i));
       }
     }
     const uint32_t anchor = parent != nullptr ? Find(*parent) : kNil;
@@ -530,11 +536,7 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
       AddPin(anchor, tier);  // a parent that is evicted for its own child helps nobody
       present.push_back(anchor);
     }
-    // Whatever is not pinned can go, unless a pinned block sits below it. Checking the bound first
-    // keeps a request that cannot fit from emptying the tier for nothing.
-    const bool may_fit = needed <= state.pool.num_slots() - state.pinned;
-    const std::optional<size_t> stored =
-        may_fit ? MakeRoom(tier, parent, blocks, purpose) : std::nullopt;
+    const std::optional<size_t> stored = MakeRoom(tier, parent, blocks, missing, purpose);
     if (!stored) {
       unpin_present();
       return std::nullopt;
@@ -601,7 +603,9 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
     txn.count = positions->size();
     state.count[static_cast<int>(State::kWriting)] += static_cast<uint32_t>(num_created);
     state.pinned += static_cast<uint32_t>(num_created);
-    for (const Run& run : txn.runs) state.policy->Store(run.first, run.count, &keys_[run.first], purpose.staging);
+    for (const Run& run : txn.runs) {
+      state.policy->Store(run.first, run.count, &keys_[run.first], purpose.staging);
+    }
     fresh_slots_.clear();
   }
   uint64_t id = 0;

@@ -225,9 +225,10 @@ class PrefixIndex {
   template <typename AnyWalk>
   uint64_t AcquireAlong(AnyWalk& walk, size_t count, std::optional<Tier> tier, bool use, uint8_t* tiers,
                         SlotId* slots, size_t* found);
+  void PrefetchKey(Tier tier, const BlockKey& key) const;
   size_t EvictLocked(Tier tier, size_t count, const std::function<bool(size_t, uint32_t)>& admits);
   std::optional<size_t> MakeRoom(Tier tier, const BlockKey* parent, const BlockRun& blocks,
-                                 const Purpose& purpose);
+                                 const std::vector<uint32_t>& missing, const Purpose& purpose);
   void ReserveEntries(size_t count, bool populate);
   void Link(uint32_t child, uint32_t parent);
   void UpdateEvictable(uint32_t entry, Tier tier);

@@ -24,7 +24,7 @@ constexpr double kInitialReuse = 0.3;
 constexpr double kInitialRatio[] = {0.75, 1.15, 1.3, 1.5, 1.8, 2.2};
 
 constexpr size_t kGhostsMin = 65536;
-constexpr size_t kGhostsShare = 4;  // a quarter of a tier that is larger than that
+constexpr size_t kGhostsShare = 16;  // of the capacity of a tier that is much larger than that
 constexpr size_t kGhostsPerSet = 4;
 constexpr uint64_t kAgeUnits = 1 << 14;  // of the time for which a ghost's age is told apart
 
@@ -53,6 +53,7 @@ const ReuseModel::GhostSet& ReuseModel::SetOf(const BlockKey& key) const {
 }
 
 const ReuseModel::Ghost* ReuseModel::FindGhost(const BlockKey& key) const {
+  if (!any_ghost_) return nullptr;
   for (const Ghost& ghost : SetOf(key).ways) {
     if (ghost.fingerprint == Fingerprint(key)) return &ghost;
   }
@@ -144,6 +145,7 @@ void ReuseModel::Leave(const BlockKey& key, const Past& past) {
   Ghost* const end = set.ways + kWays;
   Ghost* way = std::find_if(set.ways, end, [&](const Ghost& g) { return g.fingerprint == Fingerprint(key); });
   if (way == end) way = end - 1;  // the oldest goes
+  any_ghost_ = true;
   std::move_backward(set.ways, way, way + 1);
   set.ways[0] = {Fingerprint(key), static_cast<uint16_t>(past.last / age_unit_), past.count, past.kind};
 }

@@ -46,6 +46,7 @@ class ReuseModel {
 
   uint64_t Worth(const Past& past) const { return past.last + bonus_[past.kind]; }
   bool Remembers(const BlockKey& key) const { return FindGhost(key) != nullptr; }
+  void Prefetch(const BlockKey& key) const { __builtin_prefetch(&SetOf(key)); }
   size_t memory_bytes() const { return ghosts_.size() * sizeof(GhostSet); }
 
  private:
@@ -60,7 +61,7 @@ class ReuseModel {
     uint8_t count;
     uint8_t kind;
   };
-  struct GhostSet {
+  struct alignas(64) GhostSet {
     Ghost ways[kWays];  // the last to leave first
   };
 
@@ -88,6 +89,7 @@ class ReuseModel {
   double reuse_age_ = 0;  // mean ticks until a block is used again; 0: not known yet
   double age_sum_ = 0, age_count_ = 0;
   std::vector<GhostSet> ghosts_;
+  bool any_ghost_ = false;  // a tier that was never full is not asked to look
 
   // Blocks of one prompt mostly have one past: the last answer of Faded.
   mutable uint64_t faded_age_ = UINT64_MAX;

@@ -6,8 +6,9 @@
        │                │                  ├──────▶ FAILED
        └────────────────┴──────cancel──────┴──────▶ CANCELLED
 
-Whatever way a task ends, what its plan held is given back exactly once. Outcomes are taken in by ``poll``,
-which every call of this class makes first: there is no hidden thread that changes the cache.
+Whatever way a task ends, what its plan held is given back exactly once. A READY task that nobody launches is
+cancelled after ``lease_timeout_s``: what its creator forgot must not stay pinned. Outcomes are taken in by
+``poll``, which every call of this class makes first: there is no hidden thread that changes the cache.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import itertools
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -73,6 +75,7 @@ class KVTask:
     status: TaskStatus = TaskStatus.CREATED
     error: str = ""
     core_graph: int = 0
+    created_s: float = field(default_factory=time.monotonic)
     held_events: list[object] = field(default_factory=list)  # kept alive while the core may wait on them
 
     def become(self, status: TaskStatus) -> None:
@@ -115,6 +118,7 @@ class KVTaskEngine:
         )
         self._lock = threading.RLock()
         self._tasks: dict[int, KVTask] = {}
+        self._unlaunched: OrderedDict[int, KVTask] = OrderedDict()  # READY tasks, the oldest first
         self._by_graph: dict[int, KVTask] = {}
         self._ids = itertools.count(1)
         self._holds: set[int] = set()
@@ -200,6 +204,7 @@ class KVTaskEngine:
         task = KVTask(next(self._ids), plan)
         task.become(TaskStatus.READY)
         self._tasks[task.task_id] = task
+        self._unlaunched[task.task_id] = task
         return task
 
     # ---- running ----
@@ -213,7 +218,7 @@ class KVTaskEngine:
         wait_events: Sequence[object] = (),
         timeout_s: float = 0.0,
     ) -> None:
-        """Starts a READY task.
+        """Starts a READY task. One that has ended meanwhile is left alone.
 
         Args:
             token_slots: device token slots of all blocks of the plan, int64 [blocks * tokens_per_block].
@@ -222,6 +227,9 @@ class KVTaskEngine:
             wait_events: torch.cuda.Event objects that must have happened before the device pool is touched.
         """
         with self._lock:
+            if task.ended:
+                return
+            self._unlaunched.pop(task.task_id, None)
             plan = task.plan
             if plan is None or not plan.graph.ops:
                 if plan is not None:
@@ -260,11 +268,22 @@ class KVTaskEngine:
                     self._spills_running -= 1
                     self._tasks.pop(task.task_id, None)
                 ended.append(task)
+            self._reclaim()
             if not self._closed:
                 if self.ssd is not None:
                     self.ssd.poll()
                 self._start_spills()
         return ended
+
+    def _reclaim(self) -> None:
+        """Cancels tasks that were created and never launched."""
+        while self._unlaunched:
+            task = next(iter(self._unlaunched.values()))
+            age_s = time.monotonic() - task.created_s
+            if age_s < self.config.lease_timeout_s:
+                return
+            logger.warning("task %d was not launched for %.0f s and is cancelled", task.task_id, age_s)
+            self.cancel(task)
 
     def _start_spills(self) -> None:
         blocks_max = max(1, _SPILL_BYTES_MAX // self.storage.slot_bytes)
@@ -298,6 +317,7 @@ class KVTaskEngine:
             if task.status is TaskStatus.RUNNING:
                 self.transfer.cancel(task.core_graph)
             elif not task.ended:
+                self._unlaunched.pop(task.task_id, None)
                 if task.plan is not None:
                     self.cache.finish(task.plan, None)
                 task.become(TaskStatus.CANCELLED)

@@ -52,13 +52,15 @@ class SequenceMeta:
     Args:
         token_ids: int array of shape [tokens]; int32 and int64 are taken as they are, without a copy.
         tokens_per_block: a power of two.
-        namespace: who may share these blocks.
+        namespace: who may share these blocks; if not given, everybody who gives none.
 
     Raises:
         ValueError: the ids have another shape, or do not fit in 32 bits.
     """
 
-    def __init__(self, token_ids: npt.ArrayLike, tokens_per_block: int, namespace: Namespace) -> None:
+    def __init__(
+        self, token_ids: npt.ArrayLike, tokens_per_block: int, namespace: Namespace | None = None
+    ) -> None:
         ids = np.asarray(token_ids)
         if ids.dtype not in (np.int32, np.int64):
             ids = ids.astype(np.int64)
@@ -66,7 +68,7 @@ class SequenceMeta:
         if self.token_ids.ndim != 1:
             raise ValueError(f"token_ids must have one dimension, not {self.token_ids.ndim}")
         self.tokens_per_block = tokens_per_block
-        self.namespace = namespace
+        self.namespace = make_namespace({}) if namespace is None else namespace
 
     @property
     def num_blocks(self) -> int:

@@ -172,6 +172,7 @@ class CacheConfig(_Settings):
     ssd_admission: SsdAdmission = SsdAdmission.ALL
     ssd_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
     enable_remote: bool = False
+    lease_timeout_s: float = Field(default=60.0, gt=0)  # a task that is not launched by then is cancelled
     copy_threads: int = Field(default=2, gt=0, le=64)
     io_engine: IoEngine = IoEngine.AUTO
     io_depth: int = Field(default=64, gt=0, le=4096)  # I/Os in flight, each way

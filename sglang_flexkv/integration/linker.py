@@ -218,6 +218,8 @@ class FlexKVLinker(UnifiedCacheLinker):
         events = self.record_offload_ready() if self._on_gpu else []
         # Announced before the first one starts: one that lands before the next is announced would open the
         # gate for both.
+        for load in loads:
+            load.complete = load.complete and not load.task.ended
         expected = sum(load.task.num_loads for load in loads if load.complete)
         gate.expect(expected)
         if not expected:
