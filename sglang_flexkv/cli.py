@@ -1,5 +1,5 @@
-"""The command ``sglang-flexkv``: shows whether ``--enable-flexkv`` works here, installs the monkey-patch, and
-looks after the SSD tier's files.
+"""The command ``sglang-flexkv``: shows whether ``--enable-flexkv`` works here, installs the monkey-patch,
+looks after the SSD tier's files, and replays traces (``cli_replay``).
 
 Prints and asks only; what is looked at and written is in ``integration`` and ``storage``.
 """
@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.filesize import decimal
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from sglang_flexkv import cli_replay
+from sglang_flexkv.cli_output import console, errors, say
 from sglang_flexkv.common.errors import FlexKVError
 from sglang_flexkv.integration import diagnosis, startup
 from sglang_flexkv.integration.diagnosis import Finding, Level
@@ -35,7 +36,8 @@ app = typer.Typer(
 )
 ssd_app = typer.Typer(help="Looks after the files of the SSD tier, without a server.", no_args_is_help=True)
 app.add_typer(ssd_app, name="ssd")
-console = Console(highlight=False)
+for _command in (cli_replay.replay, cli_replay.plan, cli_replay.generate_trace):
+    app.command()(_command)
 
 _Directories = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of ssd_cache_dir.")]
 
@@ -52,9 +54,9 @@ def status() -> None:
     problems = _problems(findings)
     _print_problems(problems)
     if problems:
-        _say("[red]--enable-flexkv does not work here yet.[/red]")
+        say("[red]--enable-flexkv does not work here yet.[/red]")
         raise typer.Exit(1)
-    _say("[green]--enable-flexkv works here.[/green]")
+    say("[green]--enable-flexkv works here.[/green]")
 
 
 @app.command()
@@ -65,21 +67,21 @@ def install(
     problems = _problems(diagnosis.prerequisites())
     if problems:
         _print_problems(problems)
-        _say("[red]Nothing was installed.[/red]")
+        say("[red]Nothing was installed.[/red]")
         raise typer.Exit(1)
     directory = startup.site_packages()
     reason = diagnosis.why_no_entry_point()
     present = startup.state(directory) is startup.PatchState.CURRENT
     if reason is None and not force and not present:
-        _say("SGLang sees the entry point of sglang-flexkv: nothing needs to be installed.")
+        say("SGLang sees the entry point of sglang-flexkv: nothing needs to be installed.")
         return
     written = _or_exit(startup.install, directory)
     if not written:
-        _say("The monkey-patch is installed already.")
+        say("The monkey-patch is installed already.")
         return
     for path in written:
-        _say(f"wrote {path}")
-    _say(f"The monkey-patch is in effect for every process of {directory}.")
+        say(f"wrote {path}")
+    say(f"The monkey-patch is in effect for every process of {directory}.")
 
 
 @app.command()
@@ -87,15 +89,15 @@ def uninstall() -> None:
     """Remove what install wrote."""
     removed = _or_exit(startup.uninstall, startup.site_packages())
     for path in removed:
-        _say(f"removed {path}")
+        say(f"removed {path}")
     if not removed:
-        _say("The monkey-patch is not installed.")
+        say("The monkey-patch is not installed.")
 
 
 @ssd_app.command("inspect")
 def ssd_inspect(directories: _Directories) -> None:
     """Show what the files hold, also while a server uses them."""
-    with _errors():
+    with errors():
         from sglang_flexkv.storage import ssd_tools
 
         unreadable = False
@@ -103,7 +105,7 @@ def ssd_inspect(directories: _Directories) -> None:
             try:
                 _print_inspection(ssd_tools.inspect(files))
             except ssd_tools.SsdFilesError as error:
-                _say(f"[red]{escape(str(error))}[/red]")
+                say(f"[red]{escape(str(error))}[/red]")
                 unreadable = True
         if unreadable:
             raise typer.Exit(1)
@@ -112,7 +114,7 @@ def ssd_inspect(directories: _Directories) -> None:
 @ssd_app.command("verify")
 def ssd_verify(directories: _Directories) -> None:
     """Read every block and compare it with its checksums (exit code 1 if one differs)."""
-    with _errors():
+    with errors():
         from sglang_flexkv.storage import ssd_tools
 
         wrong = False
@@ -121,7 +123,7 @@ def ssd_verify(directories: _Directories) -> None:
                 with _progress(str(files.slots)) as progress:
                     result = ssd_tools.verify(files, progress)
             except ssd_tools.SsdFilesError as error:
-                _say(f"[red]{escape(str(error))}[/red]")
+                say(f"[red]{escape(str(error))}[/red]")
                 wrong = True
                 continue
             _print_verification(result)
@@ -136,26 +138,26 @@ def ssd_clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove the files. What they hold is lost; a server computes it again."""
-    with _errors():
+    with errors():
         from sglang_flexkv.storage import ssd_tools
 
         found = ssd_tools.remains(directories)
         in_use = [each for each in found if each.owner]
         for each in in_use:
-            _say(f"[red]{escape(str(each.files.slots))} is in use by process {each.owner}[/red]")
+            say(f"[red]{escape(str(each.files.slots))} is in use by process {each.owner}[/red]")
         if in_use:
-            _say("[red]Nothing was removed: stop the server first.[/red]")
+            say("[red]Nothing was removed: stop the server first.[/red]")
             raise typer.Exit(1)
         if not found:
-            _say("nothing to remove")
+            say("nothing to remove")
             return
         for each in found:
             for path in each.paths:
-                _say(escape(str(path)))
+                say(escape(str(path)))
         if not yes:
             size = _gib(sum(each.disk_bytes for each in found))
             typer.confirm(f"Remove these files ({size})?", abort=True)
-        _say(f"[green]removed, {_gib(ssd_tools.clear(found))} freed[/green]")
+        say(f"[green]removed, {_gib(ssd_tools.clear(found))} freed[/green]")
 
 
 def _print_inspection(i: Inspection) -> None:
@@ -174,22 +176,22 @@ def _print_inspection(i: Inspection) -> None:
         ),
         ("in use", f"by process {i.owner}" if i.owner else "no"),
     ]
-    _say(f"[bold]{escape(str(i.files.slots))}[/bold]")
+    say(f"[bold]{escape(str(i.files.slots))}[/bold]")
     for name, text in rows:
-        _say(f"  {name:<11}{escape(text)}")
+        say(f"  {name:<11}{escape(text)}")
 
 
 def _print_verification(result: Verification) -> None:
     bad = len(result.bad_slots)
     style = "red" if bad else "green"
-    _say(
+    say(
         f"{escape(str(result.files.slots))}: {result.num_blocks} blocks, {_gib(result.num_bytes)} read, "
         f"[{style}]{bad} bad[/]"
     )
     if bad:
-        _say(f"  bad slots: {', '.join(map(str, result.bad_slots))}")
+        say(f"  bad slots: {', '.join(map(str, result.bad_slots))}")
     if result.damaged_bytes:
-        _say(f"  [yellow]{result.damaged_bytes} damaged bytes of the journal: their blocks are lost[/yellow]")
+        say(f"  [yellow]{result.damaged_bytes} damaged bytes of the journal: their blocks are lost[/yellow]")
 
 
 @contextmanager
@@ -203,19 +205,6 @@ def _progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.2f} GiB"
-
-
-@contextmanager
-def _errors() -> Iterator[None]:
-    """Errors that were raised on purpose end the command with one line."""
-    try:
-        yield
-    except FlexKVError as error:
-        _say(f"[red]{escape(str(error))}[/red]")
-        raise typer.Exit(1) from None
-    except ImportError as error:
-        _say(f"[red]{escape(str(error))}[/red]; 'sglang-flexkv status' says what is wrong")
-        raise typer.Exit(1) from None
 
 
 def _problems(findings: list[Finding]) -> list[Finding]:
@@ -234,18 +223,14 @@ def _print_table(findings: list[Finding]) -> None:
 def _print_problems(problems: list[Finding]) -> None:
     """One line each, which a narrow terminal or a log does not cut as it cuts the table."""
     for what, _, found, remedy in problems:
-        _say(f"[red]{what}:[/red] {escape(found)}. To do: {escape(remedy)}")
-
-
-def _say(text: str) -> None:
-    console.print(text, soft_wrap=True)
+        say(f"[red]{what}:[/red] {escape(found)}. To do: {escape(remedy)}")
 
 
 def _or_exit(action: Callable[[Path], list[Path]], directory: Path) -> list[Path]:
     try:
         return action(directory)
     except FlexKVError as error:
-        _say(f"[red]{escape(str(error))}[/red]")
+        say(f"[red]{escape(str(error))}[/red]")
         raise typer.Exit(1) from None
 
 

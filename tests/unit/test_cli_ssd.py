@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from sglang_flexkv import CacheConfig, KVCacheLayout, KVCacheLayoutType, KVManager, ModelConfig, _core, cli
@@ -181,7 +182,7 @@ def test_verify_reports_progress(directory: Path) -> None:
 
 
 def test_on_a_terminal_there_is_a_bar(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "console", cli.Console(force_terminal=True, width=200))
+    monkeypatch.setattr(cli, "console", Console(force_terminal=True, width=200))
     code, output = run("verify", directory)
     assert code == 0
     assert "━" in output

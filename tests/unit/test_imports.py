@@ -21,9 +21,11 @@ LAYERS = (
     ("storage",),
     ("cache", "transfer"),
     ("ssdtier",),
-    ("kvtask",),
+    ("kvtask", "replay"),
     ("kvmanager",),
     ("integration",),
+    ("cli_output",),
+    ("cli_replay",),
     ("cli",),
 )
 HEIGHT = {part: height for height, parts in enumerate(LAYERS) for part in parts}
@@ -35,6 +37,7 @@ OPENS_FILES = {
     "common/config.py": "the configuration file, the container's memory limit",
     "integration/model_identity.py": "what a model's own files hold, as digests",
     "integration/startup.py": "the monkey-patch it compares and writes",
+    "replay/planner.py": "a model's config.json, for the size of its KV",
 }
 
 
@@ -143,6 +146,8 @@ def test_the_command_line_is_read_by_the_plugin_only(path: Path) -> None:
         ("cache/cache_engine.py", "import sglang_flexkv.transfer.transfer_engine"),
         ("transfer/transfer_engine.py", "from sglang_flexkv.cache import cache_engine"),
         ("kvtask.py", "from sglang_flexkv.kvmanager import KVManager"),
+        ("replay/simulator.py", "from sglang_flexkv.kvtask import KVTaskEngine"),
+        ("cache/cache_engine.py", "from sglang_flexkv.replay import trace"),
         ("kvtask.py", "from sglang_flexkv import KVManager"),
         ("kvmanager.py", "def f():\n    from sglang_flexkv.integration import hooks"),
         ("integration/hooks.py", "from sglang_flexkv import cli"),

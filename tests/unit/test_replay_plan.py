@@ -1,0 +1,315 @@
+"""The planner, and the commands replay, plan and generate-trace."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from replay_traces import TOKENS, trace_of, write_lines
+from rich.console import Console
+from typer.testing import CliRunner
+
+from sglang_flexkv import cli, cli_replay
+from sglang_flexkv.common.config import GIB, CacheConfig, ConfigError, EvictionPolicy, FlexKVConfig
+from sglang_flexkv.replay.planner import Candidate, Hardware, KvShape, Plan, PlanError, make_plan
+from sglang_flexkv.replay.simulator import TierSetup, simulate
+from sglang_flexkv.replay.trace import Trace
+
+# A block is 1 MiB.
+SHAPE = KvShape(2**20 // TOKENS)
+MACHINE = Hardware(gpu_kv_gib=0, cpu_gib=1, ssd_gib=0, pcie_gb_s=25, ssd_read_gb_s=5, prefill_tokens_s=10_000)
+
+
+def machine(**changes: float) -> Hardware:
+    return Hardware(**{**MACHINE.__dict__, **changes})
+
+
+def loop(documents: int = 10, rounds: int = 12) -> Trace:
+    """The same documents of four blocks again and again: LRU needs all of them or hits nothing."""
+    return trace_of([(document,) * 4 for _ in range(rounds) for document in range(documents)])
+
+
+def cpu_blocks(candidate: Candidate) -> float:
+    return candidate.cpu_gib * 1024
+
+
+def test_memory_for_all_is_enough() -> None:
+    plan = make_plan(loop(), SHAPE, MACHINE)
+    assert cpu_blocks(plan.recommended) == 40, "1 GiB is there, and 40 blocks are all there are"
+    assert plan.recommended.ssd_gib == 0
+    assert plan.worthwhile
+    assert plan.recommended.cpu_hit_rate == pytest.approx(11 / 12)
+    # 64 tokens are computed in 6.4 ms and loaded in 4 MiB / 25 GB/s; the first round has no hit.
+    saving_s = 64 / 10_000 - 4 * 2**20 / 25e9
+    assert plan.recommended.mean_saving_s == pytest.approx(11 / 12 * saving_s)
+    assert plan.recommended.p50_saving_s == pytest.approx(saving_s)
+    assert plan.mean_prefill_s == pytest.approx(64 / 10_000)
+    assert plan.settings() == {
+        "cpu_cache_gb": 0.04,
+        "cpu_eviction_policy": CacheConfig().cpu_eviction_policy.value,
+        "write_policy": "write_through",
+    }
+
+
+def test_no_more_than_saves_something() -> None:
+    """Two documents are used all the time, hundreds once: room for them is room for nothing."""
+    prompts = [(hot,) * 4 for number in range(400) for hot in (1, 2, 10 + number)]
+    plan = make_plan(trace_of(prompts), SHAPE, machine(cpu_gib=4))
+    assert plan.best.mean_saving_s > 0
+    assert cpu_blocks(plan.recommended) < 100
+    assert plan.recommended.mean_saving_s >= 0.98 * plan.best.mean_saving_s
+
+
+def test_ssd_where_memory_is_short() -> None:
+    plan = make_plan(loop(), SHAPE, machine(cpu_gib=8 / 1024, ssd_gib=1))
+    assert cpu_blocks(plan.recommended) <= 8
+    assert plan.recommended.ssd_gib * 1024 == 40
+    assert plan.recommended.ssd_hit_rate > 0.5
+    settings = plan.settings([Path("/nvme0"), Path("/nvme1")])
+    assert settings["ssd_cache_dir"] == ["/nvme0", "/nvme1"]
+    with pytest.raises(ConfigError, match="ssd_cache_dir"):
+        plan.settings()
+
+
+def test_no_ssd_that_is_slower_than_computing() -> None:
+    slow = machine(cpu_gib=8 / 1024, ssd_gib=1, ssd_read_gb_s=0.1)
+    plan = make_plan(loop(), SHAPE, slow)
+    assert plan.recommended.ssd_gib == 0
+
+
+def test_nothing_to_gain() -> None:
+    plan = make_plan(loop(), SHAPE, machine(pcie_gb_s=0.1))
+    assert not plan.worthwhile
+    assert make_plan(trace_of([(n,) for n in range(9)]), SHAPE, MACHINE).worthwhile is False
+
+
+def test_what_the_device_holds_saves_nothing() -> None:
+    plan = make_plan(loop(), SHAPE, machine(gpu_kv_gib=1))
+    assert plan.recommended.device_hit_rate == pytest.approx(11 / 12)
+    assert plan.recommended.cpu_hit_rate == 0
+    assert plan.mean_prefill_s == pytest.approx(64 / 10_000 / 12)
+
+
+def test_a_policy_is_recommended_that_is_worth_it() -> None:
+    """Less memory than the loop: whatever is recommended is no worse than the default at that size."""
+    plan = make_plan(loop(), SHAPE, machine(cpu_gib=30 / 1024))
+    chosen = plan.recommended
+    blocks = round(cpu_blocks(chosen))
+    rates = {p.value: simulate(loop(), TierSetup(blocks, cpu_policy=p)).hit_rate() for p in EvictionPolicy}
+    assert chosen.cpu_hit_rate == rates[chosen.cpu_policy]
+    assert rates[chosen.cpu_policy] >= 0.98 * max(rates.values())
+
+
+def test_writes_that_save_nothing_are_left_out() -> None:
+    """Every other prompt never comes again; what does come again does so often that its first return from SSD
+    does not matter."""
+    prompts = [prompt for n in range(500) for prompt in ((n % 3,) * 4, (100 + n,) * 4)]
+    plan = make_plan(trace_of(prompts), SHAPE, machine(cpu_gib=8 / 1024, ssd_gib=0.25))
+    assert plan.recommended.ssd_gib > 0
+    assert plan.recommended.ssd_hit_rate > 0.1
+    assert plan.recommended.ssd_admission == "reuse"
+    assert plan.recommended.ssd_written_gib < 0.1
+
+
+def test_memory_without_room_for_a_block() -> None:
+    with pytest.raises(PlanError, match=r"hold no block of 1,048,576 bytes; raise --cpu-gib"):
+        make_plan(loop(), SHAPE, machine(cpu_gib=0.5 / 1024))
+
+
+def test_a_plan_is_a_configuration(tmp_path: Path) -> None:
+    plan = make_plan(loop(), SHAPE, machine(cpu_gib=8 / 1024, ssd_gib=1))
+    file = tmp_path / "flexkv.yaml"
+    plan.write(file, [tmp_path])
+    config = FlexKVConfig.load(str(file))
+    assert config.ssd_cache_dir == (tmp_path,)
+    assert config.cpu_cache_gb is not None
+    # Rounding must not lose a block.
+    assert config.cpu_cache_gb * GIB >= plan.recommended.cpu_gib * GIB
+    assert config.cpu_eviction_policy.value == plan.recommended.cpu_policy
+    with pytest.raises(PlanError, match="cannot be written: No such file"):
+        plan.write(tmp_path / "missing" / "file", [tmp_path])
+
+
+# ---- the size of a model's KV ----
+
+GQA = {
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "hidden_size": 512,
+    "torch_dtype": "bfloat16",
+}
+MLA = {**GQA, "num_hidden_layers": 3, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
+
+
+@pytest.mark.parametrize(
+    ("config", "tp", "dtype", "bytes_per_token"),
+    [
+        (GQA, 1, None, 2 * 4 * 64 * 2 * 2),
+        (GQA, 2, None, 2 * 2 * 64 * 2 * 2),
+        (GQA, 8, None, 2 * 1 * 64 * 2 * 2),  # heads are copied
+        (GQA, 1, "fp8_e4m3", 2 * 4 * 64 * 2),
+        ({**GQA, "head_dim": 128}, 1, None, 2 * 4 * 128 * 2 * 2),
+        ({**GQA, "num_key_value_heads": None}, 1, None, 2 * 8 * 64 * 2 * 2),
+        ({"text_config": GQA}, 1, None, 2 * 4 * 64 * 2 * 2),
+        (MLA, 4, None, 3 * 576 * 2),
+    ],
+)
+def test_kv_of_a_model(
+    tmp_path: Path, config: dict[str, Any], tp: int, dtype: str | None, bytes_per_token: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert KvShape.of_model(tmp_path, tp, dtype) == KvShape(bytes_per_token, tp)
+    assert KvShape.of_model(tmp_path / "config.json", tp, dtype).block_bytes(16) == 16 * bytes_per_token * tp
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is not JSON"),
+        ("{}", "dtype of the KV is unknown"),
+        (json.dumps({**GQA, "torch_dtype": "int4"}), "give --kv-dtype"),
+        (json.dumps({**GQA, "num_hidden_layers": None}), "no usable num_hidden_layers"),
+        (json.dumps({**GQA, "num_attention_heads": "many"}), "give --kv-bytes-per-token"),
+    ],
+)
+def test_models_that_do_not_tell(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(PlanError, match=message):
+        KvShape.of_model(tmp_path)
+    with pytest.raises(PlanError, match="cannot be read"):
+        KvShape.of_model(tmp_path / "missing")
+
+
+# ---- the commands ----
+
+
+def run(*arguments: object) -> tuple[int, str]:
+    result = CliRunner().invoke(cli.app, [*map(str, arguments)])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def chat(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("traces") / "chat.jsonl"
+    code, output = run("generate-trace", "chat", path, "--requests", 300, "--seed", 5)
+    assert (code, output) == (0, f"wrote {path}: 300 requests\n")
+    return path
+
+
+def test_replay_shows_every_policy_and_size(chat: Path, tmp_path: Path) -> None:
+    picture, file = tmp_path / "p.png", tmp_path / "r.json"
+    options = ("--policy", "all", "--block-kib", 64, "--plot", picture, "--json", file)
+    code, output = run("replay", chat, "--cpu-blocks", "200,50", "--ssd-blocks", 400, *options)
+    assert code == 0, output
+    assert "300 requests" in output
+    assert "DISK2H" in output
+    assert "…" not in output, "it fits a terminal of 80 columns"
+    results = json.loads(file.read_text())["results"]
+    assert [(r["cpu_blocks"], r["policy"]) for r in results] == [
+        (size, policy.value) for size in (50, 200) for policy in EvictionPolicy
+    ]
+    for result in results:
+        assert result["policy"] in output
+        assert f"{result['hit_rate']:.2%}" in output
+        assert f"{result['optimum_hit_rate']:.2%}" in output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert f"wrote {picture}" in output
+
+
+def test_replay_by_default(chat: Path) -> None:
+    code, output = run("replay", chat, "--requests", 100, "--no-optimum", "--json", "-")
+    assert code == 0
+    results = json.loads(output)["results"]
+    assert {r["policy"] for r in results} == {"lru", CacheConfig().cpu_eviction_policy.value}
+    assert len({r["cpu_blocks"] for r in results}) == 3
+    assert all(r["optimum_hit_rate"] is None and r["moved_bytes"] is None for r in results)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--policy", "lru,mru"), "no eviction policy 'mru'"),
+        (("--ssd-policy", "x"), "known: "),
+        (("--cpu-blocks", "10,0"), "numbers above 0"),
+        (("--cpu-blocks", "ten"), "numbers above 0"),
+        (("--tokens-per-block", "100"), "correct the line, or give"),
+    ],
+)
+def test_replay_says_what_is_wrong(chat: Path, options: tuple[str, ...], message: str) -> None:
+    code, output = run("replay", chat, *options)
+    assert code != 0
+    assert message in " ".join(output.replace("│", " ").split())
+
+
+def test_replay_without_matplotlib(chat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    code, output = run("replay", chat, "--plot", tmp_path / "p.png")
+    assert code == 1
+    assert "pip install 'sglang-flexkv[replay]'" in output
+    assert "requests" not in output, "said before the work"
+
+
+def test_files_that_cannot_be_written(chat: Path, tmp_path: Path) -> None:
+    for option in ("--plot", "--json"):
+        code, output = run("replay", chat, "--requests", 50, option, tmp_path / "missing" / "file")
+        assert code != 0
+        assert "cannot be written" in " ".join(output.split())
+
+
+def test_plan_prints_and_writes(tmp_path: Path) -> None:
+    prompts = [(document,) * 4 for _ in range(6) for document in range(10)]
+    trace = write_lines(
+        tmp_path / "t.jsonl", [{"token_ids": [n for n in prompt for _ in range(16)]} for prompt in prompts]
+    )
+    common = ("plan", trace, "--tokens-per-block", 16, "--prefill-tokens-s", 10_000, "--cpu-gib", 1)
+    file, data = tmp_path / "flexkv.yaml", tmp_path / "plan.json"
+    shape = ("--kv-bytes-per-token", 65536)
+    code, output = run(*common, *shape, "--write", file, "--json", data)
+    assert code == 0, output
+    assert "recommended" in output
+    assert "ms less on average" in output
+    assert "…" not in output
+    assert yaml.safe_load(file.read_text())["cpu_cache_gb"] == 0.04
+    assert FlexKVConfig.load(str(file)).cpu_cache_gb == 0.04
+    plan = json.loads(data.read_text())
+    assert plan["recommended"]["cpu_gib"] == pytest.approx(40 / 1024)
+    assert plan["worthwhile"]
+
+    (tmp_path / "config.json").write_text(json.dumps(GQA))
+    code, output = run(*common, "--model", tmp_path, "--json", "-")
+    assert code == 0
+    assert json.loads(output)["recommended"]["cpu_gib"] == pytest.approx(40 * 16 * 2048 / GIB)
+
+    code, output = run(*common, *shape, "--ssd-gib", 1, "--write", file)
+    assert (code, output) == (1, "--write needs to know where the SSD tier goes; give --ssd-dir\n")
+    code, output = run(*common)
+    assert code == 2
+    assert "give either --model or" in " ".join(output.split())
+    code, output = run(*common, *shape, "--pcie-gb-s", 0.01)
+    assert "The tiers save nothing here" in output
+
+
+def test_progress_on_a_terminal(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli_replay, "Console", lambda stderr: Console(stderr=stderr, force_terminal=True))
+    result = CliRunner().invoke(cli.app, ["replay", str(chat), "--json", "-"])
+    assert "replaying" in result.stderr
+    json.loads(result.stdout)
+
+
+def test_the_command_line_loads_without_the_compiled_core() -> None:
+    """Only so can `sglang-flexkv status` say that it does not load."""
+    code = "import sys, sglang_flexkv.cli; sys.exit('sglang_flexkv._core' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_plan_is_json() -> None:
+    plan = make_plan(loop(3, 3), SHAPE, MACHINE)
+    assert isinstance(plan, Plan)
+    json.dumps(plan.as_dict())
