@@ -72,6 +72,16 @@ def test_recovery_finds_every_key() -> None:
     assert checked(report, "bytes of masks of all keys") == report["settings"]["blocks"]
 
 
+def test_replay_compares_every_policy_with_the_optimum(tmp_path: Path) -> None:
+    """The recorded trace is not in the repository: its absence is no error."""
+    report = report_of("bench_replay.py", "--requests", "100", "--trace", str(tmp_path / "missing.jsonl"))
+    assert "worst_over_lru_lfu" in report["results"]
+    assert {row["trace"] for row in report["rows"]} == {"chat", "agents", "rag", "scan", "stack", "phases"}
+    assert {"lru", "fifo"} <= {row["policy"] for row in report["rows"]}
+    assert checked(report, "hit rates not above the optimum") == len(report["rows"])
+    assert checked(report, "hits of a tier with room for all")
+
+
 @pytest.mark.parametrize("name", ["bench_copy.py", pytest.param("bench_ssd.py", marks=needs_fio)])
 def test_a_wrong_byte_fails_the_run(name: str) -> None:
     done = run(name, "--flip-a-byte")
