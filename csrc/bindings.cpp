@@ -164,6 +164,7 @@ PYBIND11_MODULE(_core, m) {
         BlockKey* out = reinterpret_cast<BlockKey*>(keys.mutable_data());
         {
           py::gil_scoped_release nogil;
+          run.tokens.RequireFit(run.count);
           for (size_t i = 0; i < run.count; ++i) {
             out[i] = HashBlock(i == 0 ? run.name_space : out[i - 1], run.tokens, i);
           }

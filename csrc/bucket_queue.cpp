@@ -23,7 +23,7 @@ size_t BucketQueue::Lowest() const {
 void BucketQueue::Insert(uint32_t entry, uint64_t priority) {
   if (size_ == 0) {
     shift_ = 0;
-    base_ = priority - std::min<uint64_t>(priority, kBuckets / 2);  // something older may follow
+    base_ = top_ = priority;
   }
   uint64_t bucket = priority >> shift_;
   while (bucket >= base_ + kBuckets) {
@@ -32,17 +32,24 @@ void BucketQueue::Insert(uint32_t entry, uint64_t priority) {
     Widen();
     bucket = priority >> shift_;
   }
-  ++size_;
-  // What is older than all the others goes before them.
-  const bool first = bucket < base_;
-  const size_t position = first ? Lowest() : bucket % kBuckets;
+  // What is older than all the others: the ring starts with it, if its other end leaves room.
+  while (bucket < base_) {
+    if (top_ - bucket < kBuckets) {
+      base_ = bucket;
+    } else {
+      Widen();
+      bucket = priority >> shift_;
+    }
+  }
+  top_ = std::max(top_, bucket);
+  const size_t position = bucket % kBuckets;
   const uint32_t end = static_cast<uint32_t>(position) | kBucket;
-  used_.Insert(position);
-  const uint32_t previous = first ? end : At(end).previous;
-  const uint32_t next = first ? At(end).next : end;
-  (*links_)[entry] = {previous, next};
+  const uint32_t previous = At(end).previous;
+  (*links_)[entry] = {previous, end};
   At(previous).next = entry;
-  At(next).previous = entry;
+  At(end).previous = entry;
+  used_.Insert(position);
+  ++size_;
 }
 
 void BucketQueue::Erase(uint32_t entry) {
@@ -72,6 +79,7 @@ void BucketQueue::Widen() {
     used_.Insert(target);
   }
   base_ >>= 1;
+  top_ >>= 1;
   ++shift_;
 }
 

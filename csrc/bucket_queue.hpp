@@ -53,6 +53,7 @@ class BucketQueue {
   std::vector<QueueLink> buckets_;  // ring; previous is the last of the list, next the first
   BitTree used_;
   uint64_t base_ = 0;  // the first bucket of the ring, counted from priority 0
+  uint64_t top_ = 0;   // no bucket above it was used since the queue was empty
   int shift_ = 0;      // a bucket is 2^shift_ priorities wide
   size_t size_ = 0;
 };

@@ -7,8 +7,8 @@ namespace flexkv {
 namespace {
 
 // Buckets per entry. Linear probing looks at two to four neighbours then, mostly in one cache line.
-constexpr double kRoom = 1.35;
-constexpr double kRoomMin = 1.15;
+constexpr double kRoom = 1.3;
+constexpr double kRoomMin = 1.12;
 constexpr size_t kBucketsMin = 64;
 
 }  // namespace

@@ -54,6 +54,10 @@ class PrefixIndex::Walk {
  public:
   Walk(PrefixIndex& index, const BlockRun& blocks) : index_(index), blocks_(blocks) {}
 
+  void RequireFit() const {
+    if (blocks_.tokens != nullptr) blocks_.tokens->RequireFit(blocks_.count);
+  }
+
   uint32_t Next(size_t block) {
     const BlockKey& key = blocks_.keys[block];
     uint32_t entry = previous_ + 1;
@@ -89,6 +93,8 @@ class PrefixIndex::TokenWalk {
       : index_(index), run_(run), keys_(keys) {
     Require(run.tokens.per_block == index.tokens_kept_, "this index keeps no tokens, or of other blocks");
   }
+
+  void RequireFit() const { run_.tokens.RequireFit(run_.count); }
 
   uint32_t Next(size_t block) {
     uint32_t entry = previous_ + 1;
@@ -222,6 +228,13 @@ void PrefixIndex::Link(uint32_t child, uint32_t parent) {
   // A key is a chained hash: a block has one parent for ever. A parent that is given later than the
   // child (write_back spills leaves first) is linked then.
   if (parent == kNil || parent == child || nodes_[child].parent != kNil) return;
+  // Chained keys know no circle, but a disk's records may claim one. Only what has children of its
+  // own can be its parent's ancestor.
+  if (nodes_[child].num_children > 0) {
+    for (uint32_t above = parent; above != kNil; above = nodes_[above].parent) {
+      if (above == child) return;
+    }
+  }
   nodes_[child].parent = parent;
   nodes_[parent].num_children++;
   traits_.depth[child] = DepthUnder(parent);
@@ -329,6 +342,7 @@ bool PrefixIndex::Drop(uint32_t entry, Tier tier) {
 
 template <typename AnyWalk>
 size_t PrefixIndex::MatchAlong(AnyWalk& walk, size_t count, uint8_t* masks) {
+  walk.RequireFit();
   Tick();
   Toucher touched(*this, false);
   size_t found = 0;
@@ -345,6 +359,7 @@ size_t PrefixIndex::MatchAlong(AnyWalk& walk, size_t count, uint8_t* masks) {
 template <typename AnyWalk>
 uint64_t PrefixIndex::AcquireAlong(AnyWalk& walk, size_t count, std::optional<Tier> tier, bool use,
                                    uint8_t* tiers, SlotId* slots, size_t* found) {
+  walk.RequireFit();
   Tick();
   std::vector<Run> pins;
   const uint8_t wanted = tier ? static_cast<uint8_t>(1u << static_cast<int>(*tier)) : uint8_t{0xFF};
@@ -510,6 +525,7 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
                                              std::vector<SlotId>* slots) {
   std::lock_guard<std::mutex> lock(mutex_);
   Require(purpose.importance <= kImportanceMax, "importance is out of range");
+  if (wanted.tokens != nullptr) wanted.tokens->RequireFit(wanted.count);
   Tick();
   TierState& state = Of(tier);
   BlockRun blocks = wanted;  // as far as they can be stored
@@ -547,9 +563,8 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
   {
     // The chain is linked even where blocks are present: they may have come before their parent.
     // Eviction above may have freed the parent's entry, so it is looked up again.
-    uint32_t previous = parent != nullptr ? FindOrCreate(*parent) : kNil;
-    // A parent that nothing is stored under is not kept.
-    if (parent != nullptr && blocks.count == 0) FreeIfUnused(previous);
+    const uint32_t anchor = parent != nullptr ? FindOrCreate(*parent) : kNil;
+    uint32_t previous = anchor;
     const size_t num_created = FindOrNameAll(blocks);
     state.pool.Allocate(num_created, &fresh_slots_);
     size_t next_fresh = 0;
@@ -607,6 +622,7 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
       state.policy->Store(run.first, run.count, &keys_[run.first], purpose.staging);
     }
     fresh_slots_.clear();
+    FreeIfUnused(anchor);  // a parent that nothing was stored under, or only blocks that have another
   }
   uint64_t id = 0;
   if (txn.count > 0) {

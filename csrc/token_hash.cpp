@@ -8,18 +8,26 @@
 
 namespace flexkv {
 
+void TokenView::RequireFit(size_t blocks) const {
+  if (!wide) return;
+  const int64_t* ids = static_cast<const int64_t*>(data);
+  const size_t count = blocks * per_block;
+  uint64_t lost = 0;
+  size_t i = 0;
+  for (; i + 8 <= count; i += 8) {  // of a length that the compiler turns into vectors
+    for (size_t k = 0; k < 8; ++k) lost |= static_cast<uint64_t>(ids[i + k] + 0x80000000ll);
+  }
+  for (; i < count; ++i) lost |= static_cast<uint64_t>(ids[i] + 0x80000000ll);
+  Require(lost >> 32 == 0, "token ids must fit in 32 bits");
+}
+
 void TokenView::Copy(size_t block, int32_t* out) const {
   if (!wide) {
     std::memcpy(out, static_cast<const int32_t*>(data) + block * per_block, per_block * sizeof(int32_t));
     return;
   }
   const int64_t* ids = static_cast<const int64_t*>(data) + block * per_block;
-  uint64_t lost = 0;
-  for (size_t i = 0; i < per_block; ++i) {
-    out[i] = static_cast<int32_t>(ids[i]);
-    lost |= static_cast<uint64_t>(ids[i]) ^ static_cast<uint64_t>(static_cast<int64_t>(out[i]));
-  }
-  Require(lost == 0, "token ids must fit in 32 bits");
+  for (size_t i = 0; i < per_block; ++i) out[i] = static_cast<int32_t>(ids[i]);
 }
 
 bool TokenView::Equal(size_t block, const int32_t* stored) const {

@@ -16,7 +16,8 @@ struct TokenView {
   bool wide = false;  // int64
   size_t per_block = 0;
 
-  // Copies the tokens of a block; throws UsageError if one needs more than 32 bits.
+  // Throws UsageError unless the tokens of all blocks fit in 32 bits, which everything else expects.
+  void RequireFit(size_t blocks) const;
   void Copy(size_t block, int32_t* out) const;
   bool Equal(size_t block, const int32_t* stored) const;
 };
