@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from sglang_flexkv.replay.planner import Candidate, KvShape, Plan
     from sglang_flexkv.replay.trace import Trace
 
+# The index numbers its slots with 32 bits, signed.
+_BLOCKS_MAX = 2**31 - 1
 # Sizes that are tried if none are given, as parts of the trace's blocks.
 _DEFAULT_SIZES = (64, 16, 4)
 
@@ -53,7 +55,9 @@ def replay(
             metavar="N[,N...]", help="Sizes of the CPU tier; default: 1/64, 1/16, 1/4 of the trace."
         ),
     ] = None,
-    ssd_blocks: Annotated[int, typer.Option(min=0, help="Size of the SSD tier; 0: none.")] = 0,
+    ssd_blocks: Annotated[
+        int, typer.Option(min=0, max=_BLOCKS_MAX, help="Size of the SSD tier; 0: none.")
+    ] = 0,
     policy: Annotated[
         str | None,
         typer.Option(
@@ -197,8 +201,10 @@ def _sizes(text: str) -> list[int]:
         sizes = sorted({int(part) for part in text.split(",")})
     except ValueError:
         sizes = []
-    if not sizes or sizes[0] <= 0:
-        raise typer.BadParameter(f"--cpu-blocks {text!r}: give numbers above 0 with commas between them")
+    if not sizes or not 0 < sizes[0] <= sizes[-1] <= _BLOCKS_MAX:
+        raise typer.BadParameter(
+            f"--cpu-blocks {text!r}: give numbers from 1 to {_BLOCKS_MAX:,} with commas between them"
+        )
     return sizes
 
 

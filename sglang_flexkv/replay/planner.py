@@ -40,8 +40,8 @@ from sglang_flexkv.replay.trace import Trace
 _CPU_SIZES, _SSD_SIZES = 6, 4
 # Less than this share of the best saving is given up for a smaller configuration.
 _GIVEN_UP_MAX = 0.02
-# A policy other than the default has to be worth it, or it is only noise of this trace.
-_POLICY_GAIN_MIN = 0.01
+# Policies that save as much up to this share are equally good: the rest is noise of this trace.
+_POLICY_NOISE = 0.01
 # Admission on reuse is recommended if it costs at most this share of the saving ...
 _ADMISSION_LOSS_MAX = 0.01
 # ... and leaves at least this share of the writes out.
@@ -294,7 +294,8 @@ def make_plan(trace: Trace, shape: KvShape, hardware: Hardware, progress: Progre
             "check --tokens-per-block and the model"
         )
     ssd_sizes = bench.sizes(hardware.ssd_gib, _SSD_SIZES) if hardware.ssd_gib else []
-    base = TierSetup(cpu_sizes[0], device_blocks=bench.blocks_in(hardware.gpu_kv_gib))
+    device_blocks = min(bench.blocks_in(hardware.gpu_kv_gib), trace.blocks.num_blocks)
+    base = TierSetup(cpu_sizes[0], device_blocks=device_blocks)
     setups = [
         replace(base, cpu_blocks=cpu, ssd_blocks=ssd)
         for cpu in cpu_sizes
@@ -335,18 +336,20 @@ def _smallest_good(grid: dict[TierSetup, Candidate]) -> TierSetup:
 
 
 def _best_policies(bench: _Bench, setup: TierSetup) -> TierSetup:
-    """The setup with the policies that save most, tier by tier."""
-    setup = _best_of(bench, setup, [replace(setup, cpu_policy=policy) for policy in EvictionPolicy])
+    """The setup with the policies that save most, tier by tier. Of equally good ones the present is kept, or
+    lru is taken, which everybody knows."""
+    policies = list(dict.fromkeys((setup.cpu_policy, EvictionPolicy.LRU, *EvictionPolicy)))
+    setup = _first_good(bench, [replace(setup, cpu_policy=policy) for policy in policies])
     if setup.ssd_blocks:
-        setup = _best_of(bench, setup, [replace(setup, ssd_policy=policy) for policy in EvictionPolicy])
+        policies = list(dict.fromkeys((setup.ssd_policy, EvictionPolicy.LRU, *EvictionPolicy)))
+        setup = _first_good(bench, [replace(setup, ssd_policy=policy) for policy in policies])
     return setup
 
 
-def _best_of(bench: _Bench, present: TierSetup, others: list[TierSetup]) -> TierSetup:
-    best = max(others, key=lambda setup: bench.try_out(setup).mean_saving_s)
-    now_s = bench.try_out(present).mean_saving_s
-    gain_s = bench.try_out(best).mean_saving_s - now_s
-    return best if gain_s > _POLICY_GAIN_MIN * abs(now_s) else present
+def _first_good(bench: _Bench, setups: list[TierSetup]) -> TierSetup:
+    savings_s = [bench.try_out(setup).mean_saving_s for setup in setups]
+    enough_s = max(savings_s) - _POLICY_NOISE * abs(max(savings_s))
+    return next(setup for setup, saving_s in zip(setups, savings_s, strict=True) if saving_s >= enough_s)
 
 
 def _best_admission(bench: _Bench, setup: TierSetup) -> TierSetup:

@@ -105,6 +105,12 @@ def test_a_policy_is_recommended_that_is_worth_it() -> None:
     assert rates[chosen.cpu_policy] >= 0.98 * max(rates.values())
 
 
+def test_of_equally_good_policies_the_default_is_recommended() -> None:
+    """Nothing is ever evicted, so every policy hits the same."""
+    plan = make_plan(loop(), SHAPE, machine(ssd_gib=1))
+    assert plan.recommended.cpu_policy == CacheConfig().cpu_eviction_policy.value
+
+
 def test_writes_that_save_nothing_are_left_out() -> None:
     """Every other prompt never comes again; what does come again does so often that its first return from SSD
     does not matter."""
@@ -237,8 +243,10 @@ def test_replay_by_default(chat: Path) -> None:
     [
         (("--policy", "lru,mru"), "no eviction policy 'mru'"),
         (("--ssd-policy", "x"), "known: "),
-        (("--cpu-blocks", "10,0"), "numbers above 0"),
-        (("--cpu-blocks", "ten"), "numbers above 0"),
+        (("--cpu-blocks", "10,0"), "numbers from 1"),
+        (("--cpu-blocks", "10,5000000000"), "numbers from 1"),
+        (("--cpu-blocks", "ten"), "numbers from 1"),
+        (("--ssd-blocks", "5000000000"), "--ssd-blocks"),
         (("--tokens-per-block", "100"), "correct the line, or give"),
     ],
 )
