@@ -262,12 +262,14 @@ class Rig:
         *,
         extra_key: str | None = None,
         cache_salt: str | None = None,
+        priority: int = 0,
     ) -> list[torch.Tensor]:
         """Computes tokens that the tree does not hold and inserts them; returns their bytes."""
         slots = self.allocator.alloc(len(tokens))
         assert slots is not None, "the device pool of this test is too small"
         expected = self.write(slots, seed)
-        self.cache.insert(InsertParams(key=radix_key(tokens, extra_key, cache_salt), value=slots))
+        key = radix_key(tokens, extra_key, cache_salt)
+        self.cache.insert(InsertParams(key=key, value=slots, priority=priority))
         return expected
 
     def match(self, req: Req) -> MatchResult:

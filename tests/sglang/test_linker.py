@@ -12,7 +12,7 @@ import pytest
 import torch
 from kit import TIMEOUT_S, Rig, assert_same, build_small_cache, cut, make_pool, radix_key
 from sglang.srt.managers.schedule_batch import Req
-from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome, EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from sglang_flexkv import _core
@@ -801,3 +801,75 @@ def test_new_weights_before_there_are_tiers(make_rig: MakeRig) -> None:
     rig = make_rig()
     with mock.patch.object(rig.cache, "linker", None):
         rig.cache.weights_changed()
+
+
+# ---- what it costs the scheduler ----
+
+
+def test_pages_are_hashed_once_however_often_a_request_is_matched(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    expected = rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    req = rig.request(sequence(1, pages=PAGES + 3))
+    hashed = mock.Mock(wraps=get_storage_hash_str)
+    with mock.patch("sglang_flexkv.integration.radix_cache.get_storage_hash_str", hashed):
+        for _ in range(3):
+            assert rig.match(req).host_hit_length == PAGES * PAGE
+        slots = rig.admit(req)
+    assert hashed.call_count == 1
+    rig.start_batch()
+    rig.forward()
+    assert_same(rig.read(slots), expected)
+    assert not rig.cache.finish_external_linker_loads([req])
+    rig.finish(req, slots)
+
+
+def collectives_of(rig: Rig, step: Callable[[], object]) -> int:
+    """How often a step reduces something over the ranks."""
+    with mock.patch.object(rig.cache, "_all_reduce_attn_groups") as reduce:
+        step()
+    return int(reduce.call_count)
+
+
+def test_a_step_without_anything_under_way_needs_no_collective(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    assert collectives_of(rig, rig.cache.check_hicache_events) == 0
+    rig.insert(sequence(1), seed=1)
+    assert rig.cache.linker.pending_offloads
+    assert collectives_of(rig, rig.cache.check_hicache_events) > 0  # whatever this rank knows by then
+    rig.settle()
+    assert collectives_of(rig, rig.cache.check_hicache_events) == 0
+
+
+def test_ranks_agree_on_a_hit_with_one_number(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    req = rig.request(sequence(1))
+    sizes = []
+
+    def other_rank_has_less(tensor: torch.Tensor, op: object) -> None:
+        assert op is torch.distributed.ReduceOp.MIN
+        sizes.append(tensor.numel())
+        tensor.clamp_(max=PAGES - 1)
+
+    with mock.patch.object(rig.cache, "_all_reduce_attn_groups", other_rank_has_less):
+        assert rig.match(req).host_hit_length == (PAGES - 1) * PAGE
+    assert sizes == [1]
+    rig.cache.finish(req.cache_request_handle, CacheRequestOutcome.ABORT)
+
+
+@pytest.mark.parametrize("honoured", [False, True])
+def test_priorities_decide_what_goes_first_where_sglang_takes_them_so(
+    make_rig: MakeRig, honoured: bool
+) -> None:
+    rig = make_rig(num_cpu_blocks=2 * PAGES)
+    rig.cache._by_priority = honoured
+    for number, priority in ((1, 5), (2, 0), (3, 5)):
+        rig.insert(sequence(1000 * number), seed=number, priority=priority)
+        rig.evict_all()
+    kept = [number for number in (1, 2, 3) if rig.match(rig.request(sequence(1000 * number))).host_hit_length]
+    assert (1 in kept) is honoured
+    assert (2 in kept) is not honoured
+    assert 3 in kept
+    rig.linker.reset()

@@ -542,6 +542,53 @@ def test_misuse_says_what_to_do(make, tmp_path) -> None:
         unregistered.register_kv_caches([], pool.layout)
 
 
+@pytest.mark.parametrize("kind", ["get_match", "put_match"])
+def test_a_task_that_nobody_launches_gives_its_promise_back(make, caplog, kind) -> None:
+    pool = make(lease_timeout_s=0.05)
+    pool.put(tokens(100, 64), SLOTS)
+    index = pool.manager.engine.cache.index
+    task, mask = getattr(pool.manager, kind)(tokens(100 if kind == "get_match" else 9000, 64))
+    assert mask.all()
+    assert index.num_leases + index.num_transactions == 1
+    time.sleep(0.06)
+    assert pool.manager.try_wait([task])[task].status is KVResponseStatus.CANCELLED
+    assert index.num_leases + index.num_transactions == 0
+    assert index.stats(_core.Tier.CPU).pinned == 0
+    assert "was not launched" in caplog.text
+
+
+def test_a_task_that_was_reclaimed_can_be_launched_to_no_effect(make) -> None:
+    pool = make(lease_timeout_s=0.05)
+    pool.put(tokens(100, 64), SLOTS)
+    before = pool.bytes_at(OTHER)
+    task, _ = pool.manager.get_match(tokens(100, 64))
+    time.sleep(0.06)
+    pool.manager.engine.poll()
+    pool.manager.launch([task], [OTHER])
+    assert pool.manager.wait([task])[task].status is KVResponseStatus.CANCELLED
+    assert torch.equal(pool.bytes_at(OTHER), before)
+
+
+def test_a_task_that_was_launched_is_not_reclaimed(make) -> None:
+    pool = make(lease_timeout_s=0.05)
+    pool.put(tokens(100, 64), SLOTS)
+    task, _ = pool.manager.get_match(tokens(100, 64))
+    pool.manager.launch([task], [OTHER])
+    time.sleep(0.06)
+    assert pool.manager.wait([task])[task].status is KVResponseStatus.SUCCESS
+
+
+def test_ids_of_32_and_of_64_bits_are_the_same_tokens(make) -> None:
+    pool = make()
+    before = pool.bytes_at(SLOTS)
+    assert pool.put(tokens(100, 64).to(torch.int32), SLOTS) == 64
+    assert pool.put(tokens(100, 64).to(torch.int64), SLOTS) == 0
+    assert pool.get(tokens(100, 64).to(torch.int64), OTHER) == 64
+    assert torch.equal(pool.bytes_at(OTHER), before)
+    with pytest.raises(ValueError, match="32 bits"):
+        pool.manager.get_match(torch.full((64,), 2**40))
+
+
 def test_a_task_cannot_go_back() -> None:
     task = KVTask(1, None, TaskStatus.COMPLETED)
     with pytest.raises(RuntimeError, match="cannot go from completed to running"):

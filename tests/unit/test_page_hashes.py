@@ -1,0 +1,159 @@
+"""Pages of a waiting prompt are hashed once, and what is remembered is never another prompt's."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+
+import numpy as np
+import pytest
+
+from sglang_flexkv.common.block import Namespace, keys_from_page_hashes
+from sglang_flexkv.integration import page_hashes
+from sglang_flexkv.integration.page_hashes import PageHashes
+
+PAGE = 4
+NAMESPACE = Namespace(bytes(range(16)))
+NO_SALTS = (None, None)
+
+
+class Hasher:
+    """SGLang's chained SHA-256, counting the pages it hashes."""
+
+    def __init__(self, tokens: list[int], seed: str = "") -> None:
+        self.tokens = tokens
+        self.seed = seed
+        self.pages_hashed = 0
+
+    def __call__(self, first: int, end: int, before: str | None) -> list[str]:
+        out = []
+        last = before or self.seed
+        for page in range(first, end):
+            text = f"{last}{self.tokens[page * PAGE : (page + 1) * PAGE]}"
+            last = hashlib.sha256(text.encode()).hexdigest()
+            out.append(last)
+        self.pages_hashed += end - first
+        return out
+
+    def all(self) -> list[str]:
+        hasher = Hasher(self.tokens, self.seed)
+        return hasher(0, len(self.tokens) // PAGE, None)
+
+
+@pytest.fixture
+def hashes() -> PageHashes:
+    return PageHashes(PAGE, NAMESPACE)
+
+
+def ask(
+    hashes: PageHashes,
+    hasher: Hasher,
+    first: int = 0,
+    rid: str = "r",
+    salts: tuple[str | None, ...] = NO_SALTS,
+) -> list[str]:
+    anchor = hasher.all()[first - 1] if first else None
+    return hashes.tail(rid, array("q", hasher.tokens), salts, first, anchor, hasher)
+
+
+def test_every_attempt_after_the_first_is_free(hashes: PageHashes) -> None:
+    hasher = Hasher(list(range(42)))
+    for _ in range(3):
+        assert ask(hashes, hasher) == hasher.all()
+    assert hasher.pages_hashed == 10
+
+
+def test_the_device_may_hold_more_at_the_next_attempt(hashes: PageHashes) -> None:
+    hasher = Hasher(list(range(40)))
+    ask(hashes, hasher)
+    assert ask(hashes, hasher, first=3) == hasher.all()[3:]
+    assert ask(hashes, hasher, first=10) == []
+    assert ask(hashes, hasher, first=1) == hasher.all()[1:]
+    assert hasher.pages_hashed == 10
+
+
+def test_what_the_device_has_lost_is_hashed_again(hashes: PageHashes) -> None:
+    hasher = Hasher(list(range(40)))
+    assert ask(hashes, hasher, first=6) == hasher.all()[6:]
+    assert hasher.pages_hashed == 4
+    assert ask(hashes, hasher, first=2) == hasher.all()[2:]
+    assert hasher.pages_hashed == 4 + 8
+
+
+def test_a_prompt_that_grew_costs_its_new_pages(hashes: PageHashes) -> None:
+    hasher = Hasher(list(range(40)))
+    ask(hashes, hasher)
+    hasher.tokens += range(40, 50)
+    assert ask(hashes, hasher, first=1) == hasher.all()[1:]
+    assert hasher.pages_hashed == 12
+
+
+@pytest.mark.parametrize("place", [0, 17, 39])
+def test_another_prompt_under_the_same_name_is_not_mistaken_for_the_first(
+    hashes: PageHashes, place: int
+) -> None:
+    first = Hasher(list(range(40)))
+    ask(hashes, first)
+    other = Hasher(list(range(40)))
+    other.tokens[place] += 1
+    assert ask(hashes, other) == other.all()
+    shorter = Hasher(first.tokens[:20])
+    assert ask(hashes, shorter) == shorter.all()
+
+
+def test_other_salts_are_other_prompts(hashes: PageHashes) -> None:
+    plain = Hasher(list(range(40)))
+    ask(hashes, plain)
+    salted = Hasher(list(range(40)), seed="tenant")
+    assert ask(hashes, salted, salts=("tenant", None)) == salted.all()
+    assert salted.all() != plain.all()
+
+
+def test_an_anchor_that_does_not_fit_is_believed_over_what_is_remembered(hashes: PageHashes) -> None:
+    hasher = Hasher(list(range(40)))
+    ask(hashes, hasher)
+    answer = hashes.tail("r", array("q", hasher.tokens), NO_SALTS, 3, "another", hasher)
+    assert answer == Hasher(hasher.tokens)(3, 10, "another")
+
+
+def test_keys_of_named_pages_are_what_hashing_would_give(hashes: PageHashes) -> None:
+    hasher = Hasher(list(range(40)))
+    tail = ask(hashes, hasher, first=2)
+    for asked in (tail, tail[:3], tail[:1], hasher.all(), ["ab" * 32], []):
+        expected = keys_from_page_hashes(asked, NAMESPACE)
+        np.testing.assert_array_equal(hashes.keys("r", asked), expected)
+        np.testing.assert_array_equal(hashes.keys("nobody", asked), expected)
+    assert np.shares_memory(hashes.keys("r", tail[:3]), hashes.keys("r", tail))
+
+
+def test_forgotten_requests_leave_nothing(hashes: PageHashes) -> None:
+    hasher = Hasher(list(range(40)))
+    ask(hashes, hasher, rid="a")
+    ask(hashes, hasher, rid="b")
+    hashes.forget("a")
+    hashes.forget("nobody")
+    ask(hashes, hasher, rid="b")
+    assert hasher.pages_hashed == 20
+    ask(hashes, hasher, rid="a")
+    assert hasher.pages_hashed == 30
+    hashes.clear()
+    assert hashes._num_tokens == 0
+
+
+def test_what_was_asked_for_longest_ago_is_forgotten_first(
+    hashes: PageHashes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(page_hashes, "_TOKENS_MAX", 100)
+    hashers = {rid: Hasher([ord(rid)] * 40) for rid in "abc"}
+    for rid in "aba":
+        ask(hashes, hashers[rid], rid=rid)
+    ask(hashes, hashers["c"], rid="c")  # 120 tokens: b goes
+    for rid in "ac":
+        ask(hashes, hashers[rid], rid=rid)
+        assert hashers[rid].pages_hashed == 10
+    ask(hashes, hashers["b"], rid="b")
+    assert hashers["b"].pages_hashed == 20
+    long = Hasher(list(range(400)))
+    assert ask(hashes, long, rid="long") == long.all()  # one prompt is remembered however long it is
+    ask(hashes, long, rid="long")
+    assert long.pages_hashed == 100
