@@ -256,7 +256,7 @@ PYBIND11_MODULE(_core, m) {
           "reserve",
           [](PrefixIndex& index, Tier tier, const std::optional<Keys>& parent, const Keys& keys,
              const std::optional<py::array>& tokens, uint8_t importance,
-             bool staging) -> py::object {
+             bool staging, bool required) -> py::object {
             const RunView run(keys, tokens, index.tokens_kept());
             const BlockKey* parent_key = nullptr;
             if (parent) {
@@ -270,13 +270,13 @@ PYBIND11_MODULE(_core, m) {
               py::gil_scoped_release nogil;
               positions.reserve(run.blocks.count);
               slots.reserve(run.blocks.count);
-              txn = index.Reserve(tier, parent_key, run.blocks, {importance, staging}, &positions, &slots);
+              txn = index.Reserve(tier, parent_key, run.blocks, {importance, staging, required}, &positions, &slots);
             }
             if (!txn) return py::none();
             return py::make_tuple(*txn, ToArray(positions), ToArray(slots));
           },
           py::arg("tier"), py::arg("parent"), py::arg("keys"), py::arg("tokens") = std::nullopt,
-          py::arg("importance") = 0, py::arg("staging") = false)
+          py::arg("importance") = 0, py::arg("staging") = false, py::arg("required") = false)
       .def(
           "commit",
           [](PrefixIndex& index, uint64_t txn,

@@ -501,7 +501,7 @@ std::optional<size_t> PrefixIndex::MakeRoom(Tier tier, const BlockKey* parent, c
   };
   size_t stored = 0;
   bool refused = false;
-  if (purpose.staging) {
+  if (purpose.required) {
     stored = room + EvictLocked(tier, missing.size() - room, nullptr);
   } else if (parent != nullptr && (anchor == kNil || StateOf(anchor, tier) == State::kAbsent) &&
              state.policy->Remembers(*parent)) {

@@ -66,7 +66,8 @@ struct TokenRun {
 // What blocks are stored for.
 struct Purpose {
   uint8_t importance = 0;  // of the request, 0 to kImportanceMax: the less important are evicted first
-  bool staging = false;    // they come from another tier, for a reader: no policy refuses them
+  bool staging = false;    // they come from another tier, for a reader who is going to use them
+  bool required = false;   // no policy may refuse them
 };
 
 class PrefixIndex {

@@ -159,7 +159,7 @@ class GlobalCacheEngine:
             )
             host_slots = slots.astype(np.int64)
             if len(on_ssd):
-                reserved = self.index.reserve(CPU, None, plan.keys, tokens, staging=True)
+                reserved = self.index.reserve(CPU, None, plan.keys, tokens, staging=True, required=True)
                 if reserved is None or not np.array_equal(reserved[1], on_ssd):
                     # No room, or another transfer is filling one of the blocks right now: take less.
                     if reserved is not None:
@@ -215,7 +215,11 @@ class GlobalCacheEngine:
         Returns:
             A plan (with an empty graph if every block is held), or None if pins leave no room.
         """
-        reserved = self.index.reserve(CPU, parent, keys, tokens, importance)
+        # On its way to SSD a block passes through the CPU tier: what that tier does not want for itself, SSD
+        # may well keep.
+        reserved = self.index.reserve(
+            CPU, parent, keys, tokens, importance, required=self.journal is not None
+        )
         if reserved is None:
             return None
         txn, positions, slots = reserved
