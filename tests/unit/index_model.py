@@ -26,8 +26,8 @@ EXACT = (Policy.FIFO, Policy.LRU, Policy.LFU)
 # Policies that may leave newcomers outside: the others store whatever there is room for.
 MAY_REFUSE = (Policy.ADAPTIVE,)
 LFU_USES_MAX = 31
-# Up to this time a queue's buckets are one tick wide and start at 0: rank is kept exactly.
-EXACT_TICKS_MAX = 1024
+# Up to this time a queue's buckets are one tick wide: rank is kept exactly.
+EXACT_TICKS_MAX = 2047
 
 
 class Divergence(AssertionError):
@@ -424,13 +424,16 @@ class IndexModel:
         lookup: Lookup = Lookup.KEYS,
         importance: int = 0,
         staging: bool = False,
+        required: bool = False,
     ) -> None:
         """`parent`: 0 if the caller does not say."""
         tokens, contents = self._lookup_tokens(blocks, lookup)
         parent_key = self.blocks.keys([parent])[0] if parent else None
-        result = self.index.reserve(tier, parent_key, self.blocks.keys(blocks), tokens, importance, staging)
+        result = self.index.reserve(
+            tier, parent_key, self.blocks.keys(blocks), tokens, importance, staging, required
+        )
         self.now += 1
-        may_refuse = self.policy[tier] in MAY_REFUSE and not staging
+        may_refuse = self.policy[tier] in MAY_REFUSE and not required
 
         # Blocks of the request, and its parent, do not make room for it. A block that comes twice is counted
         # twice as long as it is not there: what is evicted may be more than needed by that.
@@ -603,7 +606,7 @@ class RandomDriver:
         )
 
     def step(self) -> None:
-        if self.rng.random() < 0.005:
+        if self.rng.random() < 0.01:
             self.rng.choice((self._invalidate_tier, self._restore))()
         elif len(self.model.leases) + len(self.model.transactions) > 5 and self.rng.random() < 0.5:
             self.rng.choice((self._release, self._end))()  # or soon nothing is left that could go
@@ -656,7 +659,8 @@ class RandomDriver:
             path.append(path[-1])
         lookup = self.rng.choice(self.LOOKUPS)
         tier, importance = self.rng.choice(TIERS), self.rng.choice(self.IMPORTANCES)
-        self.model.reserve(tier, path, parent, lookup, importance, staging=self.rng.random() < 0.2)
+        staging, required = self.rng.random() < 0.2, self.rng.random() < 0.3
+        self.model.reserve(tier, path, parent, lookup, importance, staging, required)
 
     def _end(self) -> None:
         if not self.model.transactions:
@@ -680,9 +684,9 @@ class RandomDriver:
         self.model.invalidate_tier(self.rng.choice(TIERS))
 
     def _restore(self) -> None:
-        # Mostly refused: a tier must be empty. So let go of everything first, now and then.
+        # A tier must be empty: let go of everything first, or have it refused.
         tier = self.rng.choice(TIERS)
-        if self.rng.random() < 0.5:
+        if self.rng.random() < 0.8:
             while self.model.leases:
                 self.model.release(0)
             while self.model.transactions:

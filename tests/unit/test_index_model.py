@@ -79,6 +79,7 @@ class IndexMachine(RuleBasedStateMachine):
         lookup=st.sampled_from([Lookup.KEYS, Lookup.NARROW, Lookup.WIDE]),
         importance=st.sampled_from([0, 0, 1, 127]),
         staging=st.booleans(),
+        required=st.booleans(),
     )
     def reserve(
         self,
@@ -89,9 +90,11 @@ class IndexMachine(RuleBasedStateMachine):
         lookup: Lookup,
         importance: int,
         staging: bool,
+        required: bool,
     ) -> None:
         parent, part = self.part(leaf, skip)
-        self.model.reserve(tier, part, parent if says_parent else 0, lookup, importance, staging)
+        before = parent if says_parent else 0
+        self.model.reserve(tier, part, before, lookup, importance, staging, required)
 
     @precondition(lambda self: self.model.transactions)
     @rule(position=st.integers(0, 7), failed=st.sets(st.integers(0, 3), max_size=2))
