@@ -237,6 +237,11 @@ void SsdShard::Start(uint64_t num_slots) {
       note_ = paths_.directory + ": " + std::to_string(image_.damaged_bytes) +
               " damaged bytes of the journal skipped";
     }
+    if (const uint64_t left = image_.entries.size(); left < image_.superblock.num_slots) {
+      if (!note_.empty()) note_ += "\n";
+      note_ += paths_.directory + ": the slot file was cut, what the last " +
+               std::to_string(image_.superblock.num_slots - left) + " slots held is lost";
+    }
     Resize(num_slots);
   }
   thread_ = std::thread([this] { JournalLoop(); });

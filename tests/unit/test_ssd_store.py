@@ -473,11 +473,13 @@ def test_without_a_journal_it_starts_empty(
     assert reopened(tmp_path) == {4: 5}
 
 
-def test_a_slot_file_that_was_cut_is_made_whole(tmp_path: Path, slots_file: Path) -> None:
+def test_a_slot_file_that_was_cut_is_made_whole(tmp_path: Path, slots_file: Path, notes: list[str]) -> None:
     filled(tmp_path, blocks={0: 1, 7: 2})
     os.truncate(slots_file, HEADER + SLOT)
     # What the file does not reach is gone, and stays gone when the file has its size again.
     assert reopened(tmp_path) == {0: 1}
+    (note,) = notes
+    assert f"{tmp_path}: the slot file was cut, what the last 7 slots held is lost" in note
     assert slots_file.stat().st_size == HEADER + 8 * SLOT
     assert reopened(tmp_path) == {0: 1}
     os.truncate(slots_file, 0)
