@@ -46,22 +46,21 @@ bool TokenView::Equal(size_t block, const int32_t* stored) const {
 }
 
 BlockKey HashBlock(const BlockKey& parent, const TokenView& tokens, size_t block) {
-  // Parent and tokens in one piece: on the stack as long as a block is not very large.
-  constexpr size_t kStackTokens = 256;
-  struct {
-    BlockKey parent;
-    int32_t tokens[kStackTokens];
-  } small;
-  std::vector<int32_t> large;
-  void* input = &small;
-  if (tokens.per_block > kStackTokens) {
-    large.resize(sizeof(BlockKey) / sizeof(int32_t) + tokens.per_block);
-    input = large.data();
+  const size_t bytes = tokens.per_block * sizeof(int32_t);
+  // The tokens by themselves first: that does not wait for the parent, so it overlaps with naming it.
+  XXH128_hash_t link[2];
+  if (!tokens.wide) {
+    link[1] = XXH3_128bits(static_cast<const char*>(tokens.data) + block * bytes, bytes);
+  } else {
+    constexpr size_t kStackTokens = 256;
+    int32_t narrow[kStackTokens];
+    std::vector<int32_t> large(tokens.per_block > kStackTokens ? tokens.per_block : 0);
+    int32_t* ids = large.empty() ? narrow : large.data();
+    tokens.Copy(block, ids);
+    link[1] = XXH3_128bits(ids, bytes);
   }
-  std::memcpy(input, &parent, sizeof(parent));
-  tokens.Copy(block, reinterpret_cast<int32_t*>(static_cast<char*>(input) + sizeof(parent)));
-  const XXH128_hash_t hash =
-      XXH3_128bits(input, sizeof(BlockKey) + tokens.per_block * sizeof(int32_t));
+  link[0] = {parent.lo, parent.hi};
+  const XXH128_hash_t hash = XXH3_128bits(link, sizeof link);
   return {hash.low64, hash.high64};
 }
 

@@ -1,4 +1,5 @@
-// Keys from token ids: chained XXH3-128, for the library's path. (SGLang hashes its pages itself.)
+// Keys from token ids, for the library's path: XXH3-128 of the parent's key and the XXH3-128 of the
+// block's tokens (32 bits each, little-endian). SGLang hashes its pages itself.
 //
 // It is fast, not cryptographic: whoever looks a block up by such a key compares its tokens, too.
 #pragma once
