@@ -263,13 +263,14 @@ PYBIND11_MODULE(_core, m) {
               if (parent->size() != 2) throw UsageError("parent must be one key of two uint64");
               parent_key = reinterpret_cast<const BlockKey*>(parent->data());
             }
-            std::vector<uint32_t> positions;
-            std::vector<SlotId> slots;
+            // Kept between calls: memory that is new each time costs more than what is done here.
+            thread_local std::vector<uint32_t> positions;
+            thread_local std::vector<SlotId> slots;
             std::optional<uint64_t> txn;
             {
               py::gil_scoped_release nogil;
-              positions.reserve(run.blocks.count);
-              slots.reserve(run.blocks.count);
+              positions.clear();
+              slots.clear();
               txn = index.Reserve(tier, parent_key, run.blocks, {importance, staging, required}, &positions, &slots);
             }
             if (!txn) return py::none();

@@ -4,7 +4,8 @@
 // Every operation takes constant time, also taking an entry out of the middle, so nothing in here is
 // ever out of date and nobody waits while something is put in order. The price is resolution: within
 // a bucket the first to come is the first to go. Buckets start one priority wide and double when the
-// span outgrows the ring, so an entry is at most a thousandth of the span away from its place.
+// span outgrows the ring, so an entry is away from its place by at most a thousandth of the largest
+// span since the queue was empty.
 #pragma once
 
 #include <cstddef>

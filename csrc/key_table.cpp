@@ -59,14 +59,14 @@ void KeyTable::Erase(const BlockKey& key, uint32_t id) {
 }
 
 void KeyTable::Grow() {
+  const size_t grown = num_buckets_ * 2;
   std::vector<Bucket> old;
   old.reserve(size_);
+  buckets_.Reserve(grown);  // what can fail comes first
   for (size_t at = 0; at < num_buckets_; ++at) {
     if (buckets_[at].id_plus_1 != 0) old.push_back(buckets_[at]);
     buckets_[at] = {0, 0};
   }
-  const size_t grown = num_buckets_ * 2;
-  buckets_.Reserve(grown);
   num_buckets_ = grown;
   for (const Bucket& bucket : old) {
     size_t at = Home(bucket.tag);

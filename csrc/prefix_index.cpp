@@ -1,6 +1,7 @@
 #include "prefix_index.hpp"
 
 #include <algorithm>
+#include <cstring>
 #include <unordered_set>
 
 namespace flexkv {
@@ -13,11 +14,13 @@ constexpr uint32_t kEntriesPopulated = 1u << 21;
 constexpr size_t kAhead = 16;
 constexpr uint32_t kEntriesMax = 1u << 31;
 
-void AppendRun(auto* runs, uint32_t entry, Tier tier) {
-  if (!runs->empty() && runs->back().tier == tier && runs->back().first + runs->back().count == entry) {
-    runs->back().count++;
+template <typename Run>
+void AppendRun(std::vector<Run>* runs, const Run& run) {
+  if (!runs->empty() && runs->back().tier == run.tier &&
+      runs->back().first + runs->back().count == run.first) {
+    runs->back().count += run.count;
   } else {
-    runs->push_back({entry, 1, tier});
+    runs->push_back(run);
   }
 }
 
@@ -28,12 +31,12 @@ class PrefixIndex::Toucher {
  public:
   Toucher(PrefixIndex& index, bool use) : index_(index), use_(use) {}
   ~Toucher() { Flush(); }
-  void Add(uint32_t entry) {
+  void Add(uint32_t entry, uint32_t count = 1) {
     if (entry != first_ + count_) {
       Flush();
       first_ = entry;
     }
-    ++count_;
+    count_ += count;
   }
 
  private:
@@ -206,13 +209,41 @@ uint16_t PrefixIndex::DepthUnder(uint32_t parent) const {
 bool PrefixIndex::HoldsTokens(uint32_t entry, const TokenView& tokens, size_t block) {
   if (has_tokens_[entry]) return tokens.Equal(block, Tokens(entry));
   // It came back from a disk, whose records have keys only; or it is a place kept for a parent.
-  KeepTokens(entry, tokens, block);
+  KeepTokens(entry, tokens, block, 1);
   return true;
 }
 
-void PrefixIndex::KeepTokens(uint32_t entry, const TokenView& tokens, size_t block) {
-  tokens.Copy(block, Tokens(entry));
-  has_tokens_[entry] = 1;
+void PrefixIndex::KeepTokens(uint32_t entry, const TokenView& tokens, size_t block, size_t count) {
+  tokens.Copy(block, count, Tokens(entry));
+  std::memset(&has_tokens_[entry], 1, count);
+}
+
+// Writes new entries of consecutive ids in one go, chained to each other: with the writer's pins, and
+// with the children that are about to follow. `linked`: the one before counts the first as its child.
+void PrefixIndex::WriteNew(const Run& run, const SlotId* slots, uint8_t importance, uint32_t previous,
+                           bool linked, bool goes_on) {
+  const int t = static_cast<int>(run.tier);
+  uint32_t depth = DepthUnder(previous);
+  for (uint32_t i = 0; i < run.count; ++i) {
+    const uint32_t has_child = i + 1 < run.count || goes_on;
+    Node& node = nodes_[run.first + i];
+    node.parent = i == 0 ? previous : run.first + i - 1;
+    node.num_children = has_child;
+    for (int other = 0; other < kNumTiers; ++other) {
+      Residency& r = node.tier[other];
+      r.slot = other == t ? slots[i] : 0;
+      r.children = other == t ? has_child : 0;
+      r.word = other == t ? Residency::kOnePin | static_cast<uint32_t>(State::kWriting) : 0;
+    }
+    traits_.depth[run.first + i] = static_cast<uint16_t>(std::min<uint32_t>(depth++, kDepthMax));
+  }
+  std::memset(&traits_.importance[run.first], importance, run.count);
+  if (!linked && previous != kNil) {
+    nodes_[previous].num_children++;
+    Residency& above = nodes_[previous].tier[t];
+    above.children++;
+    if (above.evictable()) UpdateEvictable(previous, run.tier);
+  }
 }
 
 uint8_t PrefixIndex::ReadableTiers(uint32_t entry) const {
@@ -373,7 +404,7 @@ uint64_t PrefixIndex::AcquireAlong(AnyWalk& walk, size_t count, std::optional<Ti
     const Tier chosen = static_cast<Tier>(std::countr_zero(mask));
     AddPin(entry, chosen);
     touched.Add(entry);
-    AppendRun(&pins, entry, chosen);
+    AppendRun(&pins, {entry, 1, chosen});
     tiers[i] = static_cast<uint8_t>(chosen);
     slots[i] = At(entry, chosen).slot;
   }
@@ -472,8 +503,10 @@ size_t PrefixIndex::EvictLocked(Tier tier, size_t count,
     if (num_seen - num_ahead > kLookahead / 2) {
       PrefetchKey(tier, keys_[ahead[(num_ahead + kLookahead / 2 - 1) % kLookahead]]);
     }
-    // The parent is next where this was its last child; it lies just before it, most of the time.
-    if (victim >= kLookahead) PrefetchKey(tier, keys_[victim - kLookahead / 2]);
+    // Where a prompt goes from its end, its parents follow, which mostly lie before it.
+    if (victim >= kLookahead && nodes_[victim].parent == victim - 1) {
+      PrefetchKey(tier, keys_[victim - kLookahead / 2]);
+    }
     Drop(victim, tier);
   }
   state.evicted += evicted;
@@ -567,53 +600,39 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
     uint32_t previous = anchor;
     const size_t num_created = FindOrNameAll(blocks);
     state.pool.Allocate(num_created, &fresh_slots_);
-    size_t next_fresh = 0;
+    const SlotId* fresh = fresh_slots_.data();
     Toucher touched(*this, false);
-    const int t = static_cast<int>(tier);
     bool linked = false;  // the previous entry counts this one as its child already
-    for (size_t i = 0; i < blocks.count; ++i) {
+    for (size_t i = 0; i < blocks.count;) {
       const uint32_t entry = found_[i] & ~kCreated;
+      size_t count = 1;
       if (found_[i] & kCreated) {
-        // What is new is written in one piece, with the child that is about to follow.
-        const bool has_child = i + 1 < blocks.count && (found_[i + 1] & kCreated);
-        Node& node = nodes_[entry];
-        node.parent = previous;
-        node.num_children = has_child;
-        Residency& r = node.tier[t];
-        r.slot = fresh_slots_[next_fresh++];
-        r.children = has_child;
-        r.word = Residency::kOnePin | static_cast<uint32_t>(State::kWriting);  // the writer's pin
-        for (int other = 0; other < kNumTiers; ++other) {
-          if (other != t) node.tier[other] = {};
-        }
-        traits_.importance[entry] = purpose.importance;
-        traits_.depth[entry] = DepthUnder(previous);
-        if (!linked && previous != kNil) {
-          nodes_[previous].num_children++;
-          Residency& above = nodes_[previous].tier[t];
-          above.children++;
-          if (above.evictable()) UpdateEvictable(previous, tier);
-        }
-        linked = has_child;
-        if (blocks.tokens != nullptr) KeepTokens(entry, *blocks.tokens, i);
-        positions->push_back(static_cast<uint32_t>(i));
-        slots->push_back(r.slot);
-        AppendRun(&txn.runs, entry, tier);
+        while (i + count < blocks.count && found_[i + count] == found_[i] + count) ++count;
+        const bool goes_on = i + count < blocks.count && (found_[i + count] & kCreated);
+        const Run run{entry, static_cast<uint32_t>(count), tier};
+        WriteNew(run, fresh, purpose.importance, previous, linked, goes_on);
+        if (blocks.tokens != nullptr) KeepTokens(entry, *blocks.tokens, i, count);
+        for (size_t k = 0; k < count; ++k) positions->push_back(static_cast<uint32_t>(i + k));
+        slots->insert(slots->end(), fresh, fresh + count);
+        AppendRun(&txn.runs, run);
+        fresh += count;
+        linked = goes_on;
       } else {
         linked = false;
         Link(entry, previous);
-        if (blocks.tokens != nullptr && !has_tokens_[entry]) KeepTokens(entry, *blocks.tokens, i);
+        if (blocks.tokens != nullptr && !has_tokens_[entry]) KeepTokens(entry, *blocks.tokens, i, 1);
         if (purpose.importance > traits_.importance[entry]) RaiseImportance(entry, purpose.importance);
         if (StateOf(entry, tier) == State::kAbsent) {
           Occupy(entry, tier, state.pool.Allocate());
           AddPin(entry, tier);
           positions->push_back(static_cast<uint32_t>(i));
           slots->push_back(At(entry, tier).slot);
-          AppendRun(&txn.runs, entry, tier);
+          AppendRun(&txn.runs, {entry, 1, tier});
         }
       }
-      touched.Add(entry);
-      previous = entry;
+      touched.Add(entry, static_cast<uint32_t>(count));
+      previous = entry + static_cast<uint32_t>(count) - 1;
+      i += count;
     }
     txn.count = positions->size();
     state.count[static_cast<int>(State::kWriting)] += static_cast<uint32_t>(num_created);

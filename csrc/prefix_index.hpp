@@ -49,7 +49,8 @@ struct TierSetup {
   EvictionPolicyKind policy = EvictionPolicyKind::kLru;
 };
 
-// Blocks of a caller: their keys and, where the index keeps tokens, what they must hold.
+// Blocks of a caller: their keys and, where the index keeps tokens, what they must hold. Keys are
+// chained, so none comes twice; one that did would be taken for two when room is made.
 struct BlockRun {
   const BlockKey* keys = nullptr;
   size_t count = 0;
@@ -212,7 +213,9 @@ class PrefixIndex {
   uint8_t ReadableTiers(uint32_t entry) const;
   int32_t* Tokens(uint32_t entry) { return &tokens_[static_cast<size_t>(entry) * tokens_kept_]; }
   bool HoldsTokens(uint32_t entry, const TokenView& tokens, size_t block);
-  void KeepTokens(uint32_t entry, const TokenView& tokens, size_t block);
+  void KeepTokens(uint32_t entry, const TokenView& tokens, size_t block, size_t count);
+  void WriteNew(const Run& run, const SlotId* slots, uint8_t importance, uint32_t previous, bool linked,
+                bool goes_on);
 
   void Tick();
   uint32_t Find(const BlockKey& key) const { return table_.Find(key, keys_.data()); }

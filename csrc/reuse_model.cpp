@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 namespace flexkv {
 namespace {
@@ -31,33 +32,27 @@ constexpr uint64_t kAgeUnits = 1 << 14;  // of the time for which a ghost's age 
 }  // namespace
 
 ReuseModel::ReuseModel(uint32_t capacity, uint32_t deep)
-    : capacity_(std::max(1u, capacity)), deep_(deep) {
+    : capacity_(std::max(1u, capacity)),
+      deep_(deep),
+      horizon_(static_cast<uint64_t>(kHorizon * capacity_)) {
   const double initial = std::min(kInitialTrials, kInitialTrialsShare * capacity_);
   for (int kind = 0; kind < kKinds; ++kind) {
     trials_[kind] = initial;
     reuses_[kind] = initial * kInitialReuse * kInitialRatio[kind / 2];
   }
+  for (int code = 0; code < 256; ++code) {
+    for (const double end : kCountClassEnds) count_classes_[code] += std::exp2(code / kCountSteps) > end;
+  }
   const size_t ghosts = std::max(kGhostsMin, capacity / kGhostsShare);
   ghosts_.resize(ghosts / kGhostsPerSet);
-  const double horizon = std::max(kHorizon * capacity_, 2.0 * static_cast<double>(ghosts));
-  age_unit_ = std::max<uint64_t>(1, static_cast<uint64_t>(horizon) / kAgeUnits);
-}
-
-uint32_t ReuseModel::Fingerprint(const BlockKey& key) {
-  const uint32_t low = static_cast<uint32_t>(key.lo);
-  return low != 0 ? low : 1;
-}
-
-const ReuseModel::GhostSet& ReuseModel::SetOf(const BlockKey& key) const {
-  return ghosts_[((key.hi >> 32) * ghosts_.size()) >> 32];
+  age_unit_ = std::max<uint64_t>(1, std::max<uint64_t>(horizon_, 2 * ghosts) / kAgeUnits);
 }
 
 const ReuseModel::Ghost* ReuseModel::FindGhost(const BlockKey& key) const {
   if (!any_ghost_) return nullptr;
-  for (const Ghost& ghost : SetOf(key).ways) {
-    if (ghost.fingerprint == Fingerprint(key)) return &ghost;
-  }
-  return nullptr;
+  const GhostSet& set = SetOf(key);
+  const int way = WayOf(set, Fingerprint(key));
+  return way == kWays ? nullptr : &set.ghosts[way];
 }
 
 uint64_t ReuseModel::AgeOf(const Ghost& ghost) const {
@@ -65,45 +60,10 @@ uint64_t ReuseModel::AgeOf(const Ghost& ghost) const {
   return static_cast<uint16_t>(clock_ / age_unit_ - ghost.last) * age_unit_;
 }
 
-uint8_t ReuseModel::Faded(uint8_t count, uint64_t age) const {
-  if (age != faded_age_ || count != faded_from_) {
-    const double uses = std::exp2(count / kCountSteps);
-    const double fading = reuse_age_ > 0 ? std::exp2(-static_cast<double>(age) / (kCountHalfLife * reuse_age_)) : 1;
-    faded_to_ = static_cast<uint8_t>(std::min(255.0, std::round(std::log2(1 + uses * fading) * kCountSteps)));
-    faded_from_ = count;
-    faded_age_ = age;
-  }
-  return faded_to_;
-}
-
-uint8_t ReuseModel::KindOf(uint8_t count, uint32_t depth) const {
-  static const auto kClasses = [] {
-    std::array<uint8_t, 256> classes{};
-    for (int code = 0; code < 256; ++code) {
-      const double uses = std::exp2(code / kCountSteps);
-      for (const double end : kCountClassEnds) classes[code] += uses > end;
-    }
-    return classes;
-  }();
-  return static_cast<uint8_t>(2 * kClasses[count] + (depth >= deep_));
-}
-
-ReuseModel::Past ReuseModel::Classify(uint8_t count, uint32_t depth) {
-  const uint8_t kind = KindOf(count, depth);
-  // The start of all prompts is used by everybody and tells nothing about anybody.
-  if (depth > 0) {
-    trials_[kind]++;
-    if (kind != previous_kind_) runs_[kind]++;
-    previous_kind_ = kind;
-  }
-  return {clock_, count, kind};
-}
-
-void ReuseModel::CountReuse(uint8_t kind, uint64_t age, uint32_t depth) {
-  if (depth == 0 || static_cast<double>(age) > kHorizon * capacity_) return;
-  reuses_[kind]++;
-  age_sum_ += static_cast<double>(age);
-  age_count_++;
+uint8_t ReuseModel::Fade(uint8_t count, uint64_t age) const {
+  const double ages = reuse_age_ > 0 ? static_cast<double>(age) / (kCountHalfLife * reuse_age_) : 0;
+  const double uses = 1 + std::exp2(count / kCountSteps) * std::exp2(-ages);
+  return static_cast<uint8_t>(std::min(255.0, std::round(std::log2(uses) * kCountSteps)));
 }
 
 void ReuseModel::BeginRequest() {
@@ -113,19 +73,13 @@ void ReuseModel::BeginRequest() {
   Refresh();
 }
 
-ReuseModel::Past ReuseModel::Arrive(const BlockKey& key, uint32_t depth, bool staging) {
+ReuseModel::Past ReuseModel::ArriveAgain(const BlockKey& key, uint32_t depth, bool staging) {
   const Ghost* ghost = FindGhost(key);
-  Past past;
-  if (ghost == nullptr) {
-    past = Classify(0, depth);
-  } else if (staging) {
-    past = {clock_ - std::min(clock_, AgeOf(*ghost)), ghost->count, ghost->kind};
-  } else {
-    CountReuse(ghost->kind, AgeOf(*ghost), depth);
-    past = Classify(Faded(ghost->count, AgeOf(*ghost)), depth);
-  }
-  ++clock_;
-  return past;
+  if (ghost == nullptr) return Classify(0, depth);
+  const uint64_t age = AgeOf(*ghost);
+  if (staging) return {clock_ - std::min(clock_, age), ghost->count, ghost->kind};
+  CountReuse(ghost->kind, age, depth);
+  return Classify(Faded(ghost->count, age), depth);
 }
 
 ReuseModel::Past ReuseModel::Preview(const BlockKey& key, uint32_t depth) const {
@@ -134,23 +88,25 @@ ReuseModel::Past ReuseModel::Preview(const BlockKey& key, uint32_t depth) const 
   return {clock_, count, KindOf(count, depth)};
 }
 
-ReuseModel::Past ReuseModel::Use(const Past& past, uint32_t depth) {
-  const uint64_t age = clock_ - past.last;
-  CountReuse(past.kind, age, depth);
-  return Classify(Faded(past.count, age), depth);
-}
-
 void ReuseModel::Leave(const BlockKey& key, const Past& past) {
   GhostSet& set = ghosts_[static_cast<size_t>(&SetOf(key) - ghosts_.data())];
-  Ghost* const end = set.ways + kWays;
-  Ghost* way = std::find_if(set.ways, end, [&](const Ghost& g) { return g.fingerprint == Fingerprint(key); });
-  if (way == end) way = end - 1;  // the oldest goes
+  const uint32_t fingerprint = Fingerprint(key);
+  const int way = std::min(WayOf(set, fingerprint), kWays - 1);  // the oldest goes
+  std::move_backward(set.fingerprints, set.fingerprints + way, set.fingerprints + way + 1);
+  std::move_backward(set.ghosts, set.ghosts + way, set.ghosts + way + 1);
+  set.fingerprints[0] = fingerprint;
+  set.ghosts[0] = {static_cast<uint16_t>(past.last / age_unit_), past.count, past.kind};
   any_ghost_ = true;
-  std::move_backward(set.ways, way, way + 1);
-  set.ways[0] = {Fingerprint(key), static_cast<uint16_t>(past.last / age_unit_), past.count, past.kind};
 }
 
 void ReuseModel::Refresh() {
+  for (int kind = 0; kind < kKinds; ++kind) {
+    trials_[kind] += static_cast<double>(std::exchange(new_trials_[kind], 0));
+    reuses_[kind] += static_cast<double>(std::exchange(new_reuses_[kind], 0));
+    runs_[kind] += static_cast<double>(std::exchange(new_runs_[kind], 0));
+  }
+  age_sum_ += static_cast<double>(std::exchange(new_age_sum_, 0));
+  age_count_ += static_cast<double>(std::exchange(new_age_count_, 0));
   if (age_count_ < 1) return;
   double reuses = 0, trials = 0;
   for (int kind = 0; kind < kKinds; ++kind) {

@@ -21,13 +21,14 @@ void TokenView::RequireFit(size_t blocks) const {
   Require(lost >> 32 == 0, "token ids must fit in 32 bits");
 }
 
-void TokenView::Copy(size_t block, int32_t* out) const {
+void TokenView::Copy(size_t block, size_t count, int32_t* out) const {
   if (!wide) {
-    std::memcpy(out, static_cast<const int32_t*>(data) + block * per_block, per_block * sizeof(int32_t));
+    std::memcpy(out, static_cast<const int32_t*>(data) + block * per_block,
+                count * per_block * sizeof(int32_t));
     return;
   }
   const int64_t* ids = static_cast<const int64_t*>(data) + block * per_block;
-  for (size_t i = 0; i < per_block; ++i) out[i] = static_cast<int32_t>(ids[i]);
+  for (size_t i = 0; i < count * per_block; ++i) out[i] = static_cast<int32_t>(ids[i]);
 }
 
 bool TokenView::Equal(size_t block, const int32_t* stored) const {
@@ -56,7 +57,7 @@ BlockKey HashBlock(const BlockKey& parent, const TokenView& tokens, size_t block
     int32_t narrow[kStackTokens];
     std::vector<int32_t> large(tokens.per_block > kStackTokens ? tokens.per_block : 0);
     int32_t* ids = large.empty() ? narrow : large.data();
-    tokens.Copy(block, ids);
+    tokens.Copy(block, 1, ids);
     link[1] = XXH3_128bits(ids, bytes);
   }
   link[0] = {parent.lo, parent.hi};

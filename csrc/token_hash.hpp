@@ -19,7 +19,7 @@ struct TokenView {
 
   // Throws UsageError unless the tokens of all blocks fit in 32 bits, which everything else expects.
   void RequireFit(size_t blocks) const;
-  void Copy(size_t block, int32_t* out) const;
+  void Copy(size_t block, size_t count, int32_t* out) const;
   bool Equal(size_t block, const int32_t* stored) const;
 };
 

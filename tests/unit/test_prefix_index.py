@@ -319,15 +319,6 @@ def test_what_was_held_for_long_goes_in_the_order_of_its_use() -> None:
     assert [i for i in (1, 2, 3) if held(index, i)] == [2, 3]
 
 
-@pytest.mark.xfail(strict=True, reason="a block that comes twice is counted twice")
-def test_duplicate_keys_in_one_request_need_the_room_of_one() -> None:
-    index = _core.PrefixIndex(2, 0)
-    store(index, CPU, 1)
-    store(index, CPU, 2)
-    store(index, CPU, 3, 3)
-    assert index.stats(CPU).evicted == 1
-
-
 def test_another_parent_than_the_block_has_leaves_nothing_behind() -> None:
     index = _core.PrefixIndex(4, 0)
     store(index, CPU, 2, parent=1)
