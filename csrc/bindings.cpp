@@ -87,6 +87,14 @@ struct RunView {
   BlockRun blocks;
 };
 
+// Slots and positions as transfers take them.
+template <typename T>
+py::array_t<int64_t> ToInt64(const T* values, size_t count) {
+  py::array_t<int64_t> out(static_cast<py::ssize_t>(count));
+  std::copy_n(values, count, out.mutable_data());
+  return out;
+}
+
 template <typename T>
 py::array_t<T> Leading(py::array_t<T>& values, size_t count) {
   if (count < static_cast<size_t>(values.size())) values.resize({static_cast<py::ssize_t>(count)}, false);
@@ -219,16 +227,16 @@ PYBIND11_MODULE(_core, m) {
              const std::optional<py::array>& tokens) {
             const RunView run(keys, tokens, index.tokens_kept());
             py::array_t<uint8_t> tiers(static_cast<py::ssize_t>(run.blocks.count));
-            py::array_t<SlotId> slots(static_cast<py::ssize_t>(run.blocks.count));
+            thread_local std::vector<SlotId> slots;  // kept: new memory each time costs more than the walk
             uint8_t* tier_out = tiers.mutable_data();
-            SlotId* slot_out = slots.mutable_data();
             size_t found;
             uint64_t lease;
             {
               py::gil_scoped_release nogil;
-              lease = index.Acquire(run.blocks, tier, use, tier_out, slot_out, &found);
+              slots.resize(run.blocks.count);
+              lease = index.Acquire(run.blocks, tier, use, tier_out, slots.data(), &found);
             }
-            return py::make_tuple(lease, Leading(tiers, found), Leading(slots, found));
+            return py::make_tuple(lease, Leading(tiers, found), ToInt64(slots.data(), found));
           },
           py::arg("keys"), py::arg("tier") = std::nullopt, py::arg("use") = false,
           py::arg("tokens") = std::nullopt)
@@ -238,17 +246,17 @@ PYBIND11_MODULE(_core, m) {
             const TokenRun run = ViewSequence(tokens, index.tokens_kept(), name_space);
             Keys keys({run.count, size_t{2}});
             py::array_t<uint8_t> tiers(static_cast<py::ssize_t>(run.count));
-            py::array_t<SlotId> slots(static_cast<py::ssize_t>(run.count));
+            thread_local std::vector<SlotId> slots;
             BlockKey* key_out = reinterpret_cast<BlockKey*>(keys.mutable_data());
             uint8_t* tier_out = tiers.mutable_data();
-            SlotId* slot_out = slots.mutable_data();
             size_t found;
             uint64_t lease;
             {
               py::gil_scoped_release nogil;
-              lease = index.AcquireTokens(run, use, key_out, tier_out, slot_out, &found);
+              slots.resize(run.count);
+              lease = index.AcquireTokens(run, use, key_out, tier_out, slots.data(), &found);
             }
-            return py::make_tuple(lease, keys, Leading(tiers, found), Leading(slots, found));
+            return py::make_tuple(lease, keys, Leading(tiers, found), ToInt64(slots.data(), found));
           },
           py::arg("tokens"), py::arg("namespace"), py::arg("use") = false)
       .def("release", &PrefixIndex::Release, py::arg("lease"), NoGil())
@@ -274,7 +282,8 @@ PYBIND11_MODULE(_core, m) {
               txn = index.Reserve(tier, parent_key, run.blocks, {importance, staging, required}, &positions, &slots);
             }
             if (!txn) return py::none();
-            return py::make_tuple(*txn, ToArray(positions), ToArray(slots));
+            return py::make_tuple(*txn, ToInt64(positions.data(), positions.size()),
+                                  ToInt64(slots.data(), slots.size()));
           },
           py::arg("tier"), py::arg("parent"), py::arg("keys"), py::arg("tokens") = std::nullopt,
           py::arg("importance") = 0, py::arg("staging") = false, py::arg("required") = false)

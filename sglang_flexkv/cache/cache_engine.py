@@ -17,7 +17,7 @@ import numpy.typing as npt
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import BlockKeys, SequenceMeta, TokenIds
 from sglang_flexkv.common.config import CacheConfig, EvictionPolicy, SsdAdmission
-from sglang_flexkv.common.transfer import TransferOp, TransferOpGraph, TransferType
+from sglang_flexkv.common.transfer import Slots, TransferOp, TransferOpGraph, TransferType
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class GlobalCacheEngine:
     def _plan_fetch(
         self,
         keys: BlockKeys,
-        acquired: tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int32]],
+        acquired: tuple[int, npt.NDArray[np.uint8], Slots],
         tokens: TokenIds | None,
         *,
         to_device: bool = True,
@@ -157,7 +157,7 @@ class GlobalCacheEngine:
                 leases=[lease],
                 num_ssd_blocks=len(on_ssd),
             )
-            host_slots = slots.astype(np.int64)
+            host_slots = slots.copy() if len(on_ssd) else slots
             if len(on_ssd):
                 reserved = self.index.reserve(CPU, None, plan.keys, tokens, staging=True, required=True)
                 if reserved is None or not np.array_equal(reserved[1], on_ssd):
@@ -180,7 +180,7 @@ class GlobalCacheEngine:
                     TransferOp(
                         TransferType.DISK2H,
                         on_ssd,
-                        src_block_ids=slots[on_ssd].astype(np.int64),
+                        src_block_ids=slots[on_ssd],
                         dst_block_ids=host_slots[on_ssd],
                         keys=np.ascontiguousarray(plan.keys[on_ssd]),
                     )
@@ -226,7 +226,7 @@ class GlobalCacheEngine:
         plan = TransferPlan(PlanKind.PUT, keys, TransferOpGraph(), parent, txn=txn, txn_tier=CPU)
         if txn:
             plan.txn_op = plan.graph.add_transfer_op(
-                TransferOp(TransferType.D2H, positions.astype(np.int64), dst_block_ids=slots.astype(np.int64))
+                TransferOp(TransferType.D2H, positions, dst_block_ids=slots)
             )
         return plan
 
@@ -256,9 +256,9 @@ class GlobalCacheEngine:
             plan.txn_op = plan.graph.add_transfer_op(
                 TransferOp(
                     TransferType.H2DISK,
-                    positions.astype(np.int64),
-                    src_block_ids=cpu_slots[positions].astype(np.int64),
-                    dst_block_ids=ssd_slots.astype(np.int64),
+                    positions,
+                    src_block_ids=cpu_slots[positions],
+                    dst_block_ids=ssd_slots,
                     keys=np.ascontiguousarray(keys[positions]),
                 )
             )
