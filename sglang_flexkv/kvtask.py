@@ -32,6 +32,7 @@ from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, TransferType
 from sglang_flexkv.ssdtier import SsdTier
 from sglang_flexkv.storage.storage_engine import StorageEngine
+from sglang_flexkv.transfer.trace import TransferTrace
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
 
 logger = logging.getLogger(__name__)
@@ -113,6 +114,8 @@ class KVTaskEngine:
         disk: _core.Disk | None = None,
     ) -> None:
         self.config = config
+        self._trace = TransferTrace() if config.trace_file is not None else None
+        self._rank_tag = rank_tag
         self.storage = StorageEngine(
             config, device, namespace=namespace, label=label, rank_tag=rank_tag, disk=disk
         )
@@ -256,6 +259,8 @@ class KVTaskEngine:
                 task = self._by_graph.pop(result.graph)
                 assert task.plan is not None
                 self.cache.finish(task.plan, result)
+                if self._trace is not None:
+                    self._trace.add(task.plan.kind.value, task.plan.graph, result)
                 task.held_events.clear()
                 task.error = result.error
                 if result.done:
@@ -453,11 +458,24 @@ class KVTaskEngine:
                 self.flush_spills(_CLOSE_FLUSH_S)  # the next process finds what is on SSD by then
             self.quiesce()
             self._closed = True
+            self._write_trace()
             if self.ssd is not None:
                 self.ssd.close()
             self.transfer.close()
             self.cache.journal = None  # the last but one to hold it: the store is done when it is closed
             self.storage.close()
+
+    def _write_trace(self) -> None:
+        path = self.config.trace_file
+        if self._trace is None or path is None:
+            return
+        path = path.with_stem(f"{path.stem}-{self._rank_tag}")
+        try:
+            num_ops = self._trace.write(path)
+        except OSError as error:
+            logger.error("trace_file: %s cannot be written: %s", path, error.strerror)
+        else:
+            logger.info("timeline of the last %d transfers written to %s", num_ops, path)
 
 
 def as_token_slots(slot_mapping: object) -> Slots:

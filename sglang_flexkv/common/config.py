@@ -173,6 +173,7 @@ class CacheConfig(_Settings):
     ssd_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
     enable_remote: bool = False
     lease_timeout_s: float = Field(default=60.0, gt=0)  # a task that is not launched by then is cancelled
+    trace_file: Path | None = None  # a timeline of transfers, written at the end, per rank
     copy_threads: int = Field(default=2, gt=0, le=64)
     io_engine: IoEngine = IoEngine.AUTO
     io_depth: int = Field(default=64, gt=0, le=4096)  # I/Os in flight, each way
@@ -215,6 +216,7 @@ class FlexKVConfig(_Settings):
     copy_threads: int | None = Field(default=None, gt=0, le=64)  # per rank; none: by the CPU count
     io_engine: IoEngine = IoEngine.AUTO
     io_depth: int = Field(default=64, gt=0, le=4096)
+    trace_file: Path | None = None  # a timeline of transfers, written when the server stops
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -291,6 +293,7 @@ class FlexKVConfig(_Settings):
             copy_threads=threads,
             io_engine=self.io_engine,
             io_depth=self.io_depth,
+            trace_file=self.trace_file,
         )
 
 

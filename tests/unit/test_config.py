@@ -72,6 +72,7 @@ SETTINGS = {
     "copy_threads": 3,
     "io_engine": "threads",
     "io_depth": 8,
+    "trace_file": "/tmp/t.json",
 }
 
 
@@ -95,6 +96,7 @@ def test_every_setting_from_a_file(load: Any, name: str) -> None:
         copy_threads=3,
         io_engine=IoEngine.THREADS,
         io_depth=8,
+        trace_file=Path("/tmp/t.json"),
     )
     assert set(SETTINGS) == set(FlexKVConfig.model_fields), "a setting is not covered here"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -576,6 +577,31 @@ def test_a_task_that_was_launched_is_not_reclaimed(make) -> None:
     pool.manager.launch([task], [OTHER])
     time.sleep(0.06)
     assert pool.manager.wait([task])[task].status is KVResponseStatus.SUCCESS
+
+
+def test_a_timeline_of_transfers_is_written_at_the_end(make, tmp_path) -> None:
+    pool = make(cpu_blocks=8, ssd_blocks=64, trace_file=tmp_path / "t.json")
+    for n in range(3):
+        pool.put(tokens(1000 * n, 64), SLOTS)
+        assert pool.manager.engine.flush_spills(20.0)
+    pool.get(tokens(0, 64), OTHER)
+    pool.manager.shutdown()
+    events = json.loads((tmp_path / "t-rank0.json").read_text())["traceEvents"]
+    names = [event["name"] for event in events]
+    assert names.count("put D2H") == 3
+    assert names.count("spill H2DISK") == 3
+    assert names.count("get H2D") == names.count("get DISK2H") == 1
+    read, load = (next(e for e in events if e["name"] == name) for name in ("get DISK2H", "get H2D"))
+    assert load["args"]["after"] == [read["args"]["op"]]
+    assert load["ts"] >= read["ts"] + read["dur"] > 0
+    assert {event["args"]["status"] for event in events} == {"DONE"}
+
+
+def test_a_timeline_that_cannot_be_written_is_only_a_message(make, tmp_path, caplog) -> None:
+    pool = make(trace_file=tmp_path / "missing" / "t.json")
+    pool.put(tokens(0, 64), SLOTS)
+    pool.manager.shutdown()
+    assert "trace_file" in caplog.text
 
 
 def test_ids_of_32_and_of_64_bits_are_the_same_tokens(make) -> None:
