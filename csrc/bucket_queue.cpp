@@ -20,7 +20,7 @@ size_t BucketQueue::Lowest() const {
   return found != SIZE_MAX ? found : used_.Lowest();
 }
 
-void BucketQueue::Insert(uint32_t entry, uint64_t priority) {
+void BucketQueue::Insert(uint32_t entry, uint64_t priority, bool in_front) {
   if (size_ == 0) {
     shift_ = 0;
     base_ = top_ = priority;
@@ -44,10 +44,11 @@ void BucketQueue::Insert(uint32_t entry, uint64_t priority) {
   top_ = std::max(top_, bucket);
   const size_t position = bucket % kBuckets;
   const uint32_t end = static_cast<uint32_t>(position) | kBucket;
-  const uint32_t previous = At(end).previous;
-  (*links_)[entry] = {previous, end};
+  const uint32_t previous = in_front ? end : At(end).previous;
+  const uint32_t next = in_front ? At(end).next : end;
+  (*links_)[entry] = {previous, next};
   At(previous).next = entry;
-  At(end).previous = entry;
+  At(next).previous = entry;
   used_.Insert(position);
   ++size_;
 }

@@ -3,7 +3,7 @@
 //
 // Every operation takes constant time, also taking an entry out of the middle, so nothing in here is
 // ever out of date and nobody waits while something is put in order. The price is resolution: within
-// a bucket the first to come is the first to go. Buckets start one priority wide and double when the
+// a bucket the first to come is the first to go, except for who is put in front. Buckets start one priority wide and double when the
 // span outgrows the ring, so an entry is away from its place by at most a thousandth of the largest
 // span since the queue was empty.
 #pragma once
@@ -31,7 +31,8 @@ class BucketQueue {
   explicit BucketQueue(GrowingArray<QueueLink>* links);
 
   // Entries must be below 2^31, and in the array of links; a lower priority goes earlier.
-  void Insert(uint32_t entry, uint64_t priority);
+  // `in_front`: before those of the same bucket.
+  void Insert(uint32_t entry, uint64_t priority, bool in_front = false);
   void Erase(uint32_t entry);
   // The entry that should go first; kNone if there is none.
   uint32_t Front() const;

@@ -241,10 +241,11 @@ class QueuedPolicy final : public EvictionPolicy {
     }
   }
 
-  void SetEvictable(uint32_t id, bool evictable) override {
+  void SetEvictable(uint32_t id, bool evictable, bool laid_bare) override {
     metas_[id].queued = evictable;
     if (evictable) {
-      Enter(id);
+      // Among equals a prompt that has begun to go goes on going, rather than many losing their ends.
+      Enter(id, laid_bare);
     } else {
       Leave(id);
     }
@@ -332,10 +333,10 @@ class QueuedPolicy final : public EvictionPolicy {
     return traits_.importance[id] * Rule::kLevels + rule_.Level(metas_[id]);
   }
 
-  void Enter(uint32_t id) {
+  void Enter(uint32_t id, bool in_front = false) {
     const size_t level = Level(id);
     if (queues_[level] == nullptr) queues_[level] = std::make_unique<BucketQueue>(&links_);
-    queues_[level]->Insert(id, rule_.Rank(metas_[id]));
+    queues_[level]->Insert(id, rule_.Rank(metas_[id]), in_front);
     used_.Insert(level);
   }
 

@@ -42,8 +42,8 @@ class EvictionPolicy {
   // Entries of consecutive ids, blocks of one prompt, were looked at; some may be in other tiers
   // only. `use`: it was not only asked for them, they are read.
   virtual void Touch(uint32_t first, uint32_t count, bool use) = 0;
-  // It may go, or may not, from now on.
-  virtual void SetEvictable(uint32_t id, bool evictable) = 0;
+  // It may go, or may not, from now on. `laid_bare`: because the last block behind it went.
+  virtual void SetEvictable(uint32_t id, bool evictable, bool laid_bare) = 0;
   // A block left the tier.
   virtual void Remove(uint32_t id, const BlockKey& key) = 0;
   // The block that should go first, of those that may; kNone if there is none. It must be removed.

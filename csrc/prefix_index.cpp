@@ -277,12 +277,12 @@ void PrefixIndex::Link(uint32_t child, uint32_t parent) {
   }
 }
 
-void PrefixIndex::UpdateEvictable(uint32_t entry, Tier tier) {
+void PrefixIndex::UpdateEvictable(uint32_t entry, Tier tier, bool laid_bare) {
   Residency& r = At(entry, tier);
   const bool evictable = r.state() == State::kReady && r.pins() == 0 && r.children == 0;
   if (evictable == r.evictable()) return;
   r.word ^= Residency::kEvictable;
-  Of(tier).policy->SetEvictable(entry, evictable);
+  Of(tier).policy->SetEvictable(entry, evictable, laid_bare);
 }
 
 void PrefixIndex::Occupy(uint32_t entry, Tier tier, SlotId slot) {
@@ -303,7 +303,7 @@ void PrefixIndex::Vacate(uint32_t entry, Tier tier) {
   const uint32_t parent = nodes_[entry].parent;
   if (parent != kNil) {
     At(parent, tier).children--;
-    UpdateEvictable(parent, tier);
+    UpdateEvictable(parent, tier, true);
   }
   FreeIfUnused(entry);
 }
@@ -336,11 +336,11 @@ void PrefixIndex::SetState(uint32_t entry, Tier tier, State state) {
 void PrefixIndex::RaiseImportance(uint32_t entry, uint8_t importance) {
   // A policy knows where a block is queued by what the block is.
   for (int t = 0; t < kNumTiers; ++t) {
-    if (nodes_[entry].tier[t].evictable()) tiers_[t].policy->SetEvictable(entry, false);
+    if (nodes_[entry].tier[t].evictable()) tiers_[t].policy->SetEvictable(entry, false, false);
   }
   traits_.importance[entry] = importance;
   for (int t = 0; t < kNumTiers; ++t) {
-    if (nodes_[entry].tier[t].evictable()) tiers_[t].policy->SetEvictable(entry, true);
+    if (nodes_[entry].tier[t].evictable()) tiers_[t].policy->SetEvictable(entry, true, false);
   }
 }
 

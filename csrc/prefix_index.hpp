@@ -235,7 +235,7 @@ class PrefixIndex {
                                  const std::vector<uint32_t>& missing, const Purpose& purpose);
   void ReserveEntries(size_t count, bool populate);
   void Link(uint32_t child, uint32_t parent);
-  void UpdateEvictable(uint32_t entry, Tier tier);
+  void UpdateEvictable(uint32_t entry, Tier tier, bool laid_bare = false);
   void Occupy(uint32_t entry, Tier tier, SlotId slot);
   void Vacate(uint32_t entry, Tier tier);
   void SetState(uint32_t entry, Tier tier, State state);
