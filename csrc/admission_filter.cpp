@@ -20,11 +20,8 @@ AdmissionFilter::AdmissionFilter(size_t capacity) {
 std::vector<uint8_t> AdmissionFilter::Seen(const BlockKey* keys, size_t count) {
   std::vector<uint8_t> seen(count, 0);
   for (size_t i = 0; i < count; ++i) {
-    // A key is a hash already: one half says where, the other what. Multiplying by the number of
-    // sets spreads 32 bits over any number of them without a division.
-    Set& set = sets_[((keys[i].hi >> 32) * sets_.size()) >> 32];
-    const uint32_t low = static_cast<uint32_t>(keys[i].lo);
-    const uint32_t fingerprint = low != 0 ? low : 1;
+    Set& set = sets_[SetOfKey(keys[i], sets_.size())];
+    const uint32_t fingerprint = FingerprintOfKey(keys[i]);
     uint32_t* const end = set.ways + kWays;
     uint32_t* way = std::find(set.ways, end, fingerprint);
     if (way != end) {

@@ -514,10 +514,10 @@ size_t PrefixIndex::EvictLocked(Tier tier, size_t count,
 }
 
 // Evicts what it takes to store the blocks that are not there, for as many of them as the policy
-// admits. Returns how many of the leading blocks (there already or not) can be stored; nullopt if
-// pins leave no room.
-std::optional<size_t> PrefixIndex::MakeRoom(Tier tier, const BlockKey* parent, const BlockRun& blocks,
-                                            const std::vector<uint32_t>& missing,
+// admits. `anchor` is the parent's entry, if it has one. Returns how many of the leading blocks
+// (there already or not) can be stored; nullopt if pins leave no room.
+std::optional<size_t> PrefixIndex::MakeRoom(Tier tier, const BlockKey* parent, uint32_t anchor,
+                                            const BlockRun& blocks, const std::vector<uint32_t>& missing,
                                             const Purpose& purpose) {
   TierState& state = Of(tier);
   const size_t room = state.pool.num_free();
@@ -525,7 +525,6 @@ std::optional<size_t> PrefixIndex::MakeRoom(Tier tier, const BlockKey* parent, c
   // Whatever is not pinned can go, unless a pinned block sits below it. Checking the bound first
   // keeps a request that cannot fit from emptying the tier for nothing.
   if (missing.size() > state.pool.num_slots() - state.pinned) return std::nullopt;
-  const uint32_t anchor = parent != nullptr ? Find(*parent) : kNil;
   const uint32_t first = anchor != kNil || blocks.count == 0 ? kNil : Find(blocks.keys[0]);
   const uint32_t depth = anchor != kNil ? DepthUnder(anchor) : first != kNil ? traits_.depth[first] : 0;
 
@@ -585,7 +584,7 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
       AddPin(anchor, tier);  // a parent that is evicted for its own child helps nobody
       present.push_back(anchor);
     }
-    const std::optional<size_t> stored = MakeRoom(tier, parent, blocks, missing, purpose);
+    const std::optional<size_t> stored = MakeRoom(tier, parent, anchor, blocks, missing, purpose);
     if (!stored) {
       unpin_present();
       return std::nullopt;

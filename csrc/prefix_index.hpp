@@ -231,8 +231,9 @@ class PrefixIndex {
                         SlotId* slots, size_t* found);
   void PrefetchKey(Tier tier, const BlockKey& key) const;
   size_t EvictLocked(Tier tier, size_t count, const std::function<bool(size_t, uint32_t)>& admits);
-  std::optional<size_t> MakeRoom(Tier tier, const BlockKey* parent, const BlockRun& blocks,
-                                 const std::vector<uint32_t>& missing, const Purpose& purpose);
+  std::optional<size_t> MakeRoom(Tier tier, const BlockKey* parent, uint32_t anchor,
+                                 const BlockRun& blocks, const std::vector<uint32_t>& missing,
+                                 const Purpose& purpose);
   void ReserveEntries(size_t count, bool populate);
   void Link(uint32_t child, uint32_t parent);
   void UpdateEvictable(uint32_t entry, Tier tier, bool laid_bare = false);

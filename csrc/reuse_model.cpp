@@ -50,8 +50,8 @@ ReuseModel::ReuseModel(uint32_t capacity, uint32_t deep)
 
 const ReuseModel::Ghost* ReuseModel::FindGhost(const BlockKey& key) const {
   if (!any_ghost_) return nullptr;
-  const GhostSet& set = SetOf(key);
-  const int way = WayOf(set, Fingerprint(key));
+  const GhostSet& set = ghosts_[SetOfKey(key, ghosts_.size())];
+  const int way = WayOf(set, FingerprintOfKey(key));
   return way == kWays ? nullptr : &set.ghosts[way];
 }
 
@@ -89,8 +89,8 @@ ReuseModel::Past ReuseModel::Preview(const BlockKey& key, uint32_t depth) const 
 }
 
 void ReuseModel::Leave(const BlockKey& key, const Past& past) {
-  GhostSet& set = ghosts_[static_cast<size_t>(&SetOf(key) - ghosts_.data())];
-  const uint32_t fingerprint = Fingerprint(key);
+  GhostSet& set = ghosts_[SetOfKey(key, ghosts_.size())];
+  const uint32_t fingerprint = FingerprintOfKey(key);
   const int way = std::min(WayOf(set, fingerprint), kWays - 1);  // the oldest goes
   std::move_backward(set.fingerprints, set.fingerprints + way, set.fingerprints + way + 1);
   std::move_backward(set.ghosts, set.ghosts + way, set.ghosts + way + 1);

@@ -54,7 +54,7 @@ class ReuseModel {
 
   uint64_t Worth(const Past& past) const { return past.last + bonus_[past.kind]; }
   bool Remembers(const BlockKey& key) const { return FindGhost(key) != nullptr; }
-  void Prefetch(const BlockKey& key) const { __builtin_prefetch(&SetOf(key)); }
+  void Prefetch(const BlockKey& key) const { __builtin_prefetch(&ghosts_[SetOfKey(key, ghosts_.size())]); }
   size_t memory_bytes() const { return ghosts_.size() * sizeof(GhostSet); }
 
  private:
@@ -75,13 +75,6 @@ class ReuseModel {
   };
   static_assert(sizeof(GhostSet) == 64, "one cache line");
 
-  const GhostSet& SetOf(const BlockKey& key) const {
-    return ghosts_[((key.hi >> 32) * ghosts_.size()) >> 32];
-  }
-  static uint32_t Fingerprint(const BlockKey& key) {
-    const uint32_t low = static_cast<uint32_t>(key.lo);
-    return low != 0 ? low : 1;
-  }
   // Where a key is in its set; kWays if it is not.
   static int WayOf(const GhostSet& set, uint32_t fingerprint) {
     int found = kWays;

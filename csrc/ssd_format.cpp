@@ -58,7 +58,11 @@ struct FrameHeader {
 };
 static_assert(sizeof(FrameHeader) == 56);
 
-void Seal(char* page) {
+// Fills a page: the body, zeros, and the checksum of both.
+template <typename Body>
+void Seal(const Body& body, char* page) {
+  std::memset(page, 0, kSsdPage);
+  std::memcpy(page, &body, sizeof body);
   const uint64_t sum = Checksum(page, kSsdPage - sizeof(uint64_t));
   std::memcpy(page + kSsdPage - sizeof sum, &sum, sizeof sum);
 }
@@ -102,9 +106,7 @@ void EncodeSuperblock(const Superblock& superblock, char* page) {
   body.label_bytes = static_cast<uint32_t>(std::min(superblock.label.size(), kLabelMax));
   std::copy(superblock.slice_bytes.begin(), superblock.slice_bytes.end(), body.slice_bytes);
   std::memcpy(body.label, superblock.label.data(), body.label_bytes);
-  std::memset(page, 0, kSsdPage);
-  std::memcpy(page, &body, sizeof body);
-  Seal(page);
+  Seal(body, page);
 }
 
 Decoded DecodeSuperblock(const char* page, Superblock* superblock, uint32_t* version) {
@@ -135,9 +137,7 @@ void EncodeJournalHeader(const JournalHeader& header, char* page) {
   body.generation = header.generation;
   body.name_space = header.name_space;
   body.num_slices = header.num_slices;
-  std::memset(page, 0, kSsdPage);
-  std::memcpy(page, &body, sizeof body);
-  Seal(page);
+  Seal(body, page);
 }
 
 Decoded DecodeJournalHeader(const char* page, JournalHeader* header, uint32_t* version) {

@@ -24,6 +24,18 @@ struct BlockKeyHash {
   size_t operator()(const BlockKey& key) const { return key.lo ^ (key.hi * 0x9E3779B97F4A7C15ull); }
 };
 
+// For tables that remember keys by a fingerprint, in sets. A key is a hash already: one half says
+// where, the other what. Multiplying by the number of sets spreads 32 bits over any number of them
+// without a division.
+inline size_t SetOfKey(const BlockKey& key, size_t num_sets) {
+  return static_cast<size_t>(((key.hi >> 32) * num_sets) >> 32);
+}
+// Never 0, which stands for an empty place.
+inline uint32_t FingerprintOfKey(const BlockKey& key) {
+  const uint32_t low = static_cast<uint32_t>(key.lo);
+  return low != 0 ? low : 1;
+}
+
 using SlotId = int32_t;
 constexpr SlotId kNoSlot = -1;
 
