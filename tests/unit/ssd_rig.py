@@ -5,7 +5,11 @@ No torch: a child that is forked from here starts in a millisecond.
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import tempfile
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +30,21 @@ def memory_directory() -> Iterator[Path]:
     parent = "/dev/shm" if Path("/dev/shm").is_dir() else None
     with tempfile.TemporaryDirectory(dir=parent, prefix="flexkv-test-") as name:
         yield Path(name)
+
+
+def run_until_killed(program: str, *arguments: str) -> None:
+    """Runs a program in a process of its own until it prints ``True``, and kills it while it waits."""
+    source = textwrap.dedent(program) + "\nimport sys\nsys.stdin.read()\n"
+    with subprocess.Popen(
+        [sys.executable, "-c", source, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "True\n"
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
 
 
 def key_of(numbers: Iterable[int]) -> Keys:

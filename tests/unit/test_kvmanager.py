@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from ssd_rig import run_until_killed
 
 from sglang_flexkv import (
     CacheConfig,
@@ -316,18 +315,8 @@ def test_what_a_killed_process_had_synced_is_found(make, tmp_path) -> None:
         pool = Pool(Path(sys.argv[1]), ssd_blocks=64)
         pool.put(tokens(1000, 64), SLOTS)
         print(pool.manager.engine.sync(20.0), flush=True)
-        sys.stdin.read()
     """
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), str(Path(__file__).parent)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "True\n"
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    run_until_killed(program, str(tmp_path), str(Path(__file__).parent))
     torch.manual_seed(9)
     pool = make(ssd_blocks=64)
     before = pool.bytes_at(SLOTS)  # by the same seed

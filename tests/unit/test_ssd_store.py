@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import resource
-import signal
 import struct
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ssd_rig import run_until_killed
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import Namespace, make_namespace
@@ -244,18 +244,8 @@ def test_what_a_killed_server_had_synced_is_found(tmp_path: Path) -> None:
         keys = np.array([[7, 1007]], dtype=np.uint64)
         store.core.publish(keys, np.zeros_like(keys), np.array([3]))
         print(store.core.sync(20.0), flush=True)
-        sys.stdin.read()
     """
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(program), str(tmp_path), OURS.hex()],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "True\n"
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    run_until_killed(program, str(tmp_path), OURS.hex())
     assert reopened(tmp_path) == {3: 7}
 
 
