@@ -115,10 +115,13 @@ py::dict StatsDict(const TransferStats& stats) {
     one["ops_cancelled"] = stats.ops_cancelled[t];
     one["bytes"] = stats.bytes[t];
     one["busy_s"] = stats.busy_s[t];
+    one["queued_blocks"] = stats.queued_blocks[t];
+    one["refused_graphs"] = stats.refused_graphs[t];
     out[kNames[t]] = one;
   }
   // What was read and was not what had been written: never used, read again by computing it.
   out["DISK2H"]["corrupt_blocks"] = stats.corrupt_blocks;
+  out["DISK2H"]["layers_per_read"] = stats.layers_per_read;
   return out;
 }
 
@@ -398,18 +401,19 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<OpSpec>(m, "OpSpec")
       .def(py::init([](TransferType type, const Int64s& src, const Int64s& dst, int layer_begin,
-                       int layer_end, std::vector<uint32_t> after, const std::optional<Keys>& keys) {
+                       int layer_end, std::vector<uint32_t> after, const std::optional<Keys>& keys,
+                       int after_layers) {
              std::vector<BlockKey> copied;
              if (keys) {
                const KeyView view = View(*keys);
                copied.assign(view.data, view.data + view.size);
              }
              return OpSpec{type,      ToVector(src),     ToVector(dst),   layer_begin,
-                           layer_end, std::move(copied), std::move(after)};
+                           layer_end, std::move(copied), std::move(after), after_layers};
            }),
            py::arg("type"), py::arg("src"), py::arg("dst"), py::arg("layer_begin") = 0,
            py::arg("layer_end") = 0, py::arg("after") = std::vector<uint32_t>{},
-           py::arg("keys") = std::nullopt);
+           py::arg("keys") = std::nullopt, py::arg("after_layers") = -1);
 
   py::class_<OpResult>(m, "OpResult")
       .def_readonly("status", &OpResult::status)
@@ -426,31 +430,35 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<TransferEngine>(m, "TransferEngine")
       .def(py::init([](const BlockLayout& layout, std::shared_ptr<HostPool> host, int copy_threads,
-                       int cuda_device) {
+                       int cuda_device, size_t queue_bytes) {
              py::gil_scoped_release nogil;
-             return std::make_unique<TransferEngine>(layout, std::move(host), copy_threads, cuda_device);
+             return std::make_unique<TransferEngine>(layout, std::move(host), copy_threads, cuda_device,
+                                                     queue_bytes);
            }),
-           py::arg("layout"), py::arg("host"), py::arg("copy_threads"), py::arg("cuda_device"))
+           py::arg("layout"), py::arg("host"), py::arg("copy_threads"), py::arg("cuda_device"),
+           py::arg("queue_bytes") = 0)
       .def(
           "attach_ssd",
           [](TransferEngine& engine, std::shared_ptr<SsdStore> store, IoEngineKind io_engine, int io_depth,
-             double write_bytes_per_s) {
+             double write_bytes_per_s, uint32_t slices_per_read) {
             py::gil_scoped_release nogil;
-            engine.AttachSsd(std::move(store), {io_engine, io_depth, write_bytes_per_s});
+            engine.AttachSsd(std::move(store), {io_engine, io_depth, write_bytes_per_s, slices_per_read});
           },
-          py::arg("store"), py::arg("io_engine"), py::arg("io_depth"), py::arg("write_bytes_per_s") = 0.0)
+          py::arg("store"), py::arg("io_engine"), py::arg("io_depth"), py::arg("write_bytes_per_s") = 0.0,
+          py::arg("slices_per_read") = 0)
       .def("detach_ssd", &TransferEngine::DetachSsd, NoGil())
       .def_property_readonly("ssd_oldest_io_s", &TransferEngine::ssd_oldest_io_s)
       .def(
           "submit",
           [](TransferEngine& engine, std::vector<OpSpec> ops, std::shared_ptr<LayerGate> gate,
-             std::vector<uint64_t> wait_events, double timeout_s) {
+             std::vector<uint64_t> wait_events, double timeout_s, bool background) {
             py::gil_scoped_release nogil;
             return engine.Submit(
-                GraphSpec{std::move(ops), std::move(gate), std::move(wait_events), timeout_s});
+                GraphSpec{std::move(ops), std::move(gate), std::move(wait_events), timeout_s, background});
           },
           py::arg("ops"), py::arg("gate") = nullptr,
-          py::arg("wait_events") = std::vector<uint64_t>{}, py::arg("timeout_s") = 0.0)
+          py::arg("wait_events") = std::vector<uint64_t>{}, py::arg("timeout_s") = 0.0,
+          py::arg("background") = false)
       .def("cancel", &TransferEngine::Cancel, py::arg("graph"), NoGil())
       .def("poll", &TransferEngine::Poll, NoGil())
       .def("wait", &TransferEngine::Wait, py::arg("graph"), py::arg("timeout_s"), NoGil())
@@ -591,6 +599,13 @@ PYBIND11_MODULE(_core, m) {
             return ToArray(bad);
           },
           py::arg("slots"));
+
+  // For tests.
+  py::class_<ReadCost>(m, "ReadCost")
+      .def(py::init<>())
+      .def("observe", &ReadCost::Observe, py::arg("transfers"), py::arg("bytes"), py::arg("seconds"))
+      .def("seconds", &ReadCost::Seconds, py::arg("transfers"), py::arg("bytes"))
+      .def("slices_per_read", &ReadCost::SlicesPerRead, py::arg("blocks"), py::arg("slice_bytes"));
 
   // For benchmarks and tests: the copy primitive by itself.
   m.def(

@@ -402,6 +402,8 @@ uint64_t PrefixIndex::AcquireAlong(AnyWalk& walk, size_t count, std::optional<Ti
     const uint8_t mask = ReadableTiers(entry) & wanted;
     if (mask == 0) break;
     const Tier chosen = static_cast<Tier>(std::countr_zero(mask));
+    // Somebody else is bringing it to the CPU tier right now, where it can be read when he is done.
+    if (!tier && chosen == Tier::kSsd && StateOf(entry, Tier::kCpu) == State::kWriting) break;
     AddPin(entry, chosen);
     touched.Add(entry);
     AppendRun(&pins, {entry, 1, chosen});

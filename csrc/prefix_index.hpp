@@ -86,7 +86,8 @@ class PrefixIndex {
   size_t MatchTokens(const TokenRun& run, BlockKey* keys, uint8_t* masks);
 
   // Pins the leading readable blocks, each in its nearest tier, and returns the lease. `tier`
-  // restricts the search to one tier. `use`: they are going to be read, which is what eviction
+  // restricts the search to one tier; without it a block that is on its way from SSD to the CPU tier
+  // ends the search. `use`: they are going to be read, which is what eviction
   // policies count; otherwise they are only looked at. Of each of the first `found` blocks `tiers`
   // and `slots` say where it is. Zero blocks: no lease (id 0).
   uint64_t Acquire(const BlockRun& blocks, std::optional<Tier> tier, bool use, uint8_t* tiers,

@@ -19,6 +19,13 @@ constexpr double kIdleS = 10;
 // The limit on writes may save up so much of what was not used.
 constexpr double kBurstS = 0.05;
 
+// A block keeps the first that went wrong with it.
+void Spoil(SsdTransfer* t, uint32_t block, BlockOutcome outcome) {
+  if (t->outcome[block] != BlockOutcome::kGood) return;
+  t->outcome[block] = outcome;
+  t->count[static_cast<int>(outcome)]++;
+}
+
 // What has not started of it is not to start any more.
 bool GivenUp(const SsdTransfer& t, double now_s) {
   return t.cancelled->load(std::memory_order_relaxed) || (t.deadline_s > 0 && now_s > t.deadline_s);
@@ -122,60 +129,77 @@ double SsdLane::Refill() {
   };
   const int depth = engine_->depth();
   for (const bool write : {false, true}) {
-    auto& queue = write ? writes_ : reads_;
-    for (auto& work : queue) {
-      while (work->next < work->blocks.size() && in_flight_ < depth && !free_.empty()) {
-        if (write) {
-          const bool reading = in_flight_ > writes_in_flight_ || !reads_.empty();
-          if (reading && writes_in_flight_ >= std::max(1, depth / 8)) break;
-        }
-        Flight* flight = free_.back();
-        const double now = Now();
+    while (in_flight_ < depth && !free_.empty()) {
+      Work* work = NextWork(write);
+      if (work == nullptr) break;
+      if (write) {
+        const bool reading = in_flight_ > writes_in_flight_ || !reads_.empty();
+        if (reading && writes_in_flight_ >= std::max(1, depth / 8)) break;
         // What is given up passes without waiting for its turn.
-        if (write && !GivenUp(*work->transfer, now) &&
-            (wait_s = limit_->Take(slice_offsets_.back(), now)) > 0) {
-          break;
-        }
-        if (!Prepare(work.get(), flight)) continue;
-        free_.pop_back();
-        ++in_flight_;
-        writes_in_flight_ += write;
-        batch[count++] = flight;
-        bytes += flight->bytes;
-        if (count == kBatchMax || bytes >= kBatchBytes) submit();
+        const double now = Now();
+        if (!GivenUp(*work->transfer, now) && (wait_s = limit_->Take(slice_offsets_.back(), now)) > 0) break;
       }
-      if (wait_s > 0 || in_flight_ == depth) break;
+      Flight* flight = free_.back();
+      if (!Prepare(work, flight)) continue;
+      free_.pop_back();
+      ++in_flight_;
+      writes_in_flight_ += write;
+      batch[count++] = flight;
+      bytes += flight->bytes;
+      if (count == kBatchMax || bytes >= kBatchBytes) submit();
     }
   }
   submit();
   return wait_s;
 }
 
+// Whose turn it is. Among reads those that somebody waits for step by step come first, and of them the
+// one that is least far: all loads of a batch share the layers that its forward waits for.
+SsdLane::Work* SsdLane::NextWork(bool write) {
+  Work* best = nullptr;
+  for (auto& work : write ? writes_ : reads_) {
+    if (work->all_started()) continue;
+    if (write) return work.get();
+    const bool stepwise = static_cast<bool>(work->transfer->on_step);
+    if (best == nullptr || (stepwise && !best->transfer->on_step) ||
+        (stepwise && work->step < best->step)) {
+      best = work.get();
+    }
+  }
+  return best;
+}
+
 // Makes the next block of `work` ready to be moved. False if it is not to be moved any more.
 bool SsdLane::Prepare(Work* work, Flight* flight) {
   SsdTransfer& t = *work->transfer;
-  const uint32_t block = work->blocks[work->next++];
-  const double now = Now();
-  if (GivenUp(t, now)) {
-    t.dropped++;
-    return false;
+  const uint32_t block = work->blocks[work->next];
+  const uint32_t step = work->step;
+  if (++work->next == work->blocks.size()) {
+    work->next = 0;
+    work->step++;
   }
+  const double now = Now();
+  if (GivenUp(t, now)) Spoil(&t, block, BlockOutcome::kDropped);
+  if (t.outcome[block] != BlockOutcome::kGood) return false;  // the rest of it is of no use
   const uint32_t slot = static_cast<uint32_t>(static_cast<size_t>(t.ssd_slots[block]) / num_shards_);
-  const size_t begin = slice_offsets_[t.slice_begin];
+  const uint32_t slice_begin = t.slice_begin + step * t.slices_per_step;
+  const uint32_t slice_end = std::min(t.slice_end, slice_begin + t.slices_per_step);
+  const size_t begin = slice_offsets_[slice_begin];
   *flight = Flight{};
   flight->write = t.write;
   flight->fd = shard_.fd();
   flight->offset = kSlotsOffset + slot * slice_offsets_.back() + begin;
   flight->data = host_->Slot(t.host_slots[block]) + begin;
-  flight->bytes = static_cast<uint32_t>(slice_offsets_[t.slice_end] - begin);
+  flight->bytes = static_cast<uint32_t>(slice_offsets_[slice_end] - begin);
   flight->work = work;
   flight->block = block;
+  flight->step = step;
   flight->start_s = now;
   flight->busy = true;
   if (t.write) {
     // From here on the slot does not hold what it held before, whatever becomes of the write.
     shard_.Retire(slot);
-    for (uint32_t slice = t.slice_begin; slice < t.slice_end; ++slice) {
+    for (uint32_t slice = slice_begin; slice < slice_end; ++slice) {
       shard_.SetChecksum(t.keys[block], slot, slice, host_->Slot(t.host_slots[block]) + slice_offsets_[slice]);
     }
   }
@@ -188,27 +212,30 @@ void SsdLane::Land(Flight* flight) {
   SsdTransfer& t = *work->transfer;
   const uint32_t block = flight->block;
   std::string error;
+  bool landed = false;
   if (flight->error == ECANCELED && t.cancelled->load(std::memory_order_relaxed)) {
-    t.dropped++;
+    Spoil(&t, block, BlockOutcome::kDropped);
   } else if (flight->error != 0) {
-    t.failed++;
+    Spoil(&t, block, BlockOutcome::kFailed);
     error = std::string(t.write ? "SSD write failed: " : "SSD read failed: ") +
             (flight->error == ENODATA   ? "the file is shorter than it should be"
              : flight->error == ECANCELED ? "it took too long"
                                           : std::strerror(flight->error));
   } else {
-    bool good = true;
+    landed = true;
     if (!t.write) {
       const uint32_t slot = static_cast<uint32_t>(static_cast<size_t>(t.ssd_slots[block]) / num_shards_);
-      for (uint32_t slice = t.slice_begin; slice < t.slice_end && good; ++slice) {
-        good = shard_.Verify(t.keys[block], slot, slice, host_->Slot(t.host_slots[block]) + slice_offsets_[slice]);
+      const uint32_t begin = t.slice_begin + flight->step * t.slices_per_step;
+      const uint32_t end = std::min(t.slice_end, begin + t.slices_per_step);
+      for (uint32_t slice = begin; slice < end && landed; ++slice) {
+        landed = shard_.Verify(t.keys[block], slot, slice, host_->Slot(t.host_slots[block]) + slice_offsets_[slice]);
       }
     }
-    t.ok[block] = good;
-    if (!good && t.cancelled->load(std::memory_order_relaxed)) {
-      t.dropped++;  // cancelled because the store was cleared: says nothing about the disk
-    } else if (!good) {
-      t.corrupt++;
+    if (!landed && t.cancelled->load(std::memory_order_relaxed)) {
+      // Cancelled because the store was cleared: says nothing about the disk.
+      Spoil(&t, block, BlockOutcome::kDropped);
+    } else if (!landed) {
+      Spoil(&t, block, BlockOutcome::kCorrupt);
       error = "SSD read failed: a block is not what was written";
     }
   }
@@ -216,6 +243,7 @@ void SsdLane::Land(Flight* flight) {
     std::lock_guard<std::mutex> lock(t.mutex);
     if (t.error.empty()) t.error = error;
   }
+  if (landed && t.step_left[flight->step].fetch_sub(1) == 1 && t.on_step) t.on_step(flight->step);
   flight->busy = false;
   free_.push_back(flight);
   work->in_flight--;
@@ -224,7 +252,7 @@ void SsdLane::Land(Flight* flight) {
 void SsdLane::EndIfDone(std::deque<std::unique_ptr<Work>>* queue) {
   for (auto it = queue->begin(); it != queue->end();) {
     Work& work = **it;
-    if (work.next < work.blocks.size() || work.in_flight > 0) {
+    if (!work.all_started() || work.in_flight > 0) {
       ++it;
       continue;
     }

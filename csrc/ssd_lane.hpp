@@ -36,7 +36,15 @@ class WriteLimit {
   double last_s_ = 0;
 };
 
-// One op of a graph: the same slices of some blocks, in one direction.
+enum class BlockOutcome : uint8_t {
+  kGood,
+  kFailed,   // an I/O error
+  kCorrupt,  // failed verification
+  kDropped,  // not moved: cancelled, or too late
+};
+
+// One op of a graph: the same slices of some blocks, in one direction. A read may go in steps of some
+// slices each: the first of all blocks, then the next of all blocks.
 struct SsdTransfer {
   bool write = false;
   const BlockKey* keys = nullptr;
@@ -45,18 +53,30 @@ struct SsdTransfer {
   size_t num_blocks = 0;
   uint32_t slice_begin = 0;
   uint32_t slice_end = 0;
+  uint32_t slices_per_step = 0;
   double deadline_s = 0;                      // what has not started by then is dropped; 0: none
   const std::atomic<bool>* cancelled = nullptr;
+  // Called by a lane when a step of every block is there. May be empty; if not, somebody waits for the
+  // steps, and they go before other reads.
+  std::function<void(uint32_t step)> on_step;
+  std::function<void()> on_end;               // called by the lane that ends last
+
+  uint32_t num_steps() const { return (slice_end - slice_begin + slices_per_step - 1) / slices_per_step; }
+  // Prepares what the lanes write to.
+  void Reset(size_t num_lanes) {
+    outcome.assign(num_blocks, BlockOutcome::kGood);
+    step_left = std::vector<std::atomic<size_t>>(num_steps());
+    for (auto& blocks : step_left) blocks.store(num_blocks);
+    left.store(num_lanes);
+  }
 
   // Out. Blocks are told apart by their byte: every block belongs to one lane.
-  std::vector<uint8_t> ok;
+  std::vector<BlockOutcome> outcome;
+  std::vector<std::atomic<size_t>> step_left; // blocks that are missing
   std::atomic<size_t> left{0};                // lanes that are not done
-  std::atomic<uint32_t> failed{0};            // blocks with an I/O error
-  std::atomic<uint32_t> corrupt{0};           // blocks that failed verification
-  std::atomic<uint32_t> dropped{0};           // blocks that were not moved: cancelled, or too late
+  std::atomic<uint32_t> count[4] = {};        // blocks by outcome, kGood left out
   std::mutex mutex;
   std::string error;                          // the first
-  std::function<void()> on_end;               // called by the lane that ends last
 };
 
 class SsdLane {
@@ -81,12 +101,16 @@ class SsdLane {
   struct Work {
     SsdTransfer* transfer = nullptr;
     std::vector<uint32_t> blocks;
-    size_t next = 0;     // into blocks
+    uint32_t step = 0;
+    size_t next = 0;     // into blocks, within the step
     size_t in_flight = 0;
+
+    bool all_started() const { return step == transfer->num_steps(); }
   };
   struct Flight : Io {
     Work* work = nullptr;
     uint32_t block = 0;
+    uint32_t step = 0;
     double start_s = 0;
     bool busy = false;
     bool asked = false;  // to end early
@@ -98,6 +122,7 @@ class SsdLane {
   // Starts what may be started. Returns how long to wait before writes may go on, 0 if they are not
   // held back.
   double Refill();
+  Work* NextWork(bool write);
   bool Prepare(Work* work, Flight* flight);
   void Land(Flight* flight);
   void EndIfDone(std::deque<std::unique_ptr<Work>>* queue);

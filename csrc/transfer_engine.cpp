@@ -36,6 +36,8 @@ void PrefetchLayer(const BlockLayout& layout, int layer, const char* host_block,
   }
 }
 
+constexpr char kTooLate[] = "the deadline passed before it started";
+
 bool IsDeviceCopy(TransferType type) {
   return type == TransferType::kH2D || type == TransferType::kD2H;
 }
@@ -94,8 +96,13 @@ struct TransferEngine::Op {
   bool poisoned = false;             // a dependency did not get done
   std::vector<uint32_t> successors;
   OpResult result;
-  bool started = false;
   std::unique_ptr<SsdTransfer> disk;  // disk ops that have started
+
+  // Device copies, under the engine's mutex: pieces are ranges of layers.
+  int pieces_running = 0;
+  int layers_left = 0;
+  bool more_pieces = false;           // what it follows by layers has not ended
+  std::string error;
 };
 
 struct TransferEngine::Graph {
@@ -109,19 +116,27 @@ struct TransferEngine::Graph {
   std::string error;
 };
 
+// A piece of a device copy: some layers of all its blocks.
 struct TransferEngine::CopyJob {
   Op* op = nullptr;
+  int layer_begin = 0;
+  int layer_end = 0;
   size_t blocks_per_chunk = 1;
   size_t chunks_per_layer = 1;
   size_t num_chunks = 0;
   size_t next = 0;                              // under copy_mutex_
   std::atomic<size_t> left{0};
   std::vector<std::atomic<size_t>> layer_left;  // chunks that are missing per layer
+
+  int next_layer() const { return layer_begin + static_cast<int>(next / chunks_per_layer); }
 };
 
 TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads,
-                               int cuda_device)
-    : layout_(std::move(layout)), host_(std::move(host)), epoch_(std::chrono::steady_clock::now()) {
+                               int cuda_device, size_t queue_bytes)
+    : layout_(std::move(layout)),
+      queue_blocks_((queue_bytes + layout_.block_bytes() - 1) / layout_.block_bytes()),
+      host_(std::move(host)),
+      epoch_(std::chrono::steady_clock::now()) {
   Require(host_ != nullptr, "the transfer engine needs a host pool");
   Require(host_->slot_bytes() >= layout_.block_bytes(), "a host slot is smaller than a block");
   Require(copy_threads > 0, "the transfer engine needs at least one copy thread");
@@ -176,6 +191,7 @@ void TransferEngine::AttachSsd(std::shared_ptr<SsdStore> store, const SsdIoOptio
   std::lock_guard<std::mutex> lock(mutex_);
   lanes_ = std::move(lanes);
   ssd_ = std::move(store);
+  slices_per_read_ = options.slices_per_read;
 }
 
 void TransferEngine::DetachSsd() {
@@ -244,11 +260,34 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
       graph->ops[before].successors.push_back(static_cast<uint32_t>(i));
       op.waiting_for++;
     }
+    op.layers_left = s.layer_end - s.layer_begin;
+    if (s.after_layers >= 0) {
+      const uint32_t before = static_cast<uint32_t>(s.after_layers);
+      Require(s.type == TransferType::kH2D && s.after.empty() && before < i,
+              "only a load can follow by layers, one op before it, and nothing else");
+      const OpSpec& read = graph->ops[before].spec;
+      Require(read.type == TransferType::kDisk2H && read.layer_begin == s.layer_begin &&
+                  read.layer_end == s.layer_end,
+              "a load follows a read of the same layers");
+      graph->ops[before].successors.push_back(static_cast<uint32_t>(i));
+      op.waiting_for++;
+      op.more_pieces = true;
+    }
   }
   std::vector<Op*> ready;
   uint64_t id;
   {
     std::lock_guard<std::mutex> lock(mutex_);
+    if (spec.background && queue_blocks_ > 0) {
+      // What is queued of the types it needs; one graph always fits, or a large one never would.
+      for (const Op& op : graph->ops) {
+        if (stats_.queued_blocks[static_cast<int>(op.spec.type)] >= queue_blocks_) {
+          stats_.refused_graphs[static_cast<int>(op.spec.type)]++;
+          return 0;
+        }
+      }
+    }
+    for (const Op& op : graph->ops) stats_.queued_blocks[static_cast<int>(op.spec.type)] += op.num_blocks;
     id = graph->id = next_graph_++;
     for (Op& op : graph->ops) {
       if (op.waiting_for == 0) ready.push_back(&op);
@@ -301,7 +340,7 @@ bool TransferEngine::Drain(double timeout_s) {
 
 bool TransferEngine::DrainDevice(double timeout_s) {
   std::unique_lock<std::mutex> lock(mutex_);
-  return ended_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return device_ops_ == 0; });
+  return ended_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return device_pieces_ == 0; });
 }
 
 size_t TransferEngine::num_pending() const {
@@ -320,52 +359,113 @@ bool TransferEngine::ShouldSkip(const Op& op) const {
 }
 
 void TransferEngine::Dispatch(Op* op) {
-  const bool device = IsDeviceCopy(op->spec.type) && op->num_blocks > 0;
+  if (op->more_pieces && op->num_blocks > 0) {
+    EndUpstream(op);
+    return;
+  }
+  const OpSpec& s = op->spec;
+  const bool device = IsDeviceCopy(s.type);
+  if (device && op->num_blocks > 0) {
+    StartPiece(op, s.layer_begin, s.layer_end);
+    return;
+  }
+  bool late = false;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    late = !op->poisoned && !op->graph->cancelled.load();
+    if (!ShouldSkip(*op)) {
+      op->result.start_s = Now();
+    }
+  }
+  if (op->result.start_s == 0) {
+    Finish(op, OpStatus::kCancelled, late ? kTooLate : "", {});
+  } else if (device) {
+    if (op->graph->gate && s.type == TransferType::kH2D) {
+      for (int l = s.layer_begin; l < s.layer_end; ++l) op->graph->gate->Arrive(l);
+    }
+    Finish(op, OpStatus::kDone, "", {});
+  } else if (op->num_blocks == 0) {
+    ForwardLayers(op, s.layer_begin, s.layer_end);
+    Finish(op, OpStatus::kDone, "", {});
+  } else if (ssd_ == nullptr) {
+    Finish(op, OpStatus::kFailed, "there is no SSD tier at the moment", {});
+  } else {
+    StartDiskOp(op);
+  }
+}
+
+// ---- pieces of device copies -------------------------------------------------------------------
+
+void TransferEngine::StartPiece(Op* op, int layer_begin, int layer_end) {
+  bool skip;
   {
     // One step with the question whether it may start: who cancels and then sees no copy running must
     // not see one start.
     std::lock_guard<std::mutex> lock(mutex_);
-    op->started = !ShouldSkip(*op);
-    device_ops_ += device && op->started;
-  }
-  if (!op->started) {
-    const bool late = !op->poisoned && !op->graph->cancelled.load();
-    Finish(op, OpStatus::kCancelled, late ? "the deadline passed before it started" : "", {});
-    return;
-  }
-  op->result.start_s = Now();
-  if (op->num_blocks == 0) {
-    if (op->graph->gate && op->spec.type == TransferType::kH2D) {
-      for (int l = op->spec.layer_begin; l < op->spec.layer_end; ++l) op->graph->gate->Arrive(l);
+    skip = ShouldSkip(*op);
+    if (!skip) {
+      device_pieces_++;
+      op->pieces_running++;
+      if (op->result.start_s == 0) op->result.start_s = Now();
     }
-    Finish(op, OpStatus::kDone, "", {});
-    return;
   }
-  if (!IsDeviceCopy(op->spec.type)) {
-    if (ssd_ == nullptr) {
-      Finish(op, OpStatus::kFailed, "there is no SSD tier at the moment", {});
-    } else {
-      StartDiskOp(op);
-    }
-    return;
+  if (skip) {
+    if (!op->more_pieces) FinishCopy(op);
+    return;  // else it ends when what it follows has ended
   }
   auto job = std::make_shared<CopyJob>();
   job->op = op;
-  const int layers = op->spec.layer_end - op->spec.layer_begin;
-  const size_t slice = std::max<size_t>(1, layout_.layer_bytes(op->spec.layer_begin));
+  job->layer_begin = layer_begin;
+  job->layer_end = layer_end;
+  const size_t layers = static_cast<size_t>(layer_end - layer_begin);
+  const size_t slice = std::max<size_t>(1, layout_.layer_bytes(layer_begin));
   // Several threads share even a small layer: a forward waits for the first one.
   const size_t share = (op->num_blocks + copy_threads_.size() - 1) / copy_threads_.size();
   job->blocks_per_chunk = std::clamp<size_t>(kCopyChunkBytes / slice, 1, std::max<size_t>(1, share));
   job->chunks_per_layer = (op->num_blocks + job->blocks_per_chunk - 1) / job->blocks_per_chunk;
-  job->num_chunks = job->chunks_per_layer * static_cast<size_t>(layers);
+  job->num_chunks = job->chunks_per_layer * layers;
   job->left.store(job->num_chunks);
-  job->layer_left = std::vector<std::atomic<size_t>>(static_cast<size_t>(layers));
+  job->layer_left = std::vector<std::atomic<size_t>>(layers);
   for (auto& left : job->layer_left) left.store(job->chunks_per_layer);
   {
     std::lock_guard<std::mutex> lock(copy_mutex_);
-    copy_queue_[op->spec.type == TransferType::kH2D ? 0 : 1].jobs.push_back(std::move(job));
+    copy_queue_[op->spec.type == TransferType::kH2D ? 0 : 1].push_back(std::move(job));
   }
   copy_wake_.notify_all();
+}
+
+void TransferEngine::EndPiece(Op* op, int layers_copied, std::string error) {
+  bool finish;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (--device_pieces_ == 0) ended_.notify_all();
+    op->layers_left -= layers_copied;
+    if (op->error.empty()) op->error = std::move(error);
+    finish = --op->pieces_running == 0 && !op->more_pieces;
+  }
+  if (finish) FinishCopy(op);
+}
+
+void TransferEngine::EndUpstream(Op* op) {
+  bool finish;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    op->more_pieces = false;
+    finish = op->pieces_running == 0;
+  }
+  if (finish) FinishCopy(op);
+}
+
+void TransferEngine::FinishCopy(Op* op) {
+  // Nothing of it runs, and nothing will start: its fields are ours.
+  if (!op->error.empty()) {
+    Finish(op, OpStatus::kFailed, std::move(op->error), {});
+  } else if (op->layers_left == 0) {
+    Finish(op, OpStatus::kDone, "", {});
+  } else {
+    const bool late = !op->poisoned && !op->graph->cancelled.load();
+    Finish(op, OpStatus::kCancelled, late ? kTooLate : "", {});
+  }
 }
 
 void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok) {
@@ -376,13 +476,12 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
   std::vector<Op*> ready;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    device_ops_ -= IsDeviceCopy(op->spec.type) && op->num_blocks > 0 && op->started;
-    if (device_ops_ == 0) ended_.notify_all();
     op->result.status = status;
     op->result.ok = std::move(ok);
     op->result.end_s = Now();
     if (op->result.start_s == 0) op->result.start_s = op->result.end_s;
     const int type = static_cast<int>(op->spec.type);
+    stats_.queued_blocks[type] -= op->num_blocks;
     if (status == OpStatus::kDone) {
       stats_.ops_done[type]++;
       stats_.bytes[type] +=
@@ -424,17 +523,22 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
 
 // ---- copies on the CPU -------------------------------------------------------------------------
 
+// The job whose next layer comes first in the model: all loads of a batch share its gate, which opens
+// a layer when the last of them has it.
+std::shared_ptr<TransferEngine::CopyJob> TransferEngine::NextJob(CopyQueue* queue) {
+  return *std::min_element(queue->begin(), queue->end(),
+                           [](const auto& a, const auto& b) { return a->next_layer() < b->next_layer(); });
+}
+
 void TransferEngine::CopyLoop() {
   std::unique_lock<std::mutex> lock(copy_mutex_);
   for (;;) {
-    copy_wake_.wait(lock, [this] {
-      return stop_.load() || !copy_queue_[0].jobs.empty() || !copy_queue_[1].jobs.empty();
-    });
+    copy_wake_.wait(lock, [this] { return stop_.load() || !copy_queue_[0].empty() || !copy_queue_[1].empty(); });
     if (stop_.load()) return;
-    CopyQueue& queue = !copy_queue_[0].jobs.empty() ? copy_queue_[0] : copy_queue_[1];
-    std::shared_ptr<CopyJob> job = queue.jobs.front();
+    CopyQueue& queue = !copy_queue_[0].empty() ? copy_queue_[0] : copy_queue_[1];
+    std::shared_ptr<CopyJob> job = &queue == &copy_queue_[0] ? NextJob(&queue) : queue.front();
     const size_t chunk = job->next++;
-    if (job->next == job->num_chunks) queue.jobs.pop_front();
+    if (job->next == job->num_chunks) queue.erase(std::find(queue.begin(), queue.end(), job));
     lock.unlock();
     CopyChunk(*job, chunk);
     lock.lock();
@@ -446,7 +550,7 @@ void TransferEngine::CopyChunk(CopyJob& job, size_t chunk) {
   const OpSpec& s = op->spec;
   const bool to_device = s.type == TransferType::kH2D;
   const size_t layer_index = chunk / job.chunks_per_layer;
-  const int layer = s.layer_begin + static_cast<int>(layer_index);
+  const int layer = job.layer_begin + static_cast<int>(layer_index);
   const size_t first = chunk % job.chunks_per_layer * job.blocks_per_chunk;
   const size_t last = std::min(op->num_blocks, first + job.blocks_per_chunk);
   const std::vector<int64_t>& host_slots = to_device ? s.src : s.dst;
@@ -467,9 +571,7 @@ void TransferEngine::CopyChunk(CopyJob& job, size_t chunk) {
   if (job.layer_left[layer_index].fetch_sub(1) == 1 && to_device && op->graph->gate && !cancelled) {
     op->graph->gate->Arrive(layer);
   }
-  if (job.left.fetch_sub(1) == 1) {
-    Finish(op, cancelled ? OpStatus::kCancelled : OpStatus::kDone, "", {});
-  }
+  if (job.left.fetch_sub(1) == 1) EndPiece(op, cancelled ? 0 : job.layer_end - job.layer_begin, "");
 }
 
 // ---- copies on a GPU ---------------------------------------------------------------------------
@@ -480,19 +582,20 @@ void TransferEngine::CudaLoop(bool to_device) {
   CopyQueue& queue = copy_queue_[to_device ? 0 : 1];
   std::unique_lock<std::mutex> lock(copy_mutex_);
   for (;;) {
-    copy_wake_.wait(lock, [&] { return stop_.load() || !queue.jobs.empty(); });
+    copy_wake_.wait(lock, [&] { return stop_.load() || !queue.empty(); });
     if (stop_.load()) break;
-    std::shared_ptr<CopyJob> job = queue.jobs.front();
-    queue.jobs.pop_front();
+    std::shared_ptr<CopyJob> job = queue.front();
+    queue.pop_front();
     lock.unlock();
-    CudaRun(job->op, stream, to_device);
+    CudaRun(*job, stream, to_device);
     lock.lock();
   }
   lock.unlock();
   cuda_->DestroyStream(stream);
 }
 
-void TransferEngine::CudaRun(Op* op, void* stream, bool to_device) {
+void TransferEngine::CudaRun(const CopyJob& job, void* stream, bool to_device) {
+  Op* op = job.op;
   const OpSpec& s = op->spec;
   const std::vector<int64_t>& host_slots = to_device ? s.src : s.dst;
   const std::vector<int64_t>& token_slots = to_device ? s.dst : s.src;
@@ -504,7 +607,7 @@ void TransferEngine::CudaRun(Op* op, void* stream, bool to_device) {
   for (uint64_t event : op->graph->wait_events) {
     good = good && cuda_->StreamWaitEvent(stream, event, &error);
   }
-  for (int layer = s.layer_begin; layer < s.layer_end && good && !cancelled; ++layer) {
+  for (int layer = job.layer_begin; layer < job.layer_end && good && !cancelled; ++layer) {
     for (size_t b = 0; b < op->num_blocks && good; ++b) {
       char* host = host_->Slot(host_slots[b]) + layout_.layer_offset(layer);
       const int64_t first = op->first_rows[b];
@@ -522,7 +625,7 @@ void TransferEngine::CudaRun(Op* op, void* stream, bool to_device) {
       }
     }
     // A layer is announced only when its bytes are on the device; a store is synchronised once.
-    if (to_device || layer + 1 == s.layer_end) good = good && cuda_->Synchronize(stream, &error);
+    if (to_device || layer + 1 == job.layer_end) good = good && cuda_->Synchronize(stream, &error);
     cancelled = op->graph->cancelled.load();
     if (good && !cancelled && to_device && op->graph->gate) op->graph->gate->Arrive(layer);
   }
@@ -531,7 +634,7 @@ void TransferEngine::CudaRun(Op* op, void* stream, bool to_device) {
     std::string ignored;
     cuda_->Synchronize(stream, &ignored);
   }
-  Finish(op, !good ? OpStatus::kFailed : cancelled ? OpStatus::kCancelled : OpStatus::kDone, error, {});
+  EndPiece(op, good && !cancelled ? job.layer_end - job.layer_begin : 0, good ? "" : error);
 }
 
 // ---- disk --------------------------------------------------------------------------------------
@@ -548,9 +651,23 @@ void TransferEngine::StartDiskOp(Op* op) {
   while (slices_[transfer->slice_begin].layer_begin != op->spec.layer_begin) transfer->slice_begin++;
   while (slices_[transfer->slice_end].layer_end != op->spec.layer_end) transfer->slice_end++;
   transfer->slice_end++;
+  transfer->slices_per_step = transfer->slice_end - transfer->slice_begin;
+  const std::vector<Op>& ops = op->graph->ops;
+  const bool followed = std::any_of(op->successors.begin(), op->successors.end(),
+                                    [&](uint32_t next) { return ops[next].spec.after_layers >= 0; });
+  if (followed) {
+    std::vector<size_t> bytes;
+    for (uint32_t i = transfer->slice_begin; i < transfer->slice_end; ++i) bytes.push_back(slices_[i].bytes);
+    const size_t per_read = slices_per_read_ > 0 ? slices_per_read_ : read_cost_.SlicesPerRead(op->num_blocks, bytes);
+    transfer->slices_per_step = static_cast<uint32_t>(std::min(per_read, bytes.size()));
+    transfer->on_step = [this, op, transfer](uint32_t step) {
+      const uint32_t begin = transfer->slice_begin + step * transfer->slices_per_step;
+      const uint32_t end = std::min(transfer->slice_end, begin + transfer->slices_per_step);
+      ForwardLayers(op, slices_[begin].layer_begin, slices_[end - 1].layer_end);
+    };
+  }
   transfer->deadline_s = op->graph->deadline_s;
   transfer->cancelled = &op->graph->cancelled;
-  transfer->ok.assign(op->num_blocks, 0);
   transfer->on_end = [this, op] { EndDiskOp(op); };
   op->disk = std::move(disk);
   std::vector<std::vector<uint32_t>> by_lane(lanes_.size());
@@ -559,7 +676,15 @@ void TransferEngine::StartDiskOp(Op* op) {
   }
   size_t lanes = 0;
   for (const auto& blocks : by_lane) lanes += !blocks.empty();
-  transfer->left.store(lanes);
+  transfer->Reset(lanes);
+  if (!write) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (++disk_reads_ > 1) reads_mixed_s_ = Now();
+    if (followed) {
+      const Slice& last = slices_[transfer->slice_begin + transfer->slices_per_step - 1];
+      stats_.layers_per_read = static_cast<uint32_t>(last.layer_end - op->spec.layer_begin);
+    }
+  }
   // The last lane may end the op, and the graph with it, before this loop does: nothing of the op is
   // touched in it.
   for (size_t i = 0; i < by_lane.size(); ++i) {
@@ -569,15 +694,43 @@ void TransferEngine::StartDiskOp(Op* op) {
 
 void TransferEngine::EndDiskOp(Op* op) {
   SsdTransfer& disk = *op->disk;
-  const bool failed = disk.failed > 0 || disk.corrupt > 0;
-  const OpStatus status = failed               ? OpStatus::kFailed
-                          : disk.dropped > 0 ? OpStatus::kCancelled
-                                             : OpStatus::kDone;
-  op->result.corrupt = disk.corrupt;
+  const auto count = [&](BlockOutcome outcome) { return disk.count[static_cast<int>(outcome)].load(); };
+  const bool failed = count(BlockOutcome::kFailed) > 0 || count(BlockOutcome::kCorrupt) > 0;
+  const OpStatus status = failed                               ? OpStatus::kFailed
+                          : count(BlockOutcome::kDropped) > 0 ? OpStatus::kCancelled
+                                                              : OpStatus::kDone;
+  op->result.corrupt = count(BlockOutcome::kCorrupt);
+  if (!disk.write) LearnReadCost(*op, status);
   std::string error = disk.error;
   if (status == OpStatus::kCancelled && !op->graph->cancelled.load()) error = "the deadline passed";
-  std::vector<uint8_t> ok = status == OpStatus::kDone ? std::vector<uint8_t>{} : std::move(disk.ok);
+  std::vector<uint8_t> ok;
+  if (status != OpStatus::kDone) {
+    for (BlockOutcome outcome : disk.outcome) ok.push_back(outcome == BlockOutcome::kGood);
+  }
   Finish(op, status, std::move(error), std::move(ok));
+}
+
+// Only from reads that had the disk's reads for themselves, as far as we know.
+void TransferEngine::LearnReadCost(const Op& op, OpStatus status) {
+  bool alone;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    alone = disk_reads_ == 1 && reads_mixed_s_ < op.result.start_s;
+    if (disk_reads_-- > 1) reads_mixed_s_ = Now();
+  }
+  if (!alone || status != OpStatus::kDone) return;
+  const SsdTransfer& disk = *op.disk;
+  size_t bytes = 0;
+  for (uint32_t i = disk.slice_begin; i < disk.slice_end; ++i) bytes += slices_[i].bytes;
+  read_cost_.Observe(op.num_blocks * disk.num_steps(), op.num_blocks * bytes, Now() - op.result.start_s);
+}
+
+// Layers of all blocks of a read are in host memory.
+void TransferEngine::ForwardLayers(Op* op, int layer_begin, int layer_end) {
+  std::vector<Op>& ops = op->graph->ops;
+  for (uint32_t next : op->successors) {
+    if (ops[next].spec.after_layers >= 0 && ops[next].num_blocks > 0) StartPiece(&ops[next], layer_begin, layer_end);
+  }
 }
 
 }  // namespace flexkv

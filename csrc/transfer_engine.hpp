@@ -2,8 +2,10 @@
 // It moves bytes and decides nothing.
 //
 // Guarantees: every op of a submitted graph ends exactly once, as done, failed or cancelled; a graph
-// is reported exactly once, after its last op; an op starts only after its dependencies are done;
-// loads that a forward waits for go before stores. No thread here ever takes the GIL.
+// is reported exactly once, after its last op; an op starts only after its dependencies are done, and
+// one that follows a read by layers copies a layer only after all of it was read and verified; loads
+// that a forward waits for go before stores, and their layers in the order of the model, whatever
+// request they belong to. No thread here ever takes the GIL.
 #pragma once
 
 #include <atomic>
@@ -22,6 +24,7 @@
 #include "block_layout.hpp"
 #include "host_pool.hpp"
 #include "io_engine.hpp"
+#include "read_cost.hpp"
 #include "ssd_lane.hpp"
 #include "ssd_store.hpp"
 #include "types.hpp"
@@ -70,6 +73,9 @@ struct OpSpec {
   int layer_end = 0;    // 0: all layers. Disk ops move whole slices (see SlicesOf)
   std::vector<BlockKey> keys;   // disk ops: which block each slot holds, or is to hold
   std::vector<uint32_t> after;  // positions of ops in the graph that must be done first
+  // H2D: position of the DISK2H op of the same layers that it follows layer by layer, or -1. The read
+  // then goes in steps of a few layers, as many as its measured cost makes worth while.
+  int32_t after_layers = -1;
 };
 
 struct GraphSpec {
@@ -77,6 +83,7 @@ struct GraphSpec {
   std::shared_ptr<LayerGate> gate;     // told by every H2D op of the graph
   std::vector<uint64_t> wait_events;   // CUDA events to wait for before touching the device pool
   double timeout_s = 0;                // ops that have not started by then are cancelled; 0: none
+  bool background = false;             // nobody waits for it: refused when too much is queued
 };
 
 struct OpResult {
@@ -100,19 +107,25 @@ struct TransferStats {
   uint64_t ops_cancelled[kNumTransferTypes] = {};
   uint64_t bytes[kNumTransferTypes] = {};
   double busy_s[kNumTransferTypes] = {};
+  uint64_t queued_blocks[kNumTransferTypes] = {};  // of ops that have not ended
   uint64_t corrupt_blocks = 0;
+  uint64_t refused_graphs[kNumTransferTypes] = {};  // background graphs that found this queue full
+  uint32_t layers_per_read = 0;      // of the last read that was followed by layers
 };
 
 struct SsdIoOptions {
   IoEngineKind kind = IoEngineKind::kAuto;
   int depth = 64;               // transfers in flight per directory
   double write_bytes_per_s = 0; // over all directories; 0: no limit
+  uint32_t slices_per_read = 0; // of reads that are followed by layers; 0: by measured cost
 };
 
 class TransferEngine {
  public:
-  // `cuda_device` < 0: the device pool is CPU memory.
-  TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads, int cuda_device);
+  // `cuda_device` < 0: the device pool is CPU memory. Background graphs may have `queue_bytes` of each
+  // type of transfer waiting or running, and one graph more; 0: no limit.
+  TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads, int cuda_device,
+                 size_t queue_bytes);
   ~TransferEngine();
 
   // Puts an SSD tier under the engine, or takes it away. No disk op may be pending.
@@ -121,7 +134,8 @@ class TransferEngine {
   // For how long the oldest disk transfer has been on its way; 0 if there is none.
   double ssd_oldest_io_s() const;
 
-  // Checks every index of the graph (UsageError) and starts it. Returns its id.
+  // Checks every index of the graph (UsageError) and starts it. Returns its id, or 0 for a background
+  // graph that finds the queues full: back pressure, nothing was started.
   uint64_t Submit(GraphSpec spec);
   // Ops that have not started are cancelled; running ones end by themselves. The graph is reported
   // as usual. False if it is not known (ended already).
@@ -148,24 +162,34 @@ class TransferEngine {
   struct Graph;
   struct Op;
   struct CopyJob;
-  struct CopyQueue {
-    std::deque<std::shared_ptr<CopyJob>> jobs;
-  };
+  using CopyQueue = std::deque<std::shared_ptr<CopyJob>>;
   void Dispatch(Op* op);
+  // Starts to copy some layers of an op, unless it is given up.
+  void StartPiece(Op* op, int layer_begin, int layer_end);
+  void EndPiece(Op* op, int layers_copied, std::string error);
+  // What the op follows by layers has ended.
+  void EndUpstream(Op* op);
+  void FinishCopy(Op* op);
+  std::shared_ptr<CopyJob> NextJob(CopyQueue* queue);
   void Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok);
   bool ShouldSkip(const Op& op) const;
   void CopyLoop();
   void CopyChunk(CopyJob& job, size_t chunk);
   void CudaLoop(bool to_device);
-  void CudaRun(Op* op, void* stream, bool to_device);
+  void CudaRun(const CopyJob& job, void* stream, bool to_device);
   void StartDiskOp(Op* op);
   void EndDiskOp(Op* op);
+  void ForwardLayers(Op* op, int layer_begin, int layer_end);
+  void LearnReadCost(const Op& op, OpStatus status);
 
   const BlockLayout layout_;
+  const size_t queue_blocks_;  // background graphs are refused beyond; 0: never
   const std::shared_ptr<HostPool> host_;
   std::vector<Slice> slices_;
   std::shared_ptr<SsdStore> ssd_;
   std::vector<std::unique_ptr<SsdLane>> lanes_;  // one per directory
+  ReadCost read_cost_;
+  uint32_t slices_per_read_ = 0;
   std::shared_ptr<CudaDriver> cuda_;
   int event_fd_ = -1;
   std::string io_name_ = "none", io_note_;
@@ -178,7 +202,9 @@ class TransferEngine {
   std::deque<GraphResult> results_;
   TransferStats stats_;
   uint64_t next_graph_ = 1;
-  size_t device_ops_ = 0;  // that have started and not ended
+  size_t device_pieces_ = 0;    // copies that have started and not ended
+  size_t disk_reads_ = 0;       // ops that have started and not ended
+  double reads_mixed_s_ = 0;    // when two of them last ran at the same time
 
   // Copies. Index 0: loads (H2D), index 1: stores (D2H). CPU threads serve both, loads first; on CUDA
   // each direction has its own thread and stream.

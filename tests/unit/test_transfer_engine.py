@@ -39,6 +39,8 @@ class Rig:
         num_directories: int = 2,
         io_depth: int = 8,
         write_bytes_per_s: float = 0.0,
+        slices_per_read: int = 0,
+        queue_bytes: int = 0,
         disk: _core.Disk | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(7)
@@ -60,8 +62,10 @@ class Rig:
             0.01,
             disk or _core.Disk(),
         )
-        self.engine = _core.TransferEngine(layout, self.host, copy_threads=2, cuda_device=-1)
-        self.engine.attach_ssd(self.store, io_engine, io_depth, write_bytes_per_s)
+        self.engine = _core.TransferEngine(
+            layout, self.host, copy_threads=2, cuda_device=-1, queue_bytes=queue_bytes
+        )
+        self.engine.attach_ssd(self.store, io_engine, io_depth, write_bytes_per_s, slices_per_read)
 
     def tokens(self, *blocks: int) -> np.ndarray:
         return np.concatenate([np.arange(b * TOKENS, (b + 1) * TOKENS) for b in blocks]).astype(np.int64)
@@ -471,6 +475,184 @@ def test_a_store_of_another_shape_is_refused(make_rig: MakeRig) -> None:
         small.engine.attach_ssd(large.store, _core.IoEngineKind.AUTO, 8)
 
 
+# ---- loads that follow a read layer by layer ----
+
+
+def layered_load(rig: Rig, names: np.ndarray, slots: np.ndarray, host: np.ndarray, *blocks: int):
+    return [
+        _core.OpSpec(T.DISK2H, slots, host, keys=names),
+        _core.OpSpec(T.H2D, host, rig.tokens(*blocks), after_layers=0),
+    ]
+
+
+def open_gate(loads: int = 1) -> _core.LayerGate:
+    gate = _core.LayerGate(LAYERS)
+    gate.expect(loads)
+    return gate
+
+
+@pytest.mark.parametrize("slices_per_read", [1, 2, 3, 0], ids=["one", "uneven", "whole", "measured"])
+def test_layers_of_a_read_go_on_to_the_device(make_rig: MakeRig, slices_per_read: int) -> None:
+    rig = make_rig(row_bytes=512, slices_per_read=slices_per_read)
+    count = 12
+    blocks = rig.save(keys(*range(count)), np.arange(count), np.arange(count) + 7)
+    gate = open_gate()
+    out = rig.run(
+        *layered_load(
+            rig, keys(*range(count)), np.arange(count) + 7, np.arange(count), *range(20, 20 + count)
+        ),
+        gate=gate,
+    )
+    assert out.done
+    assert gate.open_layers == LAYERS
+    for position, block in enumerate(blocks):
+        assert np.array_equal(rig.host.slot_view(position), block)
+        assert np.array_equal(rig.block_bytes(rig.tokens(20 + position)), block)
+    if slices_per_read:
+        assert rig.engine.stats()["DISK2H"]["layers_per_read"] == slices_per_read
+
+
+def test_early_layers_are_used_while_later_ones_are_still_read(make_rig: MakeRig) -> None:
+    disk = _core.FaultyDisk(3)
+    rig = make_rig(row_bytes=512, slices_per_read=1, num_directories=1, io_depth=1, disk=disk)
+    rig.save(keys(0, 1), ints(0, 1), ints(0, 1))
+    disk.set_fault("read", 1.0, delay_s=0.1)
+    gate = open_gate()
+    graph = rig.engine.submit(layered_load(rig, keys(0, 1), ints(0, 1), ints(2, 3), 5, 6), gate=gate)
+    assert gate.wait(0, 20.0)
+    assert gate.open_layers < LAYERS
+    assert np.array_equal(rig.device[0][0][rig.tokens(5)], rig.host.slot_view(2)[:2048].reshape(4, 512))
+    assert gate.wait(LAYERS - 1, 20.0)
+    assert rig.engine.wait(graph, 20.0)
+    assert rig.engine.poll()[0].done
+
+
+@pytest.mark.parametrize("bad_layer", range(LAYERS))
+def test_a_layer_that_is_bad_never_reaches_the_device(make_rig: MakeRig, bad_layer: int) -> None:
+    rig = make_rig(row_bytes=512, slices_per_read=1)
+    rig.save(keys(0, 1, 2), ints(0, 1, 2), ints(0, 1, 2))
+    path, offset = rig.place(1)
+    flip_bit(path, offset + bad_layer * 4096 + 77)
+    before = rig.device[bad_layer][0][rig.tokens(11)].clone()
+    gate = open_gate()
+    out = rig.run(*layered_load(rig, keys(0, 1, 2), ints(0, 1, 2), ints(4, 5, 6), 10, 11, 12), gate=gate)
+    assert [op.status for op in out.ops] == [FAILED, _core.OpStatus.CANCELLED]
+    assert out.ops[0].ok.tolist() == [1, 0, 1]
+    assert out.ops[0].corrupt == 1
+    assert gate.failed
+    assert gate.open_layers <= bad_layer
+    assert torch.equal(rig.device[bad_layer][0][rig.tokens(11)], before)
+
+
+def test_a_gate_opens_for_all_loads_of_a_batch_layer_by_layer(make_rig: MakeRig) -> None:
+    """What is in memory waits for what is read, and only for that layer of it."""
+    rig = make_rig(row_bytes=512, slices_per_read=1)
+    blocks = rig.save(keys(*range(6)), np.arange(6), np.arange(6))
+    gate = open_gate(3)
+    graphs = [
+        rig.engine.submit(layered_load(rig, keys(0, 1, 2), ints(0, 1, 2), ints(0, 1, 2), 1, 2, 3), gate=gate),
+        rig.engine.submit([_core.OpSpec(T.H2D, ints(20), rig.tokens(30))], gate=gate),
+        rig.engine.submit(layered_load(rig, keys(3, 4, 5), ints(3, 4, 5), ints(3, 4, 5), 4, 5, 6), gate=gate),
+    ]
+    assert gate.wait(LAYERS - 1, 20.0)
+    assert all(rig.engine.wait(graph, 20.0) for graph in graphs)
+    for position, block in enumerate(blocks):
+        assert np.array_equal(rig.block_bytes(rig.tokens(1 + position)), block)
+
+
+def test_a_load_without_blocks_follows_too(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    gate = open_gate()
+    empty = np.empty(0, np.int64)
+    out = rig.run(
+        _core.OpSpec(T.DISK2H, empty, empty, keys=keys()),
+        _core.OpSpec(T.H2D, empty, empty, after_layers=0),
+        gate=gate,
+    )
+    assert out.done
+    assert gate.open_layers == LAYERS
+    # One without blocks to read, but with blocks to copy.
+    out = rig.run(
+        _core.OpSpec(T.DISK2H, empty, empty, keys=keys()),
+        _core.OpSpec(T.H2D, ints(0), rig.tokens(3), after_layers=0),
+    )
+    assert out.done
+
+
+@pytest.mark.parametrize(
+    "second",
+    [
+        lambda rig: _core.OpSpec(T.D2H, rig.tokens(0), ints(0), after_layers=0),
+        lambda rig: _core.OpSpec(T.H2D, ints(0), rig.tokens(0), after=[0], after_layers=0),
+        lambda rig: _core.OpSpec(T.H2D, ints(0), rig.tokens(0), after_layers=1),
+        lambda rig: _core.OpSpec(T.H2D, ints(0), rig.tokens(0), layer_end=1, after_layers=0),
+    ],
+    ids=["a store", "two ways", "itself", "other layers"],
+)
+def test_what_cannot_follow_by_layers_is_refused(rig: Rig, second) -> None:
+    read = _core.OpSpec(T.DISK2H, ints(0), ints(0), keys=keys(0))
+    with pytest.raises(ValueError, match="follow"):
+        rig.engine.submit([read, second(rig)])
+
+
+# ---- what a read costs ----
+
+SLICES = [64 << 10] * 32
+
+
+def test_slices_are_read_alone_where_that_costs_no_more() -> None:
+    cost = _core.ReadCost()
+    for _ in range(20):  # 20 µs a transfer and 1 GiB/s: a slice of 64 KiB takes 84 µs, a block 2 ms
+        for transfers, size in ((100, 100 * 2**21), (1000, 1000 * 2**16)):
+            cost.observe(transfers, size, transfers * 20e-6 + size / 2**30)
+    assert cost.seconds(1, 2**20) == pytest.approx(20e-6 + 2**-10, rel=0.1)
+    few = cost.slices_per_read(100, SLICES)
+    assert 1 < few < 32  # one at a time would take a third longer
+    dear, cheap = _core.ReadCost(), _core.ReadCost()
+    for _ in range(20):
+        for transfers, size in ((100, 100 * 2**21), (1000, 1000 * 2**16)):
+            dear.observe(transfers, size, transfers * 10e-3 + size / 2**30)  # a disk that seeks
+            cheap.observe(transfers, size, transfers * 1e-6 + size / 2**30)
+    assert dear.slices_per_read(100, SLICES) == 32
+    assert cheap.slices_per_read(100, SLICES) == 1
+    assert cheap.slices_per_read(1, SLICES) > 1  # steps too short to be worth a wake-up
+
+
+def test_what_a_read_costs_is_learned_anew_when_the_disk_changes() -> None:
+    cost = _core.ReadCost()
+    for per_byte in (1 / 2**30, 1 / 2**28):
+        for _ in range(60):
+            cost.observe(100, 100 * 2**21, 100 * 2**21 * per_byte)
+        assert cost.seconds(100, 100 * 2**21) == pytest.approx(100 * 2**21 * per_byte, rel=0.1)
+
+
+# ---- back pressure ----
+
+
+def test_background_graphs_are_refused_when_too_much_is_queued(make_rig: MakeRig) -> None:
+    disk = _core.FaultyDisk(3)
+    rig = make_rig(row_bytes=512, queue_bytes=8 * LAYERS * 4096, disk=disk)
+    rig.save(keys(*range(20)), np.arange(20), np.arange(20))
+    disk.set_fault("read", 1.0, delay_s=0.3)
+
+    def read(first: int, count: int, **options) -> int:
+        names = np.arange(first, first + count)
+        return rig.engine.submit([_core.OpSpec(T.DISK2H, names, names, keys=keys(*names))], **options)
+
+    assert read(0, 12, background=True)  # larger than the queue: it must get through some time
+    assert read(12, 1, background=True) == 0
+    assert read(12, 1)  # a forward waits for it
+    # Another queue has room.
+    assert rig.engine.submit([_core.OpSpec(T.D2H, rig.tokens(1), ints(30))], background=True)
+    stats = rig.engine.stats()["DISK2H"]
+    assert (stats["queued_blocks"], stats["refused_graphs"]) == (13, 1)
+    assert rig.engine.drain(20.0)
+    assert rig.engine.stats()["DISK2H"]["queued_blocks"] == 0
+    assert read(12, 1, background=True)
+    assert rig.engine.drain(20.0)
+    assert len(rig.engine.poll()) == 4
+
+
 # ---- everything ----
 
 
@@ -517,48 +699,93 @@ def test_the_event_fd_says_when_there_is_something_to_poll(rig: Rig) -> None:
     assert not select.select([rig.engine.event_fd], [], [], 0)[0]
 
 
-def test_random_graphs_with_cancels_end_every_op_exactly_once(rig: Rig) -> None:
+def test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once(make_rig: MakeRig) -> None:
+    """2,000 graphs over a disk that fails, lies, stops half way and is slow, with cancels, deadlines, gates
+    and back pressure."""
+    disk = _core.FaultyDisk(11)
+    rig = make_rig(row_bytes=512, slices_per_read=1, queue_bytes=60 * LAYERS * 4096, disk=disk)
+    rig.save(keys(*range(SLOTS)), np.arange(SLOTS), np.arange(SLOTS))
+    for operation in ("read", "write"):
+        disk.set_fault(operation, 0.05, errno.EIO)
+    disk.set_fault("short", 0.05)
+    disk.set_fault("flip", 0.05)
     rng = random.Random(3)
     submitted: dict[int, int] = {}
     ended: dict[int, _core.GraphResult] = {}
+    gates: dict[int, tuple[_core.LayerGate, bool]] = {}
+    refused = 0
 
     def collect() -> None:
         for result in rig.engine.poll():
             assert result.graph not in ended, "a graph was reported twice"
             ended[result.graph] = result
 
-    for _ in range(300):
-        ops = []
+    for round_ in range(2000):
+        ops: list[_core.OpSpec] = []
+        kinds: list[_core.TransferType] = []
+        loads = 0
         for i in range(rng.randint(0, 6)):
             count = rng.randint(0, 5)
             host = ints(*(rng.randrange(SLOTS) for _ in range(count)))
-            disk = ints(*(rng.randrange(2 * SLOTS) for _ in range(count)))
+            disk_slots = ints(*(rng.randrange(2 * SLOTS) for _ in range(count)))
             device = rig.tokens(*(rng.randrange(60) for _ in range(count))) if count else ints()
             kind = rng.choice([T.H2D, T.D2H, T.DISK2H, T.H2DISK])
             src, dst = {
                 T.H2D: (host, device),
                 T.D2H: (device, host),
-                T.DISK2H: (disk, host),
-                T.H2DISK: (host, disk),
+                T.DISK2H: (disk_slots, host),
+                T.H2DISK: (host, disk_slots),
             }[kind]
             after = [j for j in range(i) if rng.random() < 0.4]
-            names = keys(*disk) if kind in (T.DISK2H, T.H2DISK) else None
-            ops.append(_core.OpSpec(kind, src, dst, after=after, keys=names))
-        graph = rig.engine.submit(ops)
+            names = keys(*disk_slots) if kind in (T.DISK2H, T.H2DISK) else None
+            reads = [j for j, before in enumerate(kinds) if before == T.DISK2H]
+            if kind == T.H2D and reads and rng.random() < 0.7:
+                ops.append(_core.OpSpec(kind, src, dst, after_layers=rng.choice(reads)))
+            else:
+                ops.append(_core.OpSpec(kind, src, dst, after=after, keys=names))
+            kinds.append(kind)
+            loads += kind == T.H2D
+        gate = None
+        if rng.random() < 0.5:
+            gate = open_gate(loads)
+        graph = rig.engine.submit(
+            ops,
+            gate=gate,
+            timeout_s=rng.choice([0.0, 0.0, 0.0, 1e-9, 0.001]),
+            background=rng.random() < 0.3,
+        )
+        if graph == 0:
+            refused += 1
+            continue
         submitted[graph] = len(ops)
+        if gate is not None:
+            gates[graph] = (gate, loads > 0)
         if rng.random() < 0.3:
             rig.engine.cancel(rng.choice(list(submitted)))
         if rng.random() < 0.2:
             collect()
+        if round_ % 100 == 99:
+            disk.set_fault("read", 0.05, errno.EIO, delay_s=rng.choice([0.0, 0.001]))
+            assert rig.engine.drain(60.0)
     assert rig.engine.drain(60.0)
+    assert rig.engine.drain_device(0.0)
     collect()
+    assert refused > 0
     assert set(ended) == set(submitted)
     pending = [op for r in ended.values() for op in r.ops if op.status == _core.OpStatus.PENDING]
     assert pending == []
     assert all(len(ended[g].ops) == n for g, n in submitted.items())
+    for graph, (gate, has_loads) in gates.items():
+        # Whoever waits for a layer goes on, one way or the other.
+        result = ended[graph]
+        assert not has_loads or gate.failed or gate.open_layers == LAYERS
+        assert not (result.done and gate.failed)
+    outcomes = {op.status for r in ended.values() for op in r.ops}
+    assert outcomes == {_core.OpStatus.DONE, _core.OpStatus.FAILED, _core.OpStatus.CANCELLED}
     stats = rig.engine.stats()
     counted = sum(s["ops_done"] + s["ops_failed"] + s["ops_cancelled"] for s in stats.values())
-    assert counted == sum(submitted.values())
+    assert counted == sum(submitted.values()) + 1  # and the one that saved the blocks
+    assert all(s["queued_blocks"] == 0 for s in stats.values())
 
 
 def test_a_host_pool_serves_one_engine(rig: Rig) -> None:
