@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <utility>
 
+#include "cuda_copier.hpp"
 #include "cuda_driver.hpp"
 
 namespace flexkv {
@@ -43,47 +44,6 @@ bool IsDeviceCopy(TransferType type) {
 }
 
 }  // namespace
-
-// ---- LayerGate ---------------------------------------------------------------------------------
-
-LayerGate::LayerGate(int num_layers) : num_layers_(num_layers), left_(num_layers, 0) {
-  Require(num_layers > 0, "a gate needs at least one layer");
-}
-
-void LayerGate::Expect(int loads) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  for (int& left : left_) left += loads;
-}
-
-void LayerGate::Arrive(int layer) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    left_[layer]--;
-    int open = open_.load(std::memory_order_relaxed);
-    while (open < num_layers_ && left_[open] <= 0) ++open;
-    open_.store(open, std::memory_order_release);
-  }
-  changed_.notify_all();
-}
-
-void LayerGate::Fail() {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    failed_.store(true);
-  }
-  changed_.notify_all();
-}
-
-bool LayerGate::Wait(int layer, double timeout_s) {
-  if (open_.load(std::memory_order_acquire) > layer) return !failed_.load();
-  std::unique_lock<std::mutex> lock(mutex_);
-  const bool in_time = changed_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] {
-    return failed_.load() || open_.load(std::memory_order_relaxed) > layer;
-  });
-  return in_time && !failed_.load();
-}
-
-int LayerGate::open_layers() const { return open_.load(std::memory_order_acquire); }
 
 // ---- graphs ------------------------------------------------------------------------------------
 
@@ -141,14 +101,13 @@ TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> hos
   Require(host_->slot_bytes() >= layout_.block_bytes(), "a host slot is smaller than a block");
   Require(copy_threads > 0, "the transfer engine needs at least one copy thread");
   slices_ = SlicesOf(layout_, host_->slot_bytes(), kSlicesMax);
-  if (cuda_device >= 0) cuda_ = CudaDriver::Load(cuda_device);
+  std::shared_ptr<CudaDriver> cuda = cuda_device >= 0 ? CudaDriver::Load(cuda_device) : nullptr;
   // Everything that can fail comes before the first thread, which nobody would join.
-  host_->StartPinning(cuda_);
+  host_->StartPinning(cuda);
   event_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (event_fd_ < 0) throw SystemError(std::string("eventfd: ") + std::strerror(errno));
-  if (cuda_) {
-    copy_threads_.emplace_back([this] { CudaLoop(true); });
-    copy_threads_.emplace_back([this] { CudaLoop(false); });
+  if (cuda) {
+    copier_ = std::make_unique<CudaCopier>(std::move(cuda), layout_, host_);
   } else {
     for (int i = 0; i < copy_threads; ++i) copy_threads_.emplace_back([this] { CopyLoop(); });
   }
@@ -168,6 +127,7 @@ TransferEngine::~TransferEngine() {
   }
   copy_wake_.notify_all();
   for (std::thread& thread : copy_threads_) thread.join();
+  copier_.reset();
   lanes_.clear();
   close(event_fd_);
 }
@@ -413,6 +373,10 @@ void TransferEngine::StartPiece(Op* op, int layer_begin, int layer_end) {
     if (!op->more_pieces) FinishCopy(op);
     return;  // else it ends when what it follows has ended
   }
+  if (copier_) {
+    StartCudaCopy(op, layer_begin, layer_end);
+    return;
+  }
   auto job = std::make_shared<CopyJob>();
   job->op = op;
   job->layer_begin = layer_begin;
@@ -576,65 +540,23 @@ void TransferEngine::CopyChunk(CopyJob& job, size_t chunk) {
 
 // ---- copies on a GPU ---------------------------------------------------------------------------
 
-void TransferEngine::CudaLoop(bool to_device) {
-  cuda_->MakeCurrent();
-  void* stream = cuda_->CreateStream();
-  CopyQueue& queue = copy_queue_[to_device ? 0 : 1];
-  std::unique_lock<std::mutex> lock(copy_mutex_);
-  for (;;) {
-    copy_wake_.wait(lock, [&] { return stop_.load() || !queue.empty(); });
-    if (stop_.load()) break;
-    std::shared_ptr<CopyJob> job = queue.front();
-    queue.pop_front();
-    lock.unlock();
-    CudaRun(*job, stream, to_device);
-    lock.lock();
-  }
-  lock.unlock();
-  cuda_->DestroyStream(stream);
-}
-
-void TransferEngine::CudaRun(const CopyJob& job, void* stream, bool to_device) {
-  Op* op = job.op;
+void TransferEngine::StartCudaCopy(Op* op, int layer_begin, int layer_end) {
   const OpSpec& s = op->spec;
-  const std::vector<int64_t>& host_slots = to_device ? s.src : s.dst;
-  const std::vector<int64_t>& token_slots = to_device ? s.dst : s.src;
-  const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
-  const int64_t rows = layout_.rows_per_block();
-  std::string error;
-  bool good = true;
-  bool cancelled = op->graph->cancelled.load();
-  for (uint64_t event : op->graph->wait_events) {
-    good = good && cuda_->StreamWaitEvent(stream, event, &error);
-  }
-  for (int layer = job.layer_begin; layer < job.layer_end && good && !cancelled; ++layer) {
-    for (size_t b = 0; b < op->num_blocks && good; ++b) {
-      char* host = host_->Slot(host_slots[b]) + layout_.layer_offset(layer);
-      const int64_t first = op->first_rows[b];
-      for (const DeviceBuffer& buffer : layout_.buffers(layer)) {
-        const bool whole = first >= 0 && buffer.row_stride == buffer.row_bytes;
-        const int64_t pieces = whole ? 1 : rows;
-        const size_t bytes = static_cast<size_t>(buffer.row_bytes * (whole ? rows : 1));
-        for (int64_t i = 0; i < pieces && good; ++i) {
-          const int64_t row = first >= 0 ? first + i : token_slots[b * per_block + static_cast<size_t>(i)];
-          const uint64_t device = buffer.base + static_cast<uint64_t>(row * buffer.row_stride);
-          good = to_device ? cuda_->CopyToDevice(device, host, bytes, stream, &error)
-                           : cuda_->CopyToHost(host, device, bytes, stream, &error);
-          host += bytes;
-        }
-      }
-    }
-    // A layer is announced only when its bytes are on the device; a store is synchronised once.
-    if (to_device || layer + 1 == job.layer_end) good = good && cuda_->Synchronize(stream, &error);
-    cancelled = op->graph->cancelled.load();
-    if (good && !cancelled && to_device && op->graph->gate) op->graph->gate->Arrive(layer);
-  }
-  if (!good || cancelled) {
-    // Whatever was queued must have left the pools before the slots are given to somebody else.
-    std::string ignored;
-    cuda_->Synchronize(stream, &ignored);
-  }
-  EndPiece(op, good && !cancelled ? job.layer_end - job.layer_begin : 0, good ? "" : error);
+  DeviceCopy copy;
+  copy.to_device = s.type == TransferType::kH2D;
+  copy.host_slots = (copy.to_device ? s.src : s.dst).data();
+  copy.token_slots = (copy.to_device ? s.dst : s.src).data();
+  copy.first_rows = op->first_rows.data();
+  copy.num_blocks = op->num_blocks;
+  copy.layer_begin = layer_begin;
+  copy.layer_end = layer_end;
+  copy.gate = op->graph->gate;
+  copy.wait_events = &op->graph->wait_events;
+  copy.cancelled = &op->graph->cancelled;
+  copy.on_end = [this, op, layers = layer_end - layer_begin](OpStatus status, std::string error) {
+    EndPiece(op, status == OpStatus::kDone ? layers : 0, std::move(error));
+  };
+  copier_->Submit(std::move(copy));
 }
 
 // ---- disk --------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@
 #include "block_layout.hpp"
 #include "host_pool.hpp"
 #include "io_engine.hpp"
+#include "layer_gate.hpp"
 #include "read_cost.hpp"
 #include "ssd_lane.hpp"
 #include "ssd_store.hpp"
@@ -31,38 +32,10 @@
 
 namespace flexkv {
 
-class CudaDriver;
+class CudaCopier;
 
 enum class TransferType : uint8_t { kH2D, kD2H, kDisk2H, kH2Disk };
 constexpr int kNumTransferTypes = 4;
-
-enum class OpStatus : uint8_t { kPending, kDone, kFailed, kCancelled };
-
-// Tells a forward, layer by layer, when the loads it was promised have landed. One gate serves all
-// loads of a batch: a layer is open when every one of them has passed it.
-class LayerGate {
- public:
-  explicit LayerGate(int num_layers);
-  int num_layers() const { return num_layers_; }
-  // Before the first load is submitted: how many loads will report.
-  void Expect(int loads);
-  // Waits until `layer` is open. False if the loads failed or the time is up.
-  bool Wait(int layer, double timeout_s);
-  // Open layers, counted from the first, without waiting.
-  int open_layers() const;
-  bool failed() const { return failed_.load(); }
-
-  void Arrive(int layer);
-  void Fail();
-
- private:
-  const int num_layers_;
-  std::atomic<int> open_{0};
-  std::atomic<bool> failed_{false};
-  mutable std::mutex mutex_;
-  std::condition_variable changed_;
-  std::vector<int> left_;
-};
 
 struct OpSpec {
   TransferType type = TransferType::kH2D;
@@ -175,8 +148,7 @@ class TransferEngine {
   bool ShouldSkip(const Op& op) const;
   void CopyLoop();
   void CopyChunk(CopyJob& job, size_t chunk);
-  void CudaLoop(bool to_device);
-  void CudaRun(const CopyJob& job, void* stream, bool to_device);
+  void StartCudaCopy(Op* op, int layer_begin, int layer_end);
   void StartDiskOp(Op* op);
   void EndDiskOp(Op* op);
   void ForwardLayers(Op* op, int layer_begin, int layer_end);
@@ -190,7 +162,6 @@ class TransferEngine {
   std::vector<std::unique_ptr<SsdLane>> lanes_;  // one per directory
   ReadCost read_cost_;
   uint32_t slices_per_read_ = 0;
-  std::shared_ptr<CudaDriver> cuda_;
   int event_fd_ = -1;
   std::string io_name_ = "none", io_note_;
   std::chrono::steady_clock::time_point epoch_;
@@ -206,8 +177,9 @@ class TransferEngine {
   size_t disk_reads_ = 0;       // ops that have started and not ended
   double reads_mixed_s_ = 0;    // when two of them last ran at the same time
 
-  // Copies. Index 0: loads (H2D), index 1: stores (D2H). CPU threads serve both, loads first; on CUDA
-  // each direction has its own thread and stream.
+  std::unique_ptr<CudaCopier> copier_;  // where the device pool is on a GPU
+  // Copies where it is CPU memory. Index 0: loads (H2D), index 1: stores (D2H). The threads serve both,
+  // loads first.
   std::mutex copy_mutex_;
   std::condition_variable copy_wake_;
   CopyQueue copy_queue_[2];

@@ -44,6 +44,8 @@ constexpr SlotId kNoSlot = -1;
 enum class Tier : uint8_t { kCpu = 0, kSsd = 1 };
 constexpr int kNumTiers = 2;
 
+enum class OpStatus : uint8_t { kPending, kDone, kFailed, kCancelled };
+
 // A caller broke the contract of an API (wrong size, unknown id). Faults of the world below
 // (disk, driver) are results, never this.
 class UsageError : public std::runtime_error {
