@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 import numpy as np
+import numpy.typing as npt
 
 from sglang_flexkv import _core
 from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, PlanKind, TransferPlan
@@ -152,18 +153,19 @@ class KVTaskEngine:
             self.poll()
             return self.cache.match(keys)
 
-    def hold(self, keys: BlockKeys) -> tuple[int, int]:
-        """Pins the leading blocks that the CPU tier holds, for a reader that comes later.
+    def hold(self, keys: BlockKeys, tier: _core.Tier | None = None) -> tuple[int, npt.NDArray[np.uint8]]:
+        """Pins the leading held blocks for a reader that comes later: those that ``tier`` holds, or any.
 
         Returns:
-            The lease (to be given back with ``unhold``; 0 if there is nothing) and the number of blocks.
+            The lease (to be given back with ``unhold``; 0 if there is nothing) and of each block the tier
+            that it is pinned in, uint8 [blocks].
         """
         with self._lock:
             self.poll()
-            lease, tiers, _ = self.cache.index.acquire(keys, _core.Tier.CPU)
+            lease, tiers, _ = self.cache.index.acquire(keys, tier)
             if lease:
                 self._holds.add(lease)
-            return lease, len(tiers)
+            return lease, tiers
 
     def unhold(self, lease: int) -> None:
         with self._lock:
@@ -221,7 +223,8 @@ class KVTaskEngine:
         wait_events: Sequence[object] = (),
         timeout_s: float = 0.0,
     ) -> None:
-        """Starts a READY task. One that has ended meanwhile is left alone.
+        """Starts a READY task. One that has ended meanwhile is left alone. A put or a prefetch is cancelled
+        instead while too many of its kind are on their way (see TransferEngine).
 
         Args:
             token_slots: device token slots of all blocks of the plan, int64 [blocks * tokens_per_block].
@@ -246,7 +249,13 @@ class KVTaskEngine:
                 gate=gate,
                 wait_events=[event.cuda_event for event in wait_events],  # type: ignore[attr-defined]
                 timeout_s=timeout_s,
+                background=plan.kind in (PlanKind.PUT, PlanKind.PREFETCH),
             )
+            if task.core_graph == 0:
+                self.cache.finish(plan, None)
+                task.error = "too many transfers are on their way"
+                task.become(TaskStatus.CANCELLED)
+                return
             task.held_events = list(wait_events)
             task.become(TaskStatus.RUNNING)
             self._by_graph[task.core_graph] = task

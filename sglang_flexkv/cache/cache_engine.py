@@ -160,20 +160,15 @@ class GlobalCacheEngine:
             host_slots = slots.copy() if len(on_ssd) else slots
             if len(on_ssd):
                 reserved = self.index.reserve(CPU, None, plan.keys, tokens, staging=True, required=True)
-                if reserved is None or not np.array_equal(reserved[1], on_ssd):
-                    # No room, or another transfer is filling one of the blocks right now: take less.
-                    if reserved is not None:
-                        self.index.abort(reserved[0])
-                        busy = np.setdiff1d(on_ssd, reserved[1])
-                        limit = int(busy[0]) if len(busy) else int(on_ssd[0])
-                    else:
-                        limit = int(on_ssd[0]) + (len(on_ssd) // 2 if len(on_ssd) > 1 else 0)
+                if reserved is None:  # no room: take less
                     self.index.release(lease)
+                    limit = int(on_ssd[0]) + (len(on_ssd) // 2 if len(on_ssd) > 1 else 0)
                     if limit == 0:
                         return None
                     acquired = self.index.acquire(keys[:limit], use=to_device, tokens=tokens)
                     continue
-                plan.txn, _, staged = reserved
+                plan.txn, positions, staged = reserved
+                assert np.array_equal(positions, on_ssd), "a block on its way was acquired"
                 plan.txn_tier = CPU
                 host_slots[on_ssd] = staged
                 plan.txn_op = plan.graph.add_transfer_op(
@@ -187,14 +182,16 @@ class GlobalCacheEngine:
                 )
             if to_device:
                 in_cpu = np.flatnonzero(tiers == int(CPU))
-                for positions, after in ((in_cpu, -1), (on_ssd, plan.txn_op)):
-                    if len(positions) == 0:
-                        continue
-                    op = plan.graph.add_transfer_op(
-                        TransferOp(TransferType.H2D, positions, src_block_ids=host_slots[positions])
-                    )
-                    if after >= 0:
-                        plan.graph.add_dependency(op, after)
+                for positions, read in ((in_cpu, -1), (on_ssd, plan.txn_op)):
+                    if len(positions):
+                        plan.graph.add_transfer_op(
+                            TransferOp(
+                                TransferType.H2D,
+                                positions,
+                                src_block_ids=host_slots[positions],
+                                follows_layers_of=read,
+                            )
+                        )
             return plan
 
     def plan_put(

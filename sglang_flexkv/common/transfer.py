@@ -56,6 +56,7 @@ class TransferOp:
     layer_granularity: int = -1  # layers from layer_id on; -1: all
     op_id: int = -1
     predecessors: list[int] = field(default_factory=list)
+    follows_layers_of: int = -1  # H2D: the DISK2H op whose layers it copies as they come
 
 
 class TransferOpGraph:

@@ -18,6 +18,11 @@ _IO_KINDS = {
     IoEngine.THREADS: _core.IoEngineKind.THREADS,
 }
 
+# Copies of each kind that may be queued before background work is refused. Blocks that wait to be stored
+# are locked on the device, so they must not pile up behind a host that is slower; a link needs far less to
+# stay busy.
+_QUEUE_BYTES = 1 << 30
+
 
 class TransferEngine:
     """Submits graphs and hands their results back. Every submitted graph ends exactly once."""
@@ -28,6 +33,7 @@ class TransferEngine:
             storage.host,
             copy_threads=config.copy_threads,
             cuda_device=storage.device.cuda_device,
+            queue_bytes=_QUEUE_BYTES,
         )
         self._config = config
         self.num_layers = storage.layout.num_layers
@@ -61,6 +67,7 @@ class TransferEngine:
         gate: _core.LayerGate | None = None,
         wait_events: Sequence[int] = (),
         timeout_s: float = 0.0,
+        background: bool = False,
     ) -> int:
         """Starts a graph whose device slots are bound.
 
@@ -68,9 +75,10 @@ class TransferEngine:
             gate: opened layer by layer by the graph's H2D ops.
             wait_events: CUDA events that must have happened before the device pool is touched.
             timeout_s: ops that have not started by then are cancelled; 0: no limit.
+            background: nobody waits for it, so it is refused while too much of its kind is queued.
 
         Returns:
-            The core's id of the graph, which ``poll`` reports.
+            The core's id of the graph, which ``poll`` reports; 0 if it was refused.
         """
         ops = []
         for op in graph.ops:
@@ -86,9 +94,12 @@ class TransferEngine:
                     layer_end=min(self.num_layers, op.layer_id + layers),
                     after=op.predecessors,
                     keys=op.keys,
+                    after_layers=op.follows_layers_of,
                 )
             )
-        return self._core.submit(ops, gate=gate, wait_events=list(wait_events), timeout_s=timeout_s)
+        return self._core.submit(
+            ops, gate=gate, wait_events=list(wait_events), timeout_s=timeout_s, background=background
+        )
 
     def poll(self) -> list[_core.GraphResult]:
         return self._core.poll()
@@ -118,7 +129,8 @@ class TransferEngine:
         return f"{self._core.io_engine_name} ({note})" if note else self._core.io_engine_name
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Per transfer type: ops_done, ops_failed, ops_cancelled, bytes, busy_s."""
+        """Per transfer type: ops_done, ops_failed, ops_cancelled, bytes, busy_s, queued_blocks,
+        refused_graphs."""
         return self._core.stats()
 
     def close(self) -> None:

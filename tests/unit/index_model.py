@@ -358,6 +358,9 @@ class IndexModel:
             tier = next((t for t in wanted if self.is_ready(t, block)), None)
             if tier is None:
                 break
+            cpu = self.entries[block].tiers.get(CPU)
+            if tier is SSD and len(wanted) > 1 and cpu is not None and cpu.state is State.WRITING:
+                break  # on its way to where it will be read
             self.entries[block].tiers[tier].pins += 1
             self._touch(block, use)
             pins.append((tier, block))

@@ -581,8 +581,9 @@ def test_a_timeline_of_transfers_is_written_at_the_end(make, tmp_path) -> None:
     assert names.count("spill H2DISK") == 3
     assert names.count("get H2D") == names.count("get DISK2H") == 1
     read, load = (next(e for e in events if e["name"] == name) for name in ("get DISK2H", "get H2D"))
-    assert load["args"]["after"] == [read["args"]["op"]]
-    assert load["ts"] >= read["ts"] + read["dur"] > 0
+    assert load["args"]["follows_layers_of"] == read["args"]["op"]
+    assert load["ts"] > read["ts"] > 0
+    assert load["ts"] + load["dur"] >= read["ts"] + read["dur"] > read["ts"]
     assert {event["args"]["status"] for event in events} == {"DONE"}
 
 
