@@ -600,12 +600,12 @@ PYBIND11_MODULE(_core, m) {
           },
           py::arg("slots"));
 
-  // For tests.
-  py::class_<ReadCost>(m, "ReadCost")
-      .def(py::init<>())
-      .def("observe", &ReadCost::Observe, py::arg("transfers"), py::arg("bytes"), py::arg("seconds"))
-      .def("seconds", &ReadCost::Seconds, py::arg("transfers"), py::arg("bytes"))
-      .def("slices_per_read", &ReadCost::SlicesPerRead, py::arg("blocks"), py::arg("slice_bytes"));
+  py::class_<CostFit>(m, "CostFit")
+      .def(py::init<double, double>(), py::arg("assumed_x_s"), py::arg("assumed_y_s"))
+      .def("observe", &CostFit::Observe, py::arg("x"), py::arg("y"), py::arg("seconds"))
+      .def("seconds", &CostFit::Seconds, py::arg("x"), py::arg("y"))
+      .def_property_readonly("num_observed", &CostFit::num_observed);
+  m.def("slices_per_read", &SlicesPerRead, py::arg("cost"), py::arg("blocks"), py::arg("slice_bytes"));
 
   // For benchmarks and tests: the copy primitive by itself.
   m.def(

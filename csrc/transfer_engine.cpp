@@ -366,6 +366,7 @@ void TransferEngine::StartPiece(Op* op, int layer_begin, int layer_end) {
     if (!skip) {
       device_pieces_++;
       op->pieces_running++;
+      Busy(op->spec.type, +1);
       if (op->result.start_s == 0) op->result.start_s = Now();
     }
   }
@@ -403,6 +404,7 @@ void TransferEngine::EndPiece(Op* op, int layers_copied, std::string error) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     if (--device_pieces_ == 0) ended_.notify_all();
+    Busy(op->spec.type, -1);
     op->layers_left -= layers_copied;
     if (op->error.empty()) op->error = std::move(error);
     finish = --op->pieces_running == 0 && !op->more_pieces;
@@ -452,7 +454,6 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
           op->num_blocks * (layout_.layer_offset(op->spec.layer_end - 1) +
                             layout_.layer_bytes(op->spec.layer_end - 1) -
                             layout_.layer_offset(op->spec.layer_begin));
-      stats_.busy_s[type] += op->result.end_s - op->result.start_s;
     } else if (status == OpStatus::kFailed) {
       stats_.ops_failed[type]++;
     } else {
@@ -580,7 +581,7 @@ void TransferEngine::StartDiskOp(Op* op) {
   if (followed) {
     std::vector<size_t> bytes;
     for (uint32_t i = transfer->slice_begin; i < transfer->slice_end; ++i) bytes.push_back(slices_[i].bytes);
-    const size_t per_read = slices_per_read_ > 0 ? slices_per_read_ : read_cost_.SlicesPerRead(op->num_blocks, bytes);
+    const size_t per_read = slices_per_read_ > 0 ? slices_per_read_ : SlicesPerRead(read_cost_, op->num_blocks, bytes);
     transfer->slices_per_step = static_cast<uint32_t>(std::min(per_read, bytes.size()));
     transfer->on_step = [this, op, transfer](uint32_t step) {
       const uint32_t begin = transfer->slice_begin + step * transfer->slices_per_step;
@@ -599,9 +600,10 @@ void TransferEngine::StartDiskOp(Op* op) {
   size_t lanes = 0;
   for (const auto& blocks : by_lane) lanes += !blocks.empty();
   transfer->Reset(lanes);
-  if (!write) {
+  {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (++disk_reads_ > 1) reads_mixed_s_ = Now();
+    Busy(op->spec.type, +1);
+    if (!write && running_[static_cast<int>(op->spec.type)] > 1) reads_mixed_s_ = Now();
     if (followed) {
       const Slice& last = slices_[transfer->slice_begin + transfer->slices_per_step - 1];
       stats_.layers_per_read = static_cast<uint32_t>(last.layer_end - op->spec.layer_begin);
@@ -622,7 +624,7 @@ void TransferEngine::EndDiskOp(Op* op) {
                           : count(BlockOutcome::kDropped) > 0 ? OpStatus::kCancelled
                                                               : OpStatus::kDone;
   op->result.corrupt = count(BlockOutcome::kCorrupt);
-  if (!disk.write) LearnReadCost(*op, status);
+  LearnReadCost(*op, status);
   std::string error = disk.error;
   if (status == OpStatus::kCancelled && !op->graph->cancelled.load()) error = "the deadline passed";
   std::vector<uint8_t> ok;
@@ -634,17 +636,28 @@ void TransferEngine::EndDiskOp(Op* op) {
 
 // Only from reads that had the disk's reads for themselves, as far as we know.
 void TransferEngine::LearnReadCost(const Op& op, OpStatus status) {
+  const SsdTransfer& disk = *op.disk;
   bool alone;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    alone = disk_reads_ == 1 && reads_mixed_s_ < op.result.start_s;
-    if (disk_reads_-- > 1) reads_mixed_s_ = Now();
+    const bool others = running_[static_cast<int>(op.spec.type)] > 1;
+    alone = !others && reads_mixed_s_ < op.result.start_s;
+    if (others && !disk.write) reads_mixed_s_ = Now();
+    Busy(op.spec.type, -1);
   }
-  if (!alone || status != OpStatus::kDone) return;
-  const SsdTransfer& disk = *op.disk;
+  if (disk.write || !alone || status != OpStatus::kDone) return;
   size_t bytes = 0;
   for (uint32_t i = disk.slice_begin; i < disk.slice_end; ++i) bytes += slices_[i].bytes;
-  read_cost_.Observe(op.num_blocks * disk.num_steps(), op.num_blocks * bytes, Now() - op.result.start_s);
+  read_cost_.Observe(static_cast<double>(op.num_blocks * disk.num_steps()),
+                     static_cast<double>(op.num_blocks * bytes), Now() - op.result.start_s);
+}
+
+// One more or one less transfer of this type is moving bytes. Called with the mutex held.
+void TransferEngine::Busy(TransferType type, int change) {
+  const int t = static_cast<int>(type);
+  if (running_[t] == 0) busy_since_s_[t] = Now();
+  running_[t] += change;
+  if (running_[t] == 0) stats_.busy_s[t] += Now() - busy_since_s_[t];
 }
 
 // Layers of all blocks of a read are in host memory.

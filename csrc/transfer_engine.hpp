@@ -22,10 +22,10 @@
 #include <vector>
 
 #include "block_layout.hpp"
+#include "cost_fit.hpp"
 #include "host_pool.hpp"
 #include "io_engine.hpp"
 #include "layer_gate.hpp"
-#include "read_cost.hpp"
 #include "ssd_lane.hpp"
 #include "ssd_store.hpp"
 #include "types.hpp"
@@ -79,7 +79,7 @@ struct TransferStats {
   uint64_t ops_failed[kNumTransferTypes] = {};
   uint64_t ops_cancelled[kNumTransferTypes] = {};
   uint64_t bytes[kNumTransferTypes] = {};
-  double busy_s[kNumTransferTypes] = {};
+  double busy_s[kNumTransferTypes] = {};  // time in which at least one was moving bytes
   uint64_t queued_blocks[kNumTransferTypes] = {};  // of ops that have not ended
   uint64_t corrupt_blocks = 0;
   uint64_t refused_graphs[kNumTransferTypes] = {};  // background graphs that found this queue full
@@ -153,6 +153,7 @@ class TransferEngine {
   void EndDiskOp(Op* op);
   void ForwardLayers(Op* op, int layer_begin, int layer_end);
   void LearnReadCost(const Op& op, OpStatus status);
+  void Busy(TransferType type, int change);
 
   const BlockLayout layout_;
   const size_t queue_blocks_;  // background graphs are refused beyond; 0: never
@@ -160,7 +161,8 @@ class TransferEngine {
   std::vector<Slice> slices_;
   std::shared_ptr<SsdStore> ssd_;
   std::vector<std::unique_ptr<SsdLane>> lanes_;  // one per directory
-  ReadCost read_cost_;
+  // Per transfer and per byte. Before anything was read: an NVMe disk of the slower kind.
+  CostFit read_cost_{10e-6, 0.5e-9};
   uint32_t slices_per_read_ = 0;
   int event_fd_ = -1;
   std::string io_name_ = "none", io_note_;
@@ -174,8 +176,9 @@ class TransferEngine {
   TransferStats stats_;
   uint64_t next_graph_ = 1;
   size_t device_pieces_ = 0;    // copies that have started and not ended
-  size_t disk_reads_ = 0;       // ops that have started and not ended
-  double reads_mixed_s_ = 0;    // when two of them last ran at the same time
+  int running_[kNumTransferTypes] = {};          // pieces, or disk ops, that move bytes
+  double busy_since_s_[kNumTransferTypes] = {};
+  double reads_mixed_s_ = 0;    // when two reads from disk last ran at the same time
 
   std::unique_ptr<CudaCopier> copier_;  // where the device pool is on a GPU
   // Copies where it is CPU memory. Index 0: loads (H2D), index 1: stores (D2H). The threads serve both,

@@ -600,30 +600,37 @@ def test_what_cannot_follow_by_layers_is_refused(rig: Rig, second) -> None:
 SLICES = [64 << 10] * 32
 
 
+def read_cost(transfer_s: float, byte_s: float, rounds: int = 20) -> _core.CostFit:
+    """What reads of whole blocks and of single slices teach about such a disk."""
+    cost = _core.CostFit(10e-6, 0.5e-9)
+    for _ in range(rounds):
+        for transfers, size in ((100, 100 * 2**21), (1000, 1000 * 2**16)):
+            cost.observe(transfers, size, transfers * transfer_s + size * byte_s)
+    return cost
+
+
 def test_slices_are_read_alone_where_that_costs_no_more() -> None:
-    cost = _core.ReadCost()
-    for _ in range(20):  # 20 µs a transfer and 1 GiB/s: a slice of 64 KiB takes 84 µs, a block 2 ms
-        for transfers, size in ((100, 100 * 2**21), (1000, 1000 * 2**16)):
-            cost.observe(transfers, size, transfers * 20e-6 + size / 2**30)
+    cost = read_cost(20e-6, 2**-30)  # a slice takes 84 µs, a block 2 ms
     assert cost.seconds(1, 2**20) == pytest.approx(20e-6 + 2**-10, rel=0.1)
-    few = cost.slices_per_read(100, SLICES)
-    assert 1 < few < 32  # one at a time would take a third longer
-    dear, cheap = _core.ReadCost(), _core.ReadCost()
-    for _ in range(20):
-        for transfers, size in ((100, 100 * 2**21), (1000, 1000 * 2**16)):
-            dear.observe(transfers, size, transfers * 10e-3 + size / 2**30)  # a disk that seeks
-            cheap.observe(transfers, size, transfers * 1e-6 + size / 2**30)
-    assert dear.slices_per_read(100, SLICES) == 32
-    assert cheap.slices_per_read(100, SLICES) == 1
-    assert cheap.slices_per_read(1, SLICES) > 1  # steps too short to be worth a wake-up
+    assert cost.seconds(1000, 1) == pytest.approx(20e-3, rel=0.1)
+    assert 1 < _core.slices_per_read(cost, 100, SLICES) < 32  # one at a time would take a third longer
+    assert _core.slices_per_read(read_cost(10e-3, 2**-30), 100, SLICES) == 32  # a disk that seeks
+    cheap = read_cost(1e-6, 2**-30)
+    assert _core.slices_per_read(cheap, 100, SLICES) == 1
+    assert _core.slices_per_read(cheap, 1, SLICES) > 1  # steps too short to be worth a wake-up
 
 
 def test_what_a_read_costs_is_learned_anew_when_the_disk_changes() -> None:
-    cost = _core.ReadCost()
-    for per_byte in (1 / 2**30, 1 / 2**28):
+    cost = _core.CostFit(10e-6, 0.5e-9)
+    assert cost.seconds(1, 1) == pytest.approx(10e-6 + 0.5e-9)
+    for byte_s in (2**-30, 2**-28):
         for _ in range(60):
-            cost.observe(100, 100 * 2**21, 100 * 2**21 * per_byte)
-        assert cost.seconds(100, 100 * 2**21) == pytest.approx(100 * 2**21 * per_byte, rel=0.1)
+            cost.observe(100, 100 * 2**21, 100 * 2**21 * byte_s)
+        assert cost.seconds(100, 100 * 2**21) == pytest.approx(100 * 2**21 * byte_s, rel=0.1)
+    assert cost.num_observed == 120
+    cost.observe(0, 1, 1)
+    cost.observe(1, 1, 0)
+    assert cost.num_observed == 120
 
 
 # ---- back pressure ----
