@@ -28,7 +28,7 @@ import numpy.typing as npt
 from sglang_flexkv import _core
 from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, PlanKind, TransferPlan
 from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, TokenIds
-from sglang_flexkv.common.config import CacheConfig
+from sglang_flexkv.common.config import CacheConfig, SsdAdmission
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, TransferType
 from sglang_flexkv.ssdtier import SsdTier
@@ -166,6 +166,16 @@ class KVTaskEngine:
             if lease:
                 self._holds.add(lease)
             return lease, tiers
+
+    @property
+    def num_running(self) -> int:
+        """Tasks that have been launched and whose outcome has not been taken in."""
+        return len(self._by_graph)
+
+    @property
+    def queued_ssd_read_bytes(self) -> int:
+        """Bytes that wait to be read from SSD or are being read."""
+        return self.transfer.queued_blocks(TransferType.DISK2H) * self.storage.slot_bytes
 
     def unhold(self, lease: int) -> None:
         with self._lock:
@@ -452,9 +462,10 @@ class KVTaskEngine:
                     for name in ("slots", "free", "ready", "writing", "pinned", "evicted")
                 }
             if self.ssd is not None:
-                saved = max(0, self.cache.num_offered_to_ssd - self.cache.num_admitted_to_ssd)
                 out["SSD"].update(self.ssd.stats())
-                out["SSD"]["saved_write_bytes"] = saved * self.storage.slot_bytes
+                if self.config.ssd_admission is SsdAdmission.REUSE:
+                    saved = max(0, self.cache.num_offered_to_ssd - self.cache.num_admitted_to_ssd)
+                    out["SSD"]["saved_write_bytes"] = saved * self.storage.slot_bytes
             out.update(self.transfer.stats())
             return out
 

@@ -66,6 +66,14 @@ class EvictionPolicy(Enum):
     FIFO = "fifo"  # the oldest
 
 
+class LoadPolicy(Enum):
+    """What to do with a hit that a lower tier holds."""
+
+    AUTO = "auto"  # load as much of it as brings the first token soonest, by measured speeds
+    LOAD = "load"  # load all of it
+    RECOMPUTE = "recompute"  # load nothing: the tiers are only filled
+
+
 class IoEngine(Enum):
     AUTO = "auto"
     IO_URING = "io_uring"
@@ -213,6 +221,7 @@ class FlexKVConfig(_Settings):
     write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
     prefetch_policy: PrefetchPolicy = PrefetchPolicy.TIMEOUT
     prefetch_timeout_s: float = Field(default=3.0, gt=0)
+    load_policy: LoadPolicy = LoadPolicy.AUTO
     copy_threads: int | None = Field(default=None, gt=0, le=64)  # per rank; none: by the CPU count
     io_engine: IoEngine = IoEngine.AUTO
     io_depth: int = Field(default=64, gt=0, le=4096)

@@ -35,6 +35,7 @@ def around_scheduler_init(original: Callable[..., None], scheduler: Any, *args: 
         # The gate for prefetching while a request waits in the queue, for counting the cache's transfers as
         # work in progress, and for the storage field of the cache report.
         scheduler.enable_lmcache = True
+        scheduler.tree_cache.attach_scheduler(scheduler)
 
 
 def around_create_unified_radix_cache(original: Callable[..., Any], ctx: Any, **kwargs: Any) -> Any:
@@ -83,6 +84,30 @@ def around_storage_backend_type(original: Callable[[Any], str], streamer: Any) -
 
     # No look at the cache itself: with the flag set, none but ours was let through.
     return "FlexKV" if get_memory().enable_flexkv else original(streamer)
+
+
+def before_next_batch(scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    from sglang.srt.runtime_context import get_memory
+
+    if get_memory().enable_flexkv:
+        scheduler.tree_cache.failed_loads.run_again(scheduler)
+
+
+def before_abort(scheduler: Any, recv_req: Any) -> None:
+    from sglang.srt.runtime_context import get_memory
+
+    if get_memory().enable_flexkv:
+        scheduler.tree_cache.failed_loads.abort(scheduler, recv_req.rid, all_requests=recv_req.abort_all)
+
+
+def around_stream_output(
+    original: Callable[..., None], streamer: Any, reqs: list[Any], *args: Any, **kwargs: Any
+) -> None:
+    from sglang.srt.runtime_context import get_memory
+
+    from sglang_flexkv.integration.failed_loads import without_failed
+
+    original(streamer, without_failed(reqs) if get_memory().enable_flexkv else reqs, *args, **kwargs)
 
 
 def before_weights_change(updater: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
+from sglang_flexkv import _core
+from sglang_flexkv.cache.load_or_recompute import LoadOrRecompute, Prompt
 from sglang_flexkv.common.block import BlockKeys, Namespace, keys_from_page_hashes
 from sglang_flexkv.common.config import GIB, FlexKVConfig, PrefetchPolicy
 from sglang_flexkv.integration.layer_counter import LayerLoadCounter
+from sglang_flexkv.integration.metrics import Metrics
 from sglang_flexkv.integration.page_hashes import PageHashes
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus, as_token_slots
 
@@ -39,8 +43,27 @@ _FINISH_TIMEOUT_S = 120.0
 @dataclass
 class _Hold:
     lease: int
-    num_blocks: int
+    num_cpu_blocks: int  # pinned
     since_s: float
+
+
+@dataclass
+class _Lookup:
+    """What the last lookup of a request was about, and what was decided."""
+
+    keys: BlockKeys  # of everything it asked for
+    held: npt.NDArray[np.uint8]  # of each leading block that is held the tier that it would come from
+    num_to_load: int  # of these
+
+    @property
+    def num_cpu_blocks(self) -> int:
+        """Leading blocks to load that the CPU tier holds."""
+        on_ssd = np.flatnonzero(self.held[: self.num_to_load] != int(_core.Tier.CPU))
+        return int(on_ssd[0]) if len(on_ssd) else self.num_to_load
+
+    @property
+    def num_ssd_blocks(self) -> int:
+        return int(np.count_nonzero(self.held[: self.num_to_load] == int(_core.Tier.SSD)))
 
 
 @dataclass
@@ -76,18 +99,28 @@ class FlexKVLinker(UnifiedCacheLinker):
         num_layers: int,
         forward_stream: Any,
         single_rank: bool,
+        metrics: Metrics,
     ) -> None:
         self.engine = engine
         self.config = config
         self.namespace = namespace
         self.forward_stream = forward_stream
-        self.layer_done_counter = LayerLoadCounter(num_layers)
+        self.layer_done_counter = LayerLoadCounter(num_layers, engine.poll)
         self.pools = {PoolName.KV: engine.storage.device}
         self._single_rank = single_rank
+        self._page = engine.config.tokens_per_block
         self._on_gpu = engine.storage.device.device.type != "cpu"
+        self.gpu_stream = forward_stream if self._on_gpu else None
         self.page_hashes = PageHashes(engine.config.tokens_per_block, namespace)
-        # What the last lookup of a request was about, so that its prefetch needs no second hash.
-        self._last_lookup: dict[str, BlockKeys] = {}
+        self.load_or_recompute = LoadOrRecompute(
+            config.load_policy,
+            block_bytes=engine.storage.slot_bytes,
+            tokens_per_block=engine.config.tokens_per_block,
+        )
+        self.metrics = metrics
+        self._prompts: dict[str, tuple[int, int]] = {}  # tokens on the device, tokens in all
+        self._lookups: dict[str, _Lookup] = {}
+        self._gave_up: set[str] = set()  # requests that load nothing any more: a load of theirs failed
         self._holds: OrderedDict[str, _Hold] = OrderedDict()
         self._held_blocks = 0
         self._queued: OrderedDict[str, _QueuedLoad] = OrderedDict()
@@ -97,38 +130,66 @@ class FlexKVLinker(UnifiedCacheLinker):
 
     # ---- lookup ----
 
+    def begin_lookup(self, rid: str, device_tokens: int, total_tokens: int) -> None:
+        """What the lookup that follows is about, for those that SGLang's interface does not tell it."""
+        self._prompts[rid] = (device_tokens, total_tokens)
+
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
-        """Leading pages of the tail that the CPU tier holds; every shorter prefix is restorable too."""
+        """Leading pages of the tail that should be loaded; every shorter prefix can be, too."""
         keys = self.page_hashes.keys(rid, transfers[0].keys or ())
-        self._last_lookup[rid] = keys
-        held = self._hold(rid, keys)
-        return list(range(1, held + 1))
+        return list(range(1, self._hold(rid, keys) + 1))
 
     def _hold(self, rid: str, keys: BlockKeys) -> int:
-        """Pins the leading blocks that the CPU tier holds until they are loaded or let go."""
+        """Pins the leading held blocks until they are loaded or let go. Returns how many should be loaded."""
         self.release_hold(rid)
-        lease, num_blocks = self.engine.hold(keys)
-        if num_blocks == 0:
+        if rid in self._gave_up:
+            self._lookups[rid] = _Lookup(keys, np.empty(0, np.uint8), 0)
             return 0
-        self._holds[rid] = _Hold(lease, num_blocks, time.monotonic())
-        self._held_blocks += num_blocks
+        lease, held = self.engine.hold(keys)
+        num_tokens = len(keys) * self.engine.config.tokens_per_block
+        device_tokens, total_tokens = self._prompts.get(rid, (0, num_tokens))
+        found = _Lookup(
+            keys,
+            held,
+            self.load_or_recompute.blocks_to_load(
+                Prompt(held, device_tokens, total_tokens, self.engine.queued_ssd_read_bytes)
+            ),
+        )
+        self._lookups[rid] = found
+        if len(held) == 0:
+            return 0
+        if found.num_to_load == 0:
+            self.engine.unhold(lease)
+            return 0
+        num_cpu_blocks = int(np.count_nonzero(held == int(_core.Tier.CPU)))
+        self._holds[rid] = _Hold(lease, num_cpu_blocks, time.monotonic())
+        self._held_blocks += num_cpu_blocks
         while (
             self._held_blocks > _HELD_SHARE_MAX * self.engine.config.num_cpu_blocks and len(self._holds) > 1
         ):
             self.release_hold(next(iter(self._holds)))
-        return num_blocks
+        return found.num_to_load
 
     def release_hold(self, rid: str) -> None:
         hold = self._holds.pop(rid, None)
         if hold is not None:
-            self._held_blocks -= hold.num_blocks
+            self._held_blocks -= hold.num_cpu_blocks
             self.engine.unhold(hold.lease)
 
     def forget_request(self, rid: str) -> None:
         """Lets go of everything a request was promised but did not load."""
         self.release_hold(rid)
-        self._last_lookup.pop(rid, None)
+        found = self._lookups.pop(rid, None)
+        if found is not None and len(found.held):
+            # Never loaded, so all of it was computed: by decision, or because it did not come to it.
+            self.metrics.recomputed((len(found.held) - found.num_to_load) * self._page)
+        self._prompts.pop(rid, None)
+        self._gave_up.discard(rid)
         self.page_hashes.forget(rid)
+
+    def give_up(self, rid: str) -> None:
+        """A load of this request failed: until it ends it loads nothing any more."""
+        self._gave_up.add(rid)
 
     def tick(self) -> None:
         """Called at each step of the scheduler: takes in what has ended, and lets go of promises that are too
@@ -140,19 +201,20 @@ class FlexKVLinker(UnifiedCacheLinker):
 
     # ---- prefetch: SSD -> CPU while the request waits ----
 
-    def count_ssd_blocks(self, rid: str) -> tuple[int, int]:
-        """Of what the last lookup of ``rid`` asked for: leading blocks in the CPU tier, and how many of the
-        following ones only SSD holds."""
-        keys = self._last_lookup.get(rid)
-        if keys is None:
+    def ssd_part(self, rid: str) -> tuple[int, int]:
+        """Of what the last lookup of ``rid`` decided to load: the first token of the prompt that only SSD
+        holds, and how many blocks."""
+        found = self._lookups.get(rid)
+        if found is None:
             return 0, 0
-        match = self.engine.match(keys)
-        in_cpu = match.num_cpu_blocks
-        return in_cpu, int(np.count_nonzero(match.tiers[in_cpu:] == 2))
+        device_tokens, _ = self._prompts.get(rid, (0, 0))
+        return device_tokens + found.num_cpu_blocks * self._page, found.num_ssd_blocks
 
     def start_prefetch(self, rid: str) -> Prefetch:
-        """Starts to bring what the last lookup of ``rid`` asked for from SSD to the CPU tier."""
-        keys = self._last_lookup.get(rid, np.empty((0, 2), np.uint64))
+        """Starts to bring what the last lookup of ``rid`` decided to load from SSD to the CPU tier."""
+        found = self._lookups.get(rid)
+        keys = found.keys[: found.num_to_load] if found is not None else np.empty((0, 2), np.uint64)
+        self.release_hold(rid)  # the plan has leases of its own
         task = self.engine.start_prefetch(keys)
         wait_s = {
             PrefetchPolicy.BEST_EFFORT: 0.0,
@@ -190,15 +252,25 @@ class FlexKVLinker(UnifiedCacheLinker):
         keys = self.page_hashes.keys(rid, transfer.keys or ())
         task = self.engine.create_get(keys)
         self.release_hold(rid)  # the plan has a lease of its own now
-        self._last_lookup.pop(rid, None)
         complete = task.plan is not None and task.plan.num_blocks == len(keys)
         if not complete and self._single_rank:
-            # Cannot happen while the lookup's promise holds; if it does, the request is recomputed.
+            # No room for what comes from SSD: the request is recomputed.
             self.engine.cancel(task)
             self.engine.forget(task)
             return False
+        found = self._lookups.pop(rid, None)
+        if found is not None:
+            self.metrics.recomputed((len(found.held) - len(keys)) * self._page)
         self._queued[rid] = _QueuedLoad(task, as_token_slots(transfer.device_indices), complete)
         return True
+
+    def ssd_span(self, rid: str) -> tuple[int, int]:
+        """Of a queued load: its first block that comes from SSD, and how many blocks from there on do."""
+        queued = self._queued.get(rid)
+        if queued is None or queued.task.plan is None or not queued.task.plan.num_ssd_blocks:
+            return 0, 0
+        (read,) = (op for op in queued.task.plan.graph.ops if not op.transfer_type.touches_device)
+        return int(read.block_positions[0]), len(read.block_positions)
 
     def cancel_queued_load(self, rid: str) -> bool:
         queued = self._queued.pop(rid, None)
@@ -240,11 +312,24 @@ class FlexKVLinker(UnifiedCacheLinker):
         while not self.engine.wait(running, _FINISH_TIMEOUT_S):
             # The slots belong to requests that live: nobody may go on while something writes to them.
             logger.error("a load has not ended after %.0f s; still waiting for it", _FINISH_TIMEOUT_S)
-        landed = all(load.task.status is TaskStatus.COMPLETED for load in loads)
+        waited = self.layer_done_counter.close_batch(counter_index)
+        landed = waited and all(load.task.status is TaskStatus.COMPLETED for load in loads)
         for load in loads:
+            if landed and load.task.plan is not None:
+                plan = load.task.plan
+                self.metrics.loaded("cpu", (plan.num_blocks - plan.num_ssd_blocks) * self._page)
+                self.metrics.loaded("ssd", plan.num_ssd_blocks * self._page)
             self.engine.forget(load.task)
-        self.layer_done_counter.close_batch(counter_index)
+        self._learn_speeds()
         return landed
+
+    def _learn_speeds(self) -> None:
+        stats = self.engine.transfer.stats()
+        for link, name in (
+            (self.load_or_recompute.to_device, "H2D"),
+            (self.load_or_recompute.from_ssd, "DISK2H"),
+        ):
+            link.observe(stats[name]["bytes"], stats[name]["busy_s"])
 
     # ---- offload: device -> CPU ----
 
@@ -337,7 +422,9 @@ class FlexKVLinker(UnifiedCacheLinker):
     def _abandon(self) -> None:
         for rid in list(self._holds):
             self.release_hold(rid)
-        self._last_lookup.clear()
+        self._lookups.clear()
+        self._prompts.clear()
+        self._gave_up.clear()
         self.page_hashes.clear()
         for rid in list(self._queued):
             self.cancel_queued_load(rid)

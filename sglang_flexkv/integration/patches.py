@@ -36,12 +36,13 @@ class Patch:
     remove_when: str
 
 
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 _WEIGHT_UPDATER = "sglang.srt.managers.scheduler_components.weight_updater.SchedulerWeightUpdaterManager"
 
 PATCHES = (
     Patch(
         "open-linker-gates",
-        "sglang.srt.managers.scheduler.Scheduler.__init__",
+        f"{_SCHEDULER}.__init__",
         "around",
         hooks.around_scheduler_init,
         ("self", "server_args", "port_args"),
@@ -95,6 +96,34 @@ PATCHES = (
         ("self",),
         "cached_tokens_details.storage_backend says 'none' for a cache without SGLang's own controller.",
         "SGLang asks the tree cache for the name of its storage backend.",
+    ),
+    Patch(
+        "failed-loads-run-again",
+        f"{_SCHEDULER}.get_next_batch_to_run",
+        "before",
+        hooks.before_next_batch,
+        ("self", "running_batch", "last_batch"),
+        "A request whose KV fails to load after it was admitted is ended with an error (HTTP 503); it can be "
+        "computed instead, and goes back to the queue when no batch holds it any more.",
+        "SGLang retracts a request whose external load failed instead of aborting it.",
+    ),
+    Patch(
+        "failed-loads-stay-silent",
+        "sglang.srt.managers.scheduler_components.output_streamer.SchedulerOutputStreamer.stream_output",
+        "around",
+        hooks.around_stream_output,
+        ("self", "reqs", "return_logprob", "skip_req"),
+        "The error with which SGLang ends such a request must not reach the client.",
+        "With failed-loads-run-again.",
+    ),
+    Patch(
+        "failed-loads-can-be-aborted",
+        f"{_SCHEDULER}.abort_request",
+        "before",
+        hooks.before_abort,
+        ("self", "recv_req"),
+        "Between its failed attempt and the next one such a request is in no queue that an abort looks at.",
+        "With failed-loads-run-again.",
     ),
     Patch(
         "weights-loaded",

@@ -20,15 +20,18 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 )
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
-from sglang.srt.runtime_context import get_context, get_memory, get_parallel
+from sglang.srt.runtime_context import get_context, get_memory, get_observability, get_parallel
 
 from sglang_flexkv import __version__, _core
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
 from sglang_flexkv.integration import checks
+from sglang_flexkv.integration.failed_loads import FailedLoads
 from sglang_flexkv.integration.kv_pool import device_buffers
 from sglang_flexkv.integration.linker import FlexKVLinker, Prefetch
+from sglang_flexkv.integration.metrics import Metrics
 from sglang_flexkv.integration.model_identity import describe, model_identity
+from sglang_flexkv.integration.prefill_times import PrefillTimes
 from sglang_flexkv.kvtask import KVTaskEngine
 from sglang_flexkv.storage.storage_engine import slot_bytes_for
 
@@ -55,6 +58,8 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
 
     cache: FlexKVRadixCache
     cache_linker: FlexKVLinker
+    inflight_load_rids: list[str]
+    inflight_load_index: int
     _matching_rid = ""
 
     def match(self, key: Any, req: Any, result: Any) -> Any:
@@ -73,6 +78,7 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
             if anchor is None:
                 return []  # without it the tail would hash as if it were a prompt's start
         page = self.cache.page_size
+        self.cache_linker.begin_lookup(self._matching_rid, device_hit_len, len(key))
 
         def hash_pages(first: int, end: int, before: str | None) -> list[str]:
             hashes: list[str] = get_storage_hash_str(key[first * page : end * page], before, page_size=page)
@@ -94,6 +100,38 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
         held = torch.tensor([len(restorable)], dtype=torch.int64)
         self.cache._all_reduce_attn_groups(held, torch.distributed.ReduceOp.MIN)
         return int(held.item())
+
+    def load_back(self, req: Any) -> Any:
+        hit = self.hit_markers.get(req.rid)
+        loaded = super().load_back(req)
+        first, count = self.cache_linker.ssd_span(req.rid)
+        if hit is not None and count:
+            # Where the tokens came from, for what the request reports: this part was not prefetched.
+            page = self.cache.page_size
+            start = hit.device_hit_len + first * page
+            if req.storage_hit_length and req.storage_hit_start is not None:
+                start = min(start, req.storage_hit_start)
+            req.storage_hit_length += count * page
+            req.storage_hit_start = start
+            req.host_hit_is_storage = False
+        return loaded
+
+    def finish_loads(self) -> list[str]:
+        """Requests whose KV did not land, the same on every rank; all of a batch, because its forward stops
+        waiting for any when one fails."""
+        rids, self.inflight_load_rids = self.inflight_load_rids, []
+        if not rids:
+            return []
+        index, self.inflight_load_index = self.inflight_load_index, -1
+        landed = torch.tensor([self.cache_linker.finish_layer_wise_loading(index)], dtype=torch.int64)
+        self.cache._all_reduce_attn_groups(landed, torch.distributed.ReduceOp.MIN)
+        for rid in rids:
+            del self.private_load_indices[rid]
+        if int(landed.item()):
+            return []
+        for rid in rids:
+            self.cache_linker.give_up(rid)
+        return rids
 
     def offload_nodes(self, node_ids: Sequence[int]) -> None:
         for node_id in node_ids:
@@ -141,6 +179,9 @@ class FlexKVRadixCache(UnifiedRadixCache):
         super().__init__(params)
         checks.check_components(self.tree_components)
         self._spill_on_evict = False
+        self._scheduler: Any = None
+        self.failed_loads = FailedLoads()
+        self._prefill_times: PrefillTimes | None = None
         # Whether a request's priority is about the cache, too: SGLang takes it so only if it is told to.
         self._by_priority = False
         self.insert_importance = 0  # of the request that is inserted right now
@@ -151,6 +192,13 @@ class FlexKVRadixCache(UnifiedRadixCache):
         self._by_priority = get_memory().radix_eviction_policy == "priority"
         self.write_through_threshold = _STORE_AT_USE[policy]
         self._spill_on_evict = policy is WritePolicy.WRITE_BACK
+
+    def attach_scheduler(self, scheduler: Any) -> None:
+        """Called when the scheduler is complete."""
+        self._scheduler = scheduler
+        if self.linker is not None and not scheduler.is_mixed_chunk:  # no forwards of prefills alone there
+            linker = self.linker.cache_linker
+            self._prefill_times = PrefillTimes(linker.load_or_recompute.prefill, linker.gpu_stream)
 
     def insert(self, params: Any) -> Any:
         if self._by_priority:
@@ -167,21 +215,26 @@ class FlexKVRadixCache(UnifiedRadixCache):
         # so ours can, from any node.
         return True
 
-    def prefetch_from_storage(self, request: Any, *args: Any, **kwargs: Any) -> None:
+    def prefetch_from_storage(self, request: Any, *_args: Any, **_kwargs: Any) -> None:
         """Called when a request enters the queue, right after its prefix was matched."""
         if self.linker is None or not self.linker.cache_linker.engine.cache.config.enable_ssd:
             return
+        if self._is_next():
+            return  # its turn comes at once, and its load reads from SSD under the forward
         linker = self.linker.cache_linker
-        in_cpu, on_ssd = linker.count_ssd_blocks(request.rid)
+        first_token, on_ssd = linker.ssd_part(request.rid)
         # Whether to wait is decided by all ranks together; which blocks to bring, by each for itself.
         anything = torch.tensor([on_ssd], dtype=torch.int64)
         self._all_reduce_attn_groups(anything, torch.distributed.ReduceOp.MAX)
         if int(anything.item()) == 0:
             return
-        device_tokens = len(kwargs.get("matched_prefix_tokens") or ()) - in_cpu * self.page_size
-        self._waiting[request] = _WaitingRequest(
-            linker.start_prefetch(request.rid), max(0, device_tokens) + in_cpu * self.page_size
-        )
+        self._waiting[request] = _WaitingRequest(linker.start_prefetch(request.rid), first_token)
+
+    def _is_next(self) -> bool:
+        """Whether a request that enters the queue now is the next to be scheduled. Same answer on every
+        rank."""
+        scheduler = self._scheduler
+        return scheduler is not None and not scheduler.waiting_queue and scheduler.chunked_req is None
 
     def check_prefetch_progress(self, request: Any) -> bool:
         """Whether a request may be scheduled. Same answer on every rank."""
@@ -201,7 +254,11 @@ class FlexKVRadixCache(UnifiedRadixCache):
 
     def has_pending_cache_operations(self) -> bool:
         """Whether the tree is locked by copies, or requests wait for some: SGLang is not idle then."""
-        return bool(self._waiting) or (self.linker is not None and bool(self.linker.pending_offloads))
+        return (
+            bool(self._waiting)
+            or bool(self.failed_loads)
+            or (self.linker is not None and bool(self.linker.pending_offloads))
+        )
 
     def release_aborted_request(self, request: Any) -> None:
         waiting = self._waiting.pop(request, None)
@@ -223,6 +280,41 @@ class FlexKVRadixCache(UnifiedRadixCache):
             super().check_hicache_events()
         if self.linker is not None:
             self.linker.cache_linker.tick()
+
+    # ---- a batch runs ----
+
+    def ready_to_load_host_cache(self) -> int:
+        index: int = super().ready_to_load_host_cache()
+        if self._prefill_times is not None:
+            self._prefill_times.start()
+            if index >= 0:
+                self._prefill_times.cancel()  # it waits for what is loaded
+        return index
+
+    def finish_external_linker_loads(self, reqs: list[Any]) -> list[Any]:
+        if self.linker is None:
+            return []
+        if self._prefill_times is not None:
+            self._prefill_times.end([(req.prefix_len, req.extend_end or 0) for req in reqs])
+        if not self.linker.inflight_load_rids:
+            return []
+        before = [req.skip_radix_cache_insert for req in reqs]
+        # SGLang marks what failed to be ended with an error, and gives a chunked one up at once. Neither
+        # becomes of what can run again.
+        failed = super().finish_external_linker_loads(reqs)
+        ended = [
+            req
+            for req, skip_insert in zip(reqs, before, strict=True)
+            if req in failed and not self.failed_loads.take(req, skip_insert)
+        ]
+        if failed:
+            self.linker.cache_linker.metrics.failed_loads(len(failed))
+            logger.error(
+                "the KV of %d request(s) could not be loaded; %d run again and compute it",
+                len(failed),
+                len(failed) - len(ended),
+            )
+        return ended
 
     # ---- eviction ----
 
@@ -314,6 +406,11 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any) -> FlexKVRadixCache:
         num_layers=layout.num_layers,
         forward_stream=ctx.tp_worker.model_runner.forward_stream,
         single_rank=parallel.tp_size == 1,
+        metrics=Metrics(
+            {"dp_rank": str(parallel.dp_rank or 0), "tp_rank": str(parallel.tp_rank)}
+            if get_observability().enable_metrics
+            else None
+        ),
     )
     atexit.register(linker.close)
     cache.attach(linker, config.write_policy)

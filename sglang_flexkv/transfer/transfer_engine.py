@@ -8,7 +8,7 @@ import numpy as np
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.config import CacheConfig, IoEngine
-from sglang_flexkv.common.transfer import TransferOpGraph
+from sglang_flexkv.common.transfer import TransferOpGraph, TransferType
 from sglang_flexkv.storage.ssd_store import SsdStore
 from sglang_flexkv.storage.storage_engine import StorageEngine
 
@@ -127,6 +127,10 @@ class TransferEngine:
         """Name of the SSD I/O engine in use, with the reason if it is a fall-back."""
         note = self._core.io_engine_note
         return f"{self._core.io_engine_name} ({note})" if note else self._core.io_engine_name
+
+    def queued_blocks(self, kind: TransferType) -> int:
+        """Blocks of transfers of this kind that have not ended."""
+        return int(self._core.stats()[kind.name]["queued_blocks"])
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Per transfer type: ops_done, ops_failed, ops_cancelled, bytes, busy_s, queued_blocks,

@@ -47,10 +47,12 @@ from sglang.test.kits.unified_radix_cache.unified_tree_core_inspection_interface
     UnifiedTreeCoreInspectionInterface,
 )
 
+from sglang_flexkv import _core
 from sglang_flexkv.common.block import make_namespace
-from sglang_flexkv.common.config import CacheConfig, FlexKVConfig, PrefetchPolicy, WritePolicy
+from sglang_flexkv.common.config import CacheConfig, FlexKVConfig, LoadPolicy, PrefetchPolicy, WritePolicy
 from sglang_flexkv.integration.kv_pool import device_buffers
 from sglang_flexkv.integration.linker import FlexKVLinker
+from sglang_flexkv.integration.metrics import Metrics
 from sglang_flexkv.integration.radix_cache import FlexKVRadixCache
 from sglang_flexkv.kvtask import KVTaskEngine
 
@@ -170,6 +172,8 @@ class Rig:
         prefetch_policy: PrefetchPolicy = PrefetchPolicy.WAIT_COMPLETE,
         copy_threads: int = 2,
         single_rank: bool = True,
+        load_policy: LoadPolicy = LoadPolicy.AUTO,
+        disk: _core.Disk | None = None,
     ) -> None:
         self.cache, self.allocator, self.requests = parts
         self.pool = self.allocator.get_kvcache()
@@ -194,14 +198,16 @@ class Rig:
             ),
             device,
             namespace=namespace,
+            disk=disk,
         )
         self.linker = FlexKVLinker(
             self.engine,
-            FlexKVConfig(write_policy=policy, prefetch_policy=prefetch_policy),
+            FlexKVConfig(write_policy=policy, prefetch_policy=prefetch_policy, load_policy=load_policy),
             namespace,
             num_layers=self.pool.layer_num,
             forward_stream=None,
             single_rank=single_rank,
+            metrics=Metrics(),
         )
         self.cache.attach(self.linker, policy)
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)

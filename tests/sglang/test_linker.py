@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -17,7 +19,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import keys_from_page_hashes, make_namespace
-from sglang_flexkv.common.config import PrefetchPolicy, WritePolicy
+from sglang_flexkv.common.config import LoadPolicy, PrefetchPolicy, WritePolicy
 from sglang_flexkv.kvtask import TaskStatus
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -417,9 +419,28 @@ def test_a_rank_that_cannot_load_what_the_others_load_fails_the_batch_and_blocks
     forward.join(TIMEOUT_S)
     assert not forward.is_alive()
     reqs = [member for member, _ in batch]
-    assert rig.cache.finish_external_linker_loads(reqs) == reqs
+    assert rig.cache.finish_external_linker_loads(reqs) == []
+    assert len(rig.cache.failed_loads) == len(reqs)  # all run again
+    assert all(member.discard_output_reason and member.skip_radix_cache_insert for member in reqs)
+    rig.cache.failed_loads.clear()
     for member, own in batch:
+        assert rig.match(member).host_hit_length == 0  # and compute everything
         rig.abort(member, own)
+    assert rig.linker.metrics.total["failed"] == len(reqs)
+
+
+def test_what_cannot_run_again_is_left_to_sglang(make_rig: MakeRig) -> None:
+    rig = make_rig(single_rank=False)
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    req = rig.request(sequence(1))
+    slots = admit_with_a_broken_promise(rig, req)
+    req.session = mock.Mock()
+    rig.start_batch()
+    rig.forward()
+    assert rig.cache.finish_external_linker_loads([req]) == [req]
+    assert len(rig.cache.failed_loads) == 0
+    rig.abort(req, slots)
 
 
 def test_pressure_takes_the_end_of_a_conversation_before_its_start(make_rig: MakeRig) -> None:
@@ -600,11 +621,10 @@ def test_only_the_part_that_the_cpu_tier_lost_is_read_from_ssd(make_rig: MakeRig
     expected = rig.insert(tokens, seed=1)
     rig.evict_all()
     assert rig.engine.flush_spills(TIMEOUT_S)
-    lost = keys_from_page_hashes(page_hashes(rig, tokens), rig.linker.namespace)[PAGES - 1 :]
-    rig.engine.cache.index.invalidate(_core.Tier.CPU, lost.copy())
+    forget_in_memory(rig, tokens, PAGES - 1)
 
     req = rig.request(tokens)
-    assert rig.match(req).host_hit_length == (PAGES - 1) * PAGE
+    assert rig.match(req).host_hit_length == PAGES * PAGE
     prefetch(rig, req)
     wait_until_ready(rig, req)
     assert rig.cache.pop_prefetch_loaded_span(req.cache_request_handle) == (PAGE, (PAGES - 1) * PAGE)
@@ -612,6 +632,179 @@ def test_only_the_part_that_the_cpu_tier_lost_is_read_from_ssd(make_rig: MakeRig
     assert len(slots) == len(tokens)
     assert_same(rig.read(slots), expected)
     rig.finish(req, slots)
+
+
+# ---- SSD under the forward ----
+
+
+def forget_in_memory(rig: Rig, tokens: list[int], first_page: int) -> None:
+    """The CPU tier loses the pages from this one on."""
+    lost = keys_from_page_hashes(page_hashes(rig, tokens), rig.linker.namespace)[first_page:]
+    rig.engine.cache.index.invalidate(_core.Tier.CPU, lost.copy())
+
+
+@pytest.mark.parametrize("in_memory", range(PAGES), ids=lambda n: f"{n}_pages_in_memory")
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+def test_what_ssd_holds_is_read_under_the_forward(
+    make_rig: MakeRig, tmp_path: Path, kind: str, in_memory: int
+) -> None:
+    rig = make_rig(kind, torch.bfloat16, 64, num_pages=12, ssd_dir=tmp_path)
+    tokens = sequence(1, page_size=64)
+    expected = rig.insert(tokens, seed=1)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    forget_in_memory(rig, tokens, in_memory)
+
+    req = rig.request(tokens)
+    slots = rig.admit(req)
+    assert len(slots) == len(tokens)
+    # What the response will say about where its tokens came from.
+    assert (req.storage_hit_start, req.storage_hit_length) == (in_memory * 64, (PAGES - in_memory) * 64)
+    rig.start_batch()
+    for layer in range(rig.pool.layer_num):
+        rows = rig.read_layer(layer, slots)
+        assert_same(rows, expected[layer * rig.buffers_per_layer : (layer + 1) * rig.buffers_per_layer])
+    assert rig.cache.finish_external_linker_loads([req]) == []
+    assert rig.stats("DISK2H")["layers_per_read"] > 0
+    assert rig.stats("CPU")["ready"] == PAGES  # in memory again
+    assert rig.linker.metrics.total["loaded ssd"] == (PAGES - in_memory) * 64
+    assert rig.linker.metrics.total["loaded cpu"] == in_memory * 64
+    rig.finish(req, slots)
+
+
+def test_two_requests_that_want_the_same_from_ssd(make_rig: MakeRig, tmp_path: Path) -> None:
+    """The second finds the first's read under way: it computes what it cannot have."""
+    rig = make_rig(ssd_dir=tmp_path)
+    tokens = sequence(1)
+    rig.insert(tokens, seed=1)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    forget_in_memory(rig, tokens, 1)
+    first, second = rig.request(tokens), rig.request(tokens)
+    all_slots, slots = rig.admit(first), rig.admit(second)
+    assert (len(all_slots), len(slots)) == (len(tokens), PAGE)
+    rig.start_batch()
+    rig.forward()
+    assert rig.cache.finish_external_linker_loads([first, second]) == []
+    rig.abort(first, all_slots)
+    rig.abort(second, slots)
+
+
+def test_a_block_that_is_damaged_on_ssd_is_not_used_and_not_looked_for_again(
+    make_rig: MakeRig, tmp_path: Path
+) -> None:
+    rig = make_rig(ssd_dir=tmp_path)
+    tokens = sequence(1)
+    rig.insert(tokens, seed=1)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    invalidate_cpu_tier(rig)
+    (slots_file,) = tmp_path.glob("*.slots")
+    with slots_file.open("r+b") as file:
+        file.seek(_core.SSD_SLOTS_OFFSET)
+        file.write(bytes(rig.engine.storage.slot_bytes))
+    req = rig.request(tokens)
+    slots = rig.admit(req)
+    rig.start_batch()
+    rig.forward()
+    assert rig.cache.finish_external_linker_loads([req]) == []
+    assert len(rig.cache.failed_loads) == 1
+    rig.cache.failed_loads.clear()
+    rig.abort(req, slots)
+    assert rig.stats("SSD")["ready"] < PAGES
+    # Another request has what is left.
+    again = rig.request(tokens)
+    assert rig.match(again).host_hit_length < PAGES * PAGE
+    rig.abort(again)
+
+
+def test_a_disk_that_hangs_is_noticed_while_a_forward_waits(
+    make_rig: MakeRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_flexkv.ssdtier._STALL_S", 0.3)
+    disk = _core.FaultyDisk(1)
+    rig = make_rig(ssd_dir=tmp_path, disk=disk)
+    tokens = sequence(1)
+    rig.insert(tokens, seed=1)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    invalidate_cpu_tier(rig)
+    disk.set_fault("read", 1.0, delay_s=5.0)
+    req = rig.request(tokens)
+    slots = rig.admit(req)
+    rig.start_batch()
+    started_s = time.monotonic()
+    rig.forward()
+    assert time.monotonic() - started_s < 4.0
+    assert rig.cache.finish_external_linker_loads([req]) == []
+    assert len(rig.cache.failed_loads) == 1
+    rig.cache.failed_loads.clear()
+    rig.abort(req, slots)
+    disk.clear_faults()
+    while rig.engine.num_running:
+        rig.engine.poll()
+
+
+def test_a_request_that_is_next_does_not_wait_for_ssd(make_rig: MakeRig, tmp_path: Path) -> None:
+    rig = make_rig(ssd_dir=tmp_path)
+    tokens = sequence(1)
+    rig.insert(tokens, seed=1)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    invalidate_cpu_tier(rig)
+    req = rig.request(tokens)
+    for queue, chunked, waits in (([], None, False), ([req], None, True), ([], req, True)):
+        rig.cache.attach_scheduler(
+            SimpleNamespace(waiting_queue=queue, chunked_req=chunked, is_mixed_chunk=False)
+        )
+        prefetch(rig, req)
+        assert bool(rig.cache._waiting) is waits
+        rig.abort(req)
+        rig.settle()
+        invalidate_cpu_tier(rig)
+
+
+# ---- load or recompute ----
+
+
+@pytest.mark.parametrize("policy", LoadPolicy, ids=lambda policy: policy.value)
+def test_how_much_is_loaded_can_be_forced(make_rig: MakeRig, policy: LoadPolicy) -> None:
+    rig = make_rig(load_policy=policy)
+    rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    decision = rig.linker.load_or_recompute
+    for _ in range(10):  # computing takes nothing, copying takes for ever
+        decision.prefill.observe([(0, 1000)], 1e-6)
+        decision.to_device.observe(decision.to_device._bytes + 1, decision.to_device._busy_s + 1.0)
+    req = rig.request(sequence(1))
+    match = rig.match(req)
+    assert match.host_hit_length == (PAGES * PAGE if policy is LoadPolicy.LOAD else 0)
+    rig.abort(req)
+    held = 0 if policy is LoadPolicy.LOAD else PAGES * PAGE
+    assert rig.linker.metrics.total["recomputed"] == held
+
+
+def test_speeds_are_measured_as_the_server_runs(make_rig: MakeRig) -> None:
+    rig = make_rig(num_pages=600, num_layers=8, num_cpu_blocks=600)
+    rig.cache.attach_scheduler(SimpleNamespace(is_mixed_chunk=False))
+    tokens = sequence(1, 500)
+    rig.insert(tokens, seed=1)
+    rig.evict_all()
+    decision = rig.linker.load_or_recompute
+    assert not decision.prefill.known
+    for _ in range(5):
+        # A batch that loads nothing, of a request that computes everything.
+        req = rig.request(sequence(50_000))
+        req.prefix_len, req.extend_end = 0, len(req.origin_input_ids)
+        rig.start_batch()
+        assert rig.cache.finish_external_linker_loads([req]) == []
+        # And one that loads: it says nothing about the model.
+        req = rig.request(tokens)
+        (slots,) = rig.restore(req)
+        rig.abort(req, slots)
+    assert decision.prefill.known
+    assert decision.prefill._fit.num_observed == 5
+    assert decision.to_device.bytes_per_s > 0
 
 
 def test_a_request_without_anything_on_ssd_does_not_wait(make_rig: MakeRig, tmp_path: Path) -> None:

@@ -241,17 +241,20 @@ def test_gates(flag: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) ->
     context = SimpleNamespace(override=lambda source, **fields: overrides.append(fields))
     monkeypatch.setattr("sglang.srt.runtime_context.get_context", lambda: context)
 
+    attached: list[Any] = []
+
     def stock_init(scheduler: Any, args: str) -> None:
         scheduler.seen = (args, len(overrides))
         scheduler.enable_lmcache = False
+        scheduler.tree_cache = SimpleNamespace(attach_scheduler=attached.append)
 
     flag(False)
     scheduler = SimpleNamespace()
     hooks.around_scheduler_init(stock_init, scheduler, "args")
-    assert (scheduler.seen, scheduler.enable_lmcache) == (("args", 0), False)
+    assert (scheduler.seen, scheduler.enable_lmcache, attached) == (("args", 0), False, [])
     flag(True)
     hooks.around_scheduler_init(stock_init, scheduler, "args")
-    assert (scheduler.seen, scheduler.enable_lmcache) == (("args", 1), True)
+    assert (scheduler.seen, scheduler.enable_lmcache, attached) == (("args", 1), True, [scheduler])
     assert overrides == [{"enable_unified_cache_external_linker": True}]
 
 

@@ -1,0 +1,132 @@
+"""How much of a hit to load, and how much of it to compute again.
+
+Loading is nearly always faster than prefill, but not always: a slow disk under a small model, or many reads
+queued before this one. The costs are measured while the server runs, nothing is assumed about the machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_flexkv import _core
+from sglang_flexkv.common.config import LoadPolicy
+
+# A part of a hit is left to be computed only if the first token comes so much sooner: computing takes the
+# device from other requests, loading does not.
+_WORTH_COMPUTING = 0.8
+# Lengths of the loaded part that are weighed against each other, evenly spread over the hit.
+_CANDIDATES = 17
+# Prefills, and copies, that must have been seen before they are believed.
+_OBSERVED_MIN = 4
+# How fast a link is follows what was measured last by so much.
+_LINK_WEIGHT = 0.3
+# Copies that took less time together say little about a link.
+_LINK_BUSY_S_MIN = 1e-3
+
+
+class PrefillCost:
+    """Seconds that the model computes for so many tokens after so many others."""
+
+    def __init__(self) -> None:
+        # Per token, and per pair of a token and one that it attends to. The values hardly matter.
+        self._fit = _core.CostFit(20e-6, 1e-9)
+
+    def observe(self, spans: list[tuple[int, int]], seconds: float) -> None:
+        """A batch that computed tokens ``start`` to ``end`` of each of its requests, and loaded nothing."""
+        tokens = sum(end - start for start, end in spans)
+        self._fit.observe(tokens, sum(_pairs(start, end) for start, end in spans), seconds)
+
+    @property
+    def known(self) -> bool:
+        return self._fit.num_observed >= _OBSERVED_MIN
+
+    def seconds(self, start: int, end: int) -> float:
+        return self._fit.seconds(end - start, _pairs(start, end))
+
+
+class LinkSpeed:
+    """Bytes per second of one kind of transfer, from the engine's totals."""
+
+    def __init__(self) -> None:
+        self._bytes = self._busy_s = 0.0
+        self._observed = 0
+        self.bytes_per_s = 0.0
+
+    def observe(self, total_bytes: float, total_busy_s: float) -> None:
+        busy_s = total_busy_s - self._busy_s
+        if busy_s < _LINK_BUSY_S_MIN:
+            return
+        speed = (total_bytes - self._bytes) / busy_s
+        self._bytes, self._busy_s = total_bytes, total_busy_s
+        if speed > 0:
+            self.bytes_per_s = (
+                speed if not self._observed else (1 - _LINK_WEIGHT) * self.bytes_per_s + _LINK_WEIGHT * speed
+            )
+            self._observed += 1
+
+    @property
+    def known(self) -> bool:
+        return self._observed >= _OBSERVED_MIN
+
+    def seconds(self, num_bytes: float) -> float:
+        return num_bytes / self.bytes_per_s
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What there is to decide about. Blocks count from the first that is not on the device."""
+
+    tiers: npt.NDArray[np.uint8]  # of each held block the tier that it would come from
+    device_tokens: int  # on the device already
+    total_tokens: int
+    queued_ssd_bytes: int = 0  # that will be read before this prompt's
+
+
+class LoadOrRecompute:
+    """Decides for one rank; the ranks then take the shortest answer."""
+
+    def __init__(self, policy: LoadPolicy, *, block_bytes: int, tokens_per_block: int) -> None:
+        self._policy = policy
+        self._block_bytes, self._tokens_per_block = block_bytes, tokens_per_block
+        self.prefill = PrefillCost()
+        self.to_device, self.from_ssd = LinkSpeed(), LinkSpeed()
+
+    def blocks_to_load(self, prompt: Prompt) -> int:
+        """Leading blocks of the hit to load; the rest is computed."""
+        held = len(prompt.tiers)
+        if self._policy is LoadPolicy.RECOMPUTE:
+            return 0
+        on_ssd = np.concatenate(([0], np.cumsum(prompt.tiers == int(_core.Tier.SSD))))
+        # Of a tier whose speed is not known yet, it is learned by loading.
+        if (
+            self._policy is LoadPolicy.LOAD
+            or held == 0
+            or not self.prefill.known
+            or not self.to_device.known
+            or (on_ssd[-1] > 0 and not self.from_ssd.known)
+        ):
+            return held
+        candidates = np.unique(np.linspace(0, held, _CANDIDATES).astype(int)).tolist()
+        seconds = [self._seconds(prompt, count, int(on_ssd[count])) for count in candidates]
+        best = min(range(len(candidates)), key=lambda i: (seconds[i], -candidates[i]))
+        return candidates[best] if seconds[best] < _WORTH_COMPUTING * seconds[-1] else held
+
+    def _seconds(self, prompt: Prompt, num_blocks: int, num_on_ssd: int) -> float:
+        """Until the first token, if so many blocks are loaded: layers are computed while others arrive."""
+        load_s = 0.0
+        if num_blocks:
+            load_s = self.to_device.seconds(num_blocks * self._block_bytes)
+        if num_on_ssd:
+            load_s = max(
+                load_s, self.from_ssd.seconds(prompt.queued_ssd_bytes + num_on_ssd * self._block_bytes)
+            )
+        start = prompt.device_tokens + num_blocks * self._tokens_per_block
+        return max(load_s, self.prefill.seconds(min(start, prompt.total_tokens), prompt.total_tokens))
+
+
+def _pairs(start: int, end: int) -> float:
+    """Pairs of a computed token and one that it attends to."""
+    return (end - start) * (start + end + 1) / 2

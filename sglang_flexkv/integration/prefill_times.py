@@ -1,0 +1,56 @@
+"""How long the model takes for its prefills, measured as they run."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Any
+
+from sglang_flexkv.cache.load_or_recompute import PrefillCost
+
+Spans = list[tuple[int, int]]  # of each request of a batch: first token that is computed, and the end
+
+
+class PrefillTimes:
+    """Tells a PrefillCost what batches took. On a GPU by events in the forward's stream, which are read when
+    they have happened: nothing waits for them.
+
+    Args:
+        forward_stream: where forwards run; None on a CPU.
+    """
+
+    def __init__(self, cost: PrefillCost, forward_stream: Any | None) -> None:
+        self._cost = cost
+        self._stream = forward_stream
+        self._start: Any = None
+        self._running: deque[tuple[Any, Any, Spans]] = deque()
+
+    def start(self) -> None:
+        """The next forward is about to be started."""
+        self._start = self._mark()
+        while self._running and self._running[0][1].query():
+            before, after, spans = self._running.popleft()
+            self._cost.observe(spans, before.elapsed_time(after) / 1e3)
+
+    def cancel(self) -> None:
+        """The next forward is none to learn from."""
+        self._start = None
+
+    def end(self, spans: Spans) -> None:
+        """The forward was started, and on a CPU has ended."""
+        start, self._start = self._start, None
+        if start is None or any(begin >= end for begin, end in spans):
+            return
+        if self._stream is None:
+            self._cost.observe(spans, time.perf_counter() - start)
+        else:
+            self._running.append((start, self._mark(), spans))
+
+    def _mark(self) -> Any:
+        if self._stream is None:
+            return time.perf_counter()
+        import torch
+
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event

@@ -1,0 +1,88 @@
+"""KV that turns out to be damaged after its request was admitted: the request computes it, on every rank, and
+its client never learns."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server import SGLangServer
+from workload import conversations
+
+from sglang_flexkv import _core
+
+ROOT = Path(__file__).parents[2]
+NEW_TOKENS = 6
+# Each does not fit beside the others in the pool, nor all in the CPU tier: they come back from SSD.
+PROMPTS = [turn.tokens for turn in conversations(8, 3, seed=5, turn_max=300)][-8:]
+
+
+def damage(directory: Path, rank: str, every: int) -> int:
+    """Flips a byte in every so many-th page of this rank's slots, under the running server."""
+    (path,) = directory.glob(f"*{rank}*.slots")
+    damaged = 0
+    with path.open("r+b") as file:
+        for offset in range(_core.SSD_SLOTS_OFFSET, path.stat().st_size, every * 4096):
+            file.seek(offset)
+            byte = file.read(1)
+            file.seek(offset)
+            file.write(bytes([byte[0] ^ 0xFF]))
+            damaged += 1
+        file.flush()
+        os.fsync(file.fileno())
+    return damaged
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_damaged_blocks_are_computed_again(tmp_path: Path, tp_size: int) -> None:
+    directory = tmp_path / "ssd"
+    directory.mkdir()
+    config = tmp_path / "flexkv.yaml"
+    config.write_text(
+        f"cpu_cache_gb: 0.01\nssd_cache_gb: 0.5\nssd_cache_dir: {directory}\nload_policy: load\n"
+    )
+    flags: dict[str, Any] = {
+        "enable-flexkv": True,
+        "flexkv-config-file": str(config),
+        "max-total-tokens": 2560,
+        "chunked-prefill-size": 256,
+        "log-level": "info",
+    }
+    env = {}
+    if tp_size > 1:
+        flags["tp-size"] = tp_size
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(tp_size))
+    with SGLangServer(
+        ROOT / "models" / "tiny-gqa", flags, env=env, log_path=tmp_path / "server.log"
+    ) as server:
+        ask = {"return_logprob": True}
+        expected = [server.generate(prompt, NEW_TOKENS, **ask) for prompt in PROMPTS]
+        assert server.metric("flexkv_failed_loads_total") == 0
+        for one_at_a_time in (True, False):
+            before = server.metric("flexkv_failed_loads_total")
+            # Of one rank alone: the others must do as it does.
+            assert damage(directory, f"tp{tp_size - 1}", every=64) > 10
+            if one_at_a_time:
+                got = [server.generate(prompt, NEW_TOKENS, **ask) for prompt in PROMPTS]
+            else:
+                got = server.generate_many(PROMPTS, NEW_TOKENS, concurrency=4, **ask)
+            assert server.metric("flexkv_failed_loads_total") > before, server.log_tail()
+            for want, have in zip(expected, got, strict=True):
+                assert have["output_ids"] == want["output_ids"]
+                assert have["meta_info"]["finish_reason"]["type"] == "length"
+                assert have["meta_info"]["cached_tokens"] <= have["meta_info"]["prompt_tokens"]
+                assert have["meta_info"]["completion_tokens"] == NEW_TOKENS
+                logprobs = have["meta_info"]["output_token_logprobs"]
+                assert len(logprobs) == NEW_TOKENS
+                for a, b in zip(logprobs, want["meta_info"]["output_token_logprobs"], strict=True):
+                    assert a[0] == pytest.approx(b[0], abs=1e-3)
+        again = [server.generate(prompt, NEW_TOKENS) for prompt in PROMPTS]
+        assert [answer["output_ids"] for answer in again] == [answer["output_ids"] for answer in expected]
+        assert server.metric("flexkv_loaded_tokens_total", tier="ssd") > 0
+    log = server.log()
+    assert "runs again: its cached KV could not be loaded" in log
+    assert "hit an exception" not in log
+    assert len(re.findall(r"sglang-flexkv closed: nothing left held", log)) == tp_size, server.log_tail()

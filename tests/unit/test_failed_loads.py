@@ -1,0 +1,158 @@
+"""What becomes of a request whose load failed, between its two attempts."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ReqKvInfo
+from sglang.srt.sampling.sampling_params import SamplingParams
+
+from sglang_flexkv.integration.failed_loads import FailedLoads, without_failed
+
+
+def make_request(rid: str = "a") -> Req:
+    req = Req(rid, "", array("q", range(40)), SamplingParams(max_new_tokens=4))
+    req.kv = ReqKvInfo(kv_allocated_len=0)
+    # As SGLang leaves it when its load has failed.
+    req.skip_radix_cache_insert = True
+    req.discard_output_reason = FINISH_ABORT("External KV cache load failed", 503)
+    req.cached_tokens = req.cached_tokens_host = 32
+    req._cache_breakdown_computed = True
+    req.storage_hit_length, req.storage_hit_start = 16, 16
+    return req
+
+
+def end(req: Req) -> None:
+    """What SGLang does with the result of its forward."""
+    req.to_finish = req.discard_output_reason
+    req.update_finish_state(0)
+
+
+class Scheduler:
+    """As much of SGLang's as is looked at."""
+
+    def __init__(self) -> None:
+        self.waiting_queue: list[Any] = [make_request("queued")]
+        self.running_batch = SimpleNamespace(reqs=[])
+        self.last_batch: Any = None
+        self.result_queue: list[Any] = []
+        self.chunked_req: Any = None
+        self.streamed: list[Any] = []
+        self.output_streamer = SimpleNamespace(stream_output=self._stream)
+
+    def _stream(self, reqs: list[Any], return_logprob: bool) -> None:
+        self.streamed += without_failed(reqs)
+
+
+@pytest.fixture
+def failed() -> FailedLoads:
+    return FailedLoads()
+
+
+def test_a_request_goes_back_when_no_batch_holds_it(failed: FailedLoads) -> None:
+    scheduler, req = Scheduler(), make_request()
+    assert failed.take(req, skip_insert=False)
+    assert without_failed([req, scheduler.waiting_queue[0]]) == scheduler.waiting_queue
+    batch = SimpleNamespace(reqs=[req])
+    # Its result has not been looked at; then one batch after the other still has it.
+    failed.run_again(scheduler)
+    assert req not in scheduler.waiting_queue
+    end(req)
+    for place in ("running_batch", "last_batch", "result_queue"):
+        before = getattr(scheduler, place)
+        setattr(scheduler, place, [(batch, None)] if place == "result_queue" else batch)
+        failed.run_again(scheduler)
+        assert req not in scheduler.waiting_queue
+        assert len(failed) == 1
+        setattr(scheduler, place, before)
+    failed.run_again(scheduler)
+    assert scheduler.waiting_queue[0] is req
+    assert len(failed) == 0
+    # As new, and its output is the client's again.
+    assert not req.finished()
+    assert req.discard_output_reason is None
+    assert not req.skip_radix_cache_insert
+    assert (req.cached_tokens, req.cached_tokens_host, req._cache_breakdown_computed) == (0, 0, False)
+    assert (req.storage_hit_length, req.storage_hit_start) == (0, None)
+    assert without_failed([req]) == [req]
+
+
+def test_a_request_that_never_was_to_be_inserted_stays_so(failed: FailedLoads) -> None:
+    scheduler, req = Scheduler(), make_request()
+    failed.take(req, skip_insert=True)
+    end(req)
+    failed.run_again(scheduler)
+    assert req.skip_radix_cache_insert
+
+
+def test_one_that_was_retracted_before_keeps_what_it_reported(failed: FailedLoads) -> None:
+    scheduler, req = Scheduler(), make_request()
+    req.retracted_stain = True
+    failed.take(req, skip_insert=False)
+    end(req)
+    failed.run_again(scheduler)
+    assert req.retracted_stain
+    assert req.cached_tokens == 32
+
+
+def test_a_chunked_one_starts_no_further_chunk(failed: FailedLoads, monkeypatch: pytest.MonkeyPatch) -> None:
+    released = []
+    monkeypatch.setattr(
+        "sglang.srt.mem_cache.common.release_kv_cache",
+        lambda req, cache, checkpoint: released.append((req, cache, checkpoint)),
+    )
+    scheduler, req = Scheduler(), make_request()
+    scheduler.tree_cache = "tree"
+    scheduler.chunked_req = req
+    req.inflight_middle_chunks = 1
+    failed.take(req, skip_insert=False)
+    failed.run_again(scheduler)
+    assert scheduler.chunked_req is None
+    assert req.finished()
+    assert released == [(req, "tree", False)]
+    assert req not in scheduler.waiting_queue  # the chunk that runs has not come back
+    req.inflight_middle_chunks = 0
+    failed.run_again(scheduler)
+    assert scheduler.waiting_queue[0] is req
+
+
+def test_images_are_kept_for_the_second_attempt(failed: FailedLoads) -> None:
+    scheduler, req = Scheduler(), make_request()
+    req.multimodal_inputs = images = SimpleNamespace()
+    failed.take(req, skip_insert=False)
+    assert req.multimodal_inputs is None
+    end(req)
+    failed.run_again(scheduler)
+    assert req.multimodal_inputs is images
+
+
+@pytest.mark.parametrize("rid", ["a", "", "another"])
+@pytest.mark.parametrize("ended", [False, True])
+def test_an_abort_between_the_attempts(failed: FailedLoads, rid: str, ended: bool) -> None:
+    scheduler, req = Scheduler(), make_request()
+    failed.take(req, skip_insert=False)
+    if ended:
+        end(req)
+    failed.abort(scheduler, rid or "nobody", all_requests=not rid)
+    if rid == "another":
+        assert len(failed) == 1
+        assert not scheduler.streamed
+        return
+    assert len(failed) == 0
+    # One that has not ended yet is ended, and told, by SGLang.
+    assert scheduler.streamed == ([req] if ended else [])
+    assert without_failed([req]) == [req]
+    failed.run_again(scheduler)
+    assert req not in scheduler.waiting_queue
+
+
+@pytest.mark.parametrize("field", ["session", "beam_group"])
+def test_rows_that_belong_to_more_than_the_request_stay_sglangs(failed: FailedLoads, field: str) -> None:
+    req = make_request()
+    setattr(req, field, SimpleNamespace())
+    assert not failed.take(req, skip_insert=False)
+    assert without_failed([req]) == [req]
+    assert len(failed) == 0

@@ -1,0 +1,111 @@
+"""The decision how much of a hit to load, for machines of any speed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sglang_flexkv import _core
+from sglang_flexkv.cache.load_or_recompute import LinkSpeed, LoadOrRecompute, PrefillCost, Prompt
+from sglang_flexkv.common.config import LoadPolicy
+
+CPU, SSD = int(_core.Tier.CPU), int(_core.Tier.SSD)
+BLOCK_BYTES, BLOCK_TOKENS = 1 << 20, 16
+MB = 1e6
+
+
+def decision(
+    *,
+    tokens_per_s: float = 10_000,
+    to_device: float = 20_000 * MB,
+    from_ssd: float = 3_000 * MB,
+    policy: LoadPolicy = LoadPolicy.AUTO,
+) -> LoadOrRecompute:
+    """One that has seen such a machine. Attention costs nothing."""
+    out = LoadOrRecompute(policy, block_bytes=BLOCK_BYTES, tokens_per_block=BLOCK_TOKENS)
+    for i in range(1, 40):
+        start, tokens = 300 * (i % 7), 1000 + 100 * (i % 5)
+        out.prefill.observe([(start, start + tokens)], tokens / tokens_per_s)
+        for link, speed in ((out.to_device, to_device), (out.from_ssd, from_ssd)):
+            link.observe(speed * i, float(i))
+    return out
+
+
+def prompt(cpu: int, ssd: int = 0, *, more_tokens: int = 100, device: int = 0, queued: int = 0) -> Prompt:
+    tiers = np.array([CPU] * cpu + [SSD] * ssd, np.uint8)
+    return Prompt(tiers, device, device + (cpu + ssd) * BLOCK_TOKENS + more_tokens, queued)
+
+
+def test_everything_is_loaded_where_loading_is_fast() -> None:
+    assert decision().blocks_to_load(prompt(500)) == 500
+    assert decision().blocks_to_load(prompt(200, 300)) == 500
+    assert decision().blocks_to_load(prompt(0)) == 0
+
+
+def test_nothing_is_loaded_where_computing_is_faster_by_far() -> None:
+    # A block takes 10 ms to read and 0.16 ms to compute.
+    assert decision(tokens_per_s=100_000, from_ssd=100 * MB).blocks_to_load(prompt(0, 500)) < 50
+    # What is in memory is still loaded.
+    loaded = decision(tokens_per_s=100_000, from_ssd=100 * MB).blocks_to_load(prompt(250, 250))
+    assert 250 <= loaded < 300
+
+
+def test_about_as_much_is_loaded_as_is_read_while_the_rest_is_computed() -> None:
+    # Reading a block takes as long as computing it: half of each.
+    even = decision(tokens_per_s=10_000, from_ssd=BLOCK_BYTES / (BLOCK_TOKENS / 10_000))
+    assert even.blocks_to_load(prompt(0, 500, more_tokens=1)) == pytest.approx(250, abs=40)
+
+
+def test_a_little_faster_is_not_worth_the_devices_time() -> None:
+    slow = decision(tokens_per_s=10_000, from_ssd=BLOCK_BYTES / (BLOCK_TOKENS / 10_000) * 6)
+    assert slow.blocks_to_load(prompt(0, 500, more_tokens=1)) == 500
+
+
+def test_reads_that_are_queued_before_it_count() -> None:
+    machine = decision()
+    assert machine.blocks_to_load(prompt(0, 100)) == 100
+    assert machine.blocks_to_load(prompt(0, 100, queued=10**11)) == 0
+    assert machine.blocks_to_load(prompt(100, queued=10**11)) == 100  # not for what is in memory
+
+
+def test_what_the_device_holds_makes_the_rest_dearer() -> None:
+    """With attention that grows: a block late in a prompt is worth more than an early one."""
+    cost = PrefillCost()
+    for _ in range(50):
+        for start, end in ((0, 2000), (8000, 10_000), (30_000, 32_000)):
+            pairs = (end - start) * (start + end + 1) / 2
+            cost.observe([(start, end)], (end - start) * 1e-5 + pairs * 1e-9)
+    assert cost.known
+    assert cost.seconds(30_000, 31_000) == pytest.approx(1000 * 1e-5 + 1000 * 30_500 * 1e-9, rel=0.05)
+    assert cost.seconds(0, 1000) == pytest.approx(1000 * 1e-5 + 1000 * 500 * 1e-9, rel=0.05)
+
+
+@pytest.mark.parametrize("policy", [LoadPolicy.LOAD, LoadPolicy.RECOMPUTE])
+def test_the_decision_can_be_forced(policy: LoadPolicy) -> None:
+    for machine in (decision(policy=policy), decision(policy=policy, tokens_per_s=1e9, from_ssd=1)):
+        expected = 500 if policy is LoadPolicy.LOAD else 0
+        assert machine.blocks_to_load(prompt(200, 300)) == expected
+
+
+def test_what_is_not_known_yet_is_learned_by_loading() -> None:
+    new = LoadOrRecompute(LoadPolicy.AUTO, block_bytes=BLOCK_BYTES, tokens_per_block=BLOCK_TOKENS)
+    assert new.blocks_to_load(prompt(0, 500)) == 500
+    # Memory and model are known, and the disk is not.
+    for i in range(1, 10):
+        new.prefill.observe([(0, 1000)], 1e-6)
+        new.to_device.observe(i * 1e9, float(i))
+    assert new.blocks_to_load(prompt(0, 500)) == 500
+    assert new.blocks_to_load(prompt(500)) == 0
+
+
+def test_the_speed_of_a_link_follows_what_is_measured() -> None:
+    link = LinkSpeed()
+    total_bytes = total_s = 0.0
+    for speed in [1e9] * 10 + [2e9] * 30:
+        total_bytes, total_s = total_bytes + speed * 0.01, total_s + 0.01
+        link.observe(total_bytes, total_s)
+        link.observe(total_bytes, total_s)  # nothing new
+    assert link.known
+    assert link.bytes_per_s == pytest.approx(2e9, rel=0.01)
+    link.observe(total_bytes + 1, total_s + 1e-6)  # too short to tell
+    assert link.bytes_per_s == pytest.approx(2e9, rel=0.01)
