@@ -155,6 +155,7 @@ class TransferEngine {
   void Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok);
   bool ShouldSkip(const Op& op) const;
   void CopyLoop();
+  void OrderByRow(CopyJob& job) const;
   void CopyChunk(CopyJob& job, size_t chunk);
   void CudaLoop(bool to_device);
   void CudaRun(Op* op, void* stream, bool to_device);
