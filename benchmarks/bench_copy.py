@@ -3,10 +3,14 @@
     python benchmarks/bench_copy.py [--smoke] [--json FILE|-]
 
 The engine copies a LAYERWISE pool, pages in random order, into BLOCKWISE slots and back, through tasks of
-``KVTaskEngine``: plan, graph, copy threads, completion, all of it on the clock. The yardstick copies the same
-number of bytes between the same two memories with as many threads, each one straight ``memcpy``. Both are run
-in turn, and ratios are of neighbours in time. A second yardstick, for information, is the engine's own copy
-routine over the same straight pieces: it writes past the cache, as memcpy does only for larger copies.
+``KVTaskEngine``: plan, graph, copy threads, completion, all of it on the clock.
+
+The yardstick is plain ``memcpy``: the same number of bytes, between the same two memories, by as many
+threads. It need not gather: each thread copies its share in straight pieces as long as the pool's buffers
+(several MiB). Source and destination are larger than the caches. Both are run in turn, ratios are of
+neighbours in time, and the result is the worst shape's. A second yardstick, for information, is the engine's
+own copy routine over the same straight pieces: it writes past the cache, as memcpy does only for larger
+copies.
 
 The device is CPU memory here. Every byte is verified after every copy.
 """
@@ -69,6 +73,7 @@ SHAPES: tuple[Shape, ...] = (
     Shape("8 layers, 2 KiB rows", 8, 2, 2048),
     Shape("Llama-3-8B bf16", 32, 2, 8 * 128 * 2),
     Shape("Llama-3-8B bf16, TP 4", 32, 2, 2 * 128 * 2),
+    Shape("Llama-3-70B bf16, TP 8", 80, 2, 128 * 2),
     Shape("DeepSeek-V2-Lite MLA bf16", 27, 1, 576 * 2),
 )
 PAGE_SIZES: tuple[int, ...] = (1, 16, 64)
@@ -275,11 +280,9 @@ def main(
         columns += [f"{way}_ratio_memcpy", f"{way}_ratio_stream", f"{way}_memcpy_spread"]
         print_table(f"{way}: GiB/s and ratios (medians)", report.rows, columns)
     for name in ("gather_ratio_memcpy", "scatter_ratio_memcpy"):
-        paged = [row[name] for row in report.rows if row["page_size"] > 1]
-        report.results[name] = median(paged)
-        report.results[f"{name}_worst"] = min(paged)
-        report.results[f"{name}_page_size_1"] = median([r[name] for r in report.rows if r["page_size"] == 1])
-        report.goals.update({name: "≥ 0.80", f"{name}_worst": "≥ 0.80"})
+        report.results[name] = min(row[name] for row in report.rows)
+        report.results[f"{name}_median"] = median([row[name] for row in report.rows])
+        report.goals[name] = "≥ 0.90"
     report.finish(json_to)
 
 

@@ -52,59 +52,49 @@ std::vector<int64_t> BlockLayout::FirstRows(const int64_t* token_slots, size_t c
   return first;
 }
 
-#if defined(__x86_64__)
 namespace {
 
-__attribute__((target("avx2"))) void StreamCopyAvx2(char* dst, const char* src, size_t bytes) {
-  const size_t head = (32 - (reinterpret_cast<uintptr_t>(dst) & 31)) & 31;
-  std::memcpy(dst, src, head);
-  dst += head;
-  src += head;
-  bytes -= head;
-  size_t i = 0;
-  for (; i + 128 <= bytes; i += 128) {
-    _mm_prefetch(src + i + 512, _MM_HINT_NTA);
-    _mm_prefetch(src + i + 576, _MM_HINT_NTA);
-    const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i));
-    const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i + 32));
-    const __m256i c = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i + 64));
-    const __m256i d = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i + 96));
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i), a);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i + 32), b);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i + 64), c);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i + 96), d);
-  }
-  std::memcpy(dst + i, src + i, bytes - i);
-}
+#if defined(__x86_64__)
+// Shorter pieces do not repay the detour past the cache.
+constexpr size_t kStreamBytesMin = 256;
 
-}  // namespace
+__attribute__((target("avx2"))) void StreamAvx2(char* dst, const char* src, size_t bytes) {
+  // Whole cache lines only: a part of one that is written past the cache is a read and a write in memory.
+  const size_t head = -reinterpret_cast<uintptr_t>(dst) & 63;
+  if (head != 0) std::memcpy(dst, src, head);
+  size_t i = head;
+  for (; i + 64 <= bytes; i += 64) {
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i));
+    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(src + i + 32));
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i), low);
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(dst + i + 32), high);
+  }
+  if (i < bytes) std::memcpy(dst + i, src + i, bytes - i);
+}
 #endif
 
-namespace {
-
-// Streamed stores are weakly ordered: FenceStreamed() has to come before anyone is told of them.
 void CopyUnfenced(char* dst, const char* src, size_t bytes) {
 #if defined(__x86_64__)
   static const bool kHasAvx2 = __builtin_cpu_supports("avx2");
-  if (kHasAvx2 && bytes >= 512) {
-    StreamCopyAvx2(dst, src, bytes);
+  if (kHasAvx2 && bytes >= kStreamBytesMin) {
+    StreamAvx2(dst, src, bytes);
     return;
   }
 #endif
   std::memcpy(dst, src, bytes);
 }
 
-void FenceStreamed() {
+}  // namespace
+
+void FenceCopies() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
 }
 
-}  // namespace
-
 void StreamCopy(char* dst, const char* src, size_t bytes) {
   CopyUnfenced(dst, src, bytes);
-  FenceStreamed();
+  FenceCopies();
 }
 
 std::vector<Slice> SlicesOf(const BlockLayout& layout, size_t slot_bytes, size_t max) {
@@ -125,34 +115,30 @@ std::vector<Slice> SlicesOf(const BlockLayout& layout, size_t slot_bytes, size_t
   return slices;
 }
 
-
-void CopyLayerCpu(const BlockLayout& layout, int layer, char* host_block,
-                  const int64_t* token_slots, int64_t first_row, bool to_device) {
-  char* host = host_block + layout.layer_offset(layer);
+void CopyLayersCpu(const BlockLayout& layout, int layer_begin, int layer_end, char* host_block,
+                   const int64_t* token_slots, int64_t first_row, bool to_device) {
+  char* host = host_block + layout.layer_offset(layer_begin);
   const int64_t rows = layout.rows_per_block();
-  for (const DeviceBuffer& buffer : layout.buffers(layer)) {
-    char* base = reinterpret_cast<char*>(buffer.base);
-    auto copy = [&](int64_t row, int64_t count, char* at) {
-      char* device = base + row * buffer.row_stride;
-      const size_t bytes = static_cast<size_t>(count * buffer.row_bytes);
-      if (to_device) {
-        CopyUnfenced(device, at, bytes);
+  for (int layer = layer_begin; layer < layer_end; ++layer) {
+    for (const DeviceBuffer& buffer : layout.buffers(layer)) {
+      char* base = reinterpret_cast<char*>(buffer.base);
+      auto copy = [&](int64_t row, int64_t count) {
+        char* device = base + row * buffer.row_stride;
+        const size_t bytes = static_cast<size_t>(count * buffer.row_bytes);
+        if (to_device) {
+          CopyUnfenced(device, host, bytes);
+        } else {
+          CopyUnfenced(host, device, bytes);
+        }
+        host += bytes;
+      };
+      if (first_row >= 0 && buffer.row_stride == buffer.row_bytes) {
+        copy(first_row, rows);
       } else {
-        CopyUnfenced(at, device, bytes);
-      }
-    };
-    if (first_row >= 0 && buffer.row_stride == buffer.row_bytes) {
-      copy(first_row, rows, host);
-    } else {
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = first_row >= 0 ? first_row + i : token_slots[i];
-        copy(row, 1, host + i * buffer.row_bytes);
+        for (int64_t i = 0; i < rows; ++i) copy(first_row >= 0 ? first_row + i : token_slots[i], 1);
       }
     }
-    host += rows * buffer.row_bytes;
   }
-  // One fence for all rows: with one per row, small rows spend their time draining the store buffers.
-  FenceStreamed();
 }
 
 }  // namespace flexkv

@@ -31,7 +31,7 @@ class BlockLayout {
   int64_t tokens_per_row() const { return tokens_per_row_; }
   int64_t rows_per_block() const { return tokens_per_block_ / tokens_per_row_; }
   const std::vector<DeviceBuffer>& buffers(int layer) const { return layers_[layer]; }
-  // Offset and size of a layer within a block.
+  // Offset and size of a layer within a block. The offset after the last one is block_bytes().
   size_t layer_offset(int layer) const { return layer_offset_[layer]; }
   size_t layer_bytes(int layer) const { return layer_offset_[layer + 1] - layer_offset_[layer]; }
   size_t block_bytes() const { return layer_offset_.back(); }
@@ -60,10 +60,12 @@ struct Slice {
 // At most `max` slices that cover a slot.
 std::vector<Slice> SlicesOf(const BlockLayout& layout, size_t slot_bytes, size_t max);
 
-// Copies one layer of one block between a host slot and CPU memory that plays the device.
-// `rows` are the block's token slots, `first_row` what FirstRows said.
-void CopyLayerCpu(const BlockLayout& layout, int layer, char* host_block, const int64_t* token_slots,
-                  int64_t first_row, bool to_device);
+// Copies layers [layer_begin, layer_end) of one block between a host slot and CPU memory that plays the
+// device. `token_slots` are the block's, `first_row` is what FirstRows said. FenceCopies() has to come
+// before anyone is told of the bytes; one for many blocks, because each waits for all stores to drain.
+void CopyLayersCpu(const BlockLayout& layout, int layer_begin, int layer_end, char* host_block,
+                   const int64_t* token_slots, int64_t first_row, bool to_device);
+void FenceCopies();
 
 // memcpy that bypasses the cache on the way out: what is copied here is read next by another
 // thread, a disk or much later, and pulling the destination into the cache first would cost a third

@@ -17,23 +17,37 @@ namespace {
 // One unit of work of a copy thread: large enough to hide the queue, small enough that a load that
 // arrives behind a large store waits for well under a millisecond.
 constexpr size_t kCopyChunkBytes = size_t{512} << 10;
-// Of the block that is copied next, so much of each buffer is fetched ahead. The processor's own
-// prefetcher follows from there; what it cannot know is where the next page starts.
-constexpr size_t kPrefetchBytes = 2048;
+// A load reads about so much of a block at a time, if necessary of several layers: small rows a slot apart
+// are fetched with the few requests that a core can have in flight, while the processor's prefetcher,
+// which has more, needs a run of lines to start.
+constexpr size_t kReadRunBytes = 4096;
+// So many blocks ahead the start of each run is fetched. The processor's own prefetcher follows from there;
+// what it cannot know is where the next block is.
+constexpr size_t kPrefetchBlocks = 2;
+constexpr size_t kPrefetchBytes = 4096;
 
-// Starts to fetch the source of one layer of a block. Never faults, whatever the address.
-void PrefetchLayer(const BlockLayout& layout, int layer, const char* host_block, int64_t token_slot,
-                   int64_t first_row, bool to_device) {
-  const char* host = host_block + layout.layer_offset(layer);
-  for (const DeviceBuffer& buffer : layout.buffers(layer)) {
-    const int64_t row = first_row >= 0 ? first_row : token_slot;
-    const size_t bytes = static_cast<size_t>(buffer.row_bytes * layout.rows_per_block());
-    const char* source =
-        to_device ? host : reinterpret_cast<const char*>(buffer.base) + row * buffer.row_stride;
-    for (size_t at = 0; at < std::min(bytes, kPrefetchBytes); at += 64) {
-      __builtin_prefetch(source + at, 0, 0);
+// Into the second cache: the first one's few line buffers are what streamed stores need at the same time.
+// Inlined always: GCC takes a function that does nothing but prefetch for one without effect, and drops
+// the call.
+[[gnu::always_inline]] inline void Prefetch(const char* source, size_t bytes) {
+  for (size_t at = 0; at < std::min(bytes, kPrefetchBytes); at += 64) __builtin_prefetch(source + at, 0, 2);
+}
+
+// Starts to fetch the source of some layers of a block. Never faults, whatever the address.
+[[gnu::always_inline]] inline void PrefetchLayers(const BlockLayout& layout, int layer_begin,
+                                                  int layer_end, const char* host_block,
+                                                  int64_t token_slot, int64_t first_row, bool to_device) {
+  const size_t host_begin = layout.layer_offset(layer_begin);
+  if (to_device) {
+    Prefetch(host_block + host_begin, layout.layer_offset(layer_end) - host_begin);
+    return;
+  }
+  const int64_t row = first_row >= 0 ? first_row : token_slot;
+  for (int layer = layer_begin; layer < layer_end; ++layer) {
+    for (const DeviceBuffer& buffer : layout.buffers(layer)) {
+      Prefetch(reinterpret_cast<const char*>(buffer.base) + row * buffer.row_stride,
+               static_cast<size_t>(buffer.row_bytes * layout.rows_per_block()));
     }
-    host += bytes;
   }
 }
 
@@ -81,14 +95,17 @@ struct TransferEngine::CopyJob {
   Op* op = nullptr;
   int layer_begin = 0;
   int layer_end = 0;
+  int layers_per_chunk = 1;
   size_t blocks_per_chunk = 1;
-  size_t chunks_per_layer = 1;
+  size_t chunks_per_group = 1;                  // a group: the layers of a chunk, over all blocks
   size_t num_chunks = 0;
   size_t next = 0;                              // under copy_mutex_
   std::atomic<size_t> left{0};
-  std::vector<std::atomic<size_t>> layer_left;  // chunks that are missing per layer
+  std::vector<std::atomic<size_t>> group_left;  // chunks that are missing per group
+  std::once_flag ordered;
+  std::vector<uint32_t> order;                  // in which blocks are copied; empty: as they come
 
-  int next_layer() const { return layer_begin + static_cast<int>(next / chunks_per_layer); }
+  int next_layer() const { return layer_begin + static_cast<int>(next / chunks_per_group) * layers_per_chunk; }
 };
 
 TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads,
@@ -382,16 +399,22 @@ void TransferEngine::StartPiece(Op* op, int layer_begin, int layer_end) {
   job->op = op;
   job->layer_begin = layer_begin;
   job->layer_end = layer_end;
-  const size_t layers = static_cast<size_t>(layer_end - layer_begin);
-  const size_t slice = std::max<size_t>(1, layout_.layer_bytes(layer_begin));
+  const int layers = layer_end - layer_begin;
+  const size_t layer_bytes = layout_.layer_bytes(layer_begin);
+  if (op->spec.type == TransferType::kH2D) {
+    job->layers_per_chunk =
+        static_cast<int>(std::clamp<size_t>(kReadRunBytes / layer_bytes, 1, static_cast<size_t>(layers)));
+  }
+  const size_t slice = layer_bytes * static_cast<size_t>(job->layers_per_chunk);
+  const size_t groups = static_cast<size_t>((layers + job->layers_per_chunk - 1) / job->layers_per_chunk);
   // Several threads share even a small layer: a forward waits for the first one.
   const size_t share = (op->num_blocks + copy_threads_.size() - 1) / copy_threads_.size();
   job->blocks_per_chunk = std::clamp<size_t>(kCopyChunkBytes / slice, 1, std::max<size_t>(1, share));
-  job->chunks_per_layer = (op->num_blocks + job->blocks_per_chunk - 1) / job->blocks_per_chunk;
-  job->num_chunks = job->chunks_per_layer * layers;
+  job->chunks_per_group = (op->num_blocks + job->blocks_per_chunk - 1) / job->blocks_per_chunk;
+  job->num_chunks = job->chunks_per_group * groups;
   job->left.store(job->num_chunks);
-  job->layer_left = std::vector<std::atomic<size_t>>(layers);
-  for (auto& left : job->layer_left) left.store(job->chunks_per_layer);
+  job->group_left = std::vector<std::atomic<size_t>>(groups);
+  for (auto& left : job->group_left) left.store(job->chunks_per_group);
   {
     std::lock_guard<std::mutex> lock(copy_mutex_);
     copy_queue_[op->spec.type == TransferType::kH2D ? 0 : 1].push_back(std::move(job));
@@ -510,31 +533,53 @@ void TransferEngine::CopyLoop() {
   }
 }
 
+void TransferEngine::OrderByRow(CopyJob& job) const {
+  const Op& op = *job.op;
+  const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
+  std::vector<std::pair<int64_t, uint32_t>> rows(op.num_blocks);
+  for (size_t b = 0; b < op.num_blocks; ++b) {
+    const int64_t first = op.first_rows[b];
+    rows[b] = {first >= 0 ? first : op.spec.src[b * per_block], static_cast<uint32_t>(b)};
+  }
+  if (std::is_sorted(rows.begin(), rows.end())) return;
+  std::sort(rows.begin(), rows.end());
+  job.order.reserve(rows.size());
+  for (const auto& [row, block] : rows) job.order.push_back(block);
+}
+
 void TransferEngine::CopyChunk(CopyJob& job, size_t chunk) {
   Op* op = job.op;
   const OpSpec& s = op->spec;
   const bool to_device = s.type == TransferType::kH2D;
-  const size_t layer_index = chunk / job.chunks_per_layer;
-  const int layer = job.layer_begin + static_cast<int>(layer_index);
-  const size_t first = chunk % job.chunks_per_layer * job.blocks_per_chunk;
+  const size_t group = chunk / job.chunks_per_group;
+  const int layer_begin = job.layer_begin + static_cast<int>(group) * job.layers_per_chunk;
+  const int layer_end = std::min(job.layer_end, layer_begin + job.layers_per_chunk);
+  const size_t first = chunk % job.chunks_per_group * job.blocks_per_chunk;
   const size_t last = std::min(op->num_blocks, first + job.blocks_per_chunk);
   const std::vector<int64_t>& host_slots = to_device ? s.src : s.dst;
   const std::vector<int64_t>& token_slots = to_device ? s.dst : s.src;
   const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
   // A cancelled job still counts its chunks down, so that it ends once, but moves nothing more.
   if (!op->graph->cancelled.load(std::memory_order_relaxed)) {
-    for (size_t b = first; b < last; ++b) {
-      if (b + 1 < last) {
-        PrefetchLayer(layout_, layer, host_->Slot(host_slots[b + 1]), token_slots[(b + 1) * per_block],
-                      op->first_rows[b + 1], to_device);
+    // Reads are what a copy waits for, and rows that are read in order are fetched ahead by the
+    // processor. Where they are written to makes no difference.
+    if (!to_device) std::call_once(job.ordered, [&] { OrderByRow(job); });
+    auto block_at = [&](size_t i) { return job.order.empty() ? i : job.order[i]; };
+    for (size_t i = first; i < last; ++i) {
+      if (i + kPrefetchBlocks < last) {
+        const size_t next = block_at(i + kPrefetchBlocks);
+        PrefetchLayers(layout_, layer_begin, layer_end, host_->Slot(host_slots[next]),
+                       token_slots[next * per_block], op->first_rows[next], to_device);
       }
-      CopyLayerCpu(layout_, layer, host_->Slot(host_slots[b]), token_slots.data() + b * per_block,
-                   op->first_rows[b], to_device);
+      const size_t b = block_at(i);
+      CopyLayersCpu(layout_, layer_begin, layer_end, host_->Slot(host_slots[b]),
+                    token_slots.data() + b * per_block, op->first_rows[b], to_device);
     }
+    FenceCopies();
   }
   const bool cancelled = op->graph->cancelled.load();
-  if (job.layer_left[layer_index].fetch_sub(1) == 1 && to_device && op->graph->gate && !cancelled) {
-    op->graph->gate->Arrive(layer);
+  if (job.group_left[group].fetch_sub(1) == 1 && to_device && op->graph->gate && !cancelled) {
+    for (int layer = layer_begin; layer < layer_end; ++layer) op->graph->gate->Arrive(layer);
   }
   if (job.left.fetch_sub(1) == 1) EndPiece(op, cancelled ? 0 : job.layer_end - job.layer_begin, "");
 }

@@ -147,6 +147,7 @@ class TransferEngine {
   void Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok);
   bool ShouldSkip(const Op& op) const;
   void CopyLoop();
+  void OrderByRow(CopyJob& job) const;
   void CopyChunk(CopyJob& job, size_t chunk);
   void StartCudaCopy(Op* op, int layer_begin, int layer_end);
   void StartDiskOp(Op* op);

@@ -27,6 +27,13 @@ def run(name: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 def report_of(name: str, *options: str) -> dict[str, Any]:
+    report = any_report_of(name, *options)
+    assert all(value > 0 for value in report["results"].values())
+    return report
+
+
+def any_report_of(name: str, *options: str) -> dict[str, Any]:
+    """A report whose results may be differences of times, and so have any sign."""
     done = run(name, *options)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
@@ -36,7 +43,6 @@ def report_of(name: str, *options: str) -> dict[str, Any]:
     assert report["machine"]["cpu"]
     assert report["machine"]["cores"] > 0
     assert all(check["count"] > 0 and check["failed"] == 0 for check in report["checks"])
-    assert all(value > 0 for value in report["results"].values())
     return report
 
 
@@ -51,6 +57,30 @@ def test_copy_verifies_every_byte() -> None:
     expected = sum(row["mib"] for row in report["rows"]) * (report["settings"]["repeats"] + 1) * 2**20
     assert checked(report, "bytes after gather") == expected
     assert checked(report, "bytes after scatter") == expected
+
+
+def test_overlap_attends_to_the_same_bytes_while_they_are_loaded() -> None:
+    report = any_report_of("bench_overlap.py")
+    assert {"exposed_over_first_group", "ssd_pipeline_over_max", "attention_slowdown"} <= set(
+        report["results"]
+    )
+    assert report["results"]["ssd_pipeline_over_max"] > 0
+    assert [(row["tier"], row["ratio"]) for row in report["rows"]] == [
+        ("cpu", 2.0),
+        ("ssd", 0.5),
+        ("ssd", 1.0),
+        ("ssd", 2.0),
+    ]
+    settings = report["settings"]
+    for tier in ("cpu", "ssd"):
+        cases = sum(row["tier"] == tier for row in report["rows"])
+        # One load to warm up and three to size the prefill by, then one alone and one under it per round.
+        assert checked(report, f"loads came from {tier}") == cases * (4 + 2 * settings["rounds"])
+    loads = len(report["rows"]) * (4 + 2 * settings["rounds"])
+    assert checked(report, "bytes after loading") == loads * settings["mib"] * 2**20
+    assert checked(report, "layers that attend to the same while loading") == (
+        len(report["rows"]) * settings["rounds"] * settings["layers"]
+    )
 
 
 @needs_fio

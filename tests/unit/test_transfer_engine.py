@@ -228,6 +228,69 @@ def test_early_layers_open_while_later_ones_are_still_copied(tmp_path: Path) -> 
     assert open_when_first_was_usable == sorted(open_when_first_was_usable)
 
 
+@pytest.mark.parametrize("tokens_per_block", [1, 4])
+@pytest.mark.parametrize("row_bytes", [1, 63, 255, 256, 257, 576, 1152, 5000])
+@pytest.mark.parametrize("stride", [0, 1, 64], ids=["dense", "unaligned", "padded"])
+def test_rows_of_any_size_in_any_order_arrive_whole_and_nothing_beside_them(
+    tokens_per_block: int, row_bytes: int, stride: int
+) -> None:
+    """Small rows of several layers are copied together, and blocks in the order of their rows."""
+    layers, blocks = 7, 40
+    rows = 2 * blocks * tokens_per_block
+    rng = np.random.default_rng(row_bytes)
+    memory = [
+        [torch.from_numpy(rng.integers(0, 256, (rows, row_bytes + stride), dtype=np.uint8)) for _ in "kv"]
+        for _ in range(layers)
+    ]
+    device = [[buffer[:, :row_bytes] for buffer in layer] for layer in memory]
+    layout = DeviceBuffers(device, tokens_per_row=1).block_layout(tokens_per_block)
+    host = _core.HostPool(blocks, -(-layout.block_bytes // 4096) * 4096)
+    engine = _core.TransferEngine(layout, host, copy_threads=2, cuda_device=-1)
+
+    def run(op: _core.OpSpec, gate: _core.LayerGate | None = None) -> None:
+        graph = engine.submit([op], gate=gate)
+        assert engine.wait(graph, 20.0)
+        (result,) = engine.poll()
+        assert result.done
+
+    def tokens(of_blocks: np.ndarray) -> np.ndarray:
+        return (of_blocks[:, None] * tokens_per_block + np.arange(tokens_per_block)).ravel()
+
+    source, slots = rng.permutation(blocks), rng.permutation(blocks)
+    run(_core.OpSpec(T.D2H, tokens(source), slots))
+    for block, slot in zip(source, slots, strict=True):
+        at = tokens(np.array([block]))
+        want = torch.cat([buffer[at].flatten() for layer in device for buffer in layer]).numpy()
+        assert np.array_equal(host.slot_view(slot)[: len(want)], want)
+
+    # Some of the layers, then the others: the pool beside the rows that were asked for stays as it was.
+    target = tokens(blocks + rng.permutation(blocks))
+    for begin, end in ((2, 6), (0, 2), (6, layers)):
+        expected = [[buffer.clone() for buffer in layer] for layer in memory]
+        for layer in range(begin, end):
+            for want, buffer in zip(expected[layer], device[layer], strict=True):
+                want[target, :row_bytes] = buffer[tokens(source)]
+        gate = _core.LayerGate(layers)
+        gate.expect(1)
+        run(_core.OpSpec(T.H2D, slots, target, layer_begin=begin, layer_end=end), gate)
+        assert gate.open_layers == (end if begin == 0 else 0)
+        for layer, wanted in zip(memory, expected, strict=True):
+            assert all(torch.equal(buffer, want) for buffer, want in zip(layer, wanted, strict=True))
+
+
+@pytest.mark.parametrize("size", [0, 1, 63, 255, 256, 257, 300, 319, 320, 640, 1000, 4097])
+def test_a_streamed_copy_writes_what_it_was_asked_to_and_no_more(size: int) -> None:
+    rng = np.random.default_rng(size)
+    source = rng.integers(0, 256, size + 64, dtype=np.uint8)
+    for to in (0, 1, 31, 32, 33, 63):
+        for start in (0, 1, 32, 63):
+            target = np.full(size + 256, 0xEE, dtype=np.uint8)
+            _core.stream_copy(target[64 + to :][:size], source[start:][:size])
+            expected = np.full_like(target, 0xEE)
+            expected[64 + to :][:size] = source[start:][:size]
+            assert np.array_equal(target, expected)
+
+
 # ---- blocks on SSD ----
 
 

@@ -1,0 +1,522 @@
+"""How much of a load hides behind attention: a paged prefill over a pool that is being filled layer by layer.
+
+    python benchmarks/bench_overlap.py [--smoke] [--json FILE|-] [--device cpu|cuda] [--dir DIRECTORY]
+
+A prefix's KV comes back into the pool through ``KVTaskEngine`` (plan, graph, gate, completion) while a
+prefill runs over it: every layer waits for its gate, attends to all tokens of the prefix, and multiplies
+matrices until a layer takes as long as the case asks for. Three things are timed in the same run, in changing
+order, medians over rounds: the prefill alone, the load alone (until each layer opens), and both together.
+Clocks start before the load is planned. Cases: a prefix in the CPU tier, with a prefill that takes twice as
+long as its load; a prefix on SSD alone (O_DIRECT, so no page cache), with prefills of 0.5, 1 and 2 times its
+load.
+
+- ``exposed_over_first_group``: (together - prefill alone) / time until the first layers are there, CPU tier.
+- ``exposed_beyond_first_group_over_load``: what is exposed beyond those first layers, as a share of the load.
+- ``waited_over_first_group``: planning and waiting at the gate / the same, CPU tier. Where both sides share
+  cores and memory, the rest of what is exposed is attention that runs more slowly.
+- ``ssd_pipeline_over_max``: together / the longer one of prefill and load alone, the worst case.
+- ``attention_slowdown``: attention per layer while the load runs / the same layers alone, the worst case.
+
+On the CPU both sides share cores and memory: torch computes with one thread and the engine copies with one.
+Attention is torch's over gathered pages, on CUDA FlashInfer's over the pages in place where it is installed.
+Every byte is verified after every load, and attention must give the same result whether or not a load runs:
+before each load the pool is overwritten, so a layer that is read too early is a wrong layer.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from common import (
+    MIB,
+    JsonOption,
+    Machine,
+    Report,
+    SmokeOption,
+    console,
+    disk_directory,
+    median,
+    median_ratio,
+    print_table,
+)
+
+from sglang_flexkv import _core
+from sglang_flexkv.cache.cache_engine import CPU
+from sglang_flexkv.common.block import make_namespace
+from sglang_flexkv.common.config import CacheConfig
+from sglang_flexkv.common.storage import DeviceBuffers
+from sglang_flexkv.kvtask import KVTask, KVTaskEngine
+
+_TIMEOUT_S = 120.0
+_NAMESPACE = make_namespace({"bench": "overlap"})
+_CPU_RATIO = 2.0  # prefill over load: longer than the load, layer by layer
+_SSD_RATIOS = (0.5, 1.0, 2.0)
+_HIDDEN = 512  # of the matrices that make a layer longer: a step of well under a millisecond
+_FLASHINFER_WORKSPACE_BYTES = 128 * MIB
+
+Attention = Callable[[int], torch.Tensor]  # of a layer: [new tokens, heads, head size]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A prefix of ``tokens`` in pages, and ``new_tokens`` that attend to it."""
+
+    layers: int
+    tokens: int
+    new_tokens: int
+    heads: int
+    dtype: torch.dtype
+    kv_heads: int = 8
+    head_size: int = 128
+    page_size: int = 16
+
+    @property
+    def num_blocks(self) -> int:
+        return self.tokens // self.page_size
+
+
+# Prefixes of 512 MiB and 1 GiB. On the CPU few queries and no conversions: attention has to leave room for a
+# prefill that is shorter than a load from SSD.
+_SHAPES = {
+    "cpu": Shape(layers=32, tokens=2048, new_tokens=4, heads=8, dtype=torch.float32),
+    "cuda": Shape(layers=32, tokens=8192, new_tokens=1024, heads=32, dtype=torch.bfloat16),
+}
+_SMOKE_SIZE: dict[str, Any] = {"layers": 4, "tokens": 256}
+
+
+class Clock:
+    """Points in the device's own time: work that is only queued has not been done yet."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+
+    def mark(self) -> Any:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def between(self, begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1000 if self._cuda else end - begin
+
+    def synchronize(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+class Pool:
+    """A paged KV pool like SGLang's, one tensor per layer for K and one for V, and a prefix in it.
+
+    Attributes:
+        slots: token slots of the prefix: whole pages in random order, as a paged allocator hands them out.
+    """
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        self.shape = shape
+        rows = (shape.tokens, shape.kv_heads, shape.head_size)
+        self.tensors = [
+            [torch.zeros(rows, dtype=shape.dtype, device=device) for _ in "kv"] for _ in range(shape.layers)
+        ]
+        self.pages = np.random.default_rng(1).permutation(shape.num_blocks)
+        slots = self.pages[:, None] * shape.page_size + np.arange(shape.page_size)
+        self.slots = slots.ravel().astype(np.int64)
+        # Drawn on the CPU, so that no device's random numbers matter.
+        generator = torch.Generator().manual_seed(2)
+        self._original = [
+            [torch.randn(rows, generator=generator).to(shape.dtype).to(device) for _ in layer]
+            for layer in self.tensors
+        ]
+
+    @property
+    def buffers(self) -> DeviceBuffers:
+        return DeviceBuffers(self.tensors, tokens_per_row=1)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for layer in self.tensors for tensor in layer)
+
+    def fill(self) -> None:
+        for layer, originals in zip(self.tensors, self._original, strict=True):
+            for tensor, original in zip(layer, originals, strict=True):
+                tensor.copy_(original)
+
+    def damage(self) -> None:
+        for tensor in (tensor for layer in self.tensors for tensor in layer):
+            tensor.fill_(float("nan"))
+
+    def check(self, report: Report) -> None:
+        for layer, originals in zip(self.tensors, self._original, strict=True):
+            for tensor, original in zip(layer, originals, strict=True):
+                same = torch.equal(tensor.view(torch.uint8), original.view(torch.uint8))
+                report.check("bytes after loading", same, tensor.nbytes)
+
+
+def torch_attention(pool: Pool, queries: torch.Tensor) -> Attention:
+    """Attention over pages that are gathered first."""
+    shape = pool.shape
+    slots = torch.from_numpy(pool.slots).to(queries.device)
+    # Without a mask, the heads that share a KV head are nothing but more queries of it.
+    grouped = queries.view(shape.new_tokens, shape.kv_heads, -1, shape.head_size).transpose(0, 1)
+    grouped = grouped.reshape(1, shape.kv_heads, -1, shape.head_size)
+
+    def attend(layer: int) -> torch.Tensor:
+        keys, values = (
+            tensor.index_select(0, slots).transpose(0, 1).unsqueeze(0) for tensor in pool.tensors[layer]
+        )
+        out = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values)
+        return out.view(shape.kv_heads, shape.new_tokens, -1, shape.head_size).transpose(0, 1)
+
+    return attend
+
+
+def flashinfer_attention(pool: Pool, queries: torch.Tensor) -> Attention:
+    """FlashInfer's prefill over the pages where they are."""
+    flashinfer = importlib.import_module("flashinfer")
+    shape, device = pool.shape, queries.device
+    workspace = torch.zeros(_FLASHINFER_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+    wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
+
+    def ints(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    wrapper.plan(
+        ints(0, shape.new_tokens),
+        ints(0, shape.num_blocks),
+        torch.from_numpy(pool.pages.astype(np.int32)).to(device),
+        ints(shape.page_size),  # tokens in the last page
+        shape.heads,
+        shape.kv_heads,
+        shape.head_size,
+        shape.page_size,
+        causal=False,  # all queries come after the whole prefix
+        q_data_type=shape.dtype,
+        kv_data_type=shape.dtype,
+    )
+    pages = (shape.num_blocks, shape.page_size, shape.kv_heads, shape.head_size)
+    paged = [tuple(tensor.view(pages) for tensor in layer) for layer in pool.tensors]
+
+    def attend(layer: int) -> torch.Tensor:
+        out: torch.Tensor = wrapper.run(queries, paged[layer])
+        return out
+
+    return attend
+
+
+@dataclass
+class Run:
+    """What one prefill took. ``attention_s`` has an entry per layer."""
+
+    total_s: float
+    waited_s: float  # at the gate; on CUDA the host waits there while the device still computes
+    attention_s: list[float]
+    layers_during_load: int
+
+
+class Prefill:
+    """All layers of a forward: attention, then products of matrices that make a layer as long as asked."""
+
+    def __init__(self, pool: Pool, device: torch.device) -> None:
+        self.shape, self.clock = pool.shape, Clock(device)
+        shape = pool.shape
+        generator = torch.Generator().manual_seed(3)
+        queries = torch.randn((shape.new_tokens, shape.heads, shape.head_size), generator=generator)
+        queries = queries.to(shape.dtype).to(device)
+        paged = device.type == "cuda" and importlib.util.find_spec("flashinfer") is not None
+        self.attention_name = "flashinfer" if paged else "torch"
+        self._attend = (flashinfer_attention if paged else torch_attention)(pool, queries)
+        self._hidden = torch.ones((shape.new_tokens, _HIDDEN), device=device)
+        self._weights = torch.full((_HIDDEN, _HIDDEN), 1 / _HIDDEN, device=device)
+        self.products_per_layer = 0
+        self.outputs: list[torch.Tensor] = []
+
+    def run(self, gate: _core.LayerGate | None = None) -> Run:
+        """Returns when the last layer was computed; with a gate, layers wait for theirs to open.
+
+        Raises:
+            RuntimeError: the load failed.
+        """
+        self.outputs = []
+        marks = []
+        waited_s = 0.0
+        layers_during_load = 0
+        self.clock.synchronize()
+        begin_s = time.perf_counter()
+        for layer in range(self.shape.layers):
+            if gate is not None:
+                asked_s = time.perf_counter()
+                if not gate.wait(layer, _TIMEOUT_S):
+                    raise RuntimeError(f"layer {layer} was not loaded")
+                waited_s += time.perf_counter() - asked_s
+                layers_during_load += gate.open_layers < self.shape.layers
+            begin = self.clock.mark()
+            self.outputs.append(self._attend(layer))
+            marks.append((begin, self.clock.mark()))
+            self._multiply(self.products_per_layer)
+        self.clock.synchronize()
+        total_s = time.perf_counter() - begin_s
+        attention_s = [self.clock.between(*pair) for pair in marks]
+        return Run(total_s, waited_s, attention_s, layers_during_load)
+
+    def _multiply(self, times: int) -> None:
+        hidden = self._hidden
+        for _ in range(times):
+            hidden = hidden @ self._weights
+
+    def last(self, total_s: float) -> None:
+        """Sets the products per layer so that all layers take ``total_s``, or as long as attention takes."""
+        self.products_per_layer = 0
+        attention_s = median([self.run().total_s for _ in range(3)])
+        steps = 50
+        self._multiply(steps)
+        self.clock.synchronize()
+        begin_s = time.perf_counter()
+        self._multiply(steps)
+        self.clock.synchronize()
+        product_s = (time.perf_counter() - begin_s) / steps
+        wanted = (total_s - attention_s) / (self.shape.layers * product_s)
+        self.products_per_layer = max(0, round(wanted))
+
+
+class Bench:
+    """A pool, its tiers and a prefix that all of them hold."""
+
+    def __init__(self, shape: Shape, device: torch.device, directory: Path) -> None:
+        self.shape, self.pool = shape, Pool(shape, device)
+        config = CacheConfig(
+            tokens_per_block=shape.page_size,
+            num_cpu_blocks=shape.num_blocks,
+            enable_ssd=True,
+            num_ssd_blocks=shape.num_blocks,
+            ssd_cache_dir=(directory,),
+            copy_threads=1,
+        )
+        self.engine = KVTaskEngine(config, self.pool.buffers, namespace=_NAMESPACE)
+        try:
+            self.prefill = Prefill(self.pool, device)
+            self.keys = np.random.default_rng(4).integers(1, 1 << 63, (shape.num_blocks, 2), dtype=np.uint64)
+            self.pool.fill()
+            task = self.engine.create_put(None, self.keys)
+            self.engine.launch(task, self.pool.slots)
+            self._end(task)
+            if not self.engine.sync(_TIMEOUT_S):
+                raise RuntimeError("the prefix did not get to SSD")
+            self._wait_for_memory()
+        except BaseException:
+            self.engine.close()
+            raise
+
+    def close(self) -> None:
+        self.engine.close()
+
+    def _wait_for_memory(self) -> None:
+        """Until the CPU tier is pinned, or at least there: what happens once is not part of a load."""
+        host = self.engine.storage.host
+        deadline = time.monotonic() + _TIMEOUT_S
+        while host.populated_bytes < host.total_bytes and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    def _end(self, task: KVTask) -> None:
+        if not self.engine.wait([task], _TIMEOUT_S) or task.error:
+            raise RuntimeError(f"a transfer did not end well: {task.status.value} {task.error}")
+        self.engine.forget(task)
+
+    def prepare(self, tier: str) -> None:
+        """Leaves the prefix in the CPU tier, or on SSD alone, and nothing of it in the pool."""
+        if tier == "ssd":
+            self.engine.cache.index.invalidate_tier(CPU)
+        else:
+            task = self.engine.start_prefetch(self.keys)
+            if task is not None:
+                self._end(task)
+        self.pool.damage()
+
+    def _start(self, report: Report, tier: str) -> tuple[KVTask, _core.LayerGate]:
+        task = self.engine.create_get(self.keys)
+        plan = task.plan
+        on_ssd = self.shape.num_blocks if tier == "ssd" else 0
+        hit = plan is not None and plan.num_blocks == self.shape.num_blocks and plan.num_ssd_blocks == on_ssd
+        report.check(f"loads came from {tier}", hit)
+        gate = _core.LayerGate(self.shape.layers)
+        gate.expect(task.num_loads)
+        self.engine.launch(task, self.pool.slots, gate=gate)
+        return task, gate
+
+    def load(self, report: Report, tier: str) -> list[float]:
+        """Seconds from the request until each layer was open."""
+        self.prepare(tier)
+        begin_s = time.perf_counter()
+        task, gate = self._start(report, tier)
+        open_s = []
+        for layer in range(self.shape.layers):
+            if not gate.wait(layer, _TIMEOUT_S):
+                raise RuntimeError(f"layer {layer} was not loaded")
+            open_s.append(time.perf_counter() - begin_s)
+        self._end(task)
+        self.pool.check(report)
+        return open_s
+
+    def together(self, report: Report, tier: str) -> Run:
+        """A prefill whose prefix is being loaded."""
+        self.prepare(tier)
+        self.prefill.clock.synchronize()
+        begin_s = time.perf_counter()
+        task, gate = self._start(report, tier)
+        planned_s = time.perf_counter() - begin_s
+        run = self.prefill.run(gate)
+        run.total_s += planned_s
+        run.waited_s += planned_s
+        self._end(task)
+        self.pool.check(report)
+        return run
+
+
+@dataclass
+class Times:
+    """What the rounds of one case took."""
+
+    compute: list[Run] = field(default_factory=list)
+    load: list[list[float]] = field(default_factory=list)
+    together: list[Run] = field(default_factory=list)
+
+    def attention_slowdown(self) -> float:
+        """Of those layers that were computed while the load still ran; 1 if there were none."""
+        ratios = []
+        for alone, loading in zip(self.compute, self.together, strict=True):
+            layers = loading.layers_during_load
+            if layers:
+                ratios.append(sum(loading.attention_s[:layers]) / sum(alone.attention_s[:layers]))
+        return median(ratios) if ratios else 1.0
+
+    def row(self) -> dict[str, Any]:
+        compute_s = median([run.total_s for run in self.compute])
+        load_s = median([open_s[-1] for open_s in self.load])
+        first_s = median([open_s[0] for open_s in self.load])
+        # Neighbours in time: what slows the machine down for a while slows all three of a round down.
+        exposed = [b.total_s - a.total_s for a, b in zip(self.compute, self.together, strict=True)]
+        exposed_s = median(exposed)
+        longer = [max(a.total_s, open_s[-1]) for a, open_s in zip(self.compute, self.load, strict=True)]
+        return {
+            "compute_over_load": median_ratio(
+                [run.total_s for run in self.compute], [open_s[-1] for open_s in self.load]
+            ),
+            "compute_ms": 1000 * compute_s,
+            "load_ms": 1000 * load_s,
+            "first_ms": 1000 * first_s,
+            "together_ms": 1000 * median([run.total_s for run in self.together]),
+            "waited_ms": 1000 * median([run.waited_s for run in self.together]),
+            "exposed_ms": 1000 * exposed_s,
+            "exposed_over_first": exposed_s / first_s,
+            "exposed_beyond_first_over_load": (exposed_s - first_s) / load_s,
+            "over_max": median_ratio([run.total_s for run in self.together], longer),
+            "attention_slowdown": self.attention_slowdown(),
+        }
+
+
+def measure(bench: Bench, report: Report, tier: str, ratio: float, rounds: int) -> dict[str, Any]:
+    """Times a case; a row of the report.
+
+    Args:
+        ratio: how long a prefill should take, in times that its load takes alone.
+    """
+    bench.load(report, tier)  # warms up
+    load_s = median([bench.load(report, tier)[-1] for _ in range(3)])
+    bench.prefill.last(ratio * load_s)
+    times = Times()
+    expected: list[torch.Tensor] = []
+
+    def compute() -> None:
+        times.compute.append(bench.prefill.run())  # over what the last load brought
+        expected[:] = bench.prefill.outputs
+
+    def load() -> None:
+        times.load.append(bench.load(report, tier))
+
+    def together() -> None:
+        times.together.append(bench.together(report, tier))
+        same = all(torch.equal(got, want) for got, want in zip(bench.prefill.outputs, expected, strict=True))
+        report.check("layers that attend to the same while loading", same, len(expected))
+
+    compute()
+    times.compute.clear()  # only for what to expect
+    parts = [compute, load, together]
+    for number in range(rounds):
+        for part in parts[number % 3 :] + parts[: number % 3]:
+            part()
+    return {
+        "tier": tier,
+        "ratio": ratio,
+        "products_per_layer": bench.prefill.products_per_layer,
+        **times.row(),
+    }
+
+
+def main(
+    smoke: SmokeOption = False,
+    json_to: JsonOption = None,
+    device_name: Annotated[str, typer.Option("--device", help="Where the pool is: cpu or cuda.")] = "cpu",
+    directory: Annotated[
+        Path | None, typer.Option("--dir", help="Where the SSD tier goes, on a disk; default: build/ here.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds of each case.")] = 7,
+) -> None:
+    """How much of a load hides behind attention."""
+    if device_name not in _SHAPES:
+        raise typer.BadParameter(f"--device is cpu or cuda, not {device_name}")
+    if device_name == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("--device cuda: torch finds no CUDA device here; use --device cpu")
+    shape = _SHAPES[device_name]
+    if smoke:
+        shape, rounds = replace(shape, **_SMOKE_SIZE), 1
+    device = torch.device(device_name)
+    torch.set_num_threads(1)
+    with disk_directory(directory, "bench-overlap") as scratch, torch.inference_mode():
+        report = Report("overlap", smoke, Machine.here(scratch))
+        bench = Bench(shape, device, scratch)
+        try:
+            report.settings = {
+                "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+                "attention": bench.prefill.attention_name,
+                "io_engine": bench.engine.transfer.io_engine,
+                "mib": bench.pool.num_bytes / MIB,
+                "layers": shape.layers,
+                "tokens": shape.tokens,
+                "new_tokens": shape.new_tokens,
+                "page_size": shape.page_size,
+                "rounds": rounds,
+                "torch_threads": 1,
+                "copy_threads": 1,
+            }
+            for tier, ratio in [("cpu", _CPU_RATIO), *(("ssd", ratio) for ratio in _SSD_RATIOS)]:
+                console.print(f"prefix in tier {tier}, prefill {ratio} x its load ...")
+                report.rows.append(measure(bench, report, tier, ratio, rounds))
+        finally:
+            bench.close()
+    print_table("prefill and load (medians)", report.rows, list(report.rows[0]))
+    in_memory, on_ssd = report.rows[0], report.rows[1:]
+    report.results = {
+        "exposed_over_first_group": in_memory["exposed_over_first"],
+        "exposed_beyond_first_group_over_load": in_memory["exposed_beyond_first_over_load"],
+        "waited_over_first_group": in_memory["waited_ms"] / in_memory["first_ms"],
+        "ssd_pipeline_over_max": max(row["over_max"] for row in on_ssd),
+        "attention_slowdown": max(row["attention_slowdown"] for row in report.rows),
+    }
+    report.goals = {
+        "exposed_over_first_group": "≤ 1.05",
+        "exposed_beyond_first_group_over_load": "≤ 0.05",
+        "ssd_pipeline_over_max": "≤ 1.15",
+    }
+    report.finish(json_to)
+
+
+if __name__ == "__main__":
+    typer.run(main)
