@@ -21,34 +21,16 @@ constexpr size_t kCopyChunkBytes = size_t{512} << 10;
 // are fetched with the few requests that a core can have in flight, while the processor's prefetcher,
 // which has more, needs a run of lines to start.
 constexpr size_t kReadRunBytes = 4096;
-// So many blocks ahead the start of each run is fetched. The processor's own prefetcher follows from there;
-// what it cannot know is where the next block is.
+// So many blocks ahead a load fetches the start of what it reads of a block. The processor's own prefetcher
+// follows from there; what it cannot know is where the next block is.
 constexpr size_t kPrefetchBlocks = 2;
 constexpr size_t kPrefetchBytes = 4096;
 
 // Into the second cache: the first one's few line buffers are what streamed stores need at the same time.
-// Inlined always: GCC takes a function that does nothing but prefetch for one without effect, and drops
-// the call.
+// Never faults. Inlined always: GCC takes a function that does nothing but prefetch for one without effect,
+// and drops the call.
 [[gnu::always_inline]] inline void Prefetch(const char* source, size_t bytes) {
-  for (size_t at = 0; at < std::min(bytes, kPrefetchBytes); at += 64) __builtin_prefetch(source + at, 0, 2);
-}
-
-// Starts to fetch the source of some layers of a block. Never faults, whatever the address.
-[[gnu::always_inline]] inline void PrefetchLayers(const BlockLayout& layout, int layer_begin,
-                                                  int layer_end, const char* host_block,
-                                                  int64_t token_slot, int64_t first_row, bool to_device) {
-  const size_t host_begin = layout.layer_offset(layer_begin);
-  if (to_device) {
-    Prefetch(host_block + host_begin, layout.layer_offset(layer_end) - host_begin);
-    return;
-  }
-  const int64_t row = first_row >= 0 ? first_row : token_slot;
-  for (int layer = layer_begin; layer < layer_end; ++layer) {
-    for (const DeviceBuffer& buffer : layout.buffers(layer)) {
-      Prefetch(reinterpret_cast<const char*>(buffer.base) + row * buffer.row_stride,
-               static_cast<size_t>(buffer.row_bytes * layout.rows_per_block()));
-    }
-  }
+  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(source + at, 0, 2);
 }
 
 constexpr char kTooLate[] = "the deadline passed before it started";
@@ -564,14 +546,13 @@ void TransferEngine::CopyChunk(CopyJob& job, size_t chunk) {
     // Reads are what a copy waits for, and rows that are read in order are fetched ahead by the
     // processor. Where they are written to makes no difference.
     if (!to_device) std::call_once(job.ordered, [&] { OrderByRow(job); });
-    auto block_at = [&](size_t i) { return job.order.empty() ? i : job.order[i]; };
+    const size_t host_begin = layout_.layer_offset(layer_begin);
+    const size_t ahead_bytes = std::min(kPrefetchBytes, layout_.layer_offset(layer_end) - host_begin);
     for (size_t i = first; i < last; ++i) {
-      if (i + kPrefetchBlocks < last) {
-        const size_t next = block_at(i + kPrefetchBlocks);
-        PrefetchLayers(layout_, layer_begin, layer_end, host_->Slot(host_slots[next]),
-                       token_slots[next * per_block], op->first_rows[next], to_device);
+      if (to_device && i + kPrefetchBlocks < last) {
+        Prefetch(host_->Slot(host_slots[i + kPrefetchBlocks]) + host_begin, ahead_bytes);
       }
-      const size_t b = block_at(i);
+      const size_t b = job.order.empty() ? i : job.order[i];
       CopyLayersCpu(layout_, layer_begin, layer_end, host_->Slot(host_slots[b]),
                     token_slots.data() + b * per_block, op->first_rows[b], to_device);
     }
