@@ -210,6 +210,21 @@ class FlexKVLinker(UnifiedCacheLinker):
         device_tokens, _ = self._prompts.get(rid, (0, 0))
         return device_tokens + found.num_cpu_blocks * self._page, found.num_ssd_blocks
 
+    def hides_its_reads(self, rid: str, chunk_tokens: int | None) -> bool:
+        """Whether what the last lookup decided to load from SSD is read while the request's first chunk is
+        computed. If not, a forward would wait for the disk, and with it all that run beside the request."""
+        found = self._lookups.get(rid)
+        costs = self.load_or_recompute
+        if found is None or not (costs.prefill.known and costs.from_ssd.known):
+            return False
+        device_tokens, total_tokens = self._prompts.get(rid, (0, 0))
+        start = min(total_tokens, device_tokens + found.num_to_load * self._page)
+        end = min(total_tokens, start + chunk_tokens) if chunk_tokens else total_tokens
+        read_s = costs.from_ssd.seconds(
+            self.engine.queued_ssd_read_bytes + found.num_ssd_blocks * self.engine.storage.slot_bytes
+        )
+        return read_s <= costs.prefill.seconds(start, end)
+
     def start_prefetch(self, rid: str) -> Prefetch:
         """Starts to bring what the last lookup of ``rid`` decided to load from SSD to the CPU tier."""
         found = self._lookups.get(rid)

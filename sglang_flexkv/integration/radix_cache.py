@@ -219,10 +219,12 @@ class FlexKVRadixCache(UnifiedRadixCache):
         """Called when a request enters the queue, right after its prefix was matched."""
         if self.linker is None or not self.linker.cache_linker.engine.cache.config.enable_ssd:
             return
-        if self._is_next():
+        if self._is_alone():
             return  # its turn comes at once, and its load reads from SSD under the forward
         linker = self.linker.cache_linker
         first_token, on_ssd = linker.ssd_part(request.rid)
+        if self._is_next() and linker.hides_its_reads(request.rid, self._scheduler.chunked_prefill_size):
+            on_ssd = 0
         # Whether to wait is decided by all ranks together; which blocks to bring, by each for itself.
         anything = torch.tensor([on_ssd], dtype=torch.int64)
         self._all_reduce_attn_groups(anything, torch.distributed.ReduceOp.MAX)
@@ -235,6 +237,10 @@ class FlexKVRadixCache(UnifiedRadixCache):
         rank."""
         scheduler = self._scheduler
         return scheduler is not None and not scheduler.waiting_queue and scheduler.chunked_req is None
+
+    def _is_alone(self) -> bool:
+        """Whether, besides, nobody would stand still while its forward waits for the disk."""
+        return self._is_next() and self._scheduler.running_batch.is_empty()
 
     def check_prefetch_progress(self, request: Any) -> bool:
         """Whether a request may be scheduled. Same answer on every rank."""

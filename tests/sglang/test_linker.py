@@ -745,23 +745,48 @@ def test_a_disk_that_hangs_is_noticed_while_a_forward_waits(
         rig.engine.poll()
 
 
-def test_a_request_that_is_next_does_not_wait_for_ssd(make_rig: MakeRig, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("queued", "chunked", "running", "reads_hide", "waits"),
+    [
+        (False, False, False, False, False),  # alone: nobody stands still while it waits for the disk
+        (False, False, True, False, True),
+        (False, False, True, True, False),  # its own computing takes longer than the read
+        (True, False, False, True, True),  # it has to wait for others anyway
+        (False, True, False, True, True),
+    ],
+)
+def test_who_waits_for_ssd_in_the_queue(
+    make_rig: MakeRig,
+    tmp_path: Path,
+    queued: bool,
+    chunked: bool,
+    running: bool,
+    reads_hide: bool,
+    waits: bool,
+) -> None:
     rig = make_rig(ssd_dir=tmp_path)
     tokens = sequence(1)
     rig.insert(tokens, seed=1)
     rig.evict_all()
     assert rig.engine.flush_spills(TIMEOUT_S)
     invalidate_cpu_tier(rig)
-    req = rig.request(tokens)
-    for queue, chunked, waits in (([], None, False), ([req], None, True), ([], req, True)):
-        rig.cache.attach_scheduler(
-            SimpleNamespace(waiting_queue=queue, chunked_req=chunked, is_mixed_chunk=False)
+    req = rig.request(tokens + sequence(7000))
+    rig.cache.attach_scheduler(
+        SimpleNamespace(
+            waiting_queue=[req] if queued else [],
+            chunked_req=req if chunked else None,
+            running_batch=SimpleNamespace(is_empty=lambda: not running),
+            is_mixed_chunk=False,
+            chunked_prefill_size=PAGE,
         )
-        prefetch(rig, req)
-        assert bool(rig.cache._waiting) is waits
-        rig.abort(req)
-        rig.settle()
-        invalidate_cpu_tier(rig)
+    )
+    costs = rig.linker.load_or_recompute
+    for i in range(1, 10):
+        costs.prefill.observe([(0, 1000)], 10.0 if reads_hide else 1e-9)
+        costs.from_ssd.observe(i * 1e9, float(i))
+    prefetch(rig, req)
+    assert bool(rig.cache._waiting) is waits
+    rig.abort(req)
 
 
 # ---- load or recompute ----
