@@ -117,6 +117,7 @@ py::dict StatsDict(const TransferStats& stats) {
     one["busy_s"] = stats.busy_s[t];
     one["queued_blocks"] = stats.queued_blocks[t];
     one["refused_graphs"] = stats.refused_graphs[t];
+    one["queue_s"] = stats.queue_s[t];
     out[kNames[t]] = one;
   }
   // What was read and was not what had been written: never used, read again by computing it.
@@ -392,9 +393,12 @@ PYBIND11_MODULE(_core, m) {
           py::arg("slot"));
 
   py::class_<LayerGate, std::shared_ptr<LayerGate>>(m, "LayerGate")
-      .def(py::init<int>(), py::arg("num_layers"))
+      .def(py::init([](int num_layers) { return std::make_shared<LayerGate>(num_layers); }),
+           py::arg("num_layers"))
       .def("expect", &LayerGate::Expect, py::arg("loads"))
       .def("wait", &LayerGate::Wait, py::arg("layer"), py::arg("timeout_s"), NoGil())
+      .def("stream_wait", &LayerGate::StreamWait, py::arg("layer"), py::arg("stream"), py::arg("timeout_s"),
+           NoGil())
       .def_property_readonly("num_layers", &LayerGate::num_layers)
       .def_property_readonly("open_layers", &LayerGate::open_layers)
       .def_property_readonly("failed", &LayerGate::failed);
@@ -430,13 +434,14 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<TransferEngine>(m, "TransferEngine")
       .def(py::init([](const BlockLayout& layout, std::shared_ptr<HostPool> host, int copy_threads,
-                       int cuda_device, size_t queue_bytes) {
+                       int cuda_device, size_t queue_bytes, const std::string& cuda_library) {
              py::gil_scoped_release nogil;
              return std::make_unique<TransferEngine>(layout, std::move(host), copy_threads, cuda_device,
-                                                     queue_bytes);
+                                                     queue_bytes, cuda_library);
            }),
            py::arg("layout"), py::arg("host"), py::arg("copy_threads"), py::arg("cuda_device"),
-           py::arg("queue_bytes") = 0)
+           py::arg("queue_bytes") = 0, py::arg("cuda_library") = CudaDriver::kLibrary)
+      .def("make_gate", &TransferEngine::MakeGate, py::arg("num_layers"), NoGil())
       .def(
           "attach_ssd",
           [](TransferEngine& engine, std::shared_ptr<SsdStore> store, IoEngineKind io_engine, int io_depth,
@@ -467,6 +472,7 @@ PYBIND11_MODULE(_core, m) {
       .def("stats", [](const TransferEngine& engine) { return StatsDict(engine.Stats()); })
       .def_property_readonly("event_fd", &TransferEngine::event_fd)
       .def_property_readonly("num_pending", &TransferEngine::num_pending)
+      .def_property_readonly("cuda_note", &TransferEngine::cuda_note)
       .def_property_readonly("io_engine_name", &TransferEngine::io_engine_name)
       .def_property_readonly("io_engine_note", &TransferEngine::io_engine_note)
       .def_property_readonly("now_s", &TransferEngine::Now);

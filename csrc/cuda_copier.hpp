@@ -1,38 +1,43 @@
-// Copies between the host pool and a device pool on a CUDA GPU. Each direction has a thread and a
-// stream of its own: loads never wait behind stores.
+// Copies between the host pool and a device pool on a CUDA GPU, in the order of streams: the host queues them
+// and looks now and then which have ended. It waits for none.
+//
+// Nothing is ever queued where it could block what it depends on. A copy waits for events of the caller's, work
+// on streams that may in turn wait for the gate of an earlier batch, whose last layers may still be on their way
+// from SSD. So a stream of ours that waits for an event is left to the one gate (batch) that it waits for, and one
+// stream for loads never waits at all: what is late always finds a way.
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "block_layout.hpp"
+#include "cuda_paths.hpp"
 #include "host_pool.hpp"
 #include "layer_gate.hpp"
+#include "stream_flags.hpp"
 #include "types.hpp"
 
 namespace flexkv {
 
-class CudaDriver;
-
 // One copy of some layers of some blocks. What it points to lives until on_end was called.
 struct DeviceCopy {
-  bool to_device = false;
-  const int64_t* host_slots = nullptr;   // one per block
-  const int64_t* token_slots = nullptr;  // tokens_per_block per block
-  const int64_t* first_rows = nullptr;   // what BlockLayout::FirstRows says of token_slots
-  size_t num_blocks = 0;
+  CopiedBlocks blocks;
   int layer_begin = 0;
   int layer_end = 0;
-  std::shared_ptr<LayerGate> gate;                      // loads: told of every layer
-  const std::vector<uint64_t>* wait_events = nullptr;   // CUDA events before which nothing is touched
+  // Loads: told of every layer. Stores: a gate of one layer, which opens in stream order; the transfer engine
+  // tells it of the end.
+  std::shared_ptr<LayerGate> gate;
+  const std::vector<uint64_t>* wait_events = nullptr;  // CUDA events before which nothing is touched
   const std::atomic<bool>* cancelled = nullptr;
   // Called once, from a thread of the copier, when nothing of this copy touches memory any more.
   std::function<void(OpStatus status, std::string error)> on_end;
@@ -40,23 +45,69 @@ struct DeviceCopy {
 
 class CudaCopier {
  public:
+  // Throws SystemError if the device gives not even a stream.
   CudaCopier(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout, std::shared_ptr<HostPool> host);
   // Every copy must have ended.
   ~CudaCopier();
 
   void Submit(DeviceCopy copy);
 
+  // What gates need so that streams can wait for them; nullptr where the host has to.
+  const std::shared_ptr<StreamFlags>& flags() const { return flags_; }
+  // The host's time for queueing the copies of one direction, so far.
+  double queue_s(bool to_device) const { return (to_device ? loads_ : stores_).queue_s.load(); }
+  // What this device cannot do, in words; empty if it can do everything.
+  const std::string& note() const { return note_; }
+
  private:
+  using Clock = std::chrono::steady_clock;
+  // A copy, from Submit to its end.
+  struct Flight {
+    DeviceCopy copy;
+    Clock::time_point since;
+    size_t events_done = 0;  // of wait_events
+    bool by_kernel = false, pinned = false;
+    size_t num_commands = 0;
+    std::optional<KernelPath::Descriptors> described;
+    CudaDriver::Event end = nullptr;  // nullptr: it ends when its stream is idle
+    std::string error;
+    bool late = false;
+  };
+  struct Lane {
+    CudaDriver::Stream stream = nullptr;
+    std::deque<std::unique_ptr<Flight>> flights;  // in stream order
+    bool waits = false;                           // a wait for an event was queued since it was idle
+    size_t num_commands = 0;                      // of its flights
+  };
   struct Direction {
-    std::deque<DeviceCopy> queue;
+    bool to_device = false;
+    std::vector<Lane> lanes;
+    std::deque<std::unique_ptr<Flight>> submitted;  // under mutex_
+    std::deque<std::unique_ptr<Flight>> waiting;    // for events, or for a lane
+    std::vector<CudaDriver::Event> events;          // to be used again
+    std::atomic<double> queue_s{0};
     std::thread thread;
   };
+
   void Loop(Direction& direction);
-  void Run(const DeviceCopy& copy, void* stream);
+  void StartWaiting(Direction& direction);
+  // True if the flight is on a stream or has ended, false if its time has not come.
+  bool Start(Direction& direction, std::unique_ptr<Flight>& flight);
+  CudaDriver::State StateOfEvents(Flight& flight);
+  Lane* FindLane(Direction& direction, const Flight& flight, bool events_done);
+  void Queue(Direction& direction, Lane& lane, std::unique_ptr<Flight> flight, bool events_done);
+  bool QueueLayers(Flight& flight, void* stream);
+  void Reap(Direction& direction);
+  void OpenGateIfLate(Flight& flight);
+  void End(Flight& flight);
 
   const std::shared_ptr<CudaDriver> cuda_;
   const BlockLayout& layout_;
   const std::shared_ptr<HostPool> host_;
+  std::shared_ptr<StreamFlags> flags_;
+  std::string note_;
+  EnginePath engine_path_;
+  std::unique_ptr<KernelPath> kernel_path_;
   std::mutex mutex_;
   std::condition_variable wake_;
   Direction loads_, stores_;

@@ -1,7 +1,11 @@
-// The few calls of the CUDA driver that the engine needs, looked up at run time: one build serves
-// machines with any CUDA version and with none.
+// The calls of the CUDA driver that the engine needs, looked up at run time: one build serves machines with any
+// CUDA version and with none.
+//
+// Calls that return bool, or take *error, say in *error what failed; they never throw. All of them may be made
+// from any thread whose current context is this one (MakeCurrent, CudaContext).
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -12,42 +16,137 @@ namespace flexkv {
 class CudaDriver {
  public:
   using Stream = void*;
+  using Event = void*;
+  using Kernel = void*;
+  enum class State { kPending, kDone, kFailed };
 
-  // Loads libcuda.so.1 and takes the primary context of `device` (the one PyTorch uses). Throws
-  // SystemError with the reason if that is not possible.
-  static std::shared_ptr<CudaDriver> Load(int device);
+  static constexpr const char* kLibrary = "libcuda.so.1";
+
+  // Loads the driver and takes the primary context of `device` (the one PyTorch uses). Throws SystemError with
+  // the reason if that is not possible. `library` is for tests, which bring a stand-in.
+  static std::shared_ptr<CudaDriver> Load(int device, const std::string& library = kLibrary);
   ~CudaDriver();
 
-  // Every thread that uses the driver makes the context current first.
-  void MakeCurrent();
-  Stream CreateStream();
+  // Every thread of ours that uses the driver makes the context current first.
+  bool MakeCurrent(std::string* error);
+
+  int num_multiprocessors() const { return num_multiprocessors_; }
+  // Registered host memory has the same address on the device. True on every 64-bit Linux with a current GPU.
+  bool same_host_addresses() const { return same_host_addresses_; }
+  bool has_stream_values() const { return wait_value_ != nullptr && write_value_ != nullptr; }
+  bool has_batch_copies() const { return batch_copies_.load(std::memory_order_relaxed); }
+
+  // Throws SystemError. An urgent stream's work goes before that of others.
+  Stream CreateStream(bool urgent);
   void DestroyStream(Stream stream);
-  // False on failure, with the reason in *error.
+  bool StreamWaitEvent(Stream stream, uint64_t event, std::string* error);
+  State QueryStream(Stream stream, std::string* error);
+  bool Synchronize(Stream stream, std::string* error);
+  // The stream stops until the word at this address, as the device sees it, has reached `value` (modulo 2^32).
+  bool StreamWaitValue(Stream stream, uint64_t address, uint32_t value, std::string* error);
+  // Everything that is on the stream already is visible to who sees the value.
+  bool StreamWriteValue(Stream stream, uint64_t address, uint32_t value, std::string* error);
+
+  Event CreateEvent(std::string* error);  // nullptr on failure
+  void DestroyEvent(Event event);
+  bool RecordEvent(Event event, Stream stream, std::string* error);
+  State QueryEvent(Event event, std::string* error);
+
   bool CopyToDevice(uint64_t dst, const void* src, size_t bytes, Stream stream, std::string* error);
   bool CopyToHost(void* dst, uint64_t src, size_t bytes, Stream stream, std::string* error);
-  bool StreamWaitEvent(Stream stream, uint64_t event, std::string* error);
-  bool Synchronize(Stream stream, std::string* error);
+  // Many copies in one call, in any order among themselves. Without has_batch_copies it is an error. A driver
+  // that has the call and does not support it here ends has_batch_copies and returns false without an error.
+  bool CopyBatch(uint64_t* dsts, uint64_t* srcs, size_t* sizes, size_t count, Stream stream, std::string* error);
+
+  // Registers memory for DMA and for access by kernels.
   bool HostRegister(void* ptr, size_t bytes);
   void HostUnregister(void* ptr);
+  // Pinned memory that kernels and streams can reach; nullptr and 0 on failure.
+  void* AllocatePinned(size_t bytes);
+  uint64_t DeviceAddress(void* pinned);
+  void FreePinned(void* pinned);
+  uint64_t AllocateDevice(size_t bytes, std::string* error);
+  void FreeDevice(uint64_t memory);
+
+  // nullptr on failure. Modules stay loaded until the driver goes.
+  void* LoadModule(const char* ptx, std::string* error);
+  void UnloadModule(void* module);
+  Kernel FindKernel(void* module, const char* name, std::string* error);
+  // `argument` is copied before the call returns.
+  bool Launch(Kernel kernel, unsigned ctas, unsigned threads, void* argument, Stream stream, std::string* error);
 
  private:
+  friend class CudaContext;
   CudaDriver() = default;
   bool Ok(int code, const char* what, std::string* error);
+  State StateOf(int code, const char* what, std::string* error);
 
   void* library_ = nullptr;
   void* context_ = nullptr;
   int device_ = 0;
+  int num_multiprocessors_ = 1;
+  bool same_host_addresses_ = false;
+  std::atomic<bool> batch_copies_{false};
+
+  // Of the version of cuMemcpyBatchAsync that came with CUDA 12.8; CUDA 13 dropped an argument.
+  struct CopyAttributes {
+    int source_order;
+    int source_location[2];
+    int destination_location[2];
+    unsigned flags;
+  };
+  static_assert(sizeof(CopyAttributes) == 24, "CUmemcpyAttributes of cuda.h");
+
   int (*set_current_)(void*) = nullptr;
-  int (*stream_create_)(void**, unsigned) = nullptr;
+  int (*push_context_)(void*) = nullptr;
+  int (*pop_context_)(void**) = nullptr;
+  int (*priority_range_)(int*, int*) = nullptr;
+  int (*stream_create_)(void**, unsigned, int) = nullptr;
   int (*stream_destroy_)(void*) = nullptr;
   int (*stream_wait_event_)(void*, void*, unsigned) = nullptr;
+  int (*stream_query_)(void*) = nullptr;
   int (*stream_synchronize_)(void*) = nullptr;
+  int (*wait_value_)(void*, uint64_t, uint32_t, unsigned) = nullptr;
+  int (*write_value_)(void*, uint64_t, uint32_t, unsigned) = nullptr;
+  int (*event_create_)(void**, unsigned) = nullptr;
+  int (*event_destroy_)(void*) = nullptr;
+  int (*event_record_)(void*, void*) = nullptr;
+  int (*event_query_)(void*) = nullptr;
   int (*copy_htod_)(uint64_t, const void*, size_t, void*) = nullptr;
   int (*copy_dtoh_)(void*, uint64_t, size_t, void*) = nullptr;
+  int (*copy_batch_)(uint64_t*, uint64_t*, size_t*, size_t, CopyAttributes*, size_t*, size_t, void*) = nullptr;
+  int (*copy_batch_12_)(uint64_t*, uint64_t*, size_t*, size_t, CopyAttributes*, size_t*, size_t, size_t*,
+                        void*) = nullptr;
   int (*host_register_)(void*, size_t, unsigned) = nullptr;
   int (*host_unregister_)(void*) = nullptr;
+  int (*host_alloc_)(void**, size_t, unsigned) = nullptr;
+  int (*host_free_)(void*) = nullptr;
+  int (*host_device_pointer_)(uint64_t*, void*, unsigned) = nullptr;
+  int (*device_alloc_)(uint64_t*, size_t) = nullptr;
+  int (*device_free_)(uint64_t) = nullptr;
+  int (*module_load_)(void**, const void*) = nullptr;
+  int (*module_unload_)(void*) = nullptr;
+  int (*module_function_)(void**, void*, const char*) = nullptr;
+  int (*launch_)(void*, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void*, void**,
+                 void**) = nullptr;
   int (*primary_release_)(int) = nullptr;
   int (*error_name_)(int, const char**) = nullptr;
+};
+
+// Makes the driver's context current on somebody else's thread, for as long as it lives.
+class CudaContext {
+ public:
+  explicit CudaContext(CudaDriver& cuda) : cuda_(cuda), pushed_(cuda.push_context_(cuda.context_) == 0) {}
+  ~CudaContext() {
+    void* popped = nullptr;
+    if (pushed_) cuda_.pop_context_(&popped);
+  }
+  CudaContext(const CudaContext&) = delete;
+  CudaContext& operator=(const CudaContext&) = delete;
+
+ private:
+  CudaDriver& cuda_;
+  const bool pushed_;
 };
 
 }  // namespace flexkv

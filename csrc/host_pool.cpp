@@ -13,11 +13,6 @@
 
 namespace flexkv {
 
-namespace {
-// Small enough that a server that stops does not wait for it, large enough to be cheap per byte.
-constexpr size_t kPinChunkBytes = size_t{64} << 20;
-}  // namespace
-
 HostPool::HostPool(size_t num_slots, size_t slot_bytes)
     : num_slots_(num_slots), slot_bytes_(slot_bytes) {
   Require(slot_bytes > 0 && slot_bytes % kIoAlignment == 0,

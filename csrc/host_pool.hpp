@@ -24,6 +24,10 @@ class HostPool {
   HostPool(const HostPool&) = delete;
   HostPool& operator=(const HostPool&) = delete;
 
+  // The pool is pinned in chunks of this size, each of them one registration with CUDA. Small enough that a
+  // server that stops does not wait for it, large enough to be cheap per byte.
+  static constexpr size_t kPinChunkBytes = size_t{64} << 20;
+
   char* Slot(int64_t slot) const { return base_ + static_cast<size_t>(slot) * slot_bytes_; }
   char* base() const { return base_; }
   size_t num_slots() const { return num_slots_; }
@@ -34,7 +38,8 @@ class HostPool {
   // otherwise locked with mlock, otherwise (RLIMIT_MEMLOCK) at least faulted in. The pool is usable
   // all the while; a transfer out of memory that is not pinned yet is only slower.
   void StartPinning(std::shared_ptr<CudaDriver> cuda);
-  size_t pinned_bytes() const { return pinned_bytes_.load(std::memory_order_relaxed); }
+  // Pinned memory is at the pool's beginning.
+  size_t pinned_bytes() const { return pinned_bytes_.load(std::memory_order_acquire); }
   size_t populated_bytes() const { return populated_bytes_.load(std::memory_order_relaxed); }
 
  private:

@@ -1,18 +1,29 @@
 #include "layer_gate.hpp"
 
 #include <chrono>
+#include <utility>
 
 #include "types.hpp"
 
 namespace flexkv {
 
-LayerGate::LayerGate(int num_layers) : num_layers_(num_layers), left_(num_layers, 0) {
+LayerGate::LayerGate(int num_layers, std::shared_ptr<StreamFlags> flags)
+    : num_layers_(num_layers),
+      flags_(std::move(flags)),
+      row_(flags_ && num_layers > 0 ? flags_->Take(num_layers) : StreamFlags::Row{}),
+      left_(num_layers, 0),
+      left_queued_(num_layers, 0) {
   Require(num_layers > 0, "a gate needs at least one layer");
+}
+
+LayerGate::~LayerGate() {
+  if (flags_) flags_->GiveBack(row_);
 }
 
 void LayerGate::Expect(int loads) {
   std::lock_guard<std::mutex> lock(mutex_);
   for (int& left : left_) left += loads;
+  for (int& left : left_queued_) left += loads;
 }
 
 void LayerGate::Arrive(int layer) {
@@ -20,7 +31,9 @@ void LayerGate::Arrive(int layer) {
     std::lock_guard<std::mutex> lock(mutex_);
     left_[layer]--;
     int open = open_.load(std::memory_order_relaxed);
-    while (open < num_layers_ && left_[open] <= 0) ++open;
+    for (; open < num_layers_ && left_[open] <= 0; ++open) {
+      if (row_.words != nullptr) StreamFlags::Raise(row_, open);
+    }
     open_.store(open, std::memory_order_release);
   }
   changed_.notify_all();
@@ -30,8 +43,19 @@ void LayerGate::Fail() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     failed_.store(true);
+    for (int layer = 0; row_.words != nullptr && layer < num_layers_; ++layer) StreamFlags::Raise(row_, layer);
   }
   changed_.notify_all();
+}
+
+bool LayerGate::Queued(int layer, void* stream, std::string* error) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  left_queued_[layer]--;
+  bool good = true;
+  for (; open_queued_ < num_layers_ && left_queued_[open_queued_] <= 0; ++open_queued_) {
+    good = good && (row_.words == nullptr || flags_->QueueRaise(row_, open_queued_, stream, error));
+  }
+  return good;
 }
 
 bool LayerGate::Wait(int layer, double timeout_s) {
@@ -41,6 +65,28 @@ bool LayerGate::Wait(int layer, double timeout_s) {
     return failed_.load() || open_.load(std::memory_order_relaxed) > layer;
   });
   return in_time && !failed_.load();
+}
+
+bool LayerGate::StreamWait(int layer, uint64_t stream, double timeout_s) {
+  Require(layer >= 0 && layer < num_layers_, "the gate has no such layer");
+  if (row_.words == nullptr) return Wait(layer, timeout_s);
+  if (failed_.load()) return false;
+  if (StreamFlags::IsRaised(row_, layer)) return !failed_.load();
+  {
+    // Attention asks twice per layer, for K and for V, and a layer is never open before those below it.
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (waiting_layer_ >= layer && waiting_stream_ == stream) return true;
+  }
+  // Without the lock: on a stream whose queue is full this call waits for the stream to move on, which may be
+  // waiting for a copy that takes the lock.
+  std::string error;
+  if (flags_->QueueWait(row_, layer, reinterpret_cast<void*>(stream), &error)) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    waiting_stream_ = stream;
+    waiting_layer_ = layer;
+    return true;
+  }
+  return Wait(layer, timeout_s);
 }
 
 int LayerGate::open_layers() const { return open_.load(std::memory_order_acquire); }

@@ -3,34 +3,63 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
+#include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
+
+#include "stream_flags.hpp"
 
 namespace flexkv {
 
-// One gate serves all loads of a batch: a layer is open when every one of them has passed it.
+// One gate serves all loads of a batch: a layer is open when every one of them has passed it. A gate with one
+// layer serves a store: it is open when the device's slots may be written again.
+//
+// On a GPU a gate has a flag per layer, which the copying stream raises and StreamWait makes another stream
+// wait for. A gate that fails, or goes, raises all of them from the host: no stream waits for ever.
 class LayerGate {
  public:
-  explicit LayerGate(int num_layers);
+  explicit LayerGate(int num_layers, std::shared_ptr<StreamFlags> flags = nullptr);
+  ~LayerGate();
+  LayerGate(const LayerGate&) = delete;
+  LayerGate& operator=(const LayerGate&) = delete;
+
   int num_layers() const { return num_layers_; }
   // Before the first load is submitted: how many loads will report.
   void Expect(int loads);
   // Waits until `layer` is open. False if the loads failed or the time is up.
   bool Wait(int layer, double timeout_s);
+  // Makes what is queued on `stream` (a CUstream) from now on wait until `layer` is open, and returns at once;
+  // the copy need not have been queued yet. Waits here, like Wait, where streams cannot wait for memory. False
+  // if the loads have failed already or the time is up; the stream goes on then, and its output is worthless.
+  // Whatever opens the gate must not be queued behind this wait.
+  bool StreamWait(int layer, uint64_t stream, double timeout_s);
   // Open layers, counted from the first, without waiting.
   int open_layers() const;
   bool failed() const { return failed_.load(); }
 
+  // A load's bytes of this layer are on the device.
   void Arrive(int layer);
   void Fail();
 
+  // A load's copy of this layer is on a stream, behind all other copies for this gate that have not ended:
+  // raises the flags of the layers that are open by then. An Arrive follows when the copy has ended.
+  bool Queued(int layer, void* stream, std::string* error);
+
  private:
   const int num_layers_;
+  const std::shared_ptr<StreamFlags> flags_;
+  const StreamFlags::Row row_;  // without words where the host has to wait
   std::atomic<int> open_{0};
   std::atomic<bool> failed_{false};
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<int> left_;
+  std::vector<int> left_;         // loads that have not arrived, per layer
+  std::vector<int> left_queued_;  // loads that are not even on a stream
+  int open_queued_ = 0;           // layers that will be open when the stream gets there
+  uint64_t waiting_stream_ = 0;   // the last one that was told to wait,
+  int waiting_layer_ = -1;        // and for what
 };
 
 }  // namespace flexkv

@@ -91,7 +91,7 @@ struct TransferEngine::CopyJob {
 };
 
 TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads,
-                               int cuda_device, size_t queue_bytes)
+                               int cuda_device, size_t queue_bytes, const std::string& cuda_library)
     : layout_(std::move(layout)),
       queue_blocks_((queue_bytes + layout_.block_bytes() - 1) / layout_.block_bytes()),
       host_(std::move(host)),
@@ -100,16 +100,22 @@ TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> hos
   Require(host_->slot_bytes() >= layout_.block_bytes(), "a host slot is smaller than a block");
   Require(copy_threads > 0, "the transfer engine needs at least one copy thread");
   slices_ = SlicesOf(layout_, host_->slot_bytes(), kSlicesMax);
-  std::shared_ptr<CudaDriver> cuda = cuda_device >= 0 ? CudaDriver::Load(cuda_device) : nullptr;
+  std::shared_ptr<CudaDriver> cuda = cuda_device >= 0 ? CudaDriver::Load(cuda_device, cuda_library) : nullptr;
   // Everything that can fail comes before the first thread, which nobody would join.
   host_->StartPinning(cuda);
+  if (cuda) copier_ = std::make_unique<CudaCopier>(cuda, layout_, host_);
   event_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (event_fd_ < 0) throw SystemError(std::string("eventfd: ") + std::strerror(errno));
-  if (cuda) {
-    copier_ = std::make_unique<CudaCopier>(std::move(cuda), layout_, host_);
-  } else {
-    for (int i = 0; i < copy_threads; ++i) copy_threads_.emplace_back([this] { CopyLoop(); });
-  }
+  for (int i = 0; i < copy_threads && !cuda; ++i) copy_threads_.emplace_back([this] { CopyLoop(); });
+}
+
+std::shared_ptr<LayerGate> TransferEngine::MakeGate(int num_layers) const {
+  return std::make_shared<LayerGate>(num_layers, copier_ ? copier_->flags() : nullptr);
+}
+
+const std::string& TransferEngine::cuda_note() const {
+  static const std::string kNone;
+  return copier_ ? copier_->note() : kNone;
 }
 
 TransferEngine::~TransferEngine() {
@@ -309,7 +315,11 @@ size_t TransferEngine::num_pending() const {
 
 TransferStats TransferEngine::Stats() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return stats_;
+  TransferStats stats = stats_;
+  for (TransferType type : {TransferType::kH2D, TransferType::kD2H}) {
+    if (copier_) stats.queue_s[static_cast<int>(type)] = copier_->queue_s(type == TransferType::kH2D);
+  }
+  return stats;
 }
 
 bool TransferEngine::ShouldSkip(const Op& op) const {
@@ -441,8 +451,12 @@ void TransferEngine::FinishCopy(Op* op) {
 
 void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok) {
   Graph* graph = op->graph;
-  if (status != OpStatus::kDone && graph->gate && op->spec.type == TransferType::kH2D) {
-    graph->gate->Fail();
+  if (graph->gate && IsDeviceCopy(op->spec.type)) {
+    if (status != OpStatus::kDone) {
+      graph->gate->Fail();
+    } else if (op->spec.type == TransferType::kD2H) {
+      graph->gate->Arrive(0);
+    }
   }
   std::vector<Op*> ready;
   {
@@ -569,18 +583,20 @@ void TransferEngine::CopyChunk(CopyJob& job, size_t chunk) {
 
 void TransferEngine::StartCudaCopy(Op* op, int layer_begin, int layer_end) {
   const OpSpec& s = op->spec;
+  const bool to_device = s.type == TransferType::kH2D;
   DeviceCopy copy;
-  copy.to_device = s.type == TransferType::kH2D;
-  copy.host_slots = (copy.to_device ? s.src : s.dst).data();
-  copy.token_slots = (copy.to_device ? s.dst : s.src).data();
-  copy.first_rows = op->first_rows.data();
-  copy.num_blocks = op->num_blocks;
+  copy.blocks.to_device = to_device;
+  copy.blocks.host_slots = (to_device ? s.src : s.dst).data();
+  copy.blocks.token_slots = (to_device ? s.dst : s.src).data();
+  copy.blocks.first_rows = op->first_rows.data();
+  copy.blocks.count = op->num_blocks;
   copy.layer_begin = layer_begin;
   copy.layer_end = layer_end;
   copy.gate = op->graph->gate;
   copy.wait_events = &op->graph->wait_events;
   copy.cancelled = &op->graph->cancelled;
   copy.on_end = [this, op, layers = layer_end - layer_begin](OpStatus status, std::string error) {
+    if (status == OpStatus::kFailed && error.empty()) error = "a copy on the GPU failed";
     EndPiece(op, status == OpStatus::kDone ? layers : 0, std::move(error));
   };
   copier_->Submit(std::move(copy));

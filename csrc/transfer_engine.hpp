@@ -53,7 +53,9 @@ struct OpSpec {
 
 struct GraphSpec {
   std::vector<OpSpec> ops;
-  std::shared_ptr<LayerGate> gate;     // told by every H2D op of the graph
+  // Told of every layer by every H2D op of the graph; or, a gate with one layer, by its D2H op when the
+  // device's slots may be written again.
+  std::shared_ptr<LayerGate> gate;
   std::vector<uint64_t> wait_events;   // CUDA events to wait for before touching the device pool
   double timeout_s = 0;                // ops that have not started by then are cancelled; 0: none
   bool background = false;             // nobody waits for it: refused when too much is queued
@@ -80,6 +82,7 @@ struct TransferStats {
   uint64_t ops_cancelled[kNumTransferTypes] = {};
   uint64_t bytes[kNumTransferTypes] = {};
   double busy_s[kNumTransferTypes] = {};  // time in which at least one was moving bytes
+  double queue_s[kNumTransferTypes] = {};  // copies on a GPU: the host's time for queueing them
   uint64_t queued_blocks[kNumTransferTypes] = {};  // of ops that have not ended
   uint64_t corrupt_blocks = 0;
   uint64_t refused_graphs[kNumTransferTypes] = {};  // background graphs that found this queue full
@@ -96,9 +99,10 @@ struct SsdIoOptions {
 class TransferEngine {
  public:
   // `cuda_device` < 0: the device pool is CPU memory. Background graphs may have `queue_bytes` of each
-  // type of transfer waiting or running, and one graph more; 0: no limit.
+  // type of transfer waiting or running, and one graph more; 0: no limit. `cuda_library` is for tests,
+  // see CudaDriver::Load.
   TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads, int cuda_device,
-                 size_t queue_bytes);
+                 size_t queue_bytes, const std::string& cuda_library);
   ~TransferEngine();
 
   // Puts an SSD tier under the engine, or takes it away. No disk op may be pending.
@@ -106,6 +110,9 @@ class TransferEngine {
   void DetachSsd();
   // For how long the oldest disk transfer has been on its way; 0 if there is none.
   double ssd_oldest_io_s() const;
+
+  // A gate for graphs of this engine; on a GPU streams can wait for it.
+  std::shared_ptr<LayerGate> MakeGate(int num_layers) const;
 
   // Checks every index of the graph (UsageError) and starts it. Returns its id, or 0 for a background
   // graph that finds the queues full: back pressure, nothing was started.
@@ -128,6 +135,7 @@ class TransferEngine {
   TransferStats Stats() const;
   const std::string& io_engine_name() const { return io_name_; }
   const std::string& io_engine_note() const { return io_note_; }
+  const std::string& cuda_note() const;  // what the GPU cannot do; empty if everything, or without one
   const std::vector<Slice>& slices() const { return slices_; }
   double Now() const;
 

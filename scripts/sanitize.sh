@@ -62,7 +62,9 @@ with_core() {
     for library in ${libraries[$sanitizer]}; do
         preload+=("$(g++ -print-file-name="$library")")
     done
-    (cd "$ROOT" && env LD_PRELOAD="${preload[*]}" ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0" "$PYTHON" \
+    # The CUDA driver's stand-in is built with the same sanitizer: it orders what the core's threads do.
+    (cd "$ROOT" && env LD_PRELOAD="${preload[*]}" ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0" \
+        FAKE_CUDA_FLAGS="-O1 -g1 -fsanitize=$sanitizer" "$PYTHON" \
         csrc/tests/pytest_with_core.py "build/sanitize-$sanitizer/_core.so" -q -p no:cacheprovider "$@")
 }
 
@@ -86,6 +88,7 @@ case ${1:-} in
         check "$sanitizer: index" with_core "$sanitizer" tests/unit/test_prefix_index.py \
             tests/unit/test_index_model.py -k "not script"
         check "$sanitizer: transfer engine" with_core "$sanitizer" "$ENGINE" -k "not $MEMORY and not $SHARED"
+        check "$sanitizer: CUDA path" with_core "$sanitizer" tests/unit/test_cuda_path.py
     done
     TSAN_OPTIONS+=":suppressions=$ROOT/csrc/tests/shared_slots.supp"
     for sanitizer in address thread; do

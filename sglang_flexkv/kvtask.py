@@ -239,7 +239,8 @@ class KVTaskEngine:
         Args:
             token_slots: device token slots of all blocks of the plan, int64 [blocks * tokens_per_block].
             gate: opened layer by layer as a get arrives. It must have been told to expect ``num_loads`` of
-                every task that shares it, before the first of them is launched.
+                every task that shares it, before the first of them is launched. Of a put, a gate with one
+                layer that expects one: opened when the device's slots may be written again.
             wait_events: torch.cuda.Event objects that must have happened before the device pool is touched.
         """
         with self._lock:

@@ -16,18 +16,35 @@ _LOOK_AFTER_S = 0.1
 
 
 class LayerLoadCounter:
-    """One gate per batch that loads. The pool's accessors wait for the layer they are about to read, with the
-    GIL released, so that the rest of the scheduler's threads go on."""
+    """One gate per batch that loads. The pool's accessors ask for the layer they are about to read.
 
-    def __init__(self, num_layers: int, look_after: Callable[[], object]) -> None:
-        """
-        Args:
-            look_after: called now and then while a forward waits on the host: nobody else looks after the
-                tiers meanwhile, and a disk that hangs must be noticed.
-        """
+    On a GPU the stream that is going to read it is told to wait for the layer, and the host goes on: by the
+    time the copy lands, the whole forward may be queued. On a CPU the accessor waits, with the GIL released,
+    so that the rest of the scheduler's threads go on.
+
+    While SGLang captures a CUDA graph nothing is issued: no batch is loading then and ``consumer_index`` is
+    -1. A captured wait would wait for a gate of the past at every replay. Prefill graphs are replayed after a
+    wait for the last layer, which SGLang asks for outside the graph.
+
+    Args:
+        make_gate: for a number of layers, see ``TransferEngine.make_gate``.
+        look_after: called now and then while a forward waits on the host: nobody else looks after the tiers
+            meanwhile, and a disk that hangs must be noticed.
+        current_stream: the CUstream on which the caller of ``wait_until`` queues work; None on a CPU.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        make_gate: Callable[[int], _core.LayerGate],
+        look_after: Callable[[], object],
+        current_stream: Callable[[], int] | None = None,
+    ) -> None:
         self.num_layers = num_layers
         self._look_after = look_after
         self.consumer_index = -1
+        self._make_gate = make_gate
+        self._current_stream = current_stream
         self._gates: dict[int, _core.LayerGate] = {}
         self._next_index = 0
         self._went_on: set[int] = set()
@@ -36,7 +53,7 @@ class LayerLoadCounter:
         """A gate for the loads of one batch and the index under which the forward will wait for it."""
         index = self._next_index
         self._next_index += 1
-        gate = _core.LayerGate(self.num_layers)
+        gate = self._make_gate(self.num_layers)
         self._gates[index] = gate
         return index, gate
 
@@ -58,13 +75,17 @@ class LayerLoadCounter:
         if gate is None or self.consumer_index in self._went_on:
             return
         deadline = time.monotonic() + _LAYER_TIMEOUT_S
-        while not gate.wait(layer, _LOOK_AFTER_S) and not gate.failed:
+        while not self._wait(gate, layer) and not gate.failed:
             self._look_after()
             if time.monotonic() > deadline:
-                if self.consumer_index not in self._went_on:
-                    logger.error("KV of layer %d did not arrive in %.0f s", layer, _LAYER_TIMEOUT_S)
+                logger.error("KV of layer %d did not arrive in %.0f s", layer, _LAYER_TIMEOUT_S)
                 self._went_on.add(self.consumer_index)
                 return
+
+    def _wait(self, gate: _core.LayerGate, layer: int) -> bool:
+        if self._current_stream is None:
+            return gate.wait(layer, _LOOK_AFTER_S)
+        return gate.stream_wait(layer, self._current_stream(), _LOOK_AFTER_S)
 
     def reset(self) -> None:
         self._gates.clear()

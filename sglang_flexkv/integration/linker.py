@@ -12,10 +12,12 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
 
@@ -105,12 +107,19 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.config = config
         self.namespace = namespace
         self.forward_stream = forward_stream
-        self.layer_done_counter = LayerLoadCounter(num_layers, engine.poll)
+        device = engine.storage.device
+        self._on_gpu = device.device.type != "cpu"
+        self.gpu_stream = forward_stream if self._on_gpu else None
+        self.layer_done_counter = LayerLoadCounter(
+            num_layers,
+            engine.transfer.make_gate,
+            engine.poll,
+            # torch.cuda.current_stream() takes ten times as long, and this is asked twice per layer.
+            partial(torch._C._cuda_getCurrentRawStream, device.cuda_device) if self._on_gpu else None,
+        )
         self.pools = {PoolName.KV: engine.storage.device}
         self._single_rank = single_rank
         self._page = engine.config.tokens_per_block
-        self._on_gpu = engine.storage.device.device.type != "cpu"
-        self.gpu_stream = forward_stream if self._on_gpu else None
         self.page_hashes = PageHashes(engine.config.tokens_per_block, namespace)
         self.load_or_recompute = LoadOrRecompute(
             config.load_policy,
@@ -361,8 +370,17 @@ class FlexKVLinker(UnifiedCacheLinker):
         return True
 
     def spill(self, transfers: list[PoolTransfer], parent_hash: str | None) -> None:
-        """Stores a node that is about to leave the device, and returns when its slots may be reused."""
-        task = self._start_put(transfers, parent_hash)
+        """Stores a node that is about to leave the device, and returns when its slots may be reused.
+
+        On a GPU that is at once: the forward's stream, which alone writes to them, waits for the copy. Loads
+        into them wait for what is on that stream."""
+        gate = self.engine.transfer.make_gate(1) if self._on_gpu else None
+        task = self._start_put(transfers, parent_hash, gate=gate)
+        if gate is not None and not task.ended:
+            stream = self.forward_stream or torch.cuda.current_stream()
+            if gate.stream_wait(0, stream.cuda_stream, _SPILL_TIMEOUT_S):
+                self.engine.forget(task)
+                return
         if not task.ended and not self.engine.wait([task], _SPILL_TIMEOUT_S):
             logger.error("a spill has not ended after %.0f s; its node is dropped", _SPILL_TIMEOUT_S)
             self.engine.cancel(task)
@@ -371,7 +389,11 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.engine.forget(task)
 
     def _start_put(
-        self, transfers: Sequence[PoolTransfer], parent_hash: str | None, importance: int = 0
+        self,
+        transfers: Sequence[PoolTransfer],
+        parent_hash: str | None,
+        importance: int = 0,
+        gate: _core.LayerGate | None = None,
     ) -> KVTask:
         (transfer,) = transfers
         keys = keys_from_page_hashes(transfer.keys or (), self.namespace)
@@ -383,7 +405,9 @@ class FlexKVLinker(UnifiedCacheLinker):
         # Asking a GPU tensor for its values waits for the stream that computed them, so only where needed.
         slots = as_token_slots(transfer.device_indices) if task.plan.graph.ops else None
         events = self.record_offload_ready() if self._on_gpu and slots is not None else []
-        self.engine.launch(task, slots, wait_events=events)
+        if gate is not None:
+            gate.expect(1)
+        self.engine.launch(task, slots, gate=gate, wait_events=events)
         return task
 
     def num_completed_offloads(self) -> int:

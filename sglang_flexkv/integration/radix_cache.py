@@ -435,4 +435,6 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any) -> FlexKVRadixCache:
         if cache_config.enable_ssd
         else "off",
     )
+    if engine.transfer.cuda_note:
+        logger.warning("sglang-flexkv: %s", engine.transfer.cuda_note)
     return cache

@@ -60,6 +60,10 @@ class TransferEngine:
         """For how long the oldest disk transfer has been on its way; 0 if there is none."""
         return self._core.ssd_oldest_io_s
 
+    def make_gate(self, num_layers: int) -> _core.LayerGate:
+        """A gate for graphs of this engine. On a GPU streams can be told to wait for it."""
+        return self._core.make_gate(num_layers)
+
     def submit(
         self,
         graph: TransferOpGraph,
@@ -72,7 +76,8 @@ class TransferEngine:
         """Starts a graph whose device slots are bound.
 
         Args:
-            gate: opened layer by layer by the graph's H2D ops.
+            gate: opened layer by layer by the graph's H2D ops; or one with a single layer, opened by its D2H
+                op when the device's slots may be written again.
             wait_events: CUDA events that must have happened before the device pool is touched.
             timeout_s: ops that have not started by then are cancelled; 0: no limit.
             background: nobody waits for it, so it is refused while too much of its kind is queued.
@@ -123,6 +128,11 @@ class TransferEngine:
         return self._core.num_pending
 
     @property
+    def cuda_note(self) -> str:
+        """What the GPU or its driver cannot do and is done in a slower way; empty if nothing."""
+        return self._core.cuda_note
+
+    @property
     def io_engine(self) -> str:
         """Name of the SSD I/O engine in use, with the reason if it is a fall-back."""
         note = self._core.io_engine_note
@@ -134,7 +144,7 @@ class TransferEngine:
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Per transfer type: ops_done, ops_failed, ops_cancelled, bytes, busy_s, queued_blocks,
-        refused_graphs."""
+        refused_graphs, and queue_s, the host's time for queueing copies on a GPU."""
         return self._core.stats()
 
     def close(self) -> None:

@@ -201,6 +201,34 @@ def test_a_spilled_node_is_copied_before_its_slots_are_free(make_rig: MakeRig) -
     rig.finish(req, slots)
 
 
+def test_on_a_gpu_the_forwards_stream_waits_for_a_spill(make_rig: MakeRig) -> None:
+    """The linker's side of it; what streams do is in tests/unit/test_cuda_path.py."""
+    rig = make_rig(policy=WritePolicy.WRITE_BACK)
+    tokens = sequence(1)
+    expected = rig.insert(tokens, seed=1)
+    told = []
+
+    class Gate(_core.LayerGate):
+        def stream_wait(self, layer: int, stream: int, timeout_s: float) -> bool:
+            told.append((layer, stream))
+            return super().stream_wait(layer, stream, timeout_s)  # which the host does, for a pool on the CPU
+
+    with (
+        mock.patch.object(rig.linker, "_on_gpu", True),
+        mock.patch.object(rig.linker, "forward_stream", SimpleNamespace(cuda_stream=77)),
+        mock.patch.object(rig.linker, "record_offload_ready", list),
+        mock.patch.object(rig.engine.transfer, "make_gate", Gate),
+        mock.patch.object(rig.engine, "wait", side_effect=AssertionError("the host waits")),
+    ):
+        rig.evict_all()
+    assert told == [(0, 77)]
+    rig.scribble()
+    req = rig.request(tokens)
+    (slots,) = rig.restore(req)
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+
+
 def test_a_node_stays_on_the_device_until_its_copy_is_done(make_rig: MakeRig) -> None:
     rig = make_rig()
     rig.insert(sequence(1), seed=1)

@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import common
 import pytest
+import torch
+import verify_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -133,3 +136,30 @@ def test_throughput_compares_servers_without_hits() -> None:
     assert "throughput_ratio_no_hit" in report["results"]
     assert [row["server"] for row in report["rows"]] == ["stock", "flexkv"]
     assert checked(report, "runs without a single hit") == 2
+
+
+@pytest.mark.parametrize("kind", [None, "D2H", "H2D"])
+def test_the_check_of_a_gpu_compares_bytes(monkeypatch: pytest.MonkeyPatch, kind: str | None) -> None:
+    """On a device of CPU memory, where its comparison of pools is the same; then with a byte damaged."""
+    move = verify_gpu.Rig.move
+
+    def damaged(rig: verify_gpu.Rig, of: Any, pages: Any, slots: Any, gate: Any = None) -> float:
+        if of.name == kind == "H2D":
+            rig.host.slot_view(int(slots[3]))[5] ^= 1
+        seconds = move(rig, of, pages, slots, gate)
+        if of.name == kind == "D2H":
+            rig.host.slot_view(int(slots[3]))[5] ^= 1
+        return seconds
+
+    monkeypatch.setattr(verify_gpu.Rig, "move", damaged)
+    report = common.Report("verify_gpu", True, common.Machine.here())
+    verify_gpu.check_bytes(report, torch.device("cpu"), [16])
+    assert {check.what for check in report.checks} == {"bytes that were stored", "bytes that were loaded"}
+    assert report.verified == (kind is None)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_check_of_a_gpu_says_that_there_is_none() -> None:
+    done = run("verify_gpu.py")
+    assert done.returncode == 1
+    assert "there is no NVIDIA GPU here" in " ".join(done.stderr.split())

@@ -1,0 +1,122 @@
+// The two ways a copy takes between host slots and a device pool on a GPU. Both queue work on a stream and never
+// wait for it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "block_layout.hpp"
+#include "cuda_driver.hpp"
+#include "host_pool.hpp"
+
+namespace flexkv {
+
+// Which bytes: some blocks of one layout. Who asks keeps the arrays alive.
+struct CopiedBlocks {
+  const int64_t* host_slots = nullptr;   // one per block
+  const int64_t* token_slots = nullptr;  // tokens_per_block per block
+  const int64_t* first_rows = nullptr;   // what BlockLayout::FirstRows says of token_slots
+  size_t count = 0;
+  bool to_device = false;
+  // What Summarize finds out: the rows of every block follow one another; the last of the host slots.
+  bool in_sequence = true;
+  int64_t last_host_slot = 0;
+
+  void Summarize();
+};
+
+// The copy engines: no part of the GPU's processors, but a fixed price per piece, so for large pieces. What lies
+// side by side in both places is one piece.
+class EnginePath {
+ public:
+  EnginePath(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout, const HostPool& host);
+
+  // `pinned`: all host slots are. A copy of others waits for what is on the stream already.
+  bool Queue(const CopiedBlocks& blocks, int layer_begin, int layer_end, bool pinned, void* stream,
+             std::string* error);
+  // Of a block whose rows follow one another, on average.
+  size_t piece_bytes() const { return piece_bytes_; }
+  // How many pieces the block has; one command each at the worst.
+  size_t pieces_per_block(bool rows_in_sequence) const;
+
+ private:
+  struct Piece {
+    char* host;
+    uint64_t device;
+    size_t bytes;
+  };
+  template <typename Take>
+  void ForEachPiece(char* slot, const int64_t* rows, int64_t first_row, int layer_begin, int layer_end,
+                    Take take) const;
+  bool Flush(std::vector<Piece>& pieces, bool to_device, bool pinned, void* stream, std::string* error);
+
+  const std::shared_ptr<CudaDriver> cuda_;
+  const BlockLayout& layout_;
+  const HostPool& host_;
+  size_t piece_bytes_ = 0;
+  size_t num_pieces_ = 0;      // of a block in sequence
+  size_t num_row_pieces_ = 0;  // of a block row by row
+};
+
+// A kernel of ours (cuda/copy_kernel.hpp): one launch per group of layers whatever the size of pieces, out of
+// pinned memory only.
+class KernelPath {
+ public:
+  // Where a copy's descriptors are: in a ring of pinned memory, and at the same place on the device.
+  struct Descriptors {
+    size_t at = 0;
+    size_t listed_rows = 0;
+  };
+
+  // Sets itself up on `stream` and waits for it. If that is not possible usable() is false, and note() says why.
+  KernelPath(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout, const HostPool& host, void* stream);
+  ~KernelPath();
+  KernelPath(const KernelPath&) = delete;
+  KernelPath& operator=(const KernelPath&) = delete;
+
+  bool usable() const { return kernel_ != nullptr; }
+  const std::string& note() const { return note_; }
+
+  // Whether it can ever move these blocks, given that their host slots are pinned.
+  bool Takes(const CopiedBlocks& blocks) const;
+  // Layers from `layer` on, up to layer_end, that one launch can move.
+  int LayersAtOnce(const CopiedBlocks& blocks, int layer, int layer_end) const;
+  // Describes the blocks to the kernel. Nothing where there is no room until others are released.
+  std::optional<Descriptors> Describe(const CopiedBlocks& blocks);
+  bool QueueDescriptors(const CopiedBlocks& blocks, const Descriptors& described, void* stream,
+                        std::string* error);
+  bool Queue(const CopiedBlocks& blocks, const Descriptors& described, int layer_begin, int layer_end,
+             void* stream, std::string* error);
+  void Release(const Descriptors& described);
+
+ private:
+  struct Span {
+    size_t begin, end;
+    bool released;
+  };
+  size_t WordsOf(const CopiedBlocks& blocks) const;
+  bool SetUp(void* stream);
+
+  const std::shared_ptr<CudaDriver> cuda_;
+  const BlockLayout& layout_;
+  const HostPool& host_;
+  std::string note_;
+  void* module_ = nullptr;
+  CudaDriver::Kernel kernel_ = nullptr;  // the one for unit_bytes_
+  size_t unit_bytes_ = 1;
+  unsigned ctas_ = 1;
+  std::vector<size_t> first_buffer_;  // of each layer, in the table
+  uint64_t table_ = 0;                // CopyBuffer of every layer's buffers, on the device
+  uint32_t* ring_ = nullptr;          // words, pinned
+  uint64_t device_ring_ = 0;
+  std::mutex mutex_;
+  std::deque<Span> spans_;            // of the ring, in use, oldest first
+};
+
+}  // namespace flexkv

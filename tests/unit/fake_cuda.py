@@ -1,0 +1,241 @@
+"""A CUDA driver made of threads (csrc/tests/fake_cuda.cpp), and a rig that runs the real engine on it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from sglang_flexkv import _core
+
+ROOT = Path(__file__).resolve().parents[2]
+ALWAYS = -1
+MEMORY_ERROR = 719  # any code that a driver returns
+
+Bytes = np.ndarray
+
+
+def build(directory: Path, version: int) -> Path:
+    """Compiles the stand-in of a driver of this CUDA version."""
+    compiler = shutil.which("g++")
+    assert compiler is not None
+    library = directory / f"libcuda-{version}.so.1"
+    # A sanitized core needs a driver that is sanitized, too, or it does not see what the driver orders.
+    flags = os.environ.get("FAKE_CUDA_FLAGS", "-O2").split()
+    source = ROOT / "csrc" / "tests" / "fake_cuda.cpp"
+    command = [compiler, "-std=c++20", *flags, f"-DFAKE_CUDA={version}", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)], check=True)
+    return library
+
+
+class FakeCuda:
+    """The stand-in from the side of a caller that is not the engine: PyTorch, a forward, a saboteur."""
+
+    def __init__(self, library: Path, version: int) -> None:
+        self.library, self.version = str(library), version
+        self._c = ctypes.CDLL(self.library)
+        self._c.fake_calls.restype = ctypes.c_int64
+        self._c.fake_record.restype = ctypes.c_void_p
+
+    def _call(self, name: str, *arguments: object) -> None:
+        assert getattr(self._c, name)(*arguments) == 0, name
+
+    def reset(self, seed: int = 1, delay_us: int = 0) -> None:
+        self._c.fake_reset(ctypes.c_uint(seed), ctypes.c_int(delay_us))
+
+    def fail(self, call: str, after: int, code: int = MEMORY_ERROR) -> None:
+        self._c.fake_fail(call.encode(), ctypes.c_int64(after), ctypes.c_int(code))
+
+    def calls(self, call: str) -> int:
+        return self._c.fake_calls(call.encode())
+
+    def attribute(self, attribute: int, value: int) -> None:
+        self._c.fake_attribute(attribute, value)
+
+    @property
+    def violations(self) -> str:
+        text = ctypes.create_string_buffer(4096)
+        self._c.fake_violations(text, ctypes.c_size_t(len(text)))
+        return text.value.decode()
+
+    def allocate(self, num_bytes: int) -> tuple[int, Bytes]:
+        """Memory on the device: its address, and a view of it past all streams."""
+        address = ctypes.c_uint64()
+        self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(num_bytes))
+        view = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address.value))
+        return address.value, view
+
+    def free(self, address: int) -> None:
+        self._call("cuMemFree_v2", ctypes.c_uint64(address))
+
+    def stream(self) -> int:
+        handle = ctypes.c_void_p()
+        self._call("cuStreamCreateWithPriority", ctypes.byref(handle), 1, 0)
+        assert handle.value is not None
+        return handle.value
+
+    def end_stream(self, stream: int) -> None:
+        self._call("cuStreamDestroy_v2", ctypes.c_void_p(stream))
+
+    def synchronize(self, stream: int, timeout_s: float = 20.0) -> None:
+        """Waits for a stream, and fails instead of hanging."""
+        deadline = time.monotonic() + timeout_s
+        while not self._c.fake_is_idle(ctypes.c_void_p(stream)):
+            assert time.monotonic() < deadline, "a stream hangs"
+            time.sleep(0.001)
+
+    def record(self, stream: int) -> int:
+        """A new event, behind all that is on the stream."""
+        return self._c.fake_record(ctypes.c_void_p(stream))
+
+    def read(self, stream: int, address: int, num_bytes: int) -> Bytes:
+        """What a forward finds at an address; filled in when the stream gets there."""
+        out = np.zeros(num_bytes, dtype=np.uint8)
+        self._c.fake_read(
+            ctypes.c_void_p(stream),
+            out.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_uint64(address),
+            ctypes.c_size_t(num_bytes),
+        )
+        return out
+
+    def fill(self, stream: int, address: int, value: int, num_bytes: int) -> None:
+        self._c.fake_fill(
+            ctypes.c_void_p(stream), ctypes.c_uint64(address), value, ctypes.c_size_t(num_bytes)
+        )
+
+
+class Dam:
+    """Holds a stream up until it is opened."""
+
+    def __init__(self, cuda: FakeCuda, stream: int) -> None:
+        word = ctypes.c_void_p()
+        cuda._call("cuMemHostAlloc", ctypes.byref(word), ctypes.c_size_t(64), 3)
+        assert word.value is not None
+        self._word = ctypes.c_uint32.from_address(word.value)
+        address = ctypes.c_uint64(word.value)
+        cuda._call("cuStreamWaitValue32_v2", ctypes.c_void_p(stream), address, ctypes.c_uint32(1), 0)
+
+    def open(self) -> None:
+        self._word.value = 1
+
+
+class Rig:
+    """A device pool, a host pool and the engine.
+
+    Args:
+        row_bytes: of each buffer of a layer: two for MHA, one for MLA.
+        row_padding: bytes between rows that belong to somebody else.
+        tokens_per_row: more than one: the pool is laid out by page.
+    """
+
+    def __init__(
+        self,
+        cuda: FakeCuda,
+        *,
+        tokens: int = 4,
+        layers: int = 3,
+        row_bytes: Sequence[int] = (96, 96),
+        row_padding: int = 0,
+        tokens_per_row: int = 1,
+        device_blocks: int = 24,
+        host_slots: int = 16,
+        pinned: bool = True,
+    ) -> None:
+        self.cuda, self.tokens_per_block, self.num_layers = cuda, tokens, layers
+        self.rows_per_block = tokens // tokens_per_row
+        num_rows = device_blocks * self.rows_per_block
+        rng = np.random.default_rng(5)
+        self.addresses: list[list[int]] = []
+        self.device: list[list[Bytes]] = []  # [layer][buffer]: [row, stride]
+        self.row_bytes = [size * tokens_per_row for size in row_bytes]
+        for _ in range(layers):
+            self.addresses.append([])
+            self.device.append([])
+            for size in self.row_bytes:
+                address, view = cuda.allocate(num_rows * (size + row_padding))
+                view[:] = rng.integers(0, 256, len(view), dtype=np.uint8)
+                self.addresses[-1].append(address)
+                self.device[-1].append(view.reshape(num_rows, size + row_padding))
+        layout = _core.BlockLayout(
+            [
+                [
+                    _core.DeviceBuffer(
+                        base=address, num_rows=num_rows, row_bytes=size, row_stride=size + row_padding
+                    )
+                    for address, size in zip(addresses, self.row_bytes, strict=True)
+                ]
+                for addresses in self.addresses
+            ],
+            tokens,
+            tokens_per_row,
+        )
+        self.slot_bytes = -(-layout.block_bytes // 4096) * 4096
+        self.block_bytes = layout.block_bytes
+        self.host = _core.HostPool(host_slots, self.slot_bytes)
+        for slot in range(0, host_slots, max(1, host_slots // 64)):
+            self.host.slot_view(slot)[:] = rng.integers(0, 256, self.slot_bytes, dtype=np.uint8)
+        if not pinned:
+            cuda.fail("cuMemHostRegister_v2", ALWAYS)
+        self.engine = _core.TransferEngine(
+            layout, self.host, copy_threads=1, cuda_device=0, cuda_library=cuda.library
+        )
+        deadline = time.monotonic() + 20
+        while pinned and self.host.pinned_bytes < self.host.total_bytes:
+            assert time.monotonic() < deadline, "the pool was never pinned"
+            time.sleep(0.001)
+
+    def token_slots(self, *blocks: int) -> np.ndarray:
+        per_block = self.tokens_per_block
+        return np.concatenate([np.arange(b * per_block, (b + 1) * per_block) for b in blocks]).astype(
+            np.int64
+        )
+
+    def rows(self, block: int) -> np.ndarray:
+        return np.arange(block * self.rows_per_block, (block + 1) * self.rows_per_block)
+
+    def bytes_of(self, rows: np.ndarray, layers: range | None = None) -> Bytes:
+        """What a host slot must hold for a block of these rows, as the naive copy has it."""
+        parts = [
+            buffer[rows, :size].ravel()
+            for layer in layers or range(self.num_layers)
+            for buffer, size in zip(self.device[layer], self.row_bytes, strict=True)
+        ]
+        return np.concatenate(parts)
+
+    def slot(self, slot: int) -> Bytes:
+        return self.host.slot_view(slot)[: self.block_bytes]
+
+    def expect_loaded(self, expected: list[list[Bytes]], slots: np.ndarray, rows: list[np.ndarray]) -> None:
+        """Writes slots into a copy of the pool, one row after another."""
+        for slot, block_rows in zip(slots, rows, strict=True):
+            held, at = self.slot(int(slot)), 0
+            for layer in range(self.num_layers):
+                for buffer, size in zip(expected[layer], self.row_bytes, strict=True):
+                    for row in block_rows:
+                        buffer[row, :size] = held[at : at + size]
+                        at += size
+
+    def copy_of_device(self) -> list[list[Bytes]]:
+        return [[buffer.copy() for buffer in layer] for layer in self.device]
+
+    def finish(self, graph: int, timeout_s: float = 20.0) -> _core.GraphResult:
+        """The result of a graph, which comes once."""
+        assert self.engine.wait(graph, timeout_s), "a graph hangs"
+        results = [result for result in self.engine.poll() if result.graph == graph]
+        assert len(results) == 1
+        return results[0]
+
+    def run(self, *ops: _core.OpSpec, **options: object) -> _core.GraphResult:
+        return self.finish(self.engine.submit(list(ops), **options))
+
+    def close(self) -> None:
+        del self.engine, self.host, self.device
+        for address in (a for layer in self.addresses for a in layer):
+            self.cuda.free(address)

@@ -1,0 +1,599 @@
+"""The CUDA path of the transfer engine on a driver made of threads: bytes, stream order, faults, no deadlock.
+
+What this cannot show is in docs/verification.md: that a GPU does what the stand-in does, and how fast.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fake_cuda import ALWAYS, Dam, FakeCuda, Rig, build
+
+from sglang_flexkv import _core
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="g++, which builds the driver, is missing"
+)
+
+T = _core.TransferType
+S = _core.OpStatus
+MakeRig = Callable[..., Rig]
+BIG_ROW = 300 << 10  # a page of this size goes by the copy engines
+
+
+@pytest.fixture(scope="session")
+def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    directory = tmp_path_factory.mktemp("fake_cuda")
+    return {version: build(directory, version) for version in (11, 12, 13)}
+
+
+@pytest.fixture(params=[13])
+def cuda(request: pytest.FixtureRequest, libraries: dict[int, Path]) -> Iterator[FakeCuda]:
+    fake = FakeCuda(libraries[request.param], request.param)
+    fake.reset()
+    yield fake
+    assert fake.violations == ""
+
+
+@pytest.fixture
+def make_rig(cuda: FakeCuda) -> Iterator[MakeRig]:
+    rigs: list[Rig] = []
+
+    def make(**options) -> Rig:
+        rigs.append(Rig(cuda, **options))
+        return rigs[-1]
+
+    yield make
+    for rig in rigs:
+        rig.close()
+
+
+@pytest.fixture
+def stream(cuda: FakeCuda) -> Iterator[int]:
+    """The forward's."""
+    stream = cuda.stream()
+    yield stream
+    cuda.synchronize(stream)
+    cuda.end_stream(stream)
+
+
+def ints(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def check_round_trip(rig: Rig) -> None:
+    """Stores blocks and loads them elsewhere, in one op per layer range and in one for all, and compares the
+    whole pools with a naive copy."""
+    sources, slots, targets = (5, 0, 9, 2), ints(7, 3, 12, 1), (20, 14, 11, 22)
+    before = {slot: rig.slot(slot).copy() for slot in range(rig.host.num_slots)}
+    out = rig.run(_core.OpSpec(T.D2H, rig.token_slots(*sources), slots))
+    assert out.done, out.error
+    for slot in range(rig.host.num_slots):
+        index = np.flatnonzero(slots == slot)
+        want = rig.bytes_of(rig.rows(sources[index[0]])) if len(index) else before[slot]
+        assert np.array_equal(rig.slot(slot), want)
+    expected = rig.copy_of_device()
+    rig.expect_loaded(expected, slots, [rig.rows(t) for t in targets])
+    cut = rig.num_layers // 2
+    for begin, end in ((0, cut), (cut, rig.num_layers)):
+        if begin < end:
+            op = _core.OpSpec(T.H2D, slots, rig.token_slots(*targets), layer_begin=begin, layer_end=end)
+            assert rig.run(op).done
+    for layer in range(rig.num_layers):
+        for got, want in zip(rig.device[layer], expected[layer], strict=True):
+            assert np.array_equal(got, want)
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 128])
+@pytest.mark.parametrize(
+    "row_bytes", [(256, 256), (1152,), (96, 48), (72, 72), (20,), (33, 35)], ids=lambda sizes: f"rows{sizes}"
+)
+@pytest.mark.parametrize("row_padding", [0, 16, 5])
+def test_bytes_are_those_of_a_naive_copy(
+    make_rig: MakeRig, cuda: FakeCuda, tokens: int, row_bytes: tuple[int, ...], row_padding: int
+) -> None:
+    rig = make_rig(tokens=tokens, row_bytes=row_bytes, row_padding=row_padding)
+    check_round_trip(rig)
+    assert cuda.calls("cuLaunchKernel") == 3
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_layouts(make_rig: MakeRig, cuda: FakeCuda, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    cuda.reset(seed=seed, delay_us=20)
+    unit = int(rng.choice([1, 2, 4, 8, 16]))
+    check_round_trip(
+        make_rig(
+            tokens=int(rng.integers(1, 40)),
+            layers=int(rng.integers(1, 12)),
+            row_bytes=tuple(unit * int(n) for n in rng.integers(1, 60, rng.integers(1, 4))),
+            row_padding=unit * int(rng.integers(0, 4)),
+        )
+    )
+
+
+@pytest.mark.parametrize("row_padding", [0, 64])
+def test_pools_that_are_laid_out_by_page(make_rig: MakeRig, cuda: FakeCuda, row_padding: int) -> None:
+    check_round_trip(make_rig(tokens=16, tokens_per_row=16, row_padding=row_padding))
+    assert cuda.calls("cuLaunchKernel") == 3
+
+
+@pytest.mark.parametrize("cuda", [11, 12, 13], indirect=True)
+@pytest.mark.parametrize("row_padding", [0, 4096])
+def test_large_pieces_go_by_the_copy_engines(make_rig: MakeRig, cuda: FakeCuda, row_padding: int) -> None:
+    rig = make_rig(tokens=1, row_bytes=(BIG_ROW, BIG_ROW), layers=2, row_padding=row_padding)
+    check_round_trip(rig)
+    assert cuda.calls("cuLaunchKernel") == 0
+    calls = {11: "cuMemcpyHtoDAsync_v2", 12: "cuMemcpyBatchAsync", 13: "cuMemcpyBatchAsync_v2"}
+    assert cuda.calls(calls[cuda.version]) > 0
+    assert all(cuda.calls(call) == 0 for version, call in calls.items() if version > cuda.version)
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_memory_that_is_not_pinned_goes_by_the_copy_engines(
+    make_rig: MakeRig, cuda: FakeCuda, tokens: int
+) -> None:
+    check_round_trip(make_rig(tokens=tokens, pinned=False))
+    assert cuda.calls("cuLaunchKernel") == 0
+    assert cuda.calls("cuMemcpyBatchAsync_v2") == 0
+
+
+def test_a_batch_that_the_driver_does_not_support_is_copied_one_by_one(
+    make_rig: MakeRig, cuda: FakeCuda
+) -> None:
+    cuda.fail("cuMemcpyBatchAsync_v2", ALWAYS, 801)
+    check_round_trip(make_rig(tokens=1, row_bytes=(BIG_ROW, BIG_ROW), layers=2))
+    assert cuda.calls("cuMemcpyBatchAsync_v2") == 1
+
+
+@pytest.mark.parametrize("row_bytes", [(96, 96), (40 << 10, 40 << 10)], ids=["kernel", "engine"])
+def test_tokens_that_do_not_follow_one_another(make_rig: MakeRig, row_bytes: tuple[int, int]) -> None:
+    rig = make_rig(tokens=8, row_bytes=row_bytes, device_blocks=8, host_slots=4)
+    scattered, others = ints(3, 60, 12, 41, 5, 6, 7, 33), rig.token_slots(1)
+    assert rig.run(_core.OpSpec(T.D2H, np.concatenate([scattered, others]), ints(2, 0))).done
+    assert np.array_equal(rig.slot(2), rig.bytes_of(scattered))
+    assert np.array_equal(rig.slot(0), rig.bytes_of(others))
+    target = ints(20, 19, 18, 17, 63, 62, 0, 48)
+    assert rig.run(_core.OpSpec(T.H2D, ints(2), target)).done
+    assert np.array_equal(rig.bytes_of(target), rig.bytes_of(scattered))
+
+
+@pytest.mark.parametrize("row_bytes", [(2500, 2500), (BIG_ROW, BIG_ROW)], ids=["kernel", "engine"])
+def test_a_slot_in_two_registrations(make_rig: MakeRig, row_bytes: tuple[int, int]) -> None:
+    chunk = 64 << 20
+    slot_bytes = -(-2 * sum(row_bytes) // 4096) * 4096
+    rig = make_rig(tokens=1, layers=2, row_bytes=row_bytes, host_slots=chunk // slot_bytes + 3)
+    slot = chunk // slot_bytes
+    assert slot * slot_bytes < chunk < (slot + 1) * slot_bytes, "the slot is to lie across"
+    slots = ints(slot, slot + 1, 0)
+    assert rig.run(_core.OpSpec(T.D2H, rig.token_slots(3, 4, 5), slots)).done
+    for at, block in zip(slots, (3, 4, 5), strict=True):
+        assert np.array_equal(rig.slot(int(at)), rig.bytes_of(rig.rows(block)))
+    assert rig.run(_core.OpSpec(T.H2D, slots, rig.token_slots(9, 10, 11))).done
+    assert np.array_equal(rig.bytes_of(rig.rows(9)), rig.slot(slot))
+
+
+def test_many_copies_at_once(make_rig: MakeRig, cuda: FakeCuda) -> None:
+    """More descriptors than the ring holds, in both directions."""
+    cuda.reset(seed=3, delay_us=300)
+    rig = make_rig(tokens=1, layers=1, row_bytes=(16,), device_blocks=40_000, host_slots=20_000)
+    store = [
+        rig.engine.submit([_core.OpSpec(T.D2H, np.arange(20_000), np.arange(20_000))]) for _ in range(20)
+    ]
+    for graph in store:
+        assert rig.engine.wait(graph, 60.0)
+    assert all(result.done for result in rig.engine.poll())
+    load = [
+        rig.engine.submit([_core.OpSpec(T.H2D, np.arange(20_000), np.arange(20_000, 40_000))])
+        for _ in range(40)
+    ]
+    for graph in load:
+        assert rig.engine.wait(graph, 60.0)
+    assert all(result.done for result in rig.engine.poll())
+    pool = rig.device[0][0]
+    assert np.array_equal(pool[:20_000], pool[20_000:])
+
+
+# ---- stream order ------------------------------------------------------------------------------
+
+
+def read_layers(rig: Rig, stream: int, gate: _core.LayerGate, block: int) -> list[list[np.ndarray]]:
+    """A forward: waits for each layer on its stream, twice as attention does, and reads it."""
+    reads = []
+    rows = rig.rows(block)
+    for layer in range(rig.num_layers):
+        reads.append([])
+        for buffer, address in zip(rig.device[layer], rig.addresses[layer], strict=True):
+            assert gate.stream_wait(layer, stream, 20.0)
+            stride = buffer.shape[1]
+            reads[-1].append(rig.cuda.read(stream, address + int(rows[0]) * stride, len(rows) * stride))
+    return reads
+
+
+def check_reads(rig: Rig, reads: list[list[np.ndarray]], block: int) -> None:
+    for layer, buffers in enumerate(reads):
+        for got, buffer in zip(buffers, rig.device[layer], strict=True):
+            assert np.array_equal(got, buffer[rig.rows(block)].ravel()), f"layer {layer} was read too early"
+
+
+@pytest.mark.parametrize("row_bytes", [(96, 96), (BIG_ROW,)], ids=["kernel", "engine"])
+def test_a_forward_waits_on_its_stream_for_each_layer(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, row_bytes: tuple[int, ...]
+) -> None:
+    for seed in range(10):
+        cuda.reset(seed=seed, delay_us=300)
+        rig = make_rig(tokens=1, layers=6, row_bytes=row_bytes)
+        gate = rig.engine.make_gate(6)
+        gate.expect(2)
+        started = time.monotonic()
+        reads = read_layers(rig, stream, gate, 9)  # nothing has been queued yet
+        assert time.monotonic() - started < 10, "it waited here"
+        graphs = [
+            rig.engine.submit([_core.OpSpec(T.H2D, ints(slot), rig.token_slots(block))], gate=gate)
+            for slot, block in ((1, 8), (2, 9))
+        ]
+        cuda.synchronize(stream)
+        assert rig.engine.drain(20.0)
+        assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
+        assert np.array_equal(rig.bytes_of(rig.rows(9)), rig.slot(2))
+        check_reads(rig, reads, 9)
+        assert gate.open_layers == 6
+
+
+def test_waiting_twice_for_a_layer_is_one_wait(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+    rig = make_rig()
+    gate = rig.engine.make_gate(rig.num_layers)
+    gate.expect(1)
+    before = cuda.calls("cuStreamWaitValue32_v2")
+    for layer in (0, 0, 1, 1, 0, 2):
+        assert gate.stream_wait(layer, stream, 1.0)
+    assert cuda.calls("cuStreamWaitValue32_v2") - before == 3
+    assert rig.run(_core.OpSpec(T.H2D, ints(1), rig.token_slots(2)), gate=gate).done
+    assert gate.stream_wait(2, cuda.stream(), 1.0)  # open: nothing to wait for
+    assert cuda.calls("cuStreamWaitValue32_v2") - before == 3
+
+
+def test_layers_that_come_late_find_a_way(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+    """The layers of batch A come late, from SSD. The loads of the batches behind it wait for the forward of
+    A, which waits for those layers: none of them may stand in their way."""
+    cuda.reset(seed=1, delay_us=10)
+    rig = make_rig(layers=8)
+    late = rig.engine.make_gate(8)
+    late.expect(1)
+    early = [_core.OpSpec(T.H2D, ints(1), rig.token_slots(0), layer_begin=0, layer_end=2)]
+    rig.engine.submit(early, gate=late, wait_events=[cuda.record(stream)])
+    reads = read_layers(rig, stream, late, 0)
+    batches = []
+    for block in range(1, 6):
+        gate = rig.engine.make_gate(8)
+        num_loads = 300 if block == 1 else 10  # more than a stream's queue holds
+        gate.expect(num_loads)
+        events = [cuda.record(stream)]  # behind the waits of all batches before
+        for _ in range(num_loads):
+            rig.engine.submit(
+                [_core.OpSpec(T.H2D, ints(1 + block), rig.token_slots(block))], gate=gate, wait_events=events
+            )
+        batches.append(read_layers(rig, stream, gate, block))
+    time.sleep(0.05)
+    rest = _core.OpSpec(T.H2D, ints(1), rig.token_slots(0), layer_begin=2, layer_end=8)
+    rig.engine.submit([rest], gate=late)
+    assert rig.engine.drain(20.0), "a load hangs"
+    cuda.synchronize(stream)
+    assert all(result.done for result in rig.engine.poll())
+    for block, seen in enumerate([reads, *batches]):
+        assert np.array_equal(rig.bytes_of(rig.rows(block)), rig.slot(1 + block))
+        check_reads(rig, seen, block)
+
+
+def test_memory_that_is_not_pinned_blocks_nobody_behind_an_event(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int
+) -> None:
+    rig = make_rig(pinned=False)
+    gate = rig.engine.make_gate(rig.num_layers)
+    gate.expect(1)
+    reads = read_layers(rig, stream, gate, 3)
+    behind = rig.engine.submit(
+        [_core.OpSpec(T.H2D, ints(5), rig.token_slots(4))], wait_events=[cuda.record(stream)]
+    )
+    assert not rig.engine.wait(behind, 0.02)
+    assert rig.run(_core.OpSpec(T.H2D, ints(2), rig.token_slots(3)), gate=gate).done
+    assert rig.finish(behind).done
+    cuda.synchronize(stream)
+    check_reads(rig, reads, 3)
+
+
+def test_copies_wait_for_the_callers_events(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+    rig = make_rig()
+    dam = Dam(cuda, stream)
+    cuda.fill(stream, rig.addresses[0][0], 7, rig.device[0][0].nbytes)  # the forward that computes the KV
+    graph = rig.engine.submit(
+        [_core.OpSpec(T.D2H, rig.token_slots(3), ints(2))], wait_events=[cuda.record(stream)]
+    )
+    assert not rig.engine.wait(graph, 0.05)
+    dam.open()
+    assert rig.finish(graph).done
+    assert (rig.slot(2)[: 4 * 96] == 7).all()
+
+
+@pytest.mark.parametrize("row_bytes", [(96, 96), (BIG_ROW,)], ids=["kernel", "engine"])
+def test_slots_are_reused_in_stream_order_behind_a_store(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, row_bytes: tuple[int, ...]
+) -> None:
+    """A spill: the forward may overwrite the node's slots only when the copy has read them; no host waits."""
+    rig = make_rig(tokens=1, row_bytes=row_bytes)
+    held_up = cuda.stream()
+    dam = Dam(cuda, held_up)
+    expected = rig.bytes_of(rig.rows(3))
+    gate = rig.engine.make_gate(1)
+    gate.expect(1)
+    graph = rig.engine.submit(
+        [_core.OpSpec(T.D2H, rig.token_slots(3), ints(2))], gate=gate, wait_events=[cuda.record(held_up)]
+    )
+    assert gate.stream_wait(0, stream, 20.0)
+    for layer, addresses in enumerate(rig.addresses):
+        for buffer, address in zip(rig.device[layer], addresses, strict=True):
+            cuda.fill(stream, address, 0, buffer.nbytes)
+    time.sleep(0.02)
+    assert np.array_equal(rig.bytes_of(rig.rows(3)), expected), "overwritten before it was read"
+    dam.open()
+    assert rig.finish(graph).done
+    cuda.synchronize(stream)
+    assert np.array_equal(rig.slot(2), expected)
+    assert not rig.device[0][0].any()
+    cuda.end_stream(held_up)
+
+
+@pytest.mark.parametrize("cuda", [11], indirect=True)
+def test_without_stream_memory_operations_the_host_waits(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int
+) -> None:
+    rig = make_rig()
+    assert "stream memory operations" in rig.engine.cuda_note
+    gate = rig.engine.make_gate(rig.num_layers)
+    gate.expect(1)
+    assert not gate.stream_wait(0, stream, 0.01)
+    assert rig.run(_core.OpSpec(T.H2D, ints(2), rig.token_slots(3)), gate=gate).done
+    assert gate.stream_wait(2, stream, 1.0)
+
+
+def test_a_load_of_64_layers_takes_few_calls(make_rig: MakeRig, cuda: FakeCuda) -> None:
+    """Time is measured on a GPU; how many calls it takes can be counted here."""
+    rig = make_rig(tokens=64, layers=64, row_bytes=(2048, 2048), host_slots=6, device_blocks=9)
+    gate = rig.engine.make_gate(64)
+    gate.expect(1)
+    flags = cuda.calls("cuStreamWriteValue32_v2")
+    assert rig.run(_core.OpSpec(T.H2D, ints(*range(6)), rig.token_slots(*range(6))), gate=gate).done
+    assert cuda.calls("cuLaunchKernel") == 22
+    assert cuda.calls("cuStreamWriteValue32_v2") - flags == 64
+    assert gate.open_layers == 64
+
+
+def test_the_layer_counter_makes_the_current_stream_wait(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int
+) -> None:
+    from sglang_flexkv.integration.layer_counter import LayerLoadCounter
+
+    rig = make_rig()
+    counter = LayerLoadCounter(rig.num_layers, rig.engine.make_gate, lambda: None, lambda: stream)
+    index, gate = counter.open_batch()
+    gate.expect(1)
+    before = cuda.calls("cuStreamWaitValue32_v2")
+    counter.wait_until(0)  # no batch is loading, as while a CUDA graph is captured: nothing is issued
+    assert cuda.calls("cuStreamWaitValue32_v2") == before
+    counter.set_consumer(index)
+    for layer in (0, 0, 1, 1, 2, 2):
+        counter.wait_until(layer)
+    assert cuda.calls("cuStreamWaitValue32_v2") == before + 3
+    assert rig.run(_core.OpSpec(T.H2D, ints(2), rig.token_slots(3)), gate=gate).done
+
+
+def test_flags_are_used_again_and_again(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+    cuda.reset(seed=1, delay_us=50)
+    rig = make_rig()
+    for turn in range(200):
+        slot, block = turn % 16, turn % 24
+        gate = rig.engine.make_gate(rig.num_layers)
+        gate.expect(1)
+        reads = read_layers(rig, stream, gate, block)
+        rig.engine.submit([_core.OpSpec(T.H2D, ints(slot), rig.token_slots(block))], gate=gate)
+        del gate  # the engine holds it until the load has ended
+        cuda.synchronize(stream)
+        check_reads(rig, reads, block)
+    assert rig.engine.drain(20.0)
+    assert cuda.calls("cuMemHostAlloc") <= 3
+
+
+def test_a_gate_that_goes_lets_go(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+    rig = make_rig()
+    gate = rig.engine.make_gate(rig.num_layers)
+    gate.expect(1)
+    assert gate.stream_wait(2, stream, 1.0)
+    del gate
+    cuda.synchronize(stream)
+
+
+# ---- faults ------------------------------------------------------------------------------------
+
+# What runs while a copy is queued and followed; in words what becomes of the copy if it fails once.
+RUNTIME_CALLS = {
+    "cuLaunchKernel": "fails",
+    "cuMemcpyHtoDAsync_v2": "fails",  # of the kernel's descriptors
+    "cuStreamWaitEvent": "fails",
+    "cuStreamWriteValue32_v2": "fails",
+    "cuEventQuery": "fails",
+    "cuEventCreate": "is followed by its stream",
+    "cuEventRecord": "is followed by its stream",
+}
+
+
+@pytest.mark.parametrize("call", RUNTIME_CALLS)
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_failure_of_the_driver_ends_the_copy_and_holds_nobody_up(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, call: str, after: int
+) -> None:
+    rig = make_rig(layers=8, tokens=64, row_bytes=(2048, 2048))
+    slots, tokens = ints(*range(8)), rig.token_slots(*range(8))
+    held_up = cuda.stream()
+    dam = Dam(cuda, held_up)
+    event = cuda.record(held_up)
+    gate = rig.engine.make_gate(8)
+    gate.expect(1)
+    assert gate.stream_wait(7, stream, 1.0)
+    calls = cuda.calls(call)
+    cuda.fail(call, after)
+    graph = rig.engine.submit([_core.OpSpec(T.H2D, slots, tokens)], gate=gate, wait_events=[event])
+    time.sleep(0.01)
+    dam.open()
+    out = rig.finish(graph)
+    happened = cuda.calls(call) - calls > after
+    if happened and RUNTIME_CALLS[call] == "fails":
+        assert out.ops[0].status == S.FAILED
+        assert call.removesuffix("_v2") in out.error
+        assert gate.failed
+    else:
+        assert out.done, out.error
+        assert not gate.failed
+    assert happened or after > 0
+    cuda.synchronize(stream)  # all flags are raised
+    cuda.reset()
+    assert rig.run(_core.OpSpec(T.H2D, slots, tokens)).done  # and the engine goes on
+    assert np.array_equal(rig.bytes_of(rig.rows(3)), rig.slot(3))
+    cuda.end_stream(held_up)
+
+
+@pytest.mark.parametrize("call", ["cuMemcpyBatchAsync_v2", "cuMemcpyDtoHAsync_v2"])
+def test_a_failure_of_a_copy_engine(make_rig: MakeRig, cuda: FakeCuda, stream: int, call: str) -> None:
+    rig = make_rig(tokens=1, row_bytes=(BIG_ROW,))
+    blocks = (3, 4) if call == "cuMemcpyBatchAsync_v2" else (3,)  # one piece is no batch
+    gate = rig.engine.make_gate(1)
+    gate.expect(1)
+    cuda.fail(call, 0)
+    graph = rig.engine.submit(
+        [_core.OpSpec(T.D2H, rig.token_slots(*blocks), ints(*range(len(blocks))), layer_end=1)], gate=gate
+    )
+    gate.stream_wait(0, stream, 1.0)
+    out = rig.finish(graph)
+    assert out.ops[0].status == S.FAILED
+    assert call.removesuffix("_v2") in out.error
+    assert gate.failed
+    cuda.synchronize(stream)
+
+
+def test_a_thread_without_a_context_fails_its_copies(make_rig: MakeRig, cuda: FakeCuda) -> None:
+    cuda.fail("cuCtxSetCurrent", ALWAYS)
+    rig = make_rig(pinned=False)
+    gate = rig.engine.make_gate(rig.num_layers)
+    gate.expect(1)
+    out = rig.run(_core.OpSpec(T.H2D, ints(2), rig.token_slots(3)), gate=gate)
+    assert out.ops[0].status == S.FAILED
+    assert "cuCtxSetCurrent" in out.error
+    assert gate.failed
+
+
+@pytest.mark.parametrize("call", ["cuInit", "cuDevicePrimaryCtxRetain", "cuStreamCreateWithPriority"])
+def test_a_device_that_cannot_be_used_is_an_error(make_rig: MakeRig, cuda: FakeCuda, call: str) -> None:
+    cuda.fail(call, ALWAYS)
+    with pytest.raises(OSError, match=call):
+        make_rig()
+
+
+@pytest.mark.parametrize(
+    "call", ["cuModuleLoadData", "cuModuleGetFunction", "cuMemHostAlloc", "cuDeviceGetAttribute"]
+)
+def test_what_a_device_cannot_do_is_done_otherwise(make_rig: MakeRig, cuda: FakeCuda, call: str) -> None:
+    cuda.fail(call, ALWAYS)
+    rig = make_rig()
+    assert "copy engines" in rig.engine.cuda_note
+    check_round_trip(rig)
+    assert cuda.calls("cuLaunchKernel") == 0
+    if call == "cuMemHostAlloc":
+        assert "host waits" in rig.engine.cuda_note
+
+
+def test_everything_fails(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+    """A GPU that fell off the bus."""
+    rig = make_rig()
+    gate = rig.engine.make_gate(rig.num_layers)
+    gate.expect(1)
+    assert gate.stream_wait(1, stream, 1.0)
+    event = cuda.record(stream)
+    for call in RUNTIME_CALLS:
+        cuda.fail(call, ALWAYS)
+    graphs = [
+        rig.engine.submit([_core.OpSpec(T.H2D, ints(2), rig.token_slots(3))], gate=gate, wait_events=[event]),
+        rig.engine.submit([_core.OpSpec(T.D2H, rig.token_slots(3), ints(2))], wait_events=[event]),
+    ]
+    assert rig.engine.drain(20.0)
+    results = rig.engine.poll()
+    assert sorted(result.graph for result in results) == graphs
+    assert all(result.ops[0].status == S.FAILED for result in results)
+    cuda.synchronize(stream)
+
+
+@pytest.mark.parametrize("pinned", [True, False], ids=["on a stream", "waiting"])
+def test_a_cancelled_load_lets_the_forward_go(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, pinned: bool
+) -> None:
+    rig = make_rig(pinned=pinned)
+    held_up = cuda.stream()
+    dam = Dam(cuda, held_up)
+    gate = rig.engine.make_gate(rig.num_layers)
+    gate.expect(1)
+    graph = rig.engine.submit(
+        [_core.OpSpec(T.H2D, ints(2), rig.token_slots(3))], gate=gate, wait_events=[cuda.record(held_up)]
+    )
+    assert gate.stream_wait(0, stream, 1.0)
+    while pinned and not cuda.calls("cuStreamWaitEvent"):
+        time.sleep(0.001)
+    assert rig.engine.cancel(graph)
+    if pinned:  # it is on its way: it ends by itself, and nobody gets its slots before
+        assert not rig.engine.wait(graph, 0.02)
+        dam.open()
+    assert rig.finish(graph).ops[0].status == S.CANCELLED
+    assert gate.failed
+    assert not gate.stream_wait(1, stream, 1.0)
+    cuda.synchronize(stream)
+    dam.open()
+    cuda.synchronize(held_up)
+    cuda.end_stream(held_up)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_traffic_ends_every_op_once(make_rig: MakeRig, cuda: FakeCuda, stream: int, seed: int) -> None:
+    """Loads and forwards with cancels, with every other seed failures, too: everything ends once, nothing is
+    written that should not be, and the engine goes on."""
+    cuda.reset(seed=seed, delay_us=100)
+    rng = np.random.default_rng(seed)
+    rig = make_rig(layers=4, tokens=2)
+    reference = {slot: rig.slot(slot).copy() for slot in range(16)}
+    calls = [*RUNTIME_CALLS, "cuStreamQuery"]
+    running: dict[int, tuple[_core.LayerGate, int]] = {}
+    ended: list[int] = []
+    for turn in range(120):
+        gate = rig.engine.make_gate(4)
+        gate.expect(1)
+        slot, block = int(rng.integers(16)), turn % 24
+        events = [cuda.record(stream)] if rng.random() < 0.7 else []
+        graph = rig.engine.submit(
+            [_core.OpSpec(T.H2D, ints(slot), rig.token_slots(block))], gate=gate, wait_events=events
+        )
+        running[graph] = (gate, slot)
+        if rng.random() < 0.5:
+            gate.stream_wait(int(rng.integers(4)), stream, 20.0)
+        if rng.random() < 0.2:
+            rig.engine.cancel(graph)
+        if seed % 2 and rng.random() < 0.2:
+            cuda.fail(calls[rng.integers(len(calls))], int(rng.integers(4)))
+        ended += [result.graph for result in rig.engine.poll()]
+    assert rig.engine.drain(30.0), "a copy hangs"
+    cuda.synchronize(stream)
+    ended += [result.graph for result in rig.engine.poll()]
+    assert sorted(ended) == sorted(running)
+    assert all(np.array_equal(rig.slot(slot), reference[slot]) for slot in reference)
+    cuda.reset()
+    check_round_trip(rig)
