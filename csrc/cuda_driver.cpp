@@ -18,6 +18,7 @@ constexpr int kSourceInStreamOrder = 1;               // CU_MEMCPY_SRC_ACCESS_OR
 constexpr unsigned kPreferOverlapWithCompute = 1;     // CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
 constexpr int kMultiprocessorCount = 16;              // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
 constexpr int kHostPointerForRegisteredMemory = 91;   // CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+constexpr int kCaptureModeRelaxed = 2;                // CU_STREAM_CAPTURE_MODE_RELAXED
 constexpr int kErrorNotReady = 600;                   // CUDA_ERROR_NOT_READY
 constexpr int kErrorNotSupported = 801;               // CUDA_ERROR_NOT_SUPPORTED
 
@@ -49,6 +50,7 @@ std::shared_ptr<CudaDriver> CudaDriver::Load(int device, const std::string& libr
   Resolve(d->library_, "cuCtxSetCurrent", &d->set_current_);
   Resolve(d->library_, "cuCtxPushCurrent_v2", &d->push_context_);
   Resolve(d->library_, "cuCtxPopCurrent_v2", &d->pop_context_);
+  Resolve(d->library_, "cuThreadExchangeStreamCaptureMode", &d->exchange_capture_mode_);
   Resolve(d->library_, "cuCtxGetStreamPriorityRange", &d->priority_range_);
   Resolve(d->library_, "cuStreamCreateWithPriority", &d->stream_create_);
   Resolve(d->library_, "cuStreamDestroy_v2", &d->stream_destroy_);
@@ -109,7 +111,13 @@ CudaDriver::State CudaDriver::StateOf(int code, const char* what, std::string* e
   return Ok(code, what, error) ? State::kDone : State::kFailed;
 }
 
-bool CudaDriver::MakeCurrent(std::string* error) { return Ok(set_current_(context_), "cuCtxSetCurrent", error); }
+bool CudaDriver::MakeCurrent(std::string* error) {
+  // While any thread captures a graph, the driver refuses others what could belong into it (to ask for an event, to
+  // register memory), and the graph is lost. Nothing of ours ever belongs into one.
+  int mode = kCaptureModeRelaxed;
+  return Ok(set_current_(context_), "cuCtxSetCurrent", error) &&
+         Ok(exchange_capture_mode_(&mode), "cuThreadExchangeStreamCaptureMode", error);
+}
 
 CudaDriver::Stream CudaDriver::CreateStream(bool urgent) {
   void* stream = nullptr;
@@ -184,7 +192,8 @@ bool CudaDriver::CopyBatch(uint64_t* dsts, uint64_t* srcs, size_t* sizes, size_t
 }
 
 bool CudaDriver::HostRegister(void* ptr, size_t bytes) {
-  return set_current_(context_) == 0 && host_register_(ptr, bytes, kHostPortable | kHostDeviceMap) == 0;
+  std::string error;
+  return MakeCurrent(&error) && host_register_(ptr, bytes, kHostPortable | kHostDeviceMap) == 0;
 }
 
 void CudaDriver::HostUnregister(void* ptr) {

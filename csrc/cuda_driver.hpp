@@ -27,7 +27,8 @@ class CudaDriver {
   static std::shared_ptr<CudaDriver> Load(int device, const std::string& library = kLibrary);
   ~CudaDriver();
 
-  // Every thread of ours that uses the driver makes the context current first.
+  // Every thread of ours that uses the driver makes the context current first. What it does from then on does not
+  // disturb a CUDA graph that another thread captures.
   bool MakeCurrent(std::string* error);
 
   int num_multiprocessors() const { return num_multiprocessors_; }
@@ -100,6 +101,7 @@ class CudaDriver {
   int (*set_current_)(void*) = nullptr;
   int (*push_context_)(void*) = nullptr;
   int (*pop_context_)(void**) = nullptr;
+  int (*exchange_capture_mode_)(int*) = nullptr;
   int (*priority_range_)(int*, int*) = nullptr;
   int (*stream_create_)(void**, unsigned, int) = nullptr;
   int (*stream_destroy_)(void*) = nullptr;

@@ -380,6 +380,13 @@ int cuCtxPushCurrent_v2(void*) {
 
 int cuCtxPopCurrent_v2(void**) { return 0; }
 
+int cuThreadExchangeStreamCaptureMode(int* mode) {
+  ENTER();
+  thread_local int the_mode = 0;
+  std::swap(*mode, the_mode);
+  return 0;
+}
+
 int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
   ENTER();
   *least = 0;

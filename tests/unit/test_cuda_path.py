@@ -392,6 +392,54 @@ def test_the_layer_counter_makes_the_current_stream_wait(
     assert rig.run(_core.OpSpec(T.H2D, ints(2), rig.token_slots(3)), gate=gate).done
 
 
+def test_a_forwards_stream_waits_for_layers_that_come_from_ssd(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, tmp_path: Path
+) -> None:
+    """The layers of a read go on to the device one after the other, beside a load from memory that has the
+    same gate."""
+    rig = make_rig(layers=6, row_bytes=(512, 512))
+    layout_slices = [rig.slot_bytes // 6] * 6
+    disk = _core.FaultyDisk(1)
+    store = _core.SsdStore(
+        [(str(tmp_path), str(tmp_path / "slots"), str(tmp_path / "journal"))],
+        b"namespace of rig",
+        16,
+        layout_slices,
+        "a rig",
+        False,
+        0.01,
+        disk,
+    )
+    rig.engine.attach_ssd(store, _core.IoEngineKind.THREADS, 2, slices_per_read=1)
+    names = np.array([(1, 1), (2, 2)], np.uint64)
+    assert rig.run(_core.OpSpec(T.H2DISK, ints(0, 1), ints(3, 4), keys=names)).done
+    store.publish(names, np.zeros_like(names), ints(3, 4))
+    disk.set_fault("read", 1.0, delay_s=0.01)
+    gate = rig.engine.make_gate(6)
+    gate.expect(2)
+    reads = read_layers(rig, stream, gate, 9)
+    before = rig.copy_of_device()
+    rig.expect_loaded(before, ints(0, 1, 2), [rig.rows(8), rig.rows(9), rig.rows(10)])
+    graphs = [
+        rig.engine.submit(
+            [
+                _core.OpSpec(T.DISK2H, ints(3, 4), ints(5, 6), keys=names),
+                _core.OpSpec(T.H2D, ints(5, 6), rig.token_slots(8, 9), after_layers=0),
+            ],
+            gate=gate,
+        ),
+        rig.engine.submit([_core.OpSpec(T.H2D, ints(2), rig.token_slots(10))], gate=gate),
+    ]
+    assert all(rig.engine.wait(graph, 20.0) for graph in graphs)
+    assert all(result.done for result in rig.engine.poll())
+    cuda.synchronize(stream)
+    check_reads(rig, reads, 9)
+    for layer, buffers in enumerate(before):
+        for buffer, want in zip(rig.device[layer], buffers, strict=True):
+            assert np.array_equal(buffer, want)
+    rig.engine.detach_ssd()
+
+
 def test_flags_are_used_again_and_again(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
     cuda.reset(seed=1, delay_us=50)
     rig = make_rig()
@@ -484,14 +532,15 @@ def test_a_failure_of_a_copy_engine(make_rig: MakeRig, cuda: FakeCuda, stream: i
     cuda.synchronize(stream)
 
 
-def test_a_thread_without_a_context_fails_its_copies(make_rig: MakeRig, cuda: FakeCuda) -> None:
-    cuda.fail("cuCtxSetCurrent", ALWAYS)
+@pytest.mark.parametrize("call", ["cuCtxSetCurrent", "cuThreadExchangeStreamCaptureMode"])
+def test_a_thread_without_a_context_fails_its_copies(make_rig: MakeRig, cuda: FakeCuda, call: str) -> None:
+    cuda.fail(call, ALWAYS)
     rig = make_rig(pinned=False)
     gate = rig.engine.make_gate(rig.num_layers)
     gate.expect(1)
     out = rig.run(_core.OpSpec(T.H2D, ints(2), rig.token_slots(3)), gate=gate)
     assert out.ops[0].status == S.FAILED
-    assert "cuCtxSetCurrent" in out.error
+    assert call in out.error
     assert gate.failed
 
 
