@@ -2,6 +2,7 @@
 // bitmap, and above it bitmaps of which words below are not empty.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
@@ -52,16 +53,20 @@ class BitTree {
     return at;
   }
 
-  // Takes the `count` lowest members out and hands each to `taken`; there must be as many.
+  // Takes the `count` lowest members out and hands them to `taken` in runs: the first, and how many
+  // follow each other. There must be as many.
   template <typename Taken>
   void TakeLowest(size_t count, Taken taken) {
     while (count > 0) {
       const size_t first = Lowest();
       uint64_t word = levels_[0][first / 64];
       const size_t base = first / 64 * 64;
-      for (; word != 0 && count > 0; --count) {
-        taken(base + static_cast<size_t>(std::countr_zero(word)));
-        word &= word - 1;
+      while (word != 0 && count > 0) {
+        const size_t start = static_cast<size_t>(std::countr_zero(word));
+        const size_t length = std::min(count, static_cast<size_t>(std::countr_one(word >> start)));
+        taken(base + start, length);
+        word &= ~((length == 64 ? ~0ull : (1ull << length) - 1) << start);
+        count -= length;
       }
       levels_[0][first / 64] = word;
       size_t at = first / 64;

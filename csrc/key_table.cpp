@@ -1,6 +1,7 @@
 #include "key_table.hpp"
 
 #include <algorithm>
+#include <utility>
 #include <vector>
 
 namespace flexkv {
@@ -20,42 +21,52 @@ KeyTable::KeyTable(size_t expected) {
 
 uint32_t KeyTable::Find(const BlockKey& key, const BlockKey* keys) const {
   const uint32_t tag = Tag(key);
-  for (size_t at = Home(tag); buckets_[at].id_plus_1 != 0; at = After(at)) {
-    if (buckets_[at].tag == tag && keys[buckets_[at].id_plus_1 - 1] == key) {
-      return buckets_[at].id_plus_1 - 1;
-    }
+  size_t at = Home(tag);
+  for (size_t steps = 0; buckets_[at].id_plus_1 != 0; ++steps, at = After(at)) {
+    const Bucket& bucket = buckets_[at];
+    if (bucket.tag == tag && keys[bucket.id_plus_1 - 1] == key) return bucket.id_plus_1 - 1;
+    if (FromHome(at) < steps) break;
   }
   return kNone;
 }
 
 uint32_t KeyTable::FindOrInsert(const BlockKey& key, uint32_t id, const BlockKey* keys) {
-  if (static_cast<double>(size_ + 1) * kRoomMin > static_cast<double>(num_buckets_)) Grow();
+  if (!HasRoomFor(size_ + 1)) Grow();
   const uint32_t tag = Tag(key);
   size_t at = Home(tag);
-  for (; buckets_[at].id_plus_1 != 0; at = After(at)) {
-    if (buckets_[at].tag == tag && keys[buckets_[at].id_plus_1 - 1] == key) {
-      return buckets_[at].id_plus_1 - 1;
-    }
+  for (size_t steps = 0; buckets_[at].id_plus_1 != 0; ++steps, at = After(at)) {
+    const Bucket& bucket = buckets_[at];
+    if (bucket.tag == tag && keys[bucket.id_plus_1 - 1] == key) return bucket.id_plus_1 - 1;
+    if (FromHome(at) < steps) break;
   }
-  buckets_[at] = {tag, id + 1};
+  InsertAt(at, {tag, id + 1});
   ++size_;
   return kNone;
 }
 
-void KeyTable::Erase(const BlockKey& key, uint32_t id) {
+bool KeyTable::Erase(const BlockKey& key, uint32_t id) {
   size_t hole = Home(Tag(key));
-  while (buckets_[hole].id_plus_1 != id + 1) hole = After(hole);
-  // Whoever sits further from home than the hole moves into it: no lookup ever crosses a grave.
-  for (size_t at = After(hole); buckets_[at].id_plus_1 != 0; at = After(at)) {
-    const size_t home = Home(buckets_[at].tag);
-    const size_t from_home = at >= home ? at - home : at + num_buckets_ - home;
-    const size_t from_hole = at >= hole ? at - hole : at + num_buckets_ - hole;
-    if (from_home < from_hole) continue;
+  for (size_t steps = 0; buckets_[hole].id_plus_1 != id + 1; ++steps, hole = After(hole)) {
+    if (buckets_[hole].id_plus_1 == 0 || FromHome(hole) < steps) return false;
+  }
+  // Whoever is not at home moves up: no lookup ever crosses a grave.
+  for (size_t at = After(hole); buckets_[at].id_plus_1 != 0 && FromHome(at) > 0; at = After(at)) {
     buckets_[hole] = buckets_[at];
     hole = at;
   }
   buckets_[hole] = {0, 0};
   --size_;
+  return true;
+}
+
+// Puts a bucket's content before what is there, which moves on.
+void KeyTable::InsertAt(size_t at, Bucket inserted) {
+  for (; buckets_[at].id_plus_1 != 0; at = After(at)) std::swap(inserted, buckets_[at]);
+  buckets_[at] = inserted;
+}
+
+bool KeyTable::HasRoomFor(size_t count) const {
+  return static_cast<double>(count) * kRoomMin <= static_cast<double>(num_buckets_);
 }
 
 void KeyTable::Grow() {
@@ -70,8 +81,8 @@ void KeyTable::Grow() {
   num_buckets_ = grown;
   for (const Bucket& bucket : old) {
     size_t at = Home(bucket.tag);
-    while (buckets_[at].id_plus_1 != 0) at = After(at);
-    buckets_[at] = bucket;
+    for (size_t steps = 0; buckets_[at].id_plus_1 != 0 && FromHome(at) >= steps; ++steps) at = After(at);
+    InsertAt(at, bucket);
   }
 }
 

@@ -2,7 +2,9 @@
 // it uses, and what is stored together lies together.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
+#include <numeric>
 #include <vector>
 
 #include "bit_tree.hpp"
@@ -25,7 +27,11 @@ class Mempool {
   // Takes the lowest `count` free slots; there must be as many.
   void Allocate(size_t count, std::vector<SlotId>* slots) {
     num_free_ -= static_cast<uint32_t>(count);
-    free_.TakeLowest(count, [&](size_t slot) { slots->push_back(static_cast<SlotId>(slot)); });
+    slots->reserve(slots->size() + count);
+    free_.TakeLowest(count, [&](size_t first, size_t length) {
+      slots->resize(slots->size() + length);
+      std::iota(slots->end() - static_cast<std::ptrdiff_t>(length), slots->end(), static_cast<SlotId>(first));
+    });
   }
   // Takes a certain free slot.
   void Take(SlotId slot) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import numpy as np
 import pytest
 
@@ -331,3 +333,159 @@ def test_records_whose_parents_go_in_a_circle_are_evicted_all_the_same() -> None
     restore(index, SSD, (1, 2, 0), (2, 1, 1))
     assert index.evict(SSD, 2) == 2
     assert index.num_entries == 0
+
+
+# ---- Long runs of new blocks, which are applied later ----
+
+LONG = 600  # blocks, more than enough to be applied later
+
+
+def store_all(index: _core.PrefixIndex, run: np.ndarray, parent: np.ndarray | None = None) -> None:
+    reserved = index.reserve(CPU, parent, run)
+    assert reserved is not None
+    assert reserved[1].tolist() == list(range(len(run)))
+    assert index.commit(reserved[0]) == len(run)
+
+
+def test_a_long_run_is_applied_later_and_by_itself() -> None:
+    index = _core.PrefixIndex(2 * LONG, 0)
+    store_all(index, keys(*range(1, LONG + 1)))
+    stats = index.stats(CPU)
+    assert (stats.ready, stats.pinned, stats.free, index.num_entries) == (LONG, 0, LONG, LONG)
+    assert index.settle() == LONG
+    assert index.settle() == 0
+    for attempt in range(1, 50):
+        store_all(index, keys(*range(1000 * attempt, 1000 * attempt + 300)))
+        time.sleep(0.02 * attempt)
+        if index.settle() == 0:  # the index's thread was faster
+            return
+    pytest.fail("nobody settles what was left to do")
+
+
+@pytest.mark.parametrize("commit_first", [True, False])
+def test_a_run_that_waits_is_found_from_its_middle(commit_first: bool) -> None:
+    index = _core.PrefixIndex(2 * LONG, 0)
+    run = keys(*range(1, LONG + 1))
+    txn, _, slots = index.reserve(CPU, None, run)
+    if commit_first:
+        index.commit(txn)
+    else:
+        assert held(index, 300) == []  # reserved, and nobody's to see
+        index.commit(txn)
+    lease, tiers, found = index.acquire(run[300:400])
+    assert len(tiers) == 100
+    assert found.tolist() == slots[300:400].tolist()
+    assert index.check_integrity() == ""
+    assert index.release(lease)
+
+
+def test_a_run_that_waits_can_be_evicted_aborted_and_invalidated() -> None:
+    index = _core.PrefixIndex(LONG, 0)
+    run = keys(*range(1, LONG + 1))
+    store_all(index, run)
+    assert index.evict(CPU, 100) == 100
+    assert len(index.match(run)) == LONG - 100  # from its end
+    assert index.evict(CPU, LONG) == LONG - 100
+    assert index.num_entries == 0
+    txn, _, _ = index.reserve(CPU, None, run)
+    assert index.check_integrity() == ""
+    assert index.abort(txn)
+    assert index.stats(CPU).free == LONG
+    store_all(index, run)
+    assert index.invalidate(CPU, run[-10:]) == 10
+    store_all(index, run[-10:], run[-11])
+    txn, _, _ = index.reserve(CPU, None, keys(*range(5001, 5001 + LONG)))
+    assert index.commit(txn, np.arange(LONG, dtype=np.uint8) % 2) == LONG // 2
+    assert index.check_integrity() == ""
+
+
+def test_runs_that_wait_may_follow_each_other() -> None:
+    index = _core.PrefixIndex(10 * LONG, 0)
+    first, second, other = keys(*range(1, 301)), keys(*range(301, 601)), keys(*range(2001, 2301))
+    store_all(index, first)
+    store_all(index, other)
+    store_all(index, second, first[-1])
+    assert index.num_entries == 900
+    assert index.check_integrity() == ""
+    assert len(index.match(np.concatenate([first, second]))) == 600
+    assert len(index.match(other)) == 300
+    # Blocks go from the end of the prompt, so the second part is linked to the first.
+    assert index.evict(CPU, 300) == 300
+    assert index.evict(CPU, 310) == 310
+    assert index.check_integrity() == ""
+    assert len(index.match(first)) in (0, 290)
+
+
+def test_runs_that_wait_are_as_old_as_the_calls_that_stored_them() -> None:
+    index = _core.PrefixIndex(10 * LONG, 0)
+    older, newer = keys(*range(1, 301)), keys(*range(2001, 2301))
+    first, _, _ = index.reserve(CPU, None, older)
+    second, _, _ = index.reserve(CPU, None, newer)
+    index.commit(second)
+    index.commit(first)
+    assert index.evict(CPU, 300) == 300
+    assert len(index.match(newer)) == 300
+
+
+@pytest.mark.parametrize("again", [slice(0, 600), slice(0, 300), slice(250, 600), slice(590, 900)])
+def test_blocks_of_a_run_that_waits_are_not_new(again: slice) -> None:
+    """Whether they are its beginning, its middle, or what a new run goes into."""
+    index = _core.PrefixIndex(10 * LONG, 0)
+    numbers = list(range(1, 1001))
+    store_all(index, keys(*numbers[:600]))
+    txn, positions, _ = index.reserve(CPU, None, keys(*numbers[again]))
+    assert len(positions) == max(0, again.stop - 600)
+    assert index.num_entries == max(600, again.stop)
+    if txn:
+        index.commit(txn)
+    assert index.check_integrity() == ""
+
+
+def test_a_long_run_meets_blocks_that_came_before_their_parents() -> None:
+    """New blocks in front of a fragment that nobody named a parent for, as write_back leaves it."""
+    index = _core.PrefixIndex(10 * LONG, 0)
+    store(index, CPU, *range(500, 510))
+    txn, positions, _ = index.reserve(CPU, None, keys(*range(1, LONG + 1)))
+    assert positions.tolist() == [i for i in range(LONG) if not 499 <= i < 509]
+    index.commit(txn)
+    assert len(held(index, *range(1, LONG + 1))) == LONG
+    assert index.check_integrity() == ""
+
+
+def test_a_long_run_takes_what_was_given_back_in_pieces() -> None:
+    index = _core.PrefixIndex(LONG, 0)
+    for i in range(60):
+        store(index, CPU, *range(1000 * i + 1, 1000 * i + 11))
+    for i in range(0, 60, 2):
+        index.invalidate(CPU, keys(*range(1000 * i + 1, 1000 * i + 11)))
+    memory = index.memory_bytes
+    store_all(index, keys(*range(100_001, 100_301)))
+    assert index.check_integrity() == ""
+    assert len(held(index, *range(100_001, 100_301))) == 300
+    assert held(index, *range(1001, 1011)) == [1] * 10
+    assert index.memory_bytes == memory
+    assert index.check_integrity() == ""
+
+
+def test_keys_that_come_twice_in_a_long_run_do_no_harm() -> None:
+    """Keys are chained, so none does; a caller who breaks that wastes a slot and no more."""
+    index = _core.PrefixIndex(2 * LONG, 0)
+    run = keys(*range(1, LONG + 1))
+    run[400] = run[200]
+    store_all(index, run)
+    assert index.settle() == LONG
+    assert index.check_integrity() == ""
+    assert len(index.match(run)) == LONG
+    assert index.evict(CPU, LONG) == LONG
+    assert index.num_entries == 0
+    assert index.check_integrity() == ""
+
+
+def test_tokens_of_a_run_that_waits_are_compared() -> None:
+    index = _core.PrefixIndex(2 * LONG, 0, tokens_per_block=4, keep_tokens=True)
+    run = keys(*range(1, LONG + 1))
+    tokens = np.arange(4 * LONG, dtype=np.int32)
+    index.commit(index.reserve(CPU, None, run, tokens)[0])
+    assert len(index.match(run, tokens)) == LONG
+    tokens[4 * 300 + 3] += 1
+    assert len(index.match(run, tokens)) == 300
