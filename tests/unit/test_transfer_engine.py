@@ -579,7 +579,7 @@ def test_early_layers_are_used_while_later_ones_are_still_read(make_rig: MakeRig
     disk = _core.FaultyDisk(3)
     rig = make_rig(row_bytes=512, slices_per_read=1, num_directories=1, io_depth=1, disk=disk)
     rig.save(keys(0, 1), ints(0, 1), ints(0, 1))
-    disk.set_fault("read", 1.0, delay_s=0.1)
+    disk.set_fault("read", 1.0, delay_s=0.3)
     gate = open_gate()
     graph = rig.engine.submit(layered_load(rig, keys(0, 1), ints(0, 1), ints(2, 3), 5, 6), gate=gate)
     assert gate.wait(0, 20.0)
@@ -703,7 +703,7 @@ def test_background_graphs_are_refused_when_too_much_is_queued(make_rig: MakeRig
     disk = _core.FaultyDisk(3)
     rig = make_rig(row_bytes=512, queue_bytes=8 * LAYERS * 4096, disk=disk)
     rig.save(keys(*range(20)), np.arange(20), np.arange(20))
-    disk.set_fault("read", 1.0, delay_s=0.3)
+    disk.set_fault("read", 1.0, delay_s=1.0)
 
     def read(first: int, count: int, **options) -> int:
         names = np.arange(first, first + count)
