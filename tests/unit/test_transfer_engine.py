@@ -773,7 +773,7 @@ def test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once(
     """2,000 graphs over a disk that fails, lies, stops half way and is slow, with cancels, deadlines, gates
     and back pressure."""
     disk = _core.FaultyDisk(11)
-    rig = make_rig(row_bytes=512, slices_per_read=1, queue_bytes=60 * LAYERS * 4096, disk=disk)
+    rig = make_rig(row_bytes=512, slices_per_read=1, queue_bytes=1, disk=disk)
     rig.save(keys(*range(SLOTS)), np.arange(SLOTS), np.arange(SLOTS))
     for operation in ("read", "write"):
         disk.set_fault(operation, 0.05, errno.EIO)
