@@ -13,7 +13,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly ROOT PYTHON=${PYTHON:-$ROOT/.venv/bin/python} ENGINE=tests/unit/test_transfer_engine.py
 # Of the engine's tests, one measures memory, which a sanitizer has its own ideas about (it ignores mlock).
 readonly MEMORY=test_the_host_pool_takes_what_was_asked_and_is_faulted_in_behind_the_scenes
-readonly SHARED=test_random_graphs_with_cancels_end_every_op_exactly_once
+readonly SHARED=test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once
 status=0
 
 # CPython frees little at its exit: leaks are looked for in the C++ tests only.
