@@ -12,8 +12,8 @@ load.
 
 - ``exposed_over_first_group``: what of the load is not hidden / time until the first layers are there, CPU
   tier. On CUDA that is how much longer the prefill takes than alone. On the CPU, where both sides share cores
-  and memory, it is the time for which the prefill stands still for its load, planning included; that it attends
-  more slowly meanwhile is ``attention_slowdown``, and both are in the column ``longer_by_ms``.
+  and memory, it is the time for which the prefill stands still for its load, planning included; that it also
+  computes more slowly is ``attention_slowdown``, and both are in the column ``longer_by_ms``.
 - ``exposed_beyond_first_group_over_load``: what is exposed beyond those first layers, as a share of the load.
 - ``ssd_pipeline_over_max``: together / the longer one of prefill and load alone, the worst case.
 - ``attention_slowdown``: attention per layer while the load runs / the same layers alone, the worst case.
