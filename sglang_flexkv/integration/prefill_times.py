@@ -32,6 +32,11 @@ class PrefillTimes:
             before, after, spans = self._running.popleft()
             self._cost.observe(spans, before.elapsed_time(after) / 1e3)
 
+    @property
+    def started(self) -> bool:
+        """Whether the forward that was started last is one to learn from."""
+        return self._start is not None
+
     def cancel(self) -> None:
         """The next forward is none to learn from."""
         self._start = None
@@ -39,7 +44,7 @@ class PrefillTimes:
     def end(self, spans: Spans) -> None:
         """The forward was started, and on a CPU has ended."""
         start, self._start = self._start, None
-        if start is None or any(begin >= end for begin, end in spans):
+        if any(begin >= end for begin, end in spans):
             return
         if self._stream is None:
             self._cost.observe(spans, time.perf_counter() - start)

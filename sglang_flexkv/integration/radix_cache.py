@@ -300,7 +300,7 @@ class FlexKVRadixCache(UnifiedRadixCache):
     def finish_external_linker_loads(self, reqs: list[Any]) -> list[Any]:
         if self.linker is None:
             return []
-        if self._prefill_times is not None:
+        if self._prefill_times is not None and self._prefill_times.started:
             self._prefill_times.end([(req.prefix_len, req.extend_end or 0) for req in reqs])
         if not self.linker.inflight_load_rids:
             return []
