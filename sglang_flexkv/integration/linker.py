@@ -155,14 +155,14 @@ class FlexKVLinker(UnifiedCacheLinker):
             self._lookups[rid] = _Lookup(keys, np.empty(0, np.uint8), 0)
             return 0
         lease, held = self.engine.hold(keys)
-        num_tokens = len(keys) * self.engine.config.tokens_per_block
-        device_tokens, total_tokens = self._prompts.get(rid, (0, num_tokens))
+        device_tokens, total_tokens = self._prompts.get(rid, (0, len(keys) * self._page))
+        num_cpu_blocks = int(np.count_nonzero(held == int(_core.Tier.CPU)))
+        # Asked for only where it matters: this runs at every attempt to match a waiting prompt.
+        queued_bytes = self.engine.queued_ssd_read_bytes if num_cpu_blocks < len(held) else 0
         found = _Lookup(
             keys,
             held,
-            self.load_or_recompute.blocks_to_load(
-                Prompt(held, device_tokens, total_tokens, self.engine.queued_ssd_read_bytes)
-            ),
+            self.load_or_recompute.blocks_to_load(Prompt(held, device_tokens, total_tokens, queued_bytes)),
         )
         self._lookups[rid] = found
         if len(held) == 0:
@@ -170,7 +170,6 @@ class FlexKVLinker(UnifiedCacheLinker):
         if found.num_to_load == 0:
             self.engine.unhold(lease)
             return 0
-        num_cpu_blocks = int(np.count_nonzero(held == int(_core.Tier.CPU)))
         self._holds[rid] = _Hold(lease, num_cpu_blocks, time.monotonic())
         self._held_blocks += num_cpu_blocks
         while (

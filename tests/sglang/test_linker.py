@@ -671,6 +671,13 @@ def forget_in_memory(rig: Rig, tokens: list[int], first_page: int) -> None:
     rig.engine.cache.index.invalidate(_core.Tier.CPU, lost.copy())
 
 
+def store_on_ssd_alone(rig: Rig, tokens: list[int]) -> None:
+    rig.insert(tokens, seed=1)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    invalidate_cpu_tier(rig)
+
+
 @pytest.mark.parametrize("in_memory", range(PAGES), ids=lambda n: f"{n}_pages_in_memory")
 @pytest.mark.parametrize("kind", ["mha", "mla"])
 def test_what_ssd_holds_is_read_under_the_forward(
@@ -723,10 +730,7 @@ def test_a_block_that_is_damaged_on_ssd_is_not_used_and_not_looked_for_again(
 ) -> None:
     rig = make_rig(ssd_dir=tmp_path)
     tokens = sequence(1)
-    rig.insert(tokens, seed=1)
-    rig.evict_all()
-    assert rig.engine.flush_spills(TIMEOUT_S)
-    invalidate_cpu_tier(rig)
+    store_on_ssd_alone(rig, tokens)
     (slots_file,) = tmp_path.glob("*.slots")
     with slots_file.open("r+b") as file:
         file.seek(_core.SSD_SLOTS_OFFSET)
@@ -753,10 +757,7 @@ def test_a_disk_that_hangs_is_noticed_while_a_forward_waits(
     disk = _core.FaultyDisk(1)
     rig = make_rig(ssd_dir=tmp_path, disk=disk)
     tokens = sequence(1)
-    rig.insert(tokens, seed=1)
-    rig.evict_all()
-    assert rig.engine.flush_spills(TIMEOUT_S)
-    invalidate_cpu_tier(rig)
+    store_on_ssd_alone(rig, tokens)
     disk.set_fault("read", 1.0, delay_s=5.0)
     req = rig.request(tokens)
     slots = rig.admit(req)
@@ -794,10 +795,7 @@ def test_who_waits_for_ssd_in_the_queue(
 ) -> None:
     rig = make_rig(ssd_dir=tmp_path)
     tokens = sequence(1)
-    rig.insert(tokens, seed=1)
-    rig.evict_all()
-    assert rig.engine.flush_spills(TIMEOUT_S)
-    invalidate_cpu_tier(rig)
+    store_on_ssd_alone(rig, tokens)
     req = rig.request(tokens + sequence(7000))
     rig.cache.attach_scheduler(
         SimpleNamespace(
