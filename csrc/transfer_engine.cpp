@@ -305,7 +305,7 @@ bool TransferEngine::Drain(double timeout_s) {
 
 bool TransferEngine::DrainDevice(double timeout_s) {
   std::unique_lock<std::mutex> lock(mutex_);
-  return ended_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return device_pieces_ == 0; });
+  return ended_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return DeviceIsIdle(); });
 }
 
 size_t TransferEngine::num_pending() const {
@@ -373,7 +373,6 @@ void TransferEngine::StartPiece(Op* op, int layer_begin, int layer_end) {
     std::lock_guard<std::mutex> lock(mutex_);
     skip = ShouldSkip(*op);
     if (!skip) {
-      device_pieces_++;
       op->pieces_running++;
       Busy(op->spec.type, +1);
       if (op->result.start_s == 0) op->result.start_s = Now();
@@ -418,8 +417,8 @@ void TransferEngine::EndPiece(Op* op, int layers_copied, std::string error) {
   bool finish;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (--device_pieces_ == 0) ended_.notify_all();
     Busy(op->spec.type, -1);
+    if (DeviceIsIdle()) ended_.notify_all();
     op->layers_left -= layers_copied;
     if (op->error.empty()) op->error = std::move(error);
     finish = --op->pieces_running == 0 && !op->more_pieces;

@@ -163,6 +163,10 @@ class TransferEngine {
   void ForwardLayers(Op* op, int layer_begin, int layer_end);
   void LearnReadCost(const Op& op, OpStatus status);
   void Busy(TransferType type, int change);
+  // No copy from or to the device has started and not ended. Called with the mutex held.
+  bool DeviceIsIdle() const {
+    return running_[static_cast<int>(TransferType::kH2D)] + running_[static_cast<int>(TransferType::kD2H)] == 0;
+  }
 
   const BlockLayout layout_;
   const size_t queue_blocks_;  // background graphs are refused beyond; 0: never
@@ -184,7 +188,6 @@ class TransferEngine {
   std::deque<GraphResult> results_;
   TransferStats stats_;
   uint64_t next_graph_ = 1;
-  size_t device_pieces_ = 0;    // copies that have started and not ended
   int running_[kNumTransferTypes] = {};          // pieces, or disk ops, that move bytes
   double busy_since_s_[kNumTransferTypes] = {};
   double reads_mixed_s_ = 0;    // when two reads from disk last ran at the same time
