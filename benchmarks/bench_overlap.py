@@ -55,6 +55,7 @@ from sglang_flexkv.cache.cache_engine import CPU
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import CacheConfig
 from sglang_flexkv.common.storage import DeviceBuffers
+from sglang_flexkv.integration.layer_counter import LayerLoadCounter
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine
 
 _TIMEOUT_S = 120.0
@@ -170,9 +171,13 @@ def torch_attention(pool: Pool, queries: torch.Tensor) -> Attention:
     grouped = queries.view(shape.new_tokens, shape.kv_heads, -1, shape.head_size).transpose(0, 1)
     grouped = grouped.reshape(1, shape.kv_heads, -1, shape.head_size)
 
+    # One buffer for all layers: to get fresh memory for each takes longer than to attend.
+    gathered = [torch.empty_like(tensor) for tensor in pool.tensors[0]]
+
     def attend(layer: int) -> torch.Tensor:
         keys, values = (
-            tensor.index_select(0, slots).transpose(0, 1).unsqueeze(0) for tensor in pool.tensors[layer]
+            torch.index_select(tensor, 0, slots, out=buffer).transpose(0, 1).unsqueeze(0)
+            for tensor, buffer in zip(pool.tensors[layer], gathered, strict=True)
         )
         out = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values)
         return out.view(shape.kv_heads, shape.new_tokens, -1, shape.head_size).transpose(0, 1)
@@ -214,11 +219,21 @@ def flashinfer_attention(pool: Pool, queries: torch.Tensor) -> Attention:
 
 
 @dataclass
+class Load:
+    """One that runs. ``counter`` is what SGLang's KV pool asks before each layer, here as there."""
+
+    task: KVTask
+    gate: _core.LayerGate
+    counter: LayerLoadCounter
+    index: int
+
+
+@dataclass
 class Run:
     """What one prefill took. ``attention_s`` has an entry per layer."""
 
     total_s: float
-    waited_s: float  # at the gate, on the host
+    waited_s: float  # for layers, on the host
     attention_s: list[float]
     layers_during_load: int
 
@@ -240,12 +255,8 @@ class Prefill:
         self.products_per_layer = 0
         self.outputs: list[torch.Tensor] = []
 
-    def run(self, gate: _core.LayerGate | None = None) -> Run:
-        """Returns when the last layer was computed; with a gate, layers wait for theirs to open.
-
-        Raises:
-            RuntimeError: the load failed.
-        """
+    def run(self, load: Load | None = None) -> Run:
+        """Returns when the last layer was computed. With a load, each layer waits until it is there."""
         self.outputs = []
         marks = []
         waited_s = 0.0
@@ -253,12 +264,11 @@ class Prefill:
         self.clock.synchronize()
         begin_s = time.perf_counter()
         for layer in range(self.shape.layers):
-            if gate is not None:
+            if load is not None:
                 asked_s = time.perf_counter()
-                if not self._wait(gate, layer):
-                    raise RuntimeError(f"layer {layer} was not loaded")
+                load.counter.wait_until(layer)
                 waited_s += time.perf_counter() - asked_s
-                layers_during_load += gate.open_layers < self.shape.layers
+                layers_during_load += load.gate.open_layers < self.shape.layers
             begin = self.clock.mark()
             self.outputs.append(self._attend(layer))
             marks.append((begin, self.clock.mark()))
@@ -267,12 +277,6 @@ class Prefill:
         total_s = time.perf_counter() - begin_s
         attention_s = [self.clock.between(*pair) for pair in marks]
         return Run(total_s, waited_s, attention_s, layers_during_load)
-
-    def _wait(self, gate: _core.LayerGate, layer: int) -> bool:
-        """As the integration does: on CUDA the stream waits, and the host goes on."""
-        if self.device.type == "cuda":
-            return gate.stream_wait(layer, torch.cuda.current_stream().cuda_stream, _TIMEOUT_S)
-        return gate.wait(layer, _TIMEOUT_S)
 
     def _multiply(self, times: int) -> None:
         hidden = self._hidden
@@ -308,6 +312,12 @@ class Bench:
             copy_threads=1,
         )
         self.engine = KVTaskEngine(config, self.pool.buffers, namespace=_NAMESPACE)
+        self.counter = LayerLoadCounter(
+            shape.layers,
+            self.engine.transfer.make_gate,
+            self.engine.poll,
+            (lambda: torch.cuda.current_stream().cuda_stream) if device.type == "cuda" else None,
+        )
         try:
             self.prefill = Prefill(self.pool, device)
             self.keys = np.random.default_rng(4).integers(1, 1 << 63, (shape.num_blocks, 2), dtype=np.uint64)
@@ -347,29 +357,35 @@ class Bench:
                 self._end(task)
         self.pool.damage()
 
-    def _start(self, report: Report, tier: str) -> tuple[KVTask, _core.LayerGate]:
+    def _start(self, report: Report, tier: str) -> Load:
         task = self.engine.create_get(self.keys)
         plan = task.plan
         on_ssd = self.shape.num_blocks if tier == "ssd" else 0
         hit = plan is not None and plan.num_blocks == self.shape.num_blocks and plan.num_ssd_blocks == on_ssd
         report.check(f"loads came from {tier}", hit)
-        gate = self.engine.transfer.make_gate(self.shape.layers)
+        index, gate = self.counter.open_batch()
         gate.expect(task.num_loads)
         self.engine.launch(task, self.pool.slots, gate=gate)
-        return task, gate
+        self.counter.set_consumer(index)
+        return Load(task, gate, self.counter, index)
+
+    def _finish(self, report: Report, load: Load) -> None:
+        self._end(load.task)
+        if not self.counter.close_batch(load.index):
+            raise RuntimeError("a layer was not waited for any longer")
+        self.pool.check(report)
 
     def load(self, report: Report, tier: str) -> list[float]:
         """Seconds from the request until each layer was open."""
         self.prepare(tier)
         begin_s = time.perf_counter()
-        task, gate = self._start(report, tier)
+        load = self._start(report, tier)
         open_s = []
         for layer in range(self.shape.layers):
-            if not gate.wait(layer, _TIMEOUT_S):
+            if not load.gate.wait(layer, _TIMEOUT_S):
                 raise RuntimeError(f"layer {layer} was not loaded")
             open_s.append(time.perf_counter() - begin_s)
-        self._end(task)
-        self.pool.check(report)
+        self._finish(report, load)
         return open_s
 
     def together(self, report: Report, tier: str) -> Run:
@@ -377,13 +393,12 @@ class Bench:
         self.prepare(tier)
         self.prefill.clock.synchronize()
         begin_s = time.perf_counter()
-        task, gate = self._start(report, tier)
+        load = self._start(report, tier)
         planned_s = time.perf_counter() - begin_s
-        run = self.prefill.run(gate)
+        run = self.prefill.run(load)
         run.total_s += planned_s
         run.waited_s += planned_s
-        self._end(task)
-        self.pool.check(report)
+        self._finish(report, load)
         return run
 
 

@@ -398,7 +398,15 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init([](int num_layers) { return std::make_shared<LayerGate>(num_layers); }),
            py::arg("num_layers"))
       .def("expect", &LayerGate::Expect, py::arg("loads"))
-      .def("wait", &LayerGate::Wait, py::arg("layer"), py::arg("timeout_s"), NoGil())
+      .def(
+          "wait",
+          [](LayerGate& gate, int layer, double timeout_s) {
+            // Who need not wait keeps the GIL: a forward asks between two layers, and others would take it.
+            if (gate.open_layers() > layer) return gate.Wait(layer, 0);
+            py::gil_scoped_release nogil;
+            return gate.Wait(layer, timeout_s);
+          },
+          py::arg("layer"), py::arg("timeout_s"))
       .def("stream_wait", &LayerGate::StreamWait, py::arg("layer"), py::arg("stream"), py::arg("timeout_s"),
            NoGil())
       .def_property_readonly("num_layers", &LayerGate::num_layers)

@@ -58,18 +58,19 @@ bool LayerGate::Queued(int layer, void* stream, std::string* error) {
   return good;
 }
 
-bool LayerGate::Wait(int layer, double timeout_s) {
-  if (open_.load(std::memory_order_acquire) > layer) return !failed_.load();
+int LayerGate::Wait(int layer, double timeout_s) {
+  const int open = open_layers();
+  if (open > layer) return failed_.load() ? 0 : open;
   std::unique_lock<std::mutex> lock(mutex_);
   const bool in_time = changed_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] {
     return failed_.load() || open_.load(std::memory_order_relaxed) > layer;
   });
-  return in_time && !failed_.load();
+  return in_time && !failed_.load() ? open_.load(std::memory_order_relaxed) : 0;
 }
 
 bool LayerGate::StreamWait(int layer, uint64_t stream, double timeout_s) {
   Require(layer >= 0 && layer < num_layers_, "the gate has no such layer");
-  if (row_.words == nullptr) return Wait(layer, timeout_s);
+  if (row_.words == nullptr) return Wait(layer, timeout_s) > 0;
   if (failed_.load()) return false;
   if (StreamFlags::IsRaised(row_, layer)) return !failed_.load();
   {
@@ -86,7 +87,7 @@ bool LayerGate::StreamWait(int layer, uint64_t stream, double timeout_s) {
     waiting_layer_ = layer;
     return true;
   }
-  return Wait(layer, timeout_s);
+  return Wait(layer, timeout_s) > 0;
 }
 
 int LayerGate::open_layers() const { return open_.load(std::memory_order_acquire); }

@@ -28,8 +28,9 @@ class LayerGate {
   int num_layers() const { return num_layers_; }
   // Before the first load is submitted: how many loads will report.
   void Expect(int loads);
-  // Waits until `layer` is open. False if the loads failed or the time is up.
-  bool Wait(int layer, double timeout_s);
+  // Waits until `layer` is open. Returns how many layers are, counted from the first, so that who goes through
+  // them in order need not ask for each; 0 if the loads failed or the time is up.
+  int Wait(int layer, double timeout_s);
   // Makes what is queued on `stream` (a CUstream) from now on wait until `layer` is open, and returns at once;
   // the copy need not have been queued yet. Waits here, like Wait, where streams cannot wait for memory. False
   // if the loads have failed already or the time is up; the stream goes on then, and its output is worthless.

@@ -20,7 +20,8 @@ class LayerLoadCounter:
 
     On a GPU the stream that is going to read it is told to wait for the layer, and the host goes on: by the
     time the copy lands, the whole forward may be queued. On a CPU the accessor waits, with the GIL released,
-    so that the rest of the scheduler's threads go on.
+    so that the rest of the scheduler's threads go on. It remembers how many layers it found open and does not
+    ask for those: with KV running through the caches, asking costs more than it seems.
 
     While SGLang captures a CUDA graph nothing is issued: no batch is loading then and ``consumer_index`` is
     -1. A captured wait would wait for a gate of the past at every replay. Prefill graphs are replayed after a
@@ -48,6 +49,7 @@ class LayerLoadCounter:
         self._gates: dict[int, _core.LayerGate] = {}
         self._next_index = 0
         self._went_on: set[int] = set()
+        self._open_layers = 0  # of the consumer's gate, when a CPU last waited for it
 
     def open_batch(self) -> tuple[int, _core.LayerGate]:
         """A gate for the loads of one batch and the index under which the forward will wait for it."""
@@ -67,10 +69,13 @@ class LayerLoadCounter:
     def set_consumer(self, index: int) -> None:
         """SGLang's call before each forward: the batch whose loads it depends on, -1 for none."""
         self.consumer_index = index
+        self._open_layers = 0
 
     def wait_until(self, layer: int) -> None:
         """SGLang's call before each use of a layer. A failed load does not raise here: the forward runs on
         and its output is dropped when ``finish_layer_wise_loading`` reports the failure."""
+        if layer < self._open_layers:
+            return
         gate = self._gates.get(self.consumer_index)
         if gate is None or self.consumer_index in self._went_on:
             return
@@ -84,9 +89,10 @@ class LayerLoadCounter:
 
     def _wait(self, gate: _core.LayerGate, layer: int) -> bool:
         if self._current_stream is None:
-            return gate.wait(layer, _LOOK_AFTER_S)
+            self._open_layers = gate.wait(layer, _LOOK_AFTER_S)
+            return self._open_layers > layer
         return gate.stream_wait(layer, self._current_stream(), _LOOK_AFTER_S)
 
     def reset(self) -> None:
         self._gates.clear()
-        self.consumer_index = -1
+        self.set_consumer(-1)
