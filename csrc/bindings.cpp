@@ -30,6 +30,11 @@ struct KeyView {
   size_t size;
 };
 
+const BlockKey* SingleKey(const Keys& key) {
+  if (key.size() != 2) throw UsageError("a key is an array of two uint64");
+  return reinterpret_cast<const BlockKey*>(key.data());
+}
+
 KeyView View(const Keys& keys) {
   if (keys.ndim() != 2 || keys.shape(1) != 2) {
     throw UsageError("keys must be a C-contiguous uint64 array of shape [blocks, 2]");
@@ -266,16 +271,20 @@ PYBIND11_MODULE(_core, m) {
           py::arg("tokens"), py::arg("namespace"), py::arg("use") = false)
       .def("release", &PrefixIndex::Release, py::arg("lease"), NoGil())
       .def(
+          "writer",
+          [](PrefixIndex& index, Tier tier, const Keys& key) {
+            const BlockKey* single = SingleKey(key);
+            py::gil_scoped_release nogil;
+            return index.Writer(tier, *single);
+          },
+          py::arg("tier"), py::arg("key"))
+      .def(
           "reserve",
           [](PrefixIndex& index, Tier tier, const std::optional<Keys>& parent, const Keys& keys,
              const std::optional<py::array>& tokens, uint8_t importance,
              bool staging, bool required) -> py::object {
             const RunView run(keys, tokens, index.tokens_kept());
-            const BlockKey* parent_key = nullptr;
-            if (parent) {
-              if (parent->size() != 2) throw UsageError("parent must be one key of two uint64");
-              parent_key = reinterpret_cast<const BlockKey*>(parent->data());
-            }
+            const BlockKey* parent_key = parent ? SingleKey(*parent) : nullptr;
             // Kept between calls: memory that is new each time costs more than what is done here.
             thread_local std::vector<uint32_t> positions;
             thread_local std::vector<SlotId> slots;

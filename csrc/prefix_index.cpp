@@ -563,6 +563,19 @@ bool PrefixIndex::Release(uint64_t lease) {
   return true;
 }
 
+uint64_t PrefixIndex::Writer(Tier tier, const BlockKey& key) {
+  const Call call(*this);
+  const uint32_t entry = Find(key);
+  if (entry == kNil || StateOf(entry, tier) != State::kWriting) return 0;
+  for (const auto& [id, txn] : transactions_) {
+    if (txn.tier != tier) continue;
+    for (const Run& run : txn.runs) {
+      if (entry >= run.first && entry - run.first < run.count) return id;
+    }
+  }
+  return 0;
+}
+
 void PrefixIndex::PrefetchKey(Tier tier, const BlockKey& key) const {
   table_.Prefetch(key);
   roots_.PrefetchCount(key);

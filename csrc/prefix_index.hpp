@@ -104,7 +104,7 @@ class PrefixIndex {
 
   // Pins the leading readable blocks, each in its nearest tier, and returns the lease. `tier`
   // restricts the search to one tier; without it a block that is on its way from SSD to the CPU tier
-  // ends the search. `use`: they are going to be read, which is what eviction
+  // ends the search (see Writer). `use`: they are going to be read, which is what eviction
   // policies count; otherwise they are only looked at. Of each of the first `found` blocks `tiers`
   // and `slots` say where it is. Zero blocks: no lease (id 0).
   uint64_t Acquire(const BlockRun& blocks, std::optional<Tier> tier, bool use, uint8_t* tiers,
@@ -116,6 +116,9 @@ class PrefixIndex {
 
   // Gives a lease back. False if it is not known (released or reset before): nothing changes.
   bool Release(uint64_t lease);
+
+  // The transaction that is writing a block into `tier`; 0: none is. Goes by the key alone.
+  uint64_t Writer(Tier tier, const BlockKey& key);
 
   // Reserves slots in `tier` for the blocks it does not hold yet, evicting where needed what the
   // tier's policy says. `parent` is the key before the first, if any. On success `positions` says

@@ -496,6 +496,10 @@ class IndexModel:
         if txn:
             self.transactions.append(Transaction(txn, tier, granted))
 
+    def writer(self, tier: _core.Tier, block: int) -> None:
+        wanted = next((t.id for t in self.transactions if t.tier == tier and block in t.blocks), 0)
+        expect(self.index.writer(tier, self.blocks.keys([block])[0]), wanted, f"writer of {block}")
+
     def commit(self, position: int, good: Callable[[int], Sequence[bool]] | None = None) -> None:
         """`good`: given a number of blocks, which of them were written; all if there is none."""
         txn = self.transactions.pop(position % len(self.transactions))
@@ -614,7 +618,7 @@ class RandomDriver:
         self._rules = (
             [self._match, self._acquire, self._acquire, self._release, self._release, self._end, self._end]
             + [self._reserve] * 4
-            + [self._evict, self._invalidate]
+            + [self._evict, self._invalidate, self._writer]
             + ([self.model.settle] if setup.deferred_min else [])
             + ([self._match_tokens, self._acquire_tokens] if setup.tokens_kept else [])
         )
@@ -675,6 +679,9 @@ class RandomDriver:
         tier, importance = self.rng.choice(TIERS), self.rng.choice(self.IMPORTANCES)
         staging, required = self.rng.random() < 0.2, self.rng.random() < 0.3
         self.model.reserve(tier, path, parent, lookup, importance, staging, required)
+
+    def _writer(self) -> None:
+        self.model.writer(self.rng.choice(TIERS), self._leaf())
 
     def _end(self) -> None:
         if not self.model.transactions:

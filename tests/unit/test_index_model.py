@@ -102,6 +102,10 @@ class IndexMachine(RuleBasedStateMachine):
         before = parent if says_parent else 0
         self.model.reserve(tier, part, before, lookup, importance, staging, required)
 
+    @rule(tier=tiers, leaf=leaves)
+    def writer(self, tier: object, leaf: int) -> None:
+        self.model.writer(tier, leaf)
+
     @precondition(lambda self: self.model.transactions)
     @rule(position=st.integers(0, 7), failed=st.sets(st.integers(0, 3), max_size=2))
     def commit(self, position: int, failed: set[int]) -> None:

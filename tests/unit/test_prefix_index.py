@@ -77,6 +77,23 @@ def test_blocks_that_are_held_or_being_written_are_not_reserved_twice() -> None:
     assert index.check_integrity() == ""
 
 
+def test_who_writes_a_block_is_known_until_it_is_there() -> None:
+    index = _core.PrefixIndex(8, 8, deferred_min=2)
+    store(index, CPU, 1)
+    first, _, _ = index.reserve(CPU, None, keys(1, 2))
+    later, _, _ = index.reserve(CPU, keys(2)[0], keys(3, 4))  # which the index applies later
+    to_ssd, _, _ = index.reserve(SSD, None, keys(1))
+
+    def writers(tier: _core.Tier) -> list[int]:
+        return [index.writer(tier, key) for key in keys(1, 2, 3, 4, 5)]
+
+    assert writers(CPU) == [0, first, later, later, 0]
+    assert writers(SSD) == [to_ssd, 0, 0, 0, 0]
+    index.commit(first)
+    index.abort(later)
+    assert writers(CPU) == [0, 0, 0, 0, 0]
+
+
 def test_duplicate_keys_in_one_request_take_one_slot() -> None:
     index = _core.PrefixIndex(4, 0)
     txn, positions, slots = index.reserve(CPU, None, keys(1, 1))
