@@ -124,6 +124,8 @@ class KVTaskEngine:
         self._tasks: dict[int, KVTask] = {}
         self._unlaunched: OrderedDict[int, KVTask] = OrderedDict()  # READY tasks, the oldest first
         self._by_graph: dict[int, KVTask] = {}
+        # Tasks that read from SSD, READY or RUNNING, by the transaction that brings it to the CPU tier.
+        self._reads: dict[int, KVTask] = {}
         self._ids = itertools.count(1)
         self._holds: set[int] = set()
         self._spills_running = 0
@@ -177,6 +179,25 @@ class KVTaskEngine:
         """Bytes that wait to be read from SSD or are being read."""
         return self.transfer.queued_blocks(TransferType.DISK2H) * self.storage.slot_bytes
 
+    @property
+    def num_ssd_reads(self) -> int:
+        """Tasks that bring blocks from SSD to the CPU tier, or are about to."""
+        return len(self._reads)
+
+    def find_read(self, key: npt.NDArray[np.uint64]) -> KVTask | None:
+        """The task that brings a block from SSD to the CPU tier, None if nobody does. It ends by itself,
+        whoever forgets it meanwhile.
+
+        Args:
+            key: of the block, shape [2].
+        """
+        if not self._reads:
+            return None
+        with self._lock:
+            self.poll()
+            task = self._reads.get(self.cache.index.writer(_core.Tier.CPU, key))
+            return None if task is None or task.plan is None or task.plan.discarded else task
+
     def unhold(self, lease: int) -> None:
         with self._lock:
             self._holds.discard(lease)
@@ -220,7 +241,15 @@ class KVTaskEngine:
         task.become(TaskStatus.READY)
         self._tasks[task.task_id] = task
         self._unlaunched[task.task_id] = task
+        if plan is not None and plan.num_ssd_blocks:
+            self._reads[plan.txn] = task
         return task
+
+    def _finish(self, task: KVTask, result: _core.GraphResult | None) -> None:
+        """Ends a task's plan, which gives back what it held; see GlobalCacheEngine.finish."""
+        if task.plan is not None:
+            self._reads.pop(task.plan.txn, None)
+            self.cache.finish(task.plan, result)
 
     # ---- running ----
 
@@ -249,8 +278,7 @@ class KVTaskEngine:
             self._unlaunched.pop(task.task_id, None)
             plan = task.plan
             if plan is None or not plan.graph.ops:
-                if plan is not None:
-                    self.cache.finish(plan, None)
+                self._finish(task, None)
                 task.become(TaskStatus.COMPLETED)
                 return
             if token_slots is not None:
@@ -263,7 +291,7 @@ class KVTaskEngine:
                 background=plan.kind in (PlanKind.PUT, PlanKind.PREFETCH),
             )
             if task.core_graph == 0:
-                self.cache.finish(plan, None)
+                self._finish(task, None)
                 task.error = "too many transfers are on their way"
                 task.become(TaskStatus.CANCELLED)
                 return
@@ -278,7 +306,7 @@ class KVTaskEngine:
             for result in self.transfer.poll():
                 task = self._by_graph.pop(result.graph)
                 assert task.plan is not None
-                self.cache.finish(task.plan, result)
+                self._finish(task, result)
                 if self._trace is not None:
                     self._trace.add(task.plan.kind.value, task.plan.graph, result)
                 task.held_events.clear()
@@ -343,8 +371,7 @@ class KVTaskEngine:
                 self.transfer.cancel(task.core_graph)
             elif not task.ended:
                 self._unlaunched.pop(task.task_id, None)
-                if task.plan is not None:
-                    self.cache.finish(task.plan, None)
+                self._finish(task, None)
                 task.become(TaskStatus.CANCELLED)
 
     def forget(self, task: KVTask) -> None:
@@ -451,6 +478,8 @@ class KVTaskEngine:
             assert index.num_transactions == reservations, (
                 f"{index.num_transactions} reservations, {reservations} of them with an owner"
             )
+            reads = {task.plan.txn for task in live if task.plan and task.plan.num_ssd_blocks}
+            assert self._reads.keys() == reads, f"reads {set(self._reads)}, running are {reads}"
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Tiers (slots, free, ready, writing, pinned, evicted) and transfers (see TransferEngine.stats)."""

@@ -114,6 +114,19 @@ class LoadOrRecompute:
         best = min(range(len(candidates)), key=lambda i: (seconds[i], -candidates[i]))
         return candidates[best] if seconds[best] < _WORTH_COMPUTING * seconds[-1] else held
 
+    def is_worth_waiting(
+        self, num_bytes: int, start_tokens: int, reached_tokens: int, total_tokens: int
+    ) -> bool:
+        """Whether to wait until so many bytes have been read from SSD and then compute a prompt from
+        ``reached_tokens`` on, or to compute it from ``start_tokens`` on right away: what comes first."""
+        if self._policy is LoadPolicy.RECOMPUTE:
+            return False
+        if self._policy is LoadPolicy.LOAD or not (self.prefill.known and self.from_ssd.known):
+            return True
+        reached_tokens = min(reached_tokens, total_tokens)
+        after_s = self.from_ssd.seconds(num_bytes) + self.prefill.seconds(reached_tokens, total_tokens)
+        return after_s <= self.prefill.seconds(start_tokens, total_tokens)
+
     def _seconds(self, prompt: Prompt, num_blocks: int, num_on_ssd: int) -> float:
         """Until the first token, if so many blocks are loaded: layers are computed while others arrive."""
         load_s = 0.0

@@ -40,6 +40,9 @@ _HOLD_AGE_MAX_S = 60.0
 # A spill of a leaving node waits for its copy. Copies take milliseconds; this is for the day they do not.
 _SPILL_TIMEOUT_S = 30.0
 _FINISH_TIMEOUT_S = 120.0
+# Times that one request waits for reads from SSD. Two or three bring all of a prompt, each what the one
+# before left; it takes more if blocks are evicted again meanwhile, which must not go on for ever.
+_WAITS_MAX = 8
 
 
 @dataclass
@@ -79,14 +82,19 @@ class _QueuedLoad:
 class Prefetch:
     """Blocks of one waiting request on their way from SSD to the CPU tier."""
 
-    task: KVTask | None  # None: this rank has nothing to bring, another one has
-    keys: BlockKeys
+    task: KVTask | None  # None: this rank has nothing to bring; another one has, or somebody else does it
+    joined: KVTask | None  # of somebody else, who brings what comes next
+    keys: BlockKeys  # of everything the request asked for
     num_ssd_blocks: int
     deadline_s: float | None
 
     @property
     def done(self) -> bool:
-        return self.task is None or self.task.ended
+        return all(task is None or task.ended for task in (self.task, self.joined))
+
+    @property
+    def late(self) -> bool:
+        return self.deadline_s is not None and time.monotonic() >= self.deadline_s
 
 
 class FlexKVLinker(UnifiedCacheLinker):
@@ -129,6 +137,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.metrics = metrics
         self._prompts: dict[str, tuple[int, int]] = {}  # tokens on the device, tokens in all
         self._lookups: dict[str, _Lookup] = {}
+        self._waits: dict[str, int] = {}  # times that a request waited for a read from SSD
         self._gave_up: set[str] = set()  # requests that load nothing any more: a load of theirs failed
         self._holds: OrderedDict[str, _Hold] = OrderedDict()
         self._held_blocks = 0
@@ -192,6 +201,7 @@ class FlexKVLinker(UnifiedCacheLinker):
             # Never loaded, so all of it was computed: by decision, or because it did not come to it.
             self.metrics.recomputed((len(found.held) - found.num_to_load) * self._page)
         self._prompts.pop(rid, None)
+        self._waits.pop(rid, None)
         self._gave_up.discard(rid)
         self.page_hashes.forget(rid)
 
@@ -233,33 +243,79 @@ class FlexKVLinker(UnifiedCacheLinker):
         )
         return read_s <= costs.prefill.seconds(start, end)
 
-    def start_prefetch(self, rid: str) -> Prefetch:
-        """Starts to bring what the last lookup of ``rid`` decided to load from SSD to the CPU tier."""
+    def may_wait(self, rid: str, before: Prefetch | None) -> bool:
+        """Whether a request may wait for a read from SSD, after ``before`` if it has just waited."""
+        return (
+            self.config.prefetch_policy is not PrefetchPolicy.BEST_EFFORT
+            and rid not in self._gave_up
+            and self._waits.get(rid, 0) < _WAITS_MAX
+            and not (before is not None and before.late)
+        )
+
+    def read_to_join(self, rid: str) -> KVTask | None:
+        """Somebody else's read that brings from SSD what ``rid`` should load next, if waiting for it beats
+        computing. Until it has ended no lookup finds these blocks."""
         found = self._lookups.get(rid)
-        keys = found.keys[: found.num_to_load] if found is not None else np.empty((0, 2), np.uint64)
-        self.release_hold(rid)  # the plan has leases of its own
-        task = self.engine.start_prefetch(keys)
+        if found is None or not self.engine.num_ssd_reads:
+            return None
+        # What it found on SSD (the read may have begun later), and where it ended.
+        for first in sorted({found.num_cpu_blocks, len(found.held)} - {len(found.keys)}):
+            task = self.engine.find_read(found.keys[first])
+            if task is not None:
+                return task if self._is_worth_waiting(rid, found, first, task) else None
+        return None
+
+    def _is_worth_waiting(self, rid: str, found: _Lookup, first: int, read: KVTask) -> bool:
+        """Whether to wait for a read that brings the block ``first`` of a prompt, and more behind it."""
+        device_tokens, total_tokens = self._prompts.get(rid, (0, len(found.keys) * self._page))
+        reached = self.engine.match(found.keys).num_blocks  # with what is being read
+        num_bytes = self.engine.queued_ssd_read_bytes
+        if read.status is TaskStatus.READY and read.plan is not None:
+            num_bytes += read.plan.num_ssd_blocks * self.engine.storage.slot_bytes
+        return self.load_or_recompute.is_worth_waiting(
+            num_bytes,
+            device_tokens + first * self._page,
+            device_tokens + reached * self._page,
+            total_tokens,
+        )
+
+    def start_prefetch(
+        self, rid: str, joined: KVTask | None = None, before: Prefetch | None = None
+    ) -> Prefetch:
+        """Starts to bring what the last lookup of ``rid`` decided to load from SSD to the CPU tier.
+
+        Args:
+            joined: a task of somebody else that the request waits for as well.
+            before: the wait that this one continues: both together may take as long as one.
+        """
+        found = self._lookups.get(rid)
+        keys = found.keys if found is not None else np.empty((0, 2), np.uint64)
+        task = self.engine.start_prefetch(keys[: found.num_to_load if found is not None else 0])
+        if task is not None:
+            self.release_hold(rid)  # the plan has leases of its own
+        self._waits[rid] = self._waits.get(rid, 0) + 1
         wait_s = {
             PrefetchPolicy.BEST_EFFORT: 0.0,
             PrefetchPolicy.TIMEOUT: self.config.prefetch_timeout_s,
             PrefetchPolicy.WAIT_COMPLETE: None,
         }[self.config.prefetch_policy]
+        deadline_s = None if wait_s is None else time.monotonic() + wait_s
         return Prefetch(
             task,
+            joined,
             keys,
             task.plan.num_ssd_blocks if task is not None and task.plan is not None else 0,
-            None if wait_s is None else time.monotonic() + wait_s,
+            before.deadline_s if before is not None else deadline_s,
         )
 
     def prefetch_ready(self, prefetch: Prefetch) -> bool:
         """Whether the request should stop waiting: all is there, or it has waited long enough."""
         self.engine.poll()
-        late = prefetch.deadline_s is not None and time.monotonic() >= prefetch.deadline_s
-        return prefetch.done or late
+        return prefetch.done or prefetch.late
 
     def end_prefetch(self, rid: str, prefetch: Prefetch) -> int:
         """Ends a prefetch, keeping what has arrived pinned for the request. Returns the blocks that came from
-        SSD. One that is still running goes on by itself: the next request may hit."""
+        SSD. One that is still running goes on by itself: whoever comes next joins it, or hits."""
         arrived = 0
         if prefetch.task is not None:
             if prefetch.task.status is TaskStatus.COMPLETED:
@@ -462,6 +518,7 @@ class FlexKVLinker(UnifiedCacheLinker):
             self.release_hold(rid)
         self._lookups.clear()
         self._prompts.clear()
+        self._waits.clear()
         self._gave_up.clear()
         self.page_hashes.clear()
         for rid in list(self._queued):

@@ -50,6 +50,7 @@ _STORE_AT_USE = {
 class _WaitingRequest:
     prefetch: Prefetch
     first_token: int  # where the part that comes from SSD starts in the prompt
+    arrived: int = 0  # pages of it that have come
 
 
 class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
@@ -104,6 +105,8 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
     def load_back(self, req: Any) -> Any:
         hit = self.hit_markers.get(req.rid)
         loaded = super().load_back(req)
+        if loaded[0] and self.cache_linker.engine.cache.config.enable_ssd:
+            self.cache.reads_may_run = True
         first, count = self.cache_linker.ssd_span(req.rid)
         if hit is not None and count:
             # Where the tokens came from, for what the request reports: this part was not prefetched.
@@ -176,6 +179,9 @@ class FlexKVRadixCache(UnifiedRadixCache):
     def __init__(self, params: Any) -> None:
         # The parent's constructor calls reset().
         self._waiting: dict[Any, _WaitingRequest] = {}
+        # Whether any rank may be reading from SSD. Follows from what all ranks know, so while it is not set
+        # they need not ask each other.
+        self.reads_may_run = False
         super().__init__(params)
         checks.check_components(self.tree_components)
         self._spill_on_evict = False
@@ -231,6 +237,7 @@ class FlexKVRadixCache(UnifiedRadixCache):
         if int(anything.item()) == 0:
             return
         self._waiting[request] = _WaitingRequest(linker.start_prefetch(request.rid), first_token)
+        self.reads_may_run = True
 
     def _is_next(self) -> bool:
         """Whether a request that enters the queue now is the next to be scheduled. Same answer on every
@@ -244,19 +251,63 @@ class FlexKVRadixCache(UnifiedRadixCache):
 
     def check_prefetch_progress(self, request: Any) -> bool:
         """Whether a request may be scheduled. Same answer on every rank."""
-        waiting = self._waiting.get(request)
-        if waiting is None or self.linker is None:
+        if self.linker is None:
             return True
         linker = self.linker.cache_linker
-        ready = torch.tensor([int(linker.prefetch_ready(waiting.prefetch))], dtype=torch.int64)
-        self._all_reduce_attn_groups(ready, torch.distributed.ReduceOp.MIN)
-        if not int(ready.item()):
+        waited = self._waiting.get(request)
+        if waited is not None:
+            ready = torch.tensor([int(linker.prefetch_ready(waited.prefetch))], dtype=torch.int64)
+            self._all_reduce_attn_groups(ready, torch.distributed.ReduceOp.MIN)
+            if not int(ready.item()):
+                return False
+            del self._waiting[request]
+            waited.arrived += linker.end_prefetch(request.rid, waited.prefetch)
+        if (waited is not None or self.reads_may_run) and self._waits_for_a_read(request, waited):
             return False
-        del self._waiting[request]
-        arrived = linker.end_prefetch(request.rid, waiting.prefetch)
-        self.prefetch_loaded_tokens_by_reqid[request] = arrived * self.page_size
-        self.prefetch_loaded_storage_start_by_reqid[request] = waiting.first_token
+        if waited is not None:
+            self.prefetch_loaded_tokens_by_reqid[request] = waited.arrived * self.page_size
+            self.prefetch_loaded_storage_start_by_reqid[request] = waited.first_token
         return True
+
+    def _waits_for_a_read(self, request: Any, waited: _WaitingRequest | None) -> bool:
+        """Whether a request whose turn has come waits (again) for a read from SSD: for one that somebody else
+        has begun, since it could only compute what that brings; and after such a one for its own of what is
+        left. Same answer on every rank."""
+        assert self.linker is not None
+        linker = self.linker.cache_linker
+        before = waited.prefetch if waited is not None else None
+        joined, left = None, False
+        if linker.may_wait(request.rid, before):
+            joined = linker.read_to_join(request.rid)
+            after_another = before is not None and before.joined is not None
+            left = after_another and self._would_hold_up_others(request.rid)
+        wanted = torch.tensor(
+            [int(joined is not None or left), linker.engine.num_ssd_reads], dtype=torch.int64
+        )
+        self._all_reduce_attn_groups(wanted, torch.distributed.ReduceOp.MAX)
+        waits, reads = wanted.tolist()
+        self.reads_may_run = bool(waits or reads)
+        if not waits:
+            return False
+        first_token, _ = linker.ssd_part(request.rid)
+        if waited is not None and waited.arrived:
+            first_token = waited.first_token
+        self._waiting[request] = _WaitingRequest(
+            linker.start_prefetch(request.rid, joined, before),
+            first_token,
+            waited.arrived if waited is not None else 0,
+        )
+        return True
+
+    def _would_hold_up_others(self, rid: str) -> bool:
+        """Whether a request would read from SSD in its forward while others have to wait for that."""
+        assert self.linker is not None
+        linker, scheduler = self.linker.cache_linker, self._scheduler
+        if linker.ssd_part(rid)[1] == 0:
+            return False
+        return scheduler is None or not (
+            scheduler.running_batch.is_empty() or linker.hides_its_reads(rid, scheduler.chunked_prefill_size)
+        )
 
     def has_pending_cache_operations(self) -> bool:
         """Whether the tree is locked by copies, or requests wait for some: SGLang is not idle then."""

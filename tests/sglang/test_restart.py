@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 from server import SGLangServer
 from workload import conversations
 
@@ -52,3 +53,44 @@ def test_the_first_request_after_a_restart_hits_ssd(tmp_path: Path) -> None:
         answer = after.generate(PROMPTS[0], NEW_TOKENS)
         assert answer["meta_info"]["cached_tokens"] == 0
         assert answer["output_ids"] == expected[0]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_a_burst_after_a_restart_computes_nothing_that_ssd_holds(tmp_path: Path, tp_size: int) -> None:
+    """Requests with one long prompt and different ends, all at once: one reads, nobody computes."""
+    directory = tmp_path / "ssd"
+    directory.mkdir()
+    config = tmp_path / "flexkv.yaml"
+    config.write_text(f"cpu_cache_gb: 0.1\nssd_cache_gb: 0.5\nssd_cache_dir: {directory}\n")
+    flags: dict[str, Any] = {
+        "enable-flexkv": True,
+        "flexkv-config-file": str(config),
+        "max-total-tokens": 8192,
+        "log-level": "info",
+    }
+    env = {}
+    if tp_size > 1:
+        flags["tp-size"] = tp_size
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(tp_size))
+
+    def server() -> SGLangServer:
+        log = tmp_path / "server.log"
+        return SGLangServer(ROOT / "models" / "tiny-gqa", flags, env=env, log_path=log)
+
+    bursts = [[[*prompt, *range(10 * n, 10 * n + 10)] for n in range(4)] for prompt in PROMPTS]
+    with server() as first:
+        expected = [
+            [first.generate(prompt, NEW_TOKENS)["output_ids"] for prompt in burst] for burst in bursts
+        ]
+    with server() as again:
+        for prompt, burst, wanted in zip(PROMPTS, bursts, expected, strict=True):
+            body = {
+                "input_ids": burst,
+                "sampling_params": {"temperature": 0.0, "max_new_tokens": NEW_TOKENS},
+            }
+            got = again.request("POST", "/generate", json=body).json()
+            cached = [answer["meta_info"]["cached_tokens"] for answer in got]
+            assert min(cached) >= len(prompt) - 16, (cached, len(prompt))
+            assert [answer["output_ids"] for answer in got] == wanted
+    log = (tmp_path / "server.log").read_text()
+    assert log.count("sglang-flexkv closed: nothing left held") == 2 * tp_size, again.log_tail()

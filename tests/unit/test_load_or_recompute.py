@@ -87,6 +87,21 @@ def test_the_decision_can_be_forced(policy: LoadPolicy) -> None:
         assert machine.blocks_to_load(prompt(200, 300)) == expected
 
 
+def test_waiting_for_a_read_must_not_take_longer_than_computing() -> None:
+    machine = decision(tokens_per_s=10_000, from_ssd=1_000 * MB)
+    # 8,000 tokens take 0.8 s to compute, whatever follows them.
+    for total in (8_100, 50_000):
+        assert machine.is_worth_waiting(int(700 * MB), 0, 8_000, total)
+        assert not machine.is_worth_waiting(int(900 * MB), 0, 8_000, total)
+        assert not machine.is_worth_waiting(int(700 * MB), 4_000, 8_000, total)
+    assert not machine.is_worth_waiting(int(300 * MB), 0, 16, 10_000)  # of a long read it needs one block
+    forced = {policy: decision(policy=policy) for policy in LoadPolicy}
+    assert forced[LoadPolicy.LOAD].is_worth_waiting(int(1e12), 0, 16, 10_000)
+    assert not forced[LoadPolicy.RECOMPUTE].is_worth_waiting(1, 0, 10_000, 10_000)
+    new = LoadOrRecompute(LoadPolicy.AUTO, block_bytes=BLOCK_BYTES, tokens_per_block=BLOCK_TOKENS)
+    assert new.is_worth_waiting(int(1e12), 0, 16, 10_000)  # nothing is known yet
+
+
 def test_what_is_not_known_yet_is_learned_by_loading() -> None:
     new = LoadOrRecompute(LoadPolicy.AUTO, block_bytes=BLOCK_BYTES, tokens_per_block=BLOCK_TOKENS)
     assert new.blocks_to_load(prompt(0, 500)) == 500
