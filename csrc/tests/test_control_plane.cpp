@@ -550,6 +550,9 @@ class Client {
     std::swap(transactions_[Below(rng_, transactions_.size())], transactions_.back());
     const Transaction txn = std::move(transactions_.back());
     transactions_.pop_back();
+    if (Chance(rng_, 0.2)) {
+      CHECK(index_.Writer(txn.tier, tree_.keys[txn.blocks[Below(rng_, txn.blocks.size())]]) == txn.id);
+    }
     for (size_t i = 0; i < txn.slots.size(); ++i) {
       CHECK(Owner(txn.tier, txn.slots[i]).load() == kTreeBlocks + 1);
       Owner(txn.tier, txn.slots[i]).store(static_cast<uint32_t>(txn.blocks[i]));
