@@ -5,6 +5,11 @@
 // on streams that may in turn wait for the gate of an earlier batch, whose last layers may still be on their way
 // from SSD. So a stream of ours that waits for an event is left to the one gate (batch) that it waits for, and one
 // stream for loads never waits at all: what is late always finds a way.
+//
+// A gate opens a layer when the last load of its batch has it. So the loads of a gate are copied as one: some layers
+// of all of them, then the next. They are submitted one after the other, and the first ones wait for the last, which
+// takes microseconds. They do not wait for one that does not come soon, and a copy that follows a read from SSD
+// neither waits nor is waited for.
 #pragma once
 
 #include <atomic>
@@ -37,6 +42,7 @@ struct DeviceCopy {
   // Loads: told of every layer. Stores: a gate of one layer, which opens in stream order; the transfer engine
   // tells it of the end.
   std::shared_ptr<LayerGate> gate;
+  bool follows_read = false;  // some layers of a load, as they come from SSD: not to be held back
   const std::vector<uint64_t>* wait_events = nullptr;  // CUDA events before which nothing is touched
   const std::atomic<bool>* cancelled = nullptr;
   // Called once, from a thread of the copier, when nothing of this copy touches memory any more.
@@ -51,6 +57,9 @@ class CudaCopier {
   ~CudaCopier();
 
   void Submit(DeviceCopy copy);
+  // So many loads of the gate are submitted, or will be layer by layer as reads go on. With the last of them those
+  // go that were held back for it.
+  void LoadsSubmitted(LayerGate& gate, int loads);
 
   // What gates need so that streams can wait for them; nullptr where the host has to.
   const std::shared_ptr<StreamFlags>& flags() const { return flags_; }
@@ -62,44 +71,66 @@ class CudaCopier {
  private:
   using Clock = std::chrono::steady_clock;
   // A copy, from Submit to its end.
-  struct Flight {
+  struct Submission {
     DeviceCopy copy;
     Clock::time_point since;
-    size_t events_done = 0;  // of wait_events
+    bool held_back = false;
+    bool late = false;
+    std::string error = {};
+  };
+  // What goes to a stream as one: a copy, or loads of one gate and the same layers.
+  struct Flight {
+    std::vector<Submission> submissions;
+    CopiedBlocks blocks;                                       // of all of them
+    std::vector<int64_t> host_slots, token_slots, first_rows;  // what `blocks` points to, unless it is one copy
+    std::vector<uint64_t> wait_events;
+    size_t events_seen = 0;  // of wait_events, that have happened
     bool by_kernel = false, pinned = false;
     size_t num_commands = 0;
     std::optional<KernelPath::Descriptors> described;
     CudaDriver::Event end = nullptr;  // nullptr: it ends when its stream is idle
     std::string error;
-    bool late = false;
+
+    bool waits() const { return events_seen < wait_events.size(); }
+    // For what is the same in all submissions.
+    const DeviceCopy& copy() const { return submissions.front().copy; }
   };
   struct Lane {
     CudaDriver::Stream stream = nullptr;
     std::deque<std::unique_ptr<Flight>> flights;  // in stream order
-    bool waits = false;                           // a wait for an event was queued since it was idle
+    bool waits = false;                           // an event that its flights wait for may be yet to happen
     size_t num_commands = 0;                      // of its flights
   };
   struct Direction {
     bool to_device = false;
     std::vector<Lane> lanes;
-    std::deque<std::unique_ptr<Flight>> submitted;  // under mutex_
-    std::deque<std::unique_ptr<Flight>> waiting;    // for events, or for a lane
-    std::vector<CudaDriver::Event> events;          // to be used again
+    std::deque<Submission> submitted;       // under mutex_
+    bool complete = false;                  // under mutex_: a gate has been given all of its loads
+    std::deque<Submission> waiting;         // for events, for a lane, or for other loads
+    std::vector<CudaDriver::Event> events;  // to be used again
     std::atomic<double> queue_s{0};
     std::thread thread;
   };
 
   void Loop(Direction& direction);
   void StartWaiting(Direction& direction);
+  // True if it ended: it failed, or was cancelled.
+  bool EndedWaiting(Submission& submission);
+  // Whether more loads of its gate will be here in a moment.
+  static bool IsHeldBack(const DeviceCopy& copy);
+  bool IsPinned(const CopiedBlocks& blocks) const;
+  // Takes the first of `ready`, and the other loads that can go with it.
+  std::unique_ptr<Flight> TakeFlight(std::deque<Submission>& ready) const;
   // True if the flight is on a stream or has ended, false if its time has not come.
   bool Start(Direction& direction, std::unique_ptr<Flight>& flight);
   CudaDriver::State StateOfEvents(Flight& flight);
-  Lane* FindLane(Direction& direction, const Flight& flight, bool events_done);
-  void Queue(Direction& direction, Lane& lane, std::unique_ptr<Flight> flight, bool events_done);
+  Lane* FindLane(Direction& direction, const Flight& flight);
+  void JoinArrays(Flight& flight) const;
+  void Queue(Direction& direction, Lane& lane, std::unique_ptr<Flight> flight);
   bool QueueLayers(Flight& flight, void* stream);
   void Reap(Direction& direction);
-  void OpenGateIfLate(Flight& flight);
-  void End(Flight& flight);
+  void OpenGateIfLate(Submission& submission);
+  void End(Submission& submission, const std::string& flight_error);
 
   const std::shared_ptr<CudaDriver> cuda_;
   const BlockLayout& layout_;

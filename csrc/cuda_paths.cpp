@@ -36,6 +36,14 @@ void CopiedBlocks::Summarize() {
   last_host_slot = count > 0 ? *std::max_element(host_slots, host_slots + count) : 0;
 }
 
+CopiedBlocks CopiedBlocks::With(const CopiedBlocks& others) const {
+  CopiedBlocks both = *this;
+  both.count += others.count;
+  both.in_sequence = in_sequence && others.in_sequence;
+  both.last_host_slot = std::max(last_host_slot, others.last_host_slot);
+  return both;
+}
+
 // ---- copy engine -------------------------------------------------------------------------------
 
 EnginePath::EnginePath(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout, const HostPool& host)

@@ -29,6 +29,8 @@ struct CopiedBlocks {
   int64_t last_host_slot = 0;
 
   void Summarize();
+  // Those of two copies, summarized; the arrays are still those of this one.
+  CopiedBlocks With(const CopiedBlocks& others) const;
 };
 
 // The copy engines: no part of the GPU's processors, but a fixed price per piece, so for large pieces. What lies

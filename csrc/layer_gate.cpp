@@ -1,6 +1,5 @@
 #include "layer_gate.hpp"
 
-#include <chrono>
 #include <utility>
 
 #include "types.hpp"
@@ -24,6 +23,20 @@ void LayerGate::Expect(int loads) {
   std::lock_guard<std::mutex> lock(mutex_);
   for (int& left : left_) left += loads;
   for (int& left : left_queued_) left += loads;
+  unsubmitted_ += loads;
+  submitted_ = std::chrono::steady_clock::now();
+}
+
+bool LayerGate::Submitted(int loads) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  unsubmitted_ -= loads;
+  submitted_ = std::chrono::steady_clock::now();
+  return unsubmitted_ <= 0;
+}
+
+bool LayerGate::AwaitsLoads(std::chrono::steady_clock::duration max) const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return unsubmitted_ > 0 && !failed_.load() && std::chrono::steady_clock::now() - submitted_ < max;
 }
 
 void LayerGate::Arrive(int layer) {
@@ -48,9 +61,9 @@ void LayerGate::Fail() {
   changed_.notify_all();
 }
 
-bool LayerGate::Queued(int layer, void* stream, std::string* error) {
+bool LayerGate::Queued(int layer, int loads, void* stream, std::string* error) {
   std::lock_guard<std::mutex> lock(mutex_);
-  left_queued_[layer]--;
+  left_queued_[layer] -= loads;
   bool good = true;
   for (; open_queued_ < num_layers_ && left_queued_[open_queued_] <= 0; ++open_queued_) {
     good = good && (row_.words == nullptr || flags_->QueueRaise(row_, open_queued_, stream, error));

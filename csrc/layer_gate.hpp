@@ -2,6 +2,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <memory>
@@ -40,13 +41,18 @@ class LayerGate {
   int open_layers() const;
   bool failed() const { return failed_.load(); }
 
+  // That many of the expected loads have been handed to the engine. True if those were all.
+  bool Submitted(int loads);
+  // Whether more of the expected loads are to come, and the last one came less than `max` ago.
+  bool AwaitsLoads(std::chrono::steady_clock::duration max) const;
+
   // A load's bytes of this layer are on the device.
   void Arrive(int layer);
   void Fail();
 
-  // A load's copy of this layer is on a stream, behind all other copies for this gate that have not ended:
-  // raises the flags of the layers that are open by then. An Arrive follows when the copy has ended.
-  bool Queued(int layer, void* stream, std::string* error);
+  // The copies of this layer for so many loads are on a stream, behind all other copies for this gate that have
+  // not ended: raises the flags of the layers that are open by then. An Arrive per load follows when they have.
+  bool Queued(int layer, int loads, void* stream, std::string* error);
 
  private:
   const int num_layers_;
@@ -59,6 +65,8 @@ class LayerGate {
   std::vector<int> left_;         // loads that have not arrived, per layer
   std::vector<int> left_queued_;  // loads that are not even on a stream
   int open_queued_ = 0;           // layers that will be open when the stream gets there
+  int unsubmitted_ = 0;           // loads that are expected and not even known to the engine
+  std::chrono::steady_clock::time_point submitted_;  // when the last one came
   uint64_t waiting_stream_ = 0;   // the last one that was told to wait,
   int waiting_layer_ = -1;        // and for what
 };

@@ -239,6 +239,9 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
       op.more_pieces = true;
     }
   }
+  const std::shared_ptr<LayerGate> gate = graph->gate;
+  const auto num_loads = std::count_if(graph->ops.begin(), graph->ops.end(),
+                                       [](const Op& op) { return op.spec.type == TransferType::kH2D; });
   std::vector<Op*> ready;
   uint64_t id;
   {
@@ -269,6 +272,8 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
     ended_.notify_all();
   }
   for (Op* op : ready) Dispatch(op);
+  // The graph may have ended meanwhile.
+  if (copier_ && gate && num_loads > 0) copier_->LoadsSubmitted(*gate, static_cast<int>(num_loads));
   return id;
 }
 
@@ -592,6 +597,7 @@ void TransferEngine::StartCudaCopy(Op* op, int layer_begin, int layer_end) {
   copy.layer_begin = layer_begin;
   copy.layer_end = layer_end;
   copy.gate = op->graph->gate;
+  copy.follows_read = s.after_layers >= 0;
   copy.wait_events = &op->graph->wait_events;
   copy.cancelled = &op->graph->cancelled;
   copy.on_end = [this, op, layers = layer_end - layer_begin](OpStatus status, std::string error) {

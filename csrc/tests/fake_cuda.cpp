@@ -65,6 +65,7 @@ struct Device {
   std::map<std::string, int64_t> calls;
   std::map<int, int> attributes{{16, 132}, {91, 1}};
   std::vector<std::string> violations;
+  std::vector<uint64_t> trace;  // of what streams did, see fake_trace
   std::atomic<int> broken{0};
   std::mt19937 random{1};
   int delay_us_max = 0;
@@ -86,6 +87,10 @@ struct Device {
     std::lock_guard<std::mutex> lock(mutex);
     violations.push_back(what);
     broken.store(kIllegalAddress);
+  }
+  void Trace(uint64_t what) {
+    std::lock_guard<std::mutex> lock(mutex);
+    trace.push_back(what);
   }
   int Delay() {
     std::lock_guard<std::mutex> lock(mutex);
@@ -154,8 +159,10 @@ void CopyNow(uint64_t to, uint64_t from, uint64_t device_side, size_t bytes) {
   bool good;
   {
     std::lock_guard<std::mutex> lock(d.mutex);
-    const Region* region = d.Find(device_side, bytes);
+    uint64_t begin = 0;
+    const Region* region = d.Find(device_side, bytes, &begin);
     good = region != nullptr && region->kind == Kind::kDevice;
+    if (to == device_side) d.trace.push_back(begin);
   }
   if (!good) {
     d.Violation("a copy ran from or to device memory that is not there");
@@ -236,6 +243,9 @@ struct Unit16 {
 
 template <typename T>
 void RunKernel(const flexkv::CopyGroup& group, uint32_t num_threads) {
+  for (uint32_t buffer = 0; group.to_device != 0 && buffer < group.num_buffers; ++buffer) {
+    device().Trace(group.buffers[buffer].base);
+  }
   for (uint32_t thread = 0; thread < num_threads && device().broken.load() == 0; ++thread) {
     flexkv::CopyAsThread<Checked<T>>(group, thread, num_threads);
   }
@@ -286,6 +296,7 @@ void fake_reset(unsigned seed, int delay_us_max) {
   d.faults.clear();
   d.calls.clear();
   d.violations.clear();
+  d.trace.clear();
   d.broken.store(0);
   d.attributes = {{16, 132}, {91, 1}};
   d.random.seed(seed);
@@ -301,6 +312,14 @@ void fake_fail(const char* call, int64_t after, int code) {
 int64_t fake_calls(const char* call) {
   std::lock_guard<std::mutex> lock(device().mutex);
   return device().calls[call];
+}
+
+// What streams have done since the last fake_reset, in order, up to `size` of it: the beginning of each piece of the
+// device's memory that a copy wrote to, and 0 for a flag that was raised. Returns how much it was.
+size_t fake_trace(uint64_t* out, size_t size) {
+  std::lock_guard<std::mutex> lock(device().mutex);
+  std::copy_n(device().trace.begin(), std::min(size, device().trace.size()), out);
+  return device().trace.size();
 }
 
 void fake_attribute(int attribute, int value) {
@@ -479,7 +498,10 @@ int cuStreamWaitValue32_v2(void* stream, uint64_t address, uint32_t value, unsig
 int cuStreamWriteValue32_v2(void* stream, uint64_t address, uint32_t value, unsigned) {
   ENTER();
   if (!IsWord(address)) return kInvalidValue;
-  Push(stream, [=] { Word(address).store(value); });
+  Push(stream, [=] {
+    device().Trace(0);
+    Word(address).store(value);
+  });
   return 0;
 }
 

@@ -16,6 +16,7 @@ from sglang_flexkv import _core
 
 ROOT = Path(__file__).resolve().parents[2]
 ALWAYS = -1
+PIN_CHUNK_BYTES = 64 << 20
 MEMORY_ERROR = 719  # any code that a driver returns
 
 Bytes = np.ndarray
@@ -42,6 +43,7 @@ class FakeCuda:
         self._c = ctypes.CDLL(self.library)
         self._c.fake_calls.restype = ctypes.c_int64
         self._c.fake_record.restype = ctypes.c_void_p
+        self._c.fake_trace.restype = ctypes.c_size_t
 
     def _call(self, name: str, *arguments: object) -> None:
         assert getattr(self._c, name)(*arguments) == 0, name
@@ -57,6 +59,14 @@ class FakeCuda:
 
     def attribute(self, attribute: int, value: int) -> None:
         self._c.fake_attribute(attribute, value)
+
+    def trace(self) -> list[int]:
+        """What streams have done since the last reset: the address of each buffer that a copy wrote to, and 0
+        for a flag that was raised."""
+        out = (ctypes.c_uint64 * (1 << 16))()
+        count = self._c.fake_trace(out, ctypes.c_size_t(len(out)))
+        assert count <= len(out)
+        return list(out[:count])
 
     @property
     def violations(self) -> str:
@@ -133,6 +143,7 @@ class Rig:
         row_bytes: of each buffer of a layer: two for MHA, one for MLA.
         row_padding: bytes between rows that belong to somebody else.
         tokens_per_row: more than one: the pool is laid out by page.
+        pinned_chunks: so many pieces of the host pool can be pinned; None: all.
     """
 
     def __init__(
@@ -147,6 +158,7 @@ class Rig:
         device_blocks: int = 24,
         host_slots: int = 16,
         pinned: bool = True,
+        pinned_chunks: int | None = None,
     ) -> None:
         self.cuda, self.tokens_per_block, self.num_layers = cuda, tokens, layers
         self.rows_per_block = tokens // tokens_per_row
@@ -183,11 +195,14 @@ class Rig:
             self.host.slot_view(slot)[:] = rng.integers(0, 256, self.slot_bytes, dtype=np.uint8)
         if not pinned:
             cuda.fail("cuMemHostRegister_v2", ALWAYS)
+        elif pinned_chunks is not None:
+            cuda.fail("cuMemHostRegister_v2", pinned_chunks)
         self.engine = _core.TransferEngine(
             layout, self.host, copy_threads=1, cuda_device=0, cuda_library=cuda.library
         )
         deadline = time.monotonic() + 20
-        while pinned and self.host.pinned_bytes < self.host.total_bytes:
+        to_pin = self.host.total_bytes if pinned_chunks is None else pinned_chunks * PIN_CHUNK_BYTES
+        while pinned and self.host.pinned_bytes < to_pin:
             assert time.monotonic() < deadline, "the pool was never pinned"
             time.sleep(0.001)
 

@@ -202,14 +202,16 @@ def test_many_copies_at_once(make_rig: MakeRig, cuda: FakeCuda) -> None:
 # ---- stream order ------------------------------------------------------------------------------
 
 
-def read_layers(rig: Rig, stream: int, gate: _core.LayerGate, block: int) -> list[list[np.ndarray]]:
+def read_layers(
+    rig: Rig, stream: int, gate: _core.LayerGate, block: int, may_fail: bool = False
+) -> list[list[np.ndarray]]:
     """A forward: waits for each layer on its stream, twice as attention does, and reads it."""
     reads = []
     rows = rig.rows(block)
     for layer in range(rig.num_layers):
         reads.append([])
         for buffer, address in zip(rig.device[layer], rig.addresses[layer], strict=True):
-            assert gate.stream_wait(layer, stream, 20.0)
+            assert gate.stream_wait(layer, stream, 20.0) or may_fail
             stride = buffer.shape[1]
             reads[-1].append(rig.cuda.read(stream, address + int(rows[0]) * stride, len(rows) * stride))
     return reads
@@ -258,29 +260,43 @@ def test_waiting_twice_for_a_layer_is_one_wait(make_rig: MakeRig, cuda: FakeCuda
     assert cuda.calls("cuStreamWaitValue32_v2") - before == 3
 
 
-def test_layers_that_come_late_find_a_way(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+@pytest.mark.parametrize(
+    ("pool", "num_loads"),
+    [
+        ({"layers": 8}, 300),
+        # More than a stream's queue holds.
+        ({"layers": 32, "tokens": 1, "row_bytes": (BIG_ROW,), "device_blocks": 6, "host_slots": 7}, 31),
+    ],
+    ids=["kernel", "engine"],
+)
+def test_layers_that_come_late_find_a_way(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, pool: dict[str, object], num_loads: int
+) -> None:
     """The layers of batch A come late, from SSD. The loads of the batches behind it wait for the forward of
     A, which waits for those layers: none of them may stand in their way."""
     cuda.reset(seed=1, delay_us=10)
-    rig = make_rig(layers=8)
-    late = rig.engine.make_gate(8)
+    rig = make_rig(**pool)
+    late = rig.engine.make_gate(rig.num_layers)
     late.expect(1)
     early = [_core.OpSpec(T.H2D, ints(1), rig.token_slots(0), layer_begin=0, layer_end=2)]
     rig.engine.submit(early, gate=late, wait_events=[cuda.record(stream)])
     reads = read_layers(rig, stream, late, 0)
     batches = []
     for block in range(1, 6):
-        gate = rig.engine.make_gate(8)
-        num_loads = 300 if block == 1 else 10  # more than a stream's queue holds
-        gate.expect(num_loads)
+        gate = rig.engine.make_gate(rig.num_layers)
+        loads = range(num_loads if block == 1 else 10)
+        gate.expect(len(loads))
         events = [cuda.record(stream)]  # behind the waits of all batches before
-        for _ in range(num_loads):
-            rig.engine.submit(
-                [_core.OpSpec(T.H2D, ints(1 + block), rig.token_slots(block))], gate=gate, wait_events=events
-            )
+        for load in loads:
+            cut = 1 + load % (rig.num_layers - 1)  # what has other layers does not go along with the others
+            ops = [
+                _core.OpSpec(T.H2D, ints(1 + block), rig.token_slots(block), layer_begin=begin, layer_end=end)
+                for begin, end in ((0, cut), (cut, rig.num_layers))
+            ]
+            rig.engine.submit(ops, gate=gate, wait_events=events)
         batches.append(read_layers(rig, stream, gate, block))
     time.sleep(0.05)
-    rest = _core.OpSpec(T.H2D, ints(1), rig.token_slots(0), layer_begin=2, layer_end=8)
+    rest = _core.OpSpec(T.H2D, ints(1), rig.token_slots(0), layer_begin=2, layer_end=rig.num_layers)
     rig.engine.submit([rest], gate=late)
     assert rig.engine.drain(20.0), "a load hangs"
     cuda.synchronize(stream)
@@ -463,6 +479,307 @@ def test_a_gate_that_goes_lets_go(make_rig: MakeRig, cuda: FakeCuda, stream: int
     assert gate.stream_wait(2, stream, 1.0)
     del gate
     cuda.synchronize(stream)
+
+
+# ---- the loads of a batch ----------------------------------------------------------------------
+
+# A layer of one block is 256 KiB: below a megabyte, launches move several layers.
+LARGE_LAYERS: dict[str, object] = {"tokens": 64, "row_bytes": (2048, 2048), "layers": 6, "host_slots": 24}
+ENGINE_LAYERS: dict[str, object] = {
+    "tokens": 1,
+    "row_bytes": (BIG_ROW, BIG_ROW),
+    "layers": 6,
+    "host_slots": 24,
+}
+
+
+def submit_batch(
+    rig: Rig, loads: list[list[int]], cancel: int | None = None, **options: object
+) -> tuple[_core.LayerGate, list[int]]:
+    """Loads of blocks into the same blocks of the device, submitted as SGLang's plugin does. They are held
+    together only while they follow each other closely, so this tries again where something came between."""
+    for _ in range(50):
+        rig.cuda.reset(seed=len(loads), delay_us=20)
+        for load in loads:
+            for layer in rig.device:
+                for buffer in layer:
+                    buffer[rig.token_slots(*load) // (rig.tokens_per_block // rig.rows_per_block)] = 0
+        started = time.monotonic()
+        gate = rig.engine.make_gate(rig.num_layers)
+        gate.expect(len(loads))
+        graphs = [
+            rig.engine.submit(
+                [_core.OpSpec(T.H2D, ints(*load), rig.token_slots(*load))], gate=gate, **options
+            )
+            for load in loads
+        ]
+        if cancel is not None:
+            assert rig.engine.cancel(graphs[cancel])
+        if time.monotonic() - started < 0.003:
+            return gate, graphs
+        assert rig.engine.drain(20.0)
+        rig.engine.poll()
+    pytest.skip("the machine is too busy to submit a batch at once")
+
+
+def layers_and_flags(rig: Rig) -> list[int | None]:
+    """The layers that copies wrote to, in order, and None for a flag."""
+    layer_of = {address: layer for layer, addresses in enumerate(rig.addresses) for address in addresses}
+    trace = rig.cuda.trace()
+    return [layer_of.get(address) for address in trace if address == 0 or address in layer_of]
+
+
+def check_order(rig: Rig) -> None:
+    """Every layer of all loads comes before the next layer of any, and its flag between the two."""
+    seen = layers_and_flags(rig)
+    copies = seen.count(0)
+    assert copies > 0
+    want: list[int | None] = []
+    for layer in range(rig.num_layers):
+        want += [layer] * copies + [None]
+    assert seen == want
+
+
+@pytest.mark.parametrize("pool", [LARGE_LAYERS, ENGINE_LAYERS], ids=["kernel", "engine"])
+@pytest.mark.parametrize(
+    "sizes", [(4, 4), (4, 1, 6), (1, 1, 1, 5), (4, 1, 2, 5, 3)], ids=lambda sizes: f"loads{sizes}"
+)
+def test_the_loads_of_a_batch_go_layer_by_layer(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, pool: dict[str, object], sizes: tuple[int, ...]
+) -> None:
+    rig = make_rig(**pool)
+    blocks = iter(range(24))
+    loads = [[next(blocks) for _ in range(size)] for size in sizes]
+    gate, graphs = submit_batch(rig, loads)
+    reads = read_layers(rig, stream, gate, loads[-1][-1])
+    assert rig.engine.drain(20.0)
+    assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
+    cuda.synchronize(stream)
+    check_reads(rig, reads, loads[-1][-1])
+    for load in loads:
+        for block in load:
+            assert np.array_equal(rig.bytes_of(rig.rows(block)), rig.slot(block))
+    assert gate.open_layers == rig.num_layers
+    check_order(rig)
+
+
+def test_the_loads_of_a_batch_take_the_calls_of_one(make_rig: MakeRig, cuda: FakeCuda) -> None:
+    rig = make_rig(**LARGE_LAYERS)
+    submit_batch(rig, [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9], [10]])
+    assert rig.engine.drain(20.0)
+    assert cuda.calls("cuLaunchKernel") == rig.num_layers
+    assert cuda.calls("cuStreamWriteValue32_v2") == rig.num_layers
+
+
+def test_a_batch_behind_the_forward_before_goes_layer_by_layer(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int
+) -> None:
+    """The usual case: all loads are queued while the forward before, whose slots they may write to, runs."""
+    rig = make_rig(**LARGE_LAYERS)
+    dam = Dam(cuda, stream)
+    _, graphs = submit_batch(rig, [[0, 1], [2, 3, 4, 5, 6], [7]], wait_events=[cuda.record(stream)])
+    while cuda.calls("cuEventRecord") == 0:
+        time.sleep(0.001)
+    assert cuda.calls("cuStreamWaitEvent") == 1
+    assert not rig.bytes_of(rig.rows(3)).any()
+    dam.open()
+    assert rig.engine.drain(20.0)
+    assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
+    assert np.array_equal(rig.bytes_of(rig.rows(3)), rig.slot(3))
+    check_order(rig)
+
+
+def test_a_scattered_load_goes_along_by_the_kernel(make_rig: MakeRig, cuda: FakeCuda) -> None:
+    """Pieces that are large where a block's tokens follow one another, and small where they do not."""
+    rig = make_rig(tokens=8, row_bytes=(40 << 10, 40 << 10), layers=4, device_blocks=12, host_slots=4)
+    cuda.reset()
+    scattered = ints(70, 12, 41, 5, 6, 7, 33, 60)
+    gate = rig.engine.make_gate(4)
+    gate.expect(3)
+    ops = [
+        _core.OpSpec(T.H2D, ints(0, 1), rig.token_slots(2, 3)),
+        _core.OpSpec(T.H2D, ints(2), scattered),
+        _core.OpSpec(T.H2D, ints(3), rig.token_slots(9)),
+    ]
+    assert rig.run(*ops, gate=gate).done
+    for slot, rows in enumerate((rig.rows(2), rig.rows(3), scattered, rig.rows(9))):
+        assert np.array_equal(rig.bytes_of(rows), rig.slot(slot))
+    assert gate.open_layers == 4
+    check_order(rig)
+    assert cuda.calls("cuMemcpyBatchAsync_v2") == 0
+
+
+def test_a_load_that_does_not_come_holds_up_nobody(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+    rig = make_rig(**LARGE_LAYERS)
+    gate = rig.engine.make_gate(6)
+    gate.expect(3)
+    reads = read_layers(rig, stream, gate, 4)
+    graphs = [
+        rig.engine.submit([_core.OpSpec(T.H2D, ints(block), rig.token_slots(block))], gate=gate)
+        for block in (3, 4)
+    ]
+    assert rig.engine.drain(20.0)
+    assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
+    assert gate.open_layers == 0
+    assert rig.run(_core.OpSpec(T.H2D, ints(5), rig.token_slots(5)), gate=gate).done
+    assert gate.open_layers == 6
+    cuda.synchronize(stream)
+    check_reads(rig, reads, 4)
+
+
+def test_one_load_of_a_batch_is_cancelled(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+    """Before it was queued, or after: the others land, the gate fails."""
+    rig = make_rig(**LARGE_LAYERS)
+    for wait in (False, True):
+        held_up = cuda.stream()
+        dam = Dam(cuda, held_up)
+        loads = [[0, 1], [2, 3], [4]]
+        gate, graphs = submit_batch(
+            rig, loads, cancel=None if wait else 1, wait_events=[cuda.record(held_up)]
+        )
+        assert gate.stream_wait(5, stream, 20.0) or not wait
+        if wait:
+            while cuda.calls("cuEventRecord") == 0:
+                time.sleep(0.001)
+            assert rig.engine.cancel(graphs[1])
+        dam.open()
+        assert rig.engine.drain(20.0)
+        results = {result.graph: result.ops[0].status for result in rig.engine.poll()}
+        assert results == dict(zip(graphs, (S.DONE, S.CANCELLED, S.DONE), strict=True))
+        assert gate.failed
+        cuda.synchronize(stream)
+        for block in (0, 1, 4):
+            assert np.array_equal(rig.bytes_of(rig.rows(block)), rig.slot(block))
+        cuda.synchronize(held_up)
+        cuda.end_stream(held_up)
+
+
+@pytest.mark.parametrize("call", ["cuLaunchKernel", "cuStreamWriteValue32_v2", "cuMemcpyHtoDAsync_v2"])
+@pytest.mark.parametrize("after", [0, 3])
+def test_a_failure_in_the_middle_of_a_batch_ends_each_load_once(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, call: str, after: int
+) -> None:
+    rig = make_rig(**LARGE_LAYERS)
+    gate = rig.engine.make_gate(6)
+    gate.expect(3)
+    assert gate.stream_wait(5, stream, 20.0)
+    calls = cuda.calls(call)
+    cuda.fail(call, after)
+    ops = [
+        _core.OpSpec(T.H2D, ints(block, block + 1), rig.token_slots(block, block + 1)) for block in (0, 2, 4)
+    ]
+    graphs = [rig.engine.submit([op], gate=gate) for op in ops]
+    assert rig.engine.drain(20.0)
+    results = rig.engine.poll()
+    assert sorted(result.graph for result in results) == graphs
+    cuda.synchronize(stream)
+    if cuda.calls(call) - calls > after:
+        assert gate.failed
+        assert S.FAILED in [result.ops[0].status for result in results]
+        assert all(call.removesuffix("_v2") in result.error for result in results if not result.done)
+    else:
+        assert all(result.done for result in results)
+    cuda.reset()
+    assert rig.run(*ops).done
+    assert np.array_equal(rig.bytes_of(rig.rows(3)), rig.slot(3))
+
+
+def test_memory_that_is_not_pinned_raises_no_flag_for_others(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int
+) -> None:
+    """While the pool is being pinned a batch has loads of both kinds, which go to different streams."""
+    rig = make_rig(
+        tokens=64, row_bytes=(16384, 16384), layers=4, host_slots=20, device_blocks=20, pinned_chunks=1
+    )
+    for seed in range(10):
+        cuda.reset(seed=seed, delay_us=2000)
+        before = cuda.stream()
+        dam = Dam(cuda, before)
+        events = [cuda.record(before)]
+        gate = rig.engine.make_gate(4)
+        gate.expect(2)
+        reads = read_layers(rig, stream, gate, 0)
+        for buffer in (buffer for layer in rig.device for buffer in layer):
+            buffer[:] = 0
+        graphs = [
+            rig.engine.submit(
+                [_core.OpSpec(T.H2D, ints(block), rig.token_slots(block))], gate=gate, wait_events=events
+            )
+            for block in (0, 19)
+        ]
+        while cuda.calls("cuEventRecord") == 0:
+            time.sleep(0.001)
+        dam.open()
+        assert rig.engine.drain(20.0)
+        assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
+        cuda.synchronize(stream)
+        check_reads(rig, reads, 0)
+        assert np.array_equal(rig.bytes_of(rig.rows(19)), rig.slot(19))
+        cuda.synchronize(before)
+        cuda.end_stream(before)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_batches(make_rig: MakeRig, cuda: FakeCuda, stream: int, seed: int) -> None:
+    """Batches of loads, some of them in parts of their layers, some cancelled: a forward whose gate did not
+    fail has read what the host holds."""
+    cuda.reset(seed=seed, delay_us=50)
+    rng = np.random.default_rng(seed)
+    pinned_chunks = 1 if seed % 4 == 3 else None
+    row_bytes = ((96, 96), (BIG_ROW,), (8192, 8192), (60_000, 60_000))[seed % 4]
+    rig = make_rig(
+        layers=5,
+        tokens=1 if seed % 4 == 1 else 4,
+        row_bytes=row_bytes,
+        host_slots=32,
+        pinned_chunks=pinned_chunks,
+    )
+    slots = [slot for slot in range(32) if pinned_chunks is None or slot % 7 == 0]
+    running: dict[int, bool] = {}
+    ended: dict[int, bool] = {}
+    forwards = []
+    for _ in range(25):
+        gate = rig.engine.make_gate(5)
+        num_loads = int(rng.integers(1, 6))
+        gate.expect(num_loads)
+        blocks = [int(block) for block in rng.permutation(24)]
+        read_block, read_slot = blocks[0], 0
+        reads = read_layers(rig, stream, gate, read_block) if rng.random() < 0.5 else None
+        events = [cuda.record(stream)] if rng.random() < 0.7 and reads is None else []
+        rest: list[tuple[list[int], list[int]]] = []
+        for load in range(num_loads):
+            count = int(rng.integers(1, 4))
+            to = [blocks.pop(0) for _ in range(count)]
+            sources = [int(rng.choice(slots)) for _ in to]
+            read_slot = sources[0] if load == 0 else read_slot
+            in_parts = rng.random() < 0.3
+            layers = {"layer_begin": 0, "layer_end": 2 if in_parts else 5}
+            graph = rig.engine.submit(
+                [_core.OpSpec(T.H2D, ints(*sources), rig.token_slots(*to), **layers)],
+                gate=gate,
+                wait_events=events,
+            )
+            running[graph] = rng.random() < 0.05 and rig.engine.cancel(graph)
+            if in_parts:
+                rest.append((sources, to))
+        for sources, to in rest:
+            op = _core.OpSpec(T.H2D, ints(*sources), rig.token_slots(*to), layer_begin=2, layer_end=5)
+            running[rig.engine.submit([op], gate=gate)] = False
+        if reads is None:
+            reads = read_layers(rig, stream, gate, read_block, may_fail=True)
+        forwards.append((gate, reads, read_slot))
+        cuda.synchronize(stream)
+        assert rig.engine.drain(30.0), "a load hangs"
+        for result in rig.engine.poll():
+            assert result.graph not in ended
+            ended[result.graph] = result.done
+    assert ended.keys() == running.keys()
+    assert all(done for graph, done in ended.items() if not running[graph])
+    for gate, reads, slot in forwards:
+        if gate.failed:
+            continue
+        got = np.concatenate([buffer for layer in reads for buffer in layer])
+        assert np.array_equal(got, rig.slot(slot))
 
 
 # ---- faults ------------------------------------------------------------------------------------
