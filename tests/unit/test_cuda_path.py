@@ -494,29 +494,39 @@ ENGINE_LAYERS: dict[str, object] = {
 
 
 def submit_batch(
-    rig: Rig, loads: list[list[int]], cancel: int | None = None, **options: object
-) -> tuple[_core.LayerGate, list[int]]:
+    rig: Rig, loads: list[list[int]], *, behind: int | None = None, cancel: int | None = None
+) -> tuple[_core.LayerGate, list[int], Callable[[], None]]:
     """Loads of blocks into the same blocks of the device, submitted as SGLang's plugin does. They are held
-    together only while they follow each other closely, so this tries again where something came between."""
+    together only while they follow each other closely, so this tries again where something came between.
+
+    Args:
+        behind: a stream that is held up, and that the loads wait for.
+        cancel: the load that is cancelled at once.
+
+    Returns:
+        The gate, the graphs, and what lets the stream go on.
+    """
     for _ in range(50):
         rig.cuda.reset(seed=len(loads), delay_us=20)
-        for load in loads:
-            for layer in rig.device:
-                for buffer in layer:
-                    buffer[rig.token_slots(*load) // (rig.tokens_per_block // rig.rows_per_block)] = 0
+        for buffer in (buffer for layer in rig.device for buffer in layer):
+            buffer[:] = 0
+        dam = Dam(rig.cuda, behind) if behind is not None else None
+        events = [rig.cuda.record(behind)] if behind is not None else []
         started = time.monotonic()
         gate = rig.engine.make_gate(rig.num_layers)
         gate.expect(len(loads))
         graphs = [
             rig.engine.submit(
-                [_core.OpSpec(T.H2D, ints(*load), rig.token_slots(*load))], gate=gate, **options
+                [_core.OpSpec(T.H2D, ints(*load), rig.token_slots(*load))], gate=gate, wait_events=events
             )
             for load in loads
         ]
         if cancel is not None:
             assert rig.engine.cancel(graphs[cancel])
         if time.monotonic() - started < 0.003:
-            return gate, graphs
+            return gate, graphs, dam.open if dam is not None else lambda: None
+        if dam is not None:
+            dam.open()
         assert rig.engine.drain(20.0)
         rig.engine.poll()
     pytest.skip("the machine is too busy to submit a batch at once")
@@ -550,7 +560,7 @@ def test_the_loads_of_a_batch_go_layer_by_layer(
     rig = make_rig(**pool)
     blocks = iter(range(24))
     loads = [[next(blocks) for _ in range(size)] for size in sizes]
-    gate, graphs = submit_batch(rig, loads)
+    gate, graphs, _ = submit_batch(rig, loads)
     reads = read_layers(rig, stream, gate, loads[-1][-1])
     assert rig.engine.drain(20.0)
     assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
@@ -576,13 +586,12 @@ def test_a_batch_behind_the_forward_before_goes_layer_by_layer(
 ) -> None:
     """The usual case: all loads are queued while the forward before, whose slots they may write to, runs."""
     rig = make_rig(**LARGE_LAYERS)
-    dam = Dam(cuda, stream)
-    _, graphs = submit_batch(rig, [[0, 1], [2, 3, 4, 5, 6], [7]], wait_events=[cuda.record(stream)])
+    _, graphs, let_go = submit_batch(rig, [[0, 1], [2, 3, 4, 5, 6], [7]], behind=stream)
     while cuda.calls("cuEventRecord") == 0:
         time.sleep(0.001)
     assert cuda.calls("cuStreamWaitEvent") == 1
     assert not rig.bytes_of(rig.rows(3)).any()
-    dam.open()
+    let_go()
     assert rig.engine.drain(20.0)
     assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
     assert np.array_equal(rig.bytes_of(rig.rows(3)), rig.slot(3))
@@ -632,17 +641,14 @@ def test_one_load_of_a_batch_is_cancelled(make_rig: MakeRig, cuda: FakeCuda, str
     rig = make_rig(**LARGE_LAYERS)
     for wait in (False, True):
         held_up = cuda.stream()
-        dam = Dam(cuda, held_up)
         loads = [[0, 1], [2, 3], [4]]
-        gate, graphs = submit_batch(
-            rig, loads, cancel=None if wait else 1, wait_events=[cuda.record(held_up)]
-        )
+        gate, graphs, let_go = submit_batch(rig, loads, behind=held_up, cancel=None if wait else 1)
         assert gate.stream_wait(5, stream, 20.0) or not wait
         if wait:
             while cuda.calls("cuEventRecord") == 0:
                 time.sleep(0.001)
             assert rig.engine.cancel(graphs[1])
-        dam.open()
+        let_go()
         assert rig.engine.drain(20.0)
         results = {result.graph: result.ops[0].status for result in rig.engine.poll()}
         assert results == dict(zip(graphs, (S.DONE, S.CANCELLED, S.DONE), strict=True))
