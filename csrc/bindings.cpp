@@ -419,8 +419,7 @@ PYBIND11_MODULE(_core, m) {
       .def("stream_wait", &LayerGate::StreamWait, py::arg("layer"), py::arg("stream"), py::arg("timeout_s"),
            NoGil())
       .def_property_readonly("num_layers", &LayerGate::num_layers)
-      .def_property_readonly("open_layers", &LayerGate::open_layers)
-      .def_property_readonly("failed", &LayerGate::failed);
+      .def_property_readonly("open_layers", &LayerGate::open_layers);
 
   py::class_<OpSpec>(m, "OpSpec")
       .def(py::init([](TransferType type, const Int64s& src, const Int64s& dst, int layer_begin,

@@ -35,7 +35,7 @@ constexpr auto kPollInterval = std::chrono::microseconds(100);
 constexpr auto kNextLoadMax = std::chrono::milliseconds(5);
 
 // A load that has not landed by now never will, for instance because the device runs its copies behind the very
-// forward that waits for them (streams that share a queue). The gate opens as failed, which gets it unstuck.
+// forward that waits for them (streams that share a queue). It is given up, which gets that forward unstuck.
 constexpr auto kLate = std::chrono::seconds(30);
 
 }  // namespace
@@ -154,7 +154,7 @@ void CudaCopier::StartWaiting(Direction& direction) {
 
 bool CudaCopier::EndedWaiting(Submission& submission) {
   if (submission.error.empty() && !submission.copy.cancelled->load()) {
-    OpenGateIfLate(submission);
+    GiveUpIfLate(submission);
     return false;
   }
   End(submission, "");
@@ -293,7 +293,6 @@ void CudaCopier::Queue(Direction& direction, Lane& lane, std::unique_ptr<Flight>
     }
   }
   good = good && QueueLayers(*flight, lane.stream);
-  if (!good && flight->copy().gate) flight->copy().gate->Fail();
   // Whatever was queued must have left the pools before the slots are given to somebody else, so one that failed
   // half-way is followed to its end, too; without an event, to the end of its stream.
   std::string ignored;
@@ -374,16 +373,16 @@ void CudaCopier::Reap(Direction& direction) {
                    return StateOfEvents(*flight) != CudaDriver::State::kDone;
                  });
     for (const auto& flight : lane.flights) {
-      for (Submission& submission : flight->submissions) OpenGateIfLate(submission);
+      for (Submission& submission : flight->submissions) GiveUpIfLate(submission);
     }
   }
 }
 
-void CudaCopier::OpenGateIfLate(Submission& submission) {
+void CudaCopier::GiveUpIfLate(Submission& submission) {
   if (submission.late || !submission.copy.gate || Clock::now() - submission.since < kLate) return;
   submission.late = true;
   submission.error = "the copy has not ended after 30 s, and nobody waited for it any longer";
-  submission.copy.gate->Fail();
+  submission.copy.on_late();
 }
 
 void CudaCopier::End(Submission& submission, const std::string& flight_error) {
@@ -392,9 +391,6 @@ void CudaCopier::End(Submission& submission, const std::string& flight_error) {
   const OpStatus status = !error.empty()           ? OpStatus::kFailed
                           : copy.cancelled->load() ? OpStatus::kCancelled
                                                    : OpStatus::kDone;
-  if (status == OpStatus::kDone && copy.blocks.to_device && copy.gate) {
-    for (int layer = copy.layer_begin; layer < copy.layer_end; ++layer) copy.gate->Arrive(layer);
-  }
   copy.on_end(status, error);
 }
 

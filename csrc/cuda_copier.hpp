@@ -39,12 +39,14 @@ struct DeviceCopy {
   CopiedBlocks blocks;
   int layer_begin = 0;
   int layer_end = 0;
-  // Loads: told of every layer. Stores: a gate of one layer, which opens in stream order; the transfer engine
-  // tells it of the end.
+  // Told of every layer that is queued, or, of stores, of its only one. The owner of the copy tells it the rest.
   std::shared_ptr<LayerGate> gate;
   bool follows_read = false;  // some layers of a load, as they come from SSD: not to be held back
   const std::vector<uint64_t>* wait_events = nullptr;  // CUDA events before which nothing is touched
   const std::atomic<bool>* cancelled = nullptr;
+  // Called from a thread of the copier, at most once and before on_end: nobody is to wait for this copy any
+  // longer. It ends as failed, whenever that is.
+  std::function<void()> on_late;
   // Called once, from a thread of the copier, when nothing of this copy touches memory any more.
   std::function<void(OpStatus status, std::string error)> on_end;
 };
@@ -129,7 +131,7 @@ class CudaCopier {
   void Queue(Direction& direction, Lane& lane, std::unique_ptr<Flight> flight);
   bool QueueLayers(Flight& flight, void* stream);
   void Reap(Direction& direction);
-  void OpenGateIfLate(Submission& submission);
+  void GiveUpIfLate(Submission& submission);
   void End(Submission& submission, const std::string& flight_error);
 
   const std::shared_ptr<CudaDriver> cuda_;

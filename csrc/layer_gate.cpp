@@ -36,10 +36,10 @@ bool LayerGate::Submitted(int loads) {
 
 bool LayerGate::AwaitsLoads(std::chrono::steady_clock::duration max) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  return unsubmitted_ > 0 && !failed_.load() && std::chrono::steady_clock::now() - submitted_ < max;
+  return unsubmitted_ > 0 && std::chrono::steady_clock::now() - submitted_ < max;
 }
 
-void LayerGate::Arrive(int layer) {
+void LayerGate::Pass(int layer) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     left_[layer]--;
@@ -48,15 +48,6 @@ void LayerGate::Arrive(int layer) {
       if (row_.words != nullptr) StreamFlags::Raise(row_, open);
     }
     open_.store(open, std::memory_order_release);
-  }
-  changed_.notify_all();
-}
-
-void LayerGate::Fail() {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    failed_.store(true);
-    for (int layer = 0; row_.words != nullptr && layer < num_layers_; ++layer) StreamFlags::Raise(row_, layer);
   }
   changed_.notify_all();
 }
@@ -72,20 +63,17 @@ bool LayerGate::Queued(int layer, int loads, void* stream, std::string* error) {
 }
 
 int LayerGate::Wait(int layer, double timeout_s) {
-  const int open = open_layers();
-  if (open > layer) return failed_.load() ? 0 : open;
+  if (const int open = open_layers(); open > layer) return open;
   std::unique_lock<std::mutex> lock(mutex_);
-  const bool in_time = changed_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] {
-    return failed_.load() || open_.load(std::memory_order_relaxed) > layer;
-  });
-  return in_time && !failed_.load() ? open_.load(std::memory_order_relaxed) : 0;
+  const bool in_time = changed_.wait_for(lock, std::chrono::duration<double>(timeout_s),
+                                         [&] { return open_.load(std::memory_order_relaxed) > layer; });
+  return in_time ? open_.load(std::memory_order_relaxed) : 0;
 }
 
 bool LayerGate::StreamWait(int layer, uint64_t stream, double timeout_s) {
   Require(layer >= 0 && layer < num_layers_, "the gate has no such layer");
   if (row_.words == nullptr) return Wait(layer, timeout_s) > 0;
-  if (failed_.load()) return false;
-  if (StreamFlags::IsRaised(row_, layer)) return !failed_.load();
+  if (StreamFlags::IsRaised(row_, layer)) return true;
   {
     // Attention asks twice per layer, for K and for V, and a layer is never open before those below it.
     std::lock_guard<std::mutex> lock(mutex_);

@@ -59,6 +59,9 @@ struct TransferEngine::Op {
   int layers_left = 0;
   bool more_pieces = false;           // what it follows by layers has not ended
   std::string error;
+  // Of the gate's layers, those that it has passed. Each is written by one thread at a time, and the op's end
+  // comes after all of them, so without a lock.
+  std::vector<uint8_t> passed;
 };
 
 struct TransferEngine::Graph {
@@ -83,6 +86,7 @@ struct TransferEngine::CopyJob {
   size_t num_chunks = 0;
   size_t next = 0;                              // under copy_mutex_
   std::atomic<size_t> left{0};
+  std::atomic<bool> incomplete{false};          // some of its chunks were not copied: it was cancelled
   std::vector<std::atomic<size_t>> group_left;  // chunks that are missing per group
   std::once_flag ordered;
   std::vector<uint32_t> order;                  // in which blocks are copied; empty: as they come
@@ -209,6 +213,7 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
       Require(far_side.size() == op.num_blocks * per_block,
               "a device copy needs tokens_per_block token slots for each block");
       op.first_rows = layout_.FirstRows(far_side.data(), op.num_blocks);
+      if (graph->gate) op.passed.resize(static_cast<size_t>(layout_.num_layers()));
     } else {
       Require(far_side.size() == op.num_blocks && s.keys.size() == op.num_blocks,
               "a disk op needs one SSD slot and one key for each block");
@@ -354,9 +359,6 @@ void TransferEngine::Dispatch(Op* op) {
   if (op->result.start_s == 0) {
     Finish(op, OpStatus::kCancelled, late ? kTooLate : "", {});
   } else if (device) {
-    if (op->graph->gate && s.type == TransferType::kH2D) {
-      for (int l = s.layer_begin; l < s.layer_end; ++l) op->graph->gate->Arrive(l);
-    }
     Finish(op, OpStatus::kDone, "", {});
   } else if (op->num_blocks == 0) {
     ForwardLayers(op, s.layer_begin, s.layer_end);
@@ -453,15 +455,21 @@ void TransferEngine::FinishCopy(Op* op) {
   }
 }
 
+void TransferEngine::Pass(Op* op, int layer_begin, int layer_end) {
+  if (op->graph->gate == nullptr) return;
+  for (int layer = layer_begin; layer < layer_end; ++layer) {
+    if (!std::exchange(op->passed[layer], 1)) op->graph->gate->Pass(layer);
+  }
+}
+
+void TransferEngine::PassRest(Op* op) {
+  const bool load = op->spec.type == TransferType::kH2D;
+  Pass(op, load ? op->spec.layer_begin : 0, load ? op->spec.layer_end : 1);
+}
+
 void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok) {
   Graph* graph = op->graph;
-  if (graph->gate && IsDeviceCopy(op->spec.type)) {
-    if (status != OpStatus::kDone) {
-      graph->gate->Fail();
-    } else if (op->spec.type == TransferType::kD2H) {
-      graph->gate->Arrive(0);
-    }
-  }
+  if (IsDeviceCopy(op->spec.type)) PassRest(op);
   std::vector<Op*> ready;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -560,7 +568,9 @@ void TransferEngine::CopyChunk(CopyJob& job, size_t chunk) {
   const std::vector<int64_t>& token_slots = to_device ? s.dst : s.src;
   const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
   // A cancelled job still counts its chunks down, so that it ends once, but moves nothing more.
-  if (!op->graph->cancelled.load(std::memory_order_relaxed)) {
+  if (op->graph->cancelled.load(std::memory_order_relaxed)) {
+    job.incomplete.store(true);
+  } else {
     // Reads are what a copy waits for, and rows that are read in order are fetched ahead by the
     // processor. Where they are written to makes no difference.
     if (!to_device) std::call_once(job.ordered, [&] { OrderByRow(job); });
@@ -576,11 +586,12 @@ void TransferEngine::CopyChunk(CopyJob& job, size_t chunk) {
     }
     FenceCopies();
   }
-  const bool cancelled = op->graph->cancelled.load();
-  if (job.group_left[group].fetch_sub(1) == 1 && to_device && op->graph->gate && !cancelled) {
-    for (int layer = layer_begin; layer < layer_end; ++layer) op->graph->gate->Arrive(layer);
+  if (job.group_left[group].fetch_sub(1) == 1 && to_device && !job.incomplete.load()) {
+    Pass(op, layer_begin, layer_end);
   }
-  if (job.left.fetch_sub(1) == 1) EndPiece(op, cancelled ? 0 : job.layer_end - job.layer_begin, "");
+  if (job.left.fetch_sub(1) == 1) {
+    EndPiece(op, job.incomplete.load() ? 0 : job.layer_end - job.layer_begin, "");
+  }
 }
 
 // ---- copies on a GPU ---------------------------------------------------------------------------
@@ -600,9 +611,12 @@ void TransferEngine::StartCudaCopy(Op* op, int layer_begin, int layer_end) {
   copy.follows_read = s.after_layers >= 0;
   copy.wait_events = &op->graph->wait_events;
   copy.cancelled = &op->graph->cancelled;
-  copy.on_end = [this, op, layers = layer_end - layer_begin](OpStatus status, std::string error) {
+  copy.on_late = [this, op] { PassRest(op); };
+  copy.on_end = [this, op, layer_begin, layer_end](OpStatus status, std::string error) {
+    const bool done = status == OpStatus::kDone;
+    if (done && op->spec.type == TransferType::kH2D) Pass(op, layer_begin, layer_end);
     if (status == OpStatus::kFailed && error.empty()) error = "a copy on the GPU failed";
-    EndPiece(op, status == OpStatus::kDone ? layers : 0, std::move(error));
+    EndPiece(op, done ? layer_end - layer_begin : 0, std::move(error));
   };
   copier_->Submit(std::move(copy));
 }

@@ -53,8 +53,8 @@ struct OpSpec {
 
 struct GraphSpec {
   std::vector<OpSpec> ops;
-  // Told of every layer by every H2D op of the graph; or, a gate with one layer, by its D2H op when the
-  // device's slots may be written again.
+  // Passed at every layer by every H2D op of the graph, whatever becomes of it; or, a gate with one layer, by
+  // its D2H op when the device's slots may be written again.
   std::shared_ptr<LayerGate> gate;
   std::vector<uint64_t> wait_events;   // CUDA events to wait for before touching the device pool
   double timeout_s = 0;                // ops that have not started by then are cancelled; 0: none
@@ -151,6 +151,10 @@ class TransferEngine {
   // What the op follows by layers has ended.
   void EndUpstream(Op* op);
   void FinishCopy(Op* op);
+  // The op's gate need not wait for it any longer: these layers have landed, or, where the op has failed,
+  // never will.
+  void Pass(Op* op, int layer_begin, int layer_end);
+  void PassRest(Op* op);
   std::shared_ptr<CopyJob> NextJob(CopyQueue* queue);
   void Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok);
   bool ShouldSkip(const Op& op) const;

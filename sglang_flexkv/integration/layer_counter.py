@@ -10,7 +10,7 @@ from sglang_flexkv import _core
 
 logger = logging.getLogger(__name__)
 
-# A layer that takes this long will not come; the load is reported as failed then.
+# A layer that takes this long will not come; the loads of its batch are reported as failed then.
 _LAYER_TIMEOUT_S = 60.0
 _LOOK_AFTER_S = 0.1
 
@@ -72,15 +72,15 @@ class LayerLoadCounter:
         self._open_layers = 0
 
     def wait_until(self, layer: int) -> None:
-        """SGLang's call before each use of a layer. A failed load does not raise here: the forward runs on
-        and its output is dropped when ``finish_layer_wise_loading`` reports the failure."""
+        """SGLang's call before each use of a layer. A failed load does not raise here: the forward runs on,
+        and the output of its request is dropped when ``finish_layer_wise_loading`` reports the failure."""
         if layer < self._open_layers:
             return
         gate = self._gates.get(self.consumer_index)
         if gate is None or self.consumer_index in self._went_on:
             return
         deadline = time.monotonic() + _LAYER_TIMEOUT_S
-        while not self._wait(gate, layer) and not gate.failed:
+        while not self._wait(gate, layer):
             self._look_after()
             if time.monotonic() > deadline:
                 logger.error("KV of layer %d did not arrive in %.0f s", layer, _LAYER_TIMEOUT_S)

@@ -142,7 +142,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._holds: OrderedDict[str, _Hold] = OrderedDict()
         self._held_blocks = 0
         self._queued: OrderedDict[str, _QueuedLoad] = OrderedDict()
-        self._loading: dict[int, list[_QueuedLoad]] = {}
+        self._loading: dict[int, dict[str, _QueuedLoad]] = {}
         self._offloads: deque[KVTask] = deque()
         self._closed = False
 
@@ -362,8 +362,8 @@ class FlexKVLinker(UnifiedCacheLinker):
     def start_layer_wise_loading(self) -> int:
         if not self._queued:
             return -1
-        loads = list(self._queued.values())
-        self._queued.clear()
+        batch, self._queued = self._queued, OrderedDict()
+        loads = batch.values()
         index, gate = self.layer_done_counter.open_batch()
         # On a GPU work queued before may still use the slots: stream order, not a host wait.
         events = self.record_offload_ready() if self._on_gpu else []
@@ -380,24 +380,31 @@ class FlexKVLinker(UnifiedCacheLinker):
                 self.engine.launch(load.task, load.token_slots, gate=gate, wait_events=events)
             else:
                 self.engine.cancel(load.task)
-        self._loading[index] = loads
+        self._loading[index] = batch
         return index
 
-    def finish_layer_wise_loading(self, counter_index: int) -> bool:
-        loads = self._loading.pop(counter_index, None)
-        if loads is None:  # a flush took the batch away: what its slots hold is anybody's guess
-            return False
-        running = [load.task for load in loads if not load.task.ended]
+    def finish_layer_wise_loading(self, counter_index: int) -> set[str]:
+        """Waits until nothing of the batch is written any more.
+
+        Returns:
+            The requests whose load landed. A verdict for each, where SGLang's own wrapper takes one for all.
+        """
+        batch = self._loading.pop(counter_index, None)
+        if batch is None:  # a flush took the batch away: what its slots hold is anybody's guess
+            return set()
+        running = [load.task for load in batch.values() if not load.task.ended]
         while not self.engine.wait(running, _FINISH_TIMEOUT_S):
             # The slots belong to requests that live: nobody may go on while something writes to them.
             logger.error("a load has not ended after %.0f s; still waiting for it", _FINISH_TIMEOUT_S)
+        # What has landed since a forward went on without waiting may have been read before.
         waited = self.layer_done_counter.close_batch(counter_index)
-        landed = waited and all(load.task.status is TaskStatus.COMPLETED for load in loads)
-        for load in loads:
-            if landed and load.task.plan is not None:
-                plan = load.task.plan
-                self.metrics.loaded("cpu", (plan.num_blocks - plan.num_ssd_blocks) * self._page)
-                self.metrics.loaded("ssd", plan.num_ssd_blocks * self._page)
+        landed = set()
+        for rid, load in batch.items():
+            if waited and load.task.status is TaskStatus.COMPLETED:
+                landed.add(rid)
+                if (plan := load.task.plan) is not None:
+                    self.metrics.loaded("cpu", (plan.num_blocks - plan.num_ssd_blocks) * self._page)
+                    self.metrics.loaded("ssd", plan.num_ssd_blocks * self._page)
             self.engine.forget(load.task)
         self._learn_speeds()
         return landed

@@ -120,21 +120,21 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
         return loaded
 
     def finish_loads(self) -> list[str]:
-        """Requests whose KV did not land, the same on every rank; all of a batch, because its forward stops
-        waiting for any when one fails."""
+        """Requests whose KV did not land, the same on every rank. No other request has read what they were to
+        load: it is in slots of their own, and not in the tree before this has been answered."""
         rids, self.inflight_load_rids = self.inflight_load_rids, []
         if not rids:
             return []
         index, self.inflight_load_index = self.inflight_load_index, -1
-        landed = torch.tensor([self.cache_linker.finish_layer_wise_loading(index)], dtype=torch.int64)
+        here = self.cache_linker.finish_layer_wise_loading(index)
+        landed = torch.tensor([rid in here for rid in rids], dtype=torch.int64)
         self.cache._all_reduce_attn_groups(landed, torch.distributed.ReduceOp.MIN)
         for rid in rids:
             del self.private_load_indices[rid]
-        if int(landed.item()):
-            return []
-        for rid in rids:
+        failed = [rid for rid, ok in zip(rids, landed.tolist(), strict=True) if not ok]
+        for rid in failed:
             self.cache_linker.give_up(rid)
-        return rids
+        return failed
 
     def offload_nodes(self, node_ids: Sequence[int]) -> None:
         for node_id in node_ids:

@@ -4,18 +4,20 @@ its client never learns."""
 from __future__ import annotations
 
 import os
+import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from server import SGLangServer
-from workload import conversations
+from workload import VOCABULARY, conversations
 
 from sglang_flexkv import _core
 
 ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 6
+TOKEN_BYTES = 4096  # of the model, over all ranks
 # Each does not fit beside the others in the pool, nor all in the CPU tier: they come back from SSD.
 PROMPTS = [turn.tokens for turn in conversations(8, 3, seed=5, turn_max=300)][-8:]
 
@@ -36,14 +38,11 @@ def damage(directory: Path, rank: str, every: int) -> int:
     return damaged
 
 
-@pytest.mark.parametrize("tp_size", [1, 2])
-def test_damaged_blocks_are_computed_again(tmp_path: Path, tp_size: int) -> None:
-    directory = tmp_path / "ssd"
+def server_over(directory: Path, tmp_path: Path, tp_size: int, settings: str) -> SGLangServer:
+    """A server whose SSD tier is in this directory, with a small device pool."""
     directory.mkdir()
     config = tmp_path / "flexkv.yaml"
-    config.write_text(
-        f"cpu_cache_gb: 0.01\nssd_cache_gb: 0.5\nssd_cache_dir: {directory}\nload_policy: load\n"
-    )
+    config.write_text(f"ssd_cache_gb: 0.5\nssd_cache_dir: {directory}\nload_policy: load\n{settings}")
     flags: dict[str, Any] = {
         "enable-flexkv": True,
         "flexkv-config-file": str(config),
@@ -55,9 +54,21 @@ def test_damaged_blocks_are_computed_again(tmp_path: Path, tp_size: int) -> None
     if tp_size > 1:
         flags["tp-size"] = tp_size
         env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(tp_size))
-    with SGLangServer(
-        ROOT / "models" / "tiny-gqa", flags, env=env, log_path=tmp_path / "server.log"
-    ) as server:
+    return SGLangServer(ROOT / "models" / "tiny-gqa", flags, env=env, log_path=tmp_path / "server.log")
+
+
+def check_log(server: SGLangServer, tp_size: int) -> None:
+    """That a request ran again, and nothing went wrong beside it."""
+    log = server.log()
+    assert "runs again: its cached KV could not be loaded" in log
+    assert "hit an exception" not in log
+    assert len(re.findall(r"sglang-flexkv closed: nothing left held", log)) == tp_size, server.log_tail()
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_damaged_blocks_are_computed_again(tmp_path: Path, tp_size: int) -> None:
+    directory = tmp_path / "ssd"
+    with server_over(directory, tmp_path, tp_size, "cpu_cache_gb: 0.01\n") as server:
         ask = {"return_logprob": True}
         expected = [server.generate(prompt, NEW_TOKENS, **ask) for prompt in PROMPTS]
         assert server.metric("flexkv_failed_loads_total") == 0
@@ -84,7 +95,48 @@ def test_damaged_blocks_are_computed_again(tmp_path: Path, tp_size: int) -> None
         again = [server.generate(prompt, NEW_TOKENS) for prompt in PROMPTS]
         assert [answer["output_ids"] for answer in again] == [answer["output_ids"] for answer in expected]
         assert server.metric("flexkv_loaded_tokens_total", tier="ssd") > 0
-    log = server.log()
-    assert "runs again: its cached KV could not be loaded" in log
-    assert "hit an exception" not in log
-    assert len(re.findall(r"sglang-flexkv closed: nothing left held", log)) == tp_size, server.log_tail()
+    check_log(server, tp_size)
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_of_a_batch_only_the_request_whose_blocks_are_damaged_runs_again(
+    tmp_path: Path, tp_size: int
+) -> None:
+    """The others load beside it, in the same forward, and go on with what they have loaded."""
+    rng = random.Random(8)
+
+    def prompt(length: int) -> list[int]:
+        return [rng.choice(VOCABULARY) for _ in range(length)]
+
+    damaged, *others = prompts = [prompt(length) for length in (600, 300, 310)]
+    cpu_tokens = 4000
+    directory = tmp_path / "ssd"
+    settings = f"cpu_cache_gb: {cpu_tokens * TOKEN_BYTES / 2**30}\ncpu_eviction_policy: lru\n"
+    with server_over(directory, tmp_path, tp_size, settings) as server:
+        expected = [server.generate(damaged, NEW_TOKENS)]
+        for _ in range(2):  # it leaves the CPU tier: SSD alone has it
+            server.generate(prompt(cpu_tokens // 2), NEW_TOKENS)
+        expected += [server.generate(other, NEW_TOKENS) for other in others]
+        server.generate(prompt(2500), NEW_TOKENS)  # they leave the device
+        assert damage(directory, f"tp{tp_size - 1}", every=8) > 10
+        failed = server.metric("flexkv_failed_loads_total", tp_rank="0")
+        loaded = server.metric("flexkv_loaded_tokens_total", tier="cpu", tp_rank="0")
+        got = server.request(
+            "POST",
+            "/generate",
+            json={
+                "input_ids": prompts,
+                "sampling_params": {"temperature": 0.0, "max_new_tokens": NEW_TOKENS},
+            },
+        ).json()
+        assert [answer["output_ids"] for answer in got] == [answer["output_ids"] for answer in expected]
+        assert server.metric("flexkv_failed_loads_total", tp_rank="0") - failed == 1, server.log_tail()
+        cached = [answer["meta_info"]["cached_tokens"] for answer in got]
+        assert cached[0] == 0
+        assert min(cached[1:]) > 200
+        of_others = server.metric("flexkv_loaded_tokens_total", tier="cpu", tp_rank="0") - loaded
+        assert 400 < of_others <= sum(cached[1:])
+        again = [server.generate(each, NEW_TOKENS) for each in prompts]
+        assert [answer["output_ids"] for answer in again] == [answer["output_ids"] for answer in expected]
+    assert "Prefill batch, #new-seq: 3" in server.log()
+    check_log(server, tp_size)

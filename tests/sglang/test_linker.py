@@ -427,7 +427,7 @@ def test_a_broken_promise_is_recomputed(make_rig: MakeRig) -> None:
 
 
 @pytest.mark.parametrize("with_another", [False, True], ids=["alone", "beside_a_good_load"])
-def test_a_rank_that_cannot_load_what_the_others_load_fails_the_batch_and_blocks_nobody(
+def test_a_rank_that_cannot_load_what_the_others_load_fails_that_load_and_blocks_nobody(
     make_rig: MakeRig, with_another: bool
 ) -> None:
     rig = make_rig(single_rank=False)
@@ -436,27 +436,100 @@ def test_a_rank_that_cannot_load_what_the_others_load_fails_the_batch_and_blocks
     req = rig.request(sequence(1))
     slots = admit_with_a_broken_promise(rig, req)
     assert len(slots) == PAGES * PAGE  # the other ranks load, so this one goes along
-    batch = [(req, slots)]
+    reqs = [req]
     if with_another:
-        rig.insert(sequence(5000), seed=2)
+        expected = rig.insert(sequence(5000), seed=2)
         rig.evict_all()
         other = rig.request(sequence(5000))
-        batch.append((other, rig.admit(other)))
+        other_slots = rig.admit(other)
+        reqs.append(other)
     rig.start_batch()
     # Nobody opens the gate for it: a forward that waited for that would wait for every layer's time-out.
     forward = threading.Thread(target=rig.forward, daemon=True)
     forward.start()
     forward.join(TIMEOUT_S)
     assert not forward.is_alive()
-    reqs = [member for member, _ in batch]
     assert rig.cache.finish_external_linker_loads(reqs) == []
-    assert len(rig.cache.failed_loads) == len(reqs)  # all run again
-    assert all(member.discard_output_reason and member.skip_radix_cache_insert for member in reqs)
+    check_runs_again(rig, req)
+    assert rig.match(req).host_hit_length == 0  # and computes everything
+    rig.abort(req, slots)
+    if with_another:
+        check_landed(rig, other, other_slots, expected)
+
+
+def check_runs_again(rig: Rig, *reqs: Req) -> None:
+    """That these requests run again, and no others."""
+    assert len(rig.cache.failed_loads) == rig.linker.metrics.total["failed"] == len(reqs)
+    assert all(req.discard_output_reason and req.skip_radix_cache_insert for req in reqs)
     rig.cache.failed_loads.clear()
-    for member, own in batch:
-        assert rig.match(member).host_hit_length == 0  # and compute everything
-        rig.abort(member, own)
-    assert rig.linker.metrics.total["failed"] == len(reqs)
+
+
+def check_landed(rig: Rig, req: Req, slots: torch.Tensor, expected: list[torch.Tensor]) -> None:
+    """That a request has what was stored, and goes on as if it were alone."""
+    assert not req.discard_output_reason
+    assert not req.skip_radix_cache_insert
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+
+
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_a_load_that_fails_on_another_rank_fails_here_and_no_other_does(
+    make_rig: MakeRig, failing: int
+) -> None:
+    rig = make_rig(num_pages=64)
+    prompts = [sequence(10000 * n, n) for n in (1, 2, 3)]
+    expected = [rig.insert(tokens, seed) for seed, tokens in enumerate(prompts)]
+    rig.evict_all()
+    reqs = [rig.request(tokens) for tokens in prompts]
+    all_slots = [rig.admit(req) for req in reqs]
+    rig.start_batch()
+    rig.forward()
+
+    def with_another_rank(verdicts: torch.Tensor, op: Any) -> None:
+        assert op is torch.distributed.ReduceOp.MIN
+        assert verdicts.tolist() == [1, 1, 1]
+        verdicts[failing] = 0
+
+    with mock.patch.object(rig.cache, "_all_reduce_attn_groups", with_another_rank):
+        assert rig.cache.finish_external_linker_loads(reqs) == []
+    check_runs_again(rig, reqs[failing])
+    for i, (req, slots) in enumerate(zip(reqs, all_slots, strict=True)):
+        if i == failing:
+            rig.abort(req, slots)
+        else:
+            check_landed(rig, req, slots, expected[i])
+
+
+def test_a_forward_that_went_on_without_a_layer_is_nobodys(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What landed after that may have been read before it did."""
+    monkeypatch.setattr("sglang_flexkv.integration.layer_counter._LAYER_TIMEOUT_S", 0.2)
+    rig = make_rig()
+    prompts = [sequence(1), sequence(5000)]
+    for seed, tokens in enumerate(prompts):
+        rig.insert(tokens, seed)
+    rig.evict_all()
+    reqs = [rig.request(tokens) for tokens in prompts]
+    all_slots = [rig.admit(req) for req in reqs]
+    held_back: list[Callable[[], None]] = []
+    launch = rig.engine.launch
+
+    def hold_the_second_back(task: Any, *args: Any, **kwargs: Any) -> None:
+        if held_back or len(rig.engine._by_graph):
+            held_back.append(lambda: launch(task, *args, **kwargs))
+        else:
+            launch(task, *args, **kwargs)
+
+    with mock.patch.object(rig.engine, "launch", hold_the_second_back):
+        rig.start_batch()
+    assert len(held_back) == 1
+    rig.forward()
+    held_back[0]()
+    assert rig.cache.finish_external_linker_loads(reqs) == []
+    check_runs_again(rig, *reqs)
+    for req, slots in zip(reqs, all_slots, strict=True):
+        rig.abort(req, slots)
 
 
 def test_what_cannot_run_again_is_left_to_sglang(make_rig: MakeRig) -> None:
@@ -571,7 +644,7 @@ def test_batches_that_overlap_have_gates_of_their_own(make_rig: MakeRig) -> None
         rig.linker.layer_done_counter.set_consumer(index)
         rig.forward()
         assert_same(rig.read(slots), bytes_)
-        assert rig.linker.finish_layer_wise_loading(index)
+        assert rig.linker.finish_layer_wise_loading(index) == {req.rid}
         rig.cache.linker.private_load_indices.pop(req.rid)
         rig.cache.linker.inflight_load_rids.remove(req.rid)
         rig.finish(req, slots)
@@ -732,6 +805,37 @@ def test_a_block_that_is_damaged_on_ssd_is_not_used_and_not_looked_for_again(
     again = rig.request(tokens)
     assert rig.match(again).host_hit_length < PAGES * PAGE
     rig.abort(again)
+
+
+@pytest.mark.parametrize("damaged", [0, 1, 2])
+def test_of_a_batch_only_the_request_whose_blocks_are_damaged_runs_again(
+    make_rig: MakeRig, tmp_path: Path, damaged: int
+) -> None:
+    rig = make_rig(ssd_dir=tmp_path, num_pages=64)
+    prompts = [sequence(10000 * (n + 1)) for n in range(3)]
+    expected = [rig.insert(tokens, seed) for seed, tokens in enumerate(prompts)]
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    invalidate_cpu_tier(rig)
+    keys = keys_from_page_hashes(page_hashes(rig, prompts[damaged]), rig.linker.namespace)
+    lease, _, ssd_slots = rig.engine.cache.index.acquire(keys, _core.Tier.SSD)
+    rig.engine.cache.index.release(lease)
+    (slots_file,) = tmp_path.glob("*.slots")
+    with slots_file.open("r+b") as file:
+        file.seek(_core.SSD_SLOTS_OFFSET + int(ssd_slots[1]) * rig.engine.storage.slot_bytes)
+        file.write(bytes(64))
+    reqs = [rig.request(tokens) for tokens in prompts]
+    all_slots = [rig.admit(req) for req in reqs]
+    rig.start_batch()
+    rig.forward()
+    assert rig.cache.finish_external_linker_loads(reqs) == []
+    check_runs_again(rig, reqs[damaged])
+    assert rig.linker.metrics.total["loaded ssd"] == 2 * PAGES * PAGE  # those of the others
+    for i, (req, slots) in enumerate(zip(reqs, all_slots, strict=True)):
+        if i == damaged:
+            rig.abort(req, slots)
+        else:
+            check_landed(rig, req, slots, expected[i])
 
 
 def test_a_disk_that_hangs_is_noticed_while_a_forward_waits(

@@ -15,7 +15,7 @@ import numpy as np
 from sglang_flexkv import _core
 
 ROOT = Path(__file__).resolve().parents[2]
-ALWAYS = -1
+ALWAYS, NEVER = -1, 1 << 40  # after so many calls it fails
 PIN_CHUNK_BYTES = 64 << 20
 MEMORY_ERROR = 719  # any code that a driver returns
 
@@ -52,6 +52,7 @@ class FakeCuda:
         self._c.fake_reset(ctypes.c_uint(seed), ctypes.c_int(delay_us))
 
     def fail(self, call: str, after: int, code: int = MEMORY_ERROR) -> None:
+        """The call fails when it has been made ``after`` more times, and from then on."""
         self._c.fake_fail(call.encode(), ctypes.c_int64(after), ctypes.c_int(code))
 
     def calls(self, call: str) -> int:

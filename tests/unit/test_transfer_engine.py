@@ -429,8 +429,7 @@ def test_a_short_file_fails_the_read_and_what_depends_on_it(rig: Rig, left: int)
     assert out.ops[0].ok.tolist() == [int(left == 4096), 1, 0]
     assert out.ops[0].corrupt == 0  # the disk is to blame, not the bytes
     assert "shorter" in out.error
-    assert gate.failed
-    assert not gate.wait(0, 0.0)
+    assert gate.wait(LAYERS - 1, 0.0)  # whoever waits goes on: what landed is in the results
 
 
 def test_an_error_of_the_disk_is_a_failure_and_not_a_hang(make_rig: MakeRig) -> None:
@@ -602,8 +601,7 @@ def test_a_layer_that_is_bad_never_reaches_the_device(make_rig: MakeRig, bad_lay
     assert [op.status for op in out.ops] == [FAILED, _core.OpStatus.CANCELLED]
     assert out.ops[0].ok.tolist() == [1, 0, 1]
     assert out.ops[0].corrupt == 1
-    assert gate.failed
-    assert gate.open_layers <= bad_layer
+    assert gate.open_layers == LAYERS
     assert torch.equal(rig.device[bad_layer][0][rig.tokens(11)], before)
 
 
@@ -621,6 +619,35 @@ def test_a_gate_opens_for_all_loads_of_a_batch_layer_by_layer(make_rig: MakeRig)
     assert all(rig.engine.wait(graph, 20.0) for graph in graphs)
     for position, block in enumerate(blocks):
         assert np.array_equal(rig.block_bytes(rig.tokens(1 + position)), block)
+
+
+@pytest.mark.parametrize("bad_layer", range(LAYERS))
+@pytest.mark.parametrize("bad_first", [True, False])
+def test_a_load_that_fails_spoils_no_other_of_its_gate(
+    make_rig: MakeRig, bad_layer: int, bad_first: bool
+) -> None:
+    """It ends while the others are on their way: no layer of theirs opens too early."""
+    disk = _core.FaultyDisk(3)
+    rig = make_rig(row_bytes=512, slices_per_read=1, num_directories=1, io_depth=1, disk=disk)
+    blocks = rig.save(keys(0, 1), ints(0, 1), ints(0, 1))
+    path, offset = rig.place(1)
+    flip_bit(path, offset + bad_layer * 4096 + 77)
+    disk.set_fault("read", 1.0, delay_s=0.03)
+    blocks += rig.fill(8)
+    gate = open_gate(3)
+    good = layered_load(rig, keys(0), ints(0), ints(2), 5)
+    bad = layered_load(rig, keys(1), ints(1), ints(3), 6)
+    in_memory = [_core.OpSpec(T.H2D, ints(8), rig.tokens(7))]
+    specs = [bad, good, in_memory] if bad_first else [good, in_memory, bad]
+    graphs = [rig.engine.submit(ops, gate=gate) for ops in specs]
+    for layer in range(LAYERS):
+        assert gate.wait(layer, 20.0)
+        for tokens, block in ((rig.tokens(5), blocks[0]), (rig.tokens(7), blocks[2])):
+            want = block[layer * 4096 : layer * 4096 + 2048]
+            assert np.array_equal(rig.device[layer][0][tokens].numpy().ravel(), want)
+    assert rig.engine.drain(20.0)
+    done = {result.graph: result.done for result in rig.engine.poll()}
+    assert [done[graph] for graph in graphs] == [ops is not bad for ops in specs]
 
 
 def test_a_load_without_blocks_follows_too(make_rig: MakeRig) -> None:
@@ -782,7 +809,7 @@ def test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once(
     rng = random.Random(3)
     submitted: dict[int, int] = {}
     ended: dict[int, _core.GraphResult] = {}
-    gates: dict[int, tuple[_core.LayerGate, bool]] = {}
+    gates = [open_gate()]  # each expects one load more than it gets
     refused = 0
 
     def collect() -> None:
@@ -816,20 +843,21 @@ def test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once(
             kinds.append(kind)
             loads += kind == T.H2D
         gate = None
-        if rng.random() < 0.5:
-            gate = open_gate(loads)
+        if T.D2H not in kinds and rng.random() < 0.7:
+            if rng.random() < 0.5:
+                gates.append(open_gate())
+            gate = gates[-1]
+            gate.expect(loads)
         graph = rig.engine.submit(
             ops,
             gate=gate,
             timeout_s=rng.choice([0.0, 0.0, 0.0, 1e-9, 0.001]),
-            background=rng.random() < 0.3,
+            background=gate is None and rng.random() < 0.5,
         )
         if graph == 0:
             refused += 1
             continue
         submitted[graph] = len(ops)
-        if gate is not None:
-            gates[graph] = (gate, loads > 0)
         if rng.random() < 0.3:
             rig.engine.cancel(rng.choice(list(submitted)))
         if rng.random() < 0.2:
@@ -845,16 +873,17 @@ def test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once(
     pending = [op for r in ended.values() for op in r.ops if op.status == _core.OpStatus.PENDING]
     assert pending == []
     assert all(len(ended[g].ops) == n for g, n in submitted.items())
-    for graph, (gate, has_loads) in gates.items():
-        # Whoever waits for a layer goes on, one way or the other.
-        result = ended[graph]
-        assert not has_loads or gate.failed or gate.open_layers == LAYERS
-        assert not (result.done and gate.failed)
+    # However it ended, each load has passed each layer of its gate once: no gate opens before its last load.
+    disk.clear_faults()
+    assert [gate.open_layers for gate in gates] == [0] * len(gates)
+    for gate in gates:
+        assert rig.run(_core.OpSpec(T.H2D, ints(0), rig.tokens(0)), gate=gate).done
+        assert gate.open_layers == LAYERS
     outcomes = {op.status for r in ended.values() for op in r.ops}
     assert outcomes == {_core.OpStatus.DONE, _core.OpStatus.FAILED, _core.OpStatus.CANCELLED}
     stats = rig.engine.stats()
     counted = sum(s["ops_done"] + s["ops_failed"] + s["ops_cancelled"] for s in stats.values())
-    assert counted == sum(submitted.values()) + 1  # and the one that saved the blocks
+    assert counted == sum(submitted.values()) + 1 + len(gates)  # and the one that saved the blocks
     assert all(s["queued_blocks"] == 0 for s in stats.values())
 
 
