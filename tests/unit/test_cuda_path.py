@@ -909,7 +909,7 @@ def test_loads_that_fail_spoil_no_other_of_their_gate(
             if done[graph]:
                 assert np.array_equal(np.concatenate(of_block), rig.slot(slot))
         outcomes.add(sum(done.values()))
-    if RUNTIME_CALLS.get(call, "fails") == "fails":
+    if call == "a cancel":  # a call that fails is the same for all of a batch that are queued as one
         assert {1, 2} & outcomes, "no batch with both"
 
 
