@@ -3,12 +3,12 @@
     python benchmarks/bench_overlap.py [--smoke] [--json FILE|-] [--device cpu|cuda] [--dir DIRECTORY]
 
 A prefix's KV comes back into the pool through ``KVTaskEngine`` (plan, graph, gate, completion) while a
-prefill runs over it: every layer waits for its gate, attends to all tokens of the prefix, and multiplies
-matrices until a layer takes as long as the case asks for. Three things are timed in the same run, in changing
-order, medians over rounds: the prefill alone, the load alone (until each layer opens), and both together.
-Clocks start before the load is planned. Cases: a prefix in the CPU tier, with a prefill that takes twice as
-long as its load; a prefix on SSD alone (O_DIRECT, so no page cache), with prefills of 0.5, 1 and 2 times its
-load.
+prefill runs over it: every layer waits until it is loaded, attends to all tokens of the prefix, and
+multiplies matrices that stay in the cache until a layer takes as long as the case asks for. Three things are
+timed in the same run, in changing order, medians over rounds: the prefill alone, the load alone (until each
+layer opens), and both together. Clocks start before the load is planned. Cases: a prefix in the CPU tier,
+with a prefill that takes twice as long as its load; a prefix on SSD alone (O_DIRECT, so no page cache), with
+prefills of 0.5, 1 and 2 times its load.
 
 - ``exposed_over_first_group``: what of the load is not hidden / time until the first layers are there, CPU
   tier. On CUDA that is how much longer the prefill takes than alone. On the CPU, where both sides share cores
@@ -18,8 +18,10 @@ load.
 - ``ssd_pipeline_over_max``: together / the longer one of prefill and load alone, the worst case.
 - ``attention_slowdown``: attention per layer while the load runs / the same layers alone, the worst case.
 
-On the CPU both sides share cores and memory: torch computes with one thread and the engine copies with one.
-Attention is torch's over gathered pages, on CUDA FlashInfer's over the pages in place where it is installed.
+On the CPU both sides share cores and memory: torch computes with one thread and the engine copies with one,
+the disk's where the prefix is on SSD.
+Attention is made of torch's products and fetches each page from memory once, as kernels over paged KV do; on
+CUDA it is FlashInfer's where that is installed.
 Every byte is verified after every load, and attention must give the same result whether or not a load runs:
 before each load the pool is overwritten, so a layer that is read too early is a wrong layer.
 """
@@ -62,7 +64,8 @@ _TIMEOUT_S = 120.0
 _NAMESPACE = make_namespace({"bench": "overlap"})
 _CPU_RATIO = 2.0  # prefill over load: longer than the load, layer by layer
 _SSD_RATIOS = (0.5, 1.0, 2.0)
-_HIDDEN = 512  # of the matrices that make a layer longer: a step of well under a millisecond
+_PRODUCT = (64, 256)  # rows and size of the products that make a layer longer: from cache, as in a prefill
+_TOKENS_IN_CACHE = 256  # of one layer's K or V, on a CPU
 _FLASHINFER_WORKSPACE_BYTES = 128 * MIB
 
 Attention = Callable[[int], torch.Tensor]  # of a layer: [new tokens, heads, head size]
@@ -86,8 +89,8 @@ class Shape:
         return self.tokens // self.page_size
 
 
-# Prefixes of 512 MiB and 1 GiB. On the CPU few queries and no conversions: attention has to leave room for a
-# prefill that is shorter than a load from SSD.
+# Prefixes of 512 MiB and 1 GiB. On the CPU few queries: attention has to leave room for a prefill that is
+# shorter than a load from SSD.
 _SHAPES = {
     "cpu": Shape(layers=32, tokens=2048, new_tokens=4, heads=8, dtype=torch.float32),
     "cuda": Shape(layers=32, tokens=8192, new_tokens=1024, heads=32, dtype=torch.bfloat16),
@@ -164,22 +167,29 @@ class Pool:
 
 
 def torch_attention(pool: Pool, queries: torch.Tensor) -> Attention:
-    """Attention over pages that are gathered first."""
+    """Attention over the pages, a few at a time: as in a kernel that reads them where they are, each is
+    fetched from memory once and used from the cache."""
     shape = pool.shape
     slots = torch.from_numpy(pool.slots).to(queries.device)
     # Without a mask, the heads that share a KV head are nothing but more queries of it.
     grouped = queries.view(shape.new_tokens, shape.kv_heads, -1, shape.head_size).transpose(0, 1)
-    grouped = grouped.reshape(1, shape.kv_heads, -1, shape.head_size)
+    grouped = grouped.reshape(shape.kv_heads, -1, shape.head_size) / shape.head_size**0.5
+    parts = slots.split(_TOKENS_IN_CACHE)
+    scores = grouped.new_empty((*grouped.shape[:2], shape.tokens))
+    gathered = queries.new_empty((_TOKENS_IN_CACHE, shape.kv_heads, shape.head_size))
 
-    # One buffer for all layers: to get fresh memory for each takes longer than to attend.
-    gathered = [torch.empty_like(tensor) for tensor in pool.tensors[0]]
+    def heads(tensor: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+        """Of some tokens: [heads, tokens, head size]."""
+        return torch.index_select(tensor, 0, part, out=gathered[: len(part)]).transpose(0, 1)
 
     def attend(layer: int) -> torch.Tensor:
-        keys, values = (
-            torch.index_select(tensor, 0, slots, out=buffer).transpose(0, 1).unsqueeze(0)
-            for tensor, buffer in zip(pool.tensors[layer], gathered, strict=True)
-        )
-        out = torch.nn.functional.scaled_dot_product_attention(grouped, keys, values)
+        keys, values = pool.tensors[layer]
+        for part, out in zip(parts, scores.split(_TOKENS_IN_CACHE, dim=2), strict=True):
+            out.copy_(torch.bmm(grouped, heads(keys, part).transpose(1, 2)))
+        weights = torch.softmax(scores, dim=2).split(_TOKENS_IN_CACHE, dim=2)
+        out = torch.zeros_like(grouped)
+        for part, weight in zip(parts, weights, strict=True):
+            out.baddbmm_(weight, heads(values, part))
         return out.view(shape.kv_heads, shape.new_tokens, -1, shape.head_size).transpose(0, 1)
 
     return attend
@@ -250,8 +260,9 @@ class Prefill:
         paged = device.type == "cuda" and importlib.util.find_spec("flashinfer") is not None
         self.attention_name = "flashinfer" if paged else "torch"
         self._attend = (flashinfer_attention if paged else torch_attention)(pool, queries)
-        self._hidden = torch.ones((shape.new_tokens, _HIDDEN), device=device)
-        self._weights = torch.full((_HIDDEN, _HIDDEN), 1 / _HIDDEN, device=device)
+        rows, size = _PRODUCT
+        self._hidden = torch.ones((rows, size), device=device)
+        self._weights = torch.full((size, size), 1 / size, device=device)
         self.products_per_layer = 0
         self.outputs: list[torch.Tensor] = []
 
@@ -428,7 +439,7 @@ class Times:
         longer_by = [b.total_s - a.total_s for a, b in zip(self.compute, self.together, strict=True)]
         # Where copies take nothing from the model, it is longer by what it waits. On a CPU both sides share
         # cores and memory, which a load costs whether or not anybody waits for it.
-        exposed_s = median(longer_by if self.on_cuda else [run.waited_s for run in self.together])
+        exposed = longer_by if self.on_cuda else [run.waited_s for run in self.together]
         longer = [max(a.total_s, open_s[-1]) for a, open_s in zip(self.compute, self.load, strict=True)]
         return {
             "compute_over_load": median_ratio(
@@ -439,9 +450,9 @@ class Times:
             "first_ms": 1000 * first_s,
             "together_ms": 1000 * median([run.total_s for run in self.together]),
             "longer_by_ms": 1000 * median(longer_by),
-            "exposed_ms": 1000 * exposed_s,
-            "exposed_over_first": exposed_s / first_s,
-            "exposed_beyond_first_over_load": (exposed_s - first_s) / load_s,
+            "exposed_ms": 1000 * median(exposed),
+            "exposed_over_first": median_ratio(exposed, [open_s[0] for open_s in self.load]),
+            "exposed_beyond_first_over_load": (median(exposed) - first_s) / load_s,
             "over_max": median_ratio([run.total_s for run in self.together], longer),
             "attention_slowdown": self.attention_slowdown(),
         }
