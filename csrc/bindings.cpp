@@ -629,6 +629,7 @@ PYBIND11_MODULE(_core, m) {
       .def("observe", &CostFit::Observe, py::arg("x"), py::arg("y"), py::arg("seconds"))
       .def("seconds", &CostFit::Seconds, py::arg("x"), py::arg("y"))
       .def_property_readonly("num_observed", &CostFit::num_observed);
+  m.def("steps_of_read", &StepsOfRead, py::arg("slices"), py::arg("per_read"));
   m.def("slices_per_read", &SlicesPerRead, py::arg("cost"), py::arg("blocks"), py::arg("slice_bytes"));
 
   // For benchmarks and tests: the copy primitive by itself.

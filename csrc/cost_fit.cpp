@@ -1,5 +1,7 @@
 #include "cost_fit.hpp"
 
+#include <algorithm>
+
 #include "types.hpp"
 
 namespace flexkv {
@@ -61,13 +63,23 @@ size_t CostFit::num_observed() const {
   return num_observed_;
 }
 
+std::vector<uint32_t> StepsOfRead(size_t slices, size_t per_read) {
+  std::vector<uint32_t> ends;
+  size_t step = per_read < slices ? 1 : slices;
+  for (size_t end = 0; end < slices; step = std::min(2 * step, per_read)) {
+    end = std::min(end + step, slices);
+    ends.push_back(static_cast<uint32_t>(end));
+  }
+  return ends;
+}
+
 size_t SlicesPerRead(const CostFit& cost, size_t blocks, const std::vector<size_t>& slice_bytes) {
   const size_t slices = slice_bytes.size();
   double bytes = 0;
   for (size_t each : slice_bytes) bytes += static_cast<double>(each * blocks);
   const double whole_s = cost.Seconds(static_cast<double>(blocks), bytes);
   for (size_t per_read = 1; per_read < slices; per_read *= 2) {
-    const size_t steps = (slices + per_read - 1) / per_read;
+    const size_t steps = StepsOfRead(slices, per_read).size();
     const double seconds = cost.Seconds(static_cast<double>(blocks * steps), bytes);
     if (seconds <= kSlowerMax * whole_s && seconds >= kStepS * static_cast<double>(steps)) return per_read;
   }

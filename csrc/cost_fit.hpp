@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <mutex>
 #include <vector>
 
@@ -24,10 +25,14 @@ class CostFit {
   double xx_ = 0, xy_ = 0, yy_ = 0, x_ = 0, y_ = 0;
 };
 
-// How many slices of a block to read from SSD at a time when a forward waits for its first layers: as
-// few as possible, because these come the sooner, but not so few that reading `blocks` blocks whose
-// slices are this large would take noticeably longer. All of them means whole blocks. `cost` is per
-// transfer and per byte.
+// The steps in which a read goes that a forward waits for, as their ends in slices. The first layers come
+// the sooner the less is read before them, while a forward that has some to compute can wait for larger
+// steps: one slice, then twice as many each time, up to `per_read`. One that reads all at once has one step.
+std::vector<uint32_t> StepsOfRead(size_t slices, size_t per_read);
+
+// How many slices of a block to read from SSD at a time in such a read: as few as possible, but not so few
+// that reading `blocks` blocks whose slices are this large would take noticeably longer. All of them means
+// whole blocks. `cost` is per transfer and per byte.
 size_t SlicesPerRead(const CostFit& cost, size_t blocks, const std::vector<size_t>& slice_bytes);
 
 }  // namespace flexkv

@@ -182,8 +182,8 @@ bool SsdLane::Prepare(Work* work, Flight* flight) {
   if (GivenUp(t, now)) Spoil(&t, block, BlockOutcome::kDropped);
   if (t.outcome[block] != BlockOutcome::kGood) return false;  // the rest of it is of no use
   const uint32_t slot = static_cast<uint32_t>(static_cast<size_t>(t.ssd_slots[block]) / num_shards_);
-  const uint32_t slice_begin = t.slice_begin + step * t.slices_per_step;
-  const uint32_t slice_end = std::min(t.slice_end, slice_begin + t.slices_per_step);
+  const uint32_t slice_begin = t.step_begin(step);
+  const uint32_t slice_end = t.step_ends[step];
   const size_t begin = slice_offsets_[slice_begin];
   *flight = Flight{};
   flight->write = t.write;
@@ -225,9 +225,7 @@ void SsdLane::Land(Flight* flight) {
     landed = true;
     if (!t.write) {
       const uint32_t slot = static_cast<uint32_t>(static_cast<size_t>(t.ssd_slots[block]) / num_shards_);
-      const uint32_t begin = t.slice_begin + flight->step * t.slices_per_step;
-      const uint32_t end = std::min(t.slice_end, begin + t.slices_per_step);
-      for (uint32_t slice = begin; slice < end && landed; ++slice) {
+      for (uint32_t slice = t.step_begin(flight->step); slice < t.step_ends[flight->step] && landed; ++slice) {
         landed = shard_.Verify(t.keys[block], slot, slice, host_->Slot(t.host_slots[block]) + slice_offsets_[slice]);
       }
     }
@@ -243,6 +241,7 @@ void SsdLane::Land(Flight* flight) {
     std::lock_guard<std::mutex> lock(t.mutex);
     if (t.error.empty()) t.error = error;
   }
+  if (landed && t.on_block) t.on_block(flight->step, block);
   if (landed && t.step_left[flight->step].fetch_sub(1) == 1 && t.on_step) t.on_step(flight->step);
   flight->busy = false;
   free_.push_back(flight);

@@ -43,8 +43,8 @@ enum class BlockOutcome : uint8_t {
   kDropped,  // not moved: cancelled, or too late
 };
 
-// One op of a graph: the same slices of some blocks, in one direction. A read may go in steps of some
-// slices each: the first of all blocks, then the next of all blocks.
+// One op of a graph: the same slices of some blocks, in one direction. It may go in steps: the first slices
+// of all blocks, then the next of all blocks.
 struct SsdTransfer {
   bool write = false;
   const BlockKey* keys = nullptr;
@@ -52,16 +52,19 @@ struct SsdTransfer {
   const int64_t* ssd_slots = nullptr;
   size_t num_blocks = 0;
   uint32_t slice_begin = 0;
-  uint32_t slice_end = 0;
-  uint32_t slices_per_step = 0;
+  std::vector<uint32_t> step_ends;            // slices; every step begins where the one before it ends
   double deadline_s = 0;                      // what has not started by then is dropped; 0: none
   const std::atomic<bool>* cancelled = nullptr;
+  // Called by a lane when it has read a step of a block and found it right, by several lanes at the same
+  // time. May be empty.
+  std::function<void(uint32_t step, uint32_t block)> on_block;
   // Called by a lane when a step of every block is there. May be empty; if not, somebody waits for the
   // steps, and they go before other reads.
   std::function<void(uint32_t step)> on_step;
   std::function<void()> on_end;               // called by the lane that ends last
 
-  uint32_t num_steps() const { return (slice_end - slice_begin + slices_per_step - 1) / slices_per_step; }
+  uint32_t num_steps() const { return static_cast<uint32_t>(step_ends.size()); }
+  uint32_t step_begin(uint32_t step) const { return step == 0 ? slice_begin : step_ends[step - 1]; }
   // Prepares what the lanes write to.
   void Reset(size_t num_lanes) {
     outcome.assign(num_blocks, BlockOutcome::kGood);

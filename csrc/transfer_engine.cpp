@@ -237,8 +237,8 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
               "only a load can follow by layers, one op before it, and nothing else");
       const OpSpec& read = graph->ops[before].spec;
       Require(read.type == TransferType::kDisk2H && read.layer_begin == s.layer_begin &&
-                  read.layer_end == s.layer_end,
-              "a load follows a read of the same layers");
+                  read.layer_end == s.layer_end && read.dst == s.src,
+              "a load follows a read of the same layers of the same blocks");
       graph->ops[before].successors.push_back(static_cast<uint32_t>(i));
       op.waiting_for++;
       op.more_pieces = true;
@@ -372,20 +372,19 @@ void TransferEngine::Dispatch(Op* op) {
 
 // ---- pieces of device copies -------------------------------------------------------------------
 
+bool TransferEngine::BeginPiece(Op* op) {
+  // One step with the question whether it may start: who cancels and then sees no copy running must not
+  // see one start.
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (ShouldSkip(*op)) return false;
+  op->pieces_running++;
+  Busy(op->spec.type, +1);
+  if (op->result.start_s == 0) op->result.start_s = Now();
+  return true;
+}
+
 void TransferEngine::StartPiece(Op* op, int layer_begin, int layer_end) {
-  bool skip;
-  {
-    // One step with the question whether it may start: who cancels and then sees no copy running must
-    // not see one start.
-    std::lock_guard<std::mutex> lock(mutex_);
-    skip = ShouldSkip(*op);
-    if (!skip) {
-      op->pieces_running++;
-      Busy(op->spec.type, +1);
-      if (op->result.start_s == 0) op->result.start_s = Now();
-    }
-  }
-  if (skip) {
+  if (!BeginPiece(op)) {
     if (!op->more_pieces) FinishCopy(op);
     return;  // else it ends when what it follows has ended
   }
@@ -594,6 +593,19 @@ void TransferEngine::CopyChunk(CopyJob& job, size_t chunk) {
   }
 }
 
+// Some layers of one block of a read are in host memory.
+void TransferEngine::ForwardBlock(Op* op, size_t block, int layer_begin, int layer_end) {
+  const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
+  for (uint32_t next : op->successors) {
+    Op& load = op->graph->ops[next];
+    if (load.spec.after_layers < 0 || !BeginPiece(&load)) continue;
+    CopyLayersCpu(layout_, layer_begin, layer_end, host_->Slot(load.spec.src[block]),
+                  load.spec.dst.data() + block * per_block, load.first_rows[block], true);
+    FenceCopies();
+    EndPiece(&load, 0, "");
+  }
+}
+
 // ---- copies on a GPU ---------------------------------------------------------------------------
 
 void TransferEngine::StartCudaCopy(Op* op, int layer_begin, int layer_end) {
@@ -633,21 +645,29 @@ void TransferEngine::StartDiskOp(Op* op) {
   transfer->ssd_slots = (write ? op->spec.dst : op->spec.src).data();
   transfer->num_blocks = op->num_blocks;
   while (slices_[transfer->slice_begin].layer_begin != op->spec.layer_begin) transfer->slice_begin++;
-  while (slices_[transfer->slice_end].layer_end != op->spec.layer_end) transfer->slice_end++;
-  transfer->slice_end++;
-  transfer->slices_per_step = transfer->slice_end - transfer->slice_begin;
+  uint32_t slice_end = transfer->slice_begin + 1;
+  while (slices_[slice_end - 1].layer_end != op->spec.layer_end) slice_end++;
+  transfer->step_ends = {slice_end};
   const std::vector<Op>& ops = op->graph->ops;
   const bool followed = std::any_of(op->successors.begin(), op->successors.end(),
                                     [&](uint32_t next) { return ops[next].spec.after_layers >= 0; });
   if (followed) {
     std::vector<size_t> bytes;
-    for (uint32_t i = transfer->slice_begin; i < transfer->slice_end; ++i) bytes.push_back(slices_[i].bytes);
+    for (uint32_t i = transfer->slice_begin; i < slice_end; ++i) bytes.push_back(slices_[i].bytes);
     const size_t per_read = slices_per_read_ > 0 ? slices_per_read_ : SlicesPerRead(read_cost_, op->num_blocks, bytes);
-    transfer->slices_per_step = static_cast<uint32_t>(std::min(per_read, bytes.size()));
+    transfer->step_ends = StepsOfRead(bytes.size(), per_read);
+    for (uint32_t& end : transfer->step_ends) end += transfer->slice_begin;
+    // On a CPU the thread that has verified a block copies it on: it is in that core's cache, and memory is
+    // what attention and load both want.
+    if (!copier_) {
+      transfer->on_block = [this, op, transfer](uint32_t step, uint32_t block) {
+        ForwardBlock(op, block, slices_[transfer->step_begin(step)].layer_begin,
+                     slices_[transfer->step_ends[step] - 1].layer_end);
+      };
+    }
     transfer->on_step = [this, op, transfer](uint32_t step) {
-      const uint32_t begin = transfer->slice_begin + step * transfer->slices_per_step;
-      const uint32_t end = std::min(transfer->slice_end, begin + transfer->slices_per_step);
-      ForwardLayers(op, slices_[begin].layer_begin, slices_[end - 1].layer_end);
+      ForwardLayers(op, slices_[transfer->step_begin(step)].layer_begin,
+                    slices_[transfer->step_ends[step] - 1].layer_end);
     };
   }
   transfer->deadline_s = op->graph->deadline_s;
@@ -666,8 +686,12 @@ void TransferEngine::StartDiskOp(Op* op) {
     Busy(op->spec.type, +1);
     if (!write && running_[static_cast<int>(op->spec.type)] > 1) reads_mixed_s_ = Now();
     if (followed) {
-      const Slice& last = slices_[transfer->slice_begin + transfer->slices_per_step - 1];
-      stats_.layers_per_read = static_cast<uint32_t>(last.layer_end - op->spec.layer_begin);
+      stats_.layers_per_read = 0;
+      for (uint32_t step = 0; step < transfer->num_steps(); ++step) {
+        const int layers =
+            slices_[transfer->step_ends[step] - 1].layer_end - slices_[transfer->step_begin(step)].layer_begin;
+        stats_.layers_per_read = std::max(stats_.layers_per_read, static_cast<uint32_t>(layers));
+      }
     }
   }
   // The last lane may end the op, and the graph with it, before this loop does: nothing of the op is
@@ -708,7 +732,7 @@ void TransferEngine::LearnReadCost(const Op& op, OpStatus status) {
   }
   if (disk.write || !alone || status != OpStatus::kDone) return;
   size_t bytes = 0;
-  for (uint32_t i = disk.slice_begin; i < disk.slice_end; ++i) bytes += slices_[i].bytes;
+  for (uint32_t i = disk.slice_begin; i < disk.step_ends.back(); ++i) bytes += slices_[i].bytes;
   read_cost_.Observe(static_cast<double>(op.num_blocks * disk.num_steps()),
                      static_cast<double>(op.num_blocks * bytes), Now() - op.result.start_s);
 }
@@ -725,7 +749,14 @@ void TransferEngine::Busy(TransferType type, int change) {
 void TransferEngine::ForwardLayers(Op* op, int layer_begin, int layer_end) {
   std::vector<Op>& ops = op->graph->ops;
   for (uint32_t next : op->successors) {
-    if (ops[next].spec.after_layers >= 0 && ops[next].num_blocks > 0) StartPiece(&ops[next], layer_begin, layer_end);
+    Op& load = ops[next];
+    if (load.spec.after_layers < 0 || load.num_blocks == 0) continue;
+    if (copier_) {
+      StartPiece(&load, layer_begin, layer_end);
+    } else if (BeginPiece(&load)) {  // and so before each of its blocks: they have been copied
+      Pass(&load, layer_begin, layer_end);
+      EndPiece(&load, layer_end - layer_begin, "");
+    }
   }
 }
 

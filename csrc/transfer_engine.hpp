@@ -86,7 +86,7 @@ struct TransferStats {
   uint64_t queued_blocks[kNumTransferTypes] = {};  // of ops that have not ended
   uint64_t corrupt_blocks = 0;
   uint64_t refused_graphs[kNumTransferTypes] = {};  // background graphs that found this queue full
-  uint32_t layers_per_read = 0;      // of the last read that was followed by layers
+  uint32_t layers_per_read = 0;      // at most, of the last read that was followed by layers
 };
 
 struct SsdIoOptions {
@@ -147,6 +147,8 @@ class TransferEngine {
   void Dispatch(Op* op);
   // Starts to copy some layers of an op, unless it is given up.
   void StartPiece(Op* op, int layer_begin, int layer_end);
+  // False if the op is given up. If not, an EndPiece follows.
+  bool BeginPiece(Op* op);
   void EndPiece(Op* op, int layers_copied, std::string error);
   // What the op follows by layers has ended.
   void EndUpstream(Op* op);
@@ -164,6 +166,7 @@ class TransferEngine {
   void StartCudaCopy(Op* op, int layer_begin, int layer_end);
   void StartDiskOp(Op* op);
   void EndDiskOp(Op* op);
+  void ForwardBlock(Op* op, size_t block, int layer_begin, int layer_end);
   void ForwardLayers(Op* op, int layer_begin, int layer_end);
   void LearnReadCost(const Op& op, OpStatus status);
   void Busy(TransferType type, int change);

@@ -661,12 +661,6 @@ def test_a_load_without_blocks_follows_too(make_rig: MakeRig) -> None:
     )
     assert out.done
     assert gate.open_layers == LAYERS
-    # One without blocks to read, but with blocks to copy.
-    out = rig.run(
-        _core.OpSpec(T.DISK2H, empty, empty, keys=keys()),
-        _core.OpSpec(T.H2D, ints(0), rig.tokens(3), after_layers=0),
-    )
-    assert out.done
 
 
 @pytest.mark.parametrize(
@@ -676,8 +670,9 @@ def test_a_load_without_blocks_follows_too(make_rig: MakeRig) -> None:
         lambda rig: _core.OpSpec(T.H2D, ints(0), rig.tokens(0), after=[0], after_layers=0),
         lambda rig: _core.OpSpec(T.H2D, ints(0), rig.tokens(0), after_layers=1),
         lambda rig: _core.OpSpec(T.H2D, ints(0), rig.tokens(0), layer_end=1, after_layers=0),
+        lambda rig: _core.OpSpec(T.H2D, ints(1), rig.tokens(0), after_layers=0),
     ],
-    ids=["a store", "two ways", "itself", "other layers"],
+    ids=["a store", "two ways", "itself", "other layers", "other blocks"],
 )
 def test_what_cannot_follow_by_layers_is_refused(rig: Rig, second) -> None:
     read = _core.OpSpec(T.DISK2H, ints(0), ints(0), keys=keys(0))
@@ -708,6 +703,22 @@ def test_slices_are_read_alone_where_that_costs_no_more() -> None:
     cheap = read_cost(1e-6, 2**-30)
     assert _core.slices_per_read(cheap, 100, SLICES) == 1
     assert _core.slices_per_read(cheap, 1, SLICES) > 1  # steps too short to be worth a wake-up
+
+
+@pytest.mark.parametrize(
+    ("slices", "per_read", "ends"),
+    [
+        (32, 1, list(range(1, 33))),
+        (7, 2, [1, 3, 5, 7]),
+        (32, 8, [1, 3, 7, 15, 23, 31, 32]),
+        (5, 4, [1, 3, 5]),
+        (5, 5, [5]),
+        (5, 64, [5]),
+        (1, 1, [1]),
+    ],
+)
+def test_steps_of_a_read_grow(slices: int, per_read: int, ends: list[int]) -> None:
+    assert _core.steps_of_read(slices, per_read) == ends
 
 
 def test_what_a_read_costs_is_learned_anew_when_the_disk_changes() -> None:
@@ -820,13 +831,18 @@ def test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once(
     for round_ in range(2000):
         ops: list[_core.OpSpec] = []
         kinds: list[_core.TransferType] = []
+        hosts: list[np.ndarray] = []
         loads = 0
         for i in range(rng.randint(0, 6)):
             count = rng.randint(0, 5)
             host = ints(*(rng.randrange(SLOTS) for _ in range(count)))
             disk_slots = ints(*(rng.randrange(2 * SLOTS) for _ in range(count)))
-            device = rig.tokens(*(rng.randrange(60) for _ in range(count))) if count else ints()
             kind = rng.choice([T.H2D, T.D2H, T.DISK2H, T.H2DISK])
+            reads = [j for j, before in enumerate(kinds) if before == T.DISK2H]
+            read = rng.choice(reads) if kind == T.H2D and reads and rng.random() < 0.7 else -1
+            if read >= 0:
+                host = hosts[read]
+            device = rig.tokens(*(rng.randrange(60) for _ in host)) if len(host) else ints()
             src, dst = {
                 T.H2D: (host, device),
                 T.D2H: (device, host),
@@ -835,12 +851,12 @@ def test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once(
             }[kind]
             after = [j for j in range(i) if rng.random() < 0.4]
             names = keys(*disk_slots) if kind in (T.DISK2H, T.H2DISK) else None
-            reads = [j for j, before in enumerate(kinds) if before == T.DISK2H]
-            if kind == T.H2D and reads and rng.random() < 0.7:
-                ops.append(_core.OpSpec(kind, src, dst, after_layers=rng.choice(reads)))
+            if read >= 0:
+                ops.append(_core.OpSpec(kind, src, dst, after_layers=read))
             else:
                 ops.append(_core.OpSpec(kind, src, dst, after=after, keys=names))
             kinds.append(kind)
+            hosts.append(host)
             loads += kind == T.H2D
         gate = None
         if T.D2H not in kinds and rng.random() < 0.7:
