@@ -33,8 +33,6 @@ constexpr size_t kPrefetchBytes = 4096;
   for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(source + at, 0, 2);
 }
 
-constexpr char kTooLate[] = "the deadline passed before it started";
-
 bool IsDeviceCopy(TransferType type) {
   return type == TransferType::kH2D || type == TransferType::kD2H;
 }
@@ -337,6 +335,11 @@ bool TransferEngine::ShouldSkip(const Op& op) const {
          (op.graph->deadline_s > 0 && Now() > op.graph->deadline_s);
 }
 
+// In words, of an op that nobody gave up: its time was up.
+std::string TransferEngine::WhyCancelled(const Op& op) {
+  return op.poisoned || op.graph->cancelled.load() ? "" : "the deadline passed";
+}
+
 void TransferEngine::Dispatch(Op* op) {
   if (op->more_pieces && op->num_blocks > 0) {
     EndUpstream(op);
@@ -348,16 +351,14 @@ void TransferEngine::Dispatch(Op* op) {
     StartPiece(op, s.layer_begin, s.layer_end);
     return;
   }
-  bool late = false;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    late = !op->poisoned && !op->graph->cancelled.load();
     if (!ShouldSkip(*op)) {
       op->result.start_s = Now();
     }
   }
   if (op->result.start_s == 0) {
-    Finish(op, OpStatus::kCancelled, late ? kTooLate : "", {});
+    Finish(op, OpStatus::kCancelled, WhyCancelled(*op), {});
   } else if (device) {
     Finish(op, OpStatus::kDone, "", {});
   } else if (op->num_blocks == 0) {
@@ -449,8 +450,7 @@ void TransferEngine::FinishCopy(Op* op) {
   } else if (op->layers_left == 0) {
     Finish(op, OpStatus::kDone, "", {});
   } else {
-    const bool late = !op->poisoned && !op->graph->cancelled.load();
-    Finish(op, OpStatus::kCancelled, late ? kTooLate : "", {});
+    Finish(op, OpStatus::kCancelled, WhyCancelled(*op), {});
   }
 }
 
@@ -710,8 +710,7 @@ void TransferEngine::EndDiskOp(Op* op) {
                                                               : OpStatus::kDone;
   op->result.corrupt = count(BlockOutcome::kCorrupt);
   LearnReadCost(*op, status);
-  std::string error = disk.error;
-  if (status == OpStatus::kCancelled && !op->graph->cancelled.load()) error = "the deadline passed";
+  std::string error = status == OpStatus::kCancelled ? WhyCancelled(*op) : disk.error;
   std::vector<uint8_t> ok;
   if (status != OpStatus::kDone) {
     for (BlockOutcome outcome : disk.outcome) ok.push_back(outcome == BlockOutcome::kGood);

@@ -160,6 +160,7 @@ class TransferEngine {
   std::shared_ptr<CopyJob> NextJob(CopyQueue* queue);
   void Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok);
   bool ShouldSkip(const Op& op) const;
+  static std::string WhyCancelled(const Op& op);
   void CopyLoop();
   void OrderByRow(CopyJob& job) const;
   void CopyChunk(CopyJob& job, size_t chunk);

@@ -7,7 +7,7 @@ slots are bound late: a plan can be made before anyone knows where on the device
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from enum import Enum
 
 import numpy as np
@@ -55,12 +55,11 @@ class TransferOp:
     layer_id: int = 0
     layer_granularity: int = -1  # layers from layer_id on; -1: all
     op_id: int = -1
-    predecessors: list[int] = field(default_factory=list)
     follows_layers_of: int = -1  # H2D: the DISK2H op whose layers it copies as they come
 
 
 class TransferOpGraph:
-    """Ops and what must be done before them. Ops are numbered in the order in which they were added."""
+    """Ops, numbered in the order in which they were added."""
 
     def __init__(self) -> None:
         self.graph_id = next(_graph_ids)
@@ -70,12 +69,6 @@ class TransferOpGraph:
         op.op_id = len(self.ops)
         self.ops.append(op)
         return op.op_id
-
-    def add_dependency(self, op_id: int, depends_on: int) -> None:
-        """``op_id`` starts only after ``depends_on`` is done."""
-        if not 0 <= depends_on < op_id < len(self.ops):
-            raise ValueError(f"op {op_id} can only depend on an op added before it, not on {depends_on}")
-        self.ops[op_id].predecessors.append(depends_on)
 
     def bind_device_slots(self, token_slots: Slots, tokens_per_block: int) -> None:
         """Fills in the device side of every op.

@@ -41,7 +41,6 @@ class TransferTrace:
                         "graph": graph.graph_id,
                         "op": op.op_id,
                         "blocks": len(op.block_positions),
-                        "after": op.predecessors,
                         "follows_layers_of": op.follows_layers_of,
                         "status": outcome.status.name,
                         "error": result.error,

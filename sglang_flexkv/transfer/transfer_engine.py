@@ -97,7 +97,6 @@ class TransferEngine:
                     np.ascontiguousarray(op.dst_block_ids, dtype=np.int64),
                     layer_begin=op.layer_id,
                     layer_end=min(self.num_layers, op.layer_id + layers),
-                    after=op.predecessors,
                     keys=op.keys,
                     after_layers=op.follows_layers_of,
                 )
