@@ -3,8 +3,8 @@
 //
 // Guarantees: every op of a submitted graph ends exactly once, as done, failed or cancelled; a graph
 // is reported exactly once, after its last op; an op starts only after its dependencies are done, and
-// one that follows a read by layers copies a layer only after all of it was read and verified; loads
-// that a forward waits for go before stores, and their layers in the order of the model, whatever
+// one that follows a read by layers copies a layer of a block only after that was read and verified;
+// loads that a forward waits for go before stores, and their layers in the order of the model, whatever
 // request they belong to. No thread here ever takes the GIL.
 #pragma once
 
