@@ -79,13 +79,15 @@ class LayerLoadCounter:
         gate = self._gates.get(self.consumer_index)
         if gate is None or self.consumer_index in self._went_on:
             return
+        if self._wait(gate, layer):
+            return
         deadline = time.monotonic() + _LAYER_TIMEOUT_S
-        while not self._wait(gate, layer):
+        while time.monotonic() < deadline:
             self._look_after()
-            if time.monotonic() > deadline:
-                logger.error("KV of layer %d did not arrive in %.0f s", layer, _LAYER_TIMEOUT_S)
-                self._went_on.add(self.consumer_index)
+            if self._wait(gate, layer):
                 return
+        logger.error("KV of layer %d did not arrive in %.0f s", layer, _LAYER_TIMEOUT_S)
+        self._went_on.add(self.consumer_index)
 
     def _wait(self, gate: _core.LayerGate, layer: int) -> bool:
         if self._current_stream is None:
