@@ -496,6 +496,15 @@ ENGINE_LAYERS: dict[str, object] = {
     "layers": 6,
     "host_slots": 24,
 }
+# The first slots are pinned, the last ones are not.
+HALF_PINNED: dict[str, object] = {
+    "tokens": 64,
+    "row_bytes": (16384, 16384),
+    "layers": 4,
+    "host_slots": 20,
+    "device_blocks": 20,
+    "pinned_chunks": 1,
+}
 
 
 def submit_batch(
@@ -698,9 +707,7 @@ def test_memory_that_is_not_pinned_raises_no_flag_for_others(
     make_rig: MakeRig, cuda: FakeCuda, stream: int
 ) -> None:
     """While the pool is being pinned a batch has loads of both kinds, which go to different streams."""
-    rig = make_rig(
-        tokens=64, row_bytes=(16384, 16384), layers=4, host_slots=20, device_blocks=20, pinned_chunks=1
-    )
+    rig = make_rig(**HALF_PINNED)
     for seed in range(10):
         cuda.reset(seed=seed, delay_us=2000)
         before = cuda.stream()
@@ -727,6 +734,32 @@ def test_memory_that_is_not_pinned_raises_no_flag_for_others(
         assert np.array_equal(rig.bytes_of(rig.rows(19)), rig.slot(19))
         cuda.synchronize(before)
         cuda.end_stream(before)
+
+
+def test_memory_that_is_not_pinned_is_copied_after_the_others_of_its_gate(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int
+) -> None:
+    """It waits for no event itself. Copied at once it would raise flags for a load that has yet to land."""
+    rig = make_rig(**HALF_PINNED)
+    before = cuda.stream()
+    dam = Dam(cuda, before)
+    gate = rig.engine.make_gate(4)
+    gate.expect(2)
+    reads = read_layers(rig, stream, gate, 0)
+    graphs = [
+        rig.engine.submit(
+            [_core.OpSpec(T.H2D, ints(block), rig.token_slots(block))], gate=gate, wait_events=events
+        )
+        for block, events in ((0, [cuda.record(before)]), (19, []))
+    ]
+    time.sleep(0.05)
+    dam.open()
+    assert rig.engine.drain(20.0)
+    assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
+    cuda.synchronize(stream)
+    check_reads(rig, reads, 0)
+    cuda.synchronize(before)
+    cuda.end_stream(before)
 
 
 @pytest.mark.parametrize("seed", range(8))
