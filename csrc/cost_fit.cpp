@@ -64,6 +64,7 @@ size_t CostFit::num_observed() const {
 }
 
 std::vector<uint32_t> StepsOfRead(size_t slices, size_t per_read) {
+  Require(per_read > 0, "a step has at least one slice");
   std::vector<uint32_t> ends;
   size_t step = per_read < slices ? 1 : slices;
   for (size_t end = 0; end < slices; step = std::min(2 * step, per_read)) {

@@ -627,6 +627,8 @@ void TransferEngine::StartCudaCopy(Op* op, int layer_begin, int layer_end) {
   copy.on_end = [this, op, layer_begin, layer_end](OpStatus status, std::string error) {
     const bool done = status == OpStatus::kDone;
     if (done && op->spec.type == TransferType::kH2D) Pass(op, layer_begin, layer_end);
+    // What is still being read for it is of no use any more: nobody need wait for that.
+    if (status == OpStatus::kFailed) PassRest(op);
     if (status == OpStatus::kFailed && error.empty()) error = "a copy on the GPU failed";
     EndPiece(op, done ? layer_end - layer_begin : 0, std::move(error));
   };
