@@ -21,7 +21,12 @@ _MARK = "_flexkv_runs_again"
 
 def without_failed(reqs: Sequence[Any]) -> list[Any]:
     """The requests whose output may be sent."""
-    return [req for req in reqs if not hasattr(req, _MARK)]
+    return [req for req in reqs if not runs_again(req)]
+
+
+def runs_again(req: Any) -> bool:
+    """Whether a request that gives its memory back will want some again."""
+    return hasattr(req, _MARK)
 
 
 def _can_run_again(req: Any) -> bool:

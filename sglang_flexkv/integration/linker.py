@@ -86,7 +86,8 @@ class Prefetch:
     joined: KVTask | None  # of somebody else, who brings what comes next
     keys: BlockKeys  # of everything the request asked for
     num_ssd_blocks: int
-    deadline_s: float | None
+    wait_s: float | None  # None: as long as it takes
+    deadline_s: float | None = None  # counted from when the request's turn came
 
     @property
     def done(self) -> bool:
@@ -205,6 +206,10 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._gave_up.discard(rid)
         self.page_hashes.forget(rid)
 
+    def forget_lookup(self, rid: str) -> None:
+        """A request looks again."""
+        self._lookups.pop(rid, None)
+
     def give_up(self, rid: str) -> None:
         """A load of this request failed: until it ends it loads nothing any more."""
         self._gave_up.add(rid)
@@ -299,18 +304,21 @@ class FlexKVLinker(UnifiedCacheLinker):
             PrefetchPolicy.TIMEOUT: self.config.prefetch_timeout_s,
             PrefetchPolicy.WAIT_COMPLETE: None,
         }[self.config.prefetch_policy]
-        deadline_s = None if wait_s is None else time.monotonic() + wait_s
         return Prefetch(
             task,
             joined,
             keys,
             task.plan.num_ssd_blocks if task is not None and task.plan is not None else 0,
-            before.deadline_s if before is not None else deadline_s,
+            wait_s,
+            before.deadline_s if before is not None else None,
         )
 
     def prefetch_ready(self, prefetch: Prefetch) -> bool:
-        """Whether the request should stop waiting: all is there, or it has waited long enough."""
+        """Whether the request should stop waiting: all is there, or it has let others pass for long enough.
+        Asked when its turn comes."""
         self.engine.poll()
+        if prefetch.deadline_s is None and prefetch.wait_s is not None:
+            prefetch.deadline_s = time.monotonic() + prefetch.wait_s
         return prefetch.done or prefetch.late
 
     def end_prefetch(self, rid: str, prefetch: Prefetch) -> int:
@@ -540,4 +548,6 @@ class FlexKVLinker(UnifiedCacheLinker):
         assert not self._queued, "loads left in the queue"
         assert not self._loading, "loads left running"
         assert not self._offloads, "offloads left"
+        for notes in (self._prompts, self._lookups, self._waits, self._gave_up):
+            assert not notes, f"notes left on requests that have ended: {list(notes)}"
         self.engine.check_integrity()

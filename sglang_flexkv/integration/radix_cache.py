@@ -26,7 +26,7 @@ from sglang_flexkv import __version__, _core
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
 from sglang_flexkv.integration import checks
-from sglang_flexkv.integration.failed_loads import FailedLoads
+from sglang_flexkv.integration.failed_loads import FailedLoads, runs_again
 from sglang_flexkv.integration.kv_pool import device_buffers
 from sglang_flexkv.integration.linker import FlexKVLinker, Prefetch
 from sglang_flexkv.integration.metrics import Metrics
@@ -65,8 +65,9 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
 
     def match(self, key: Any, req: Any, result: Any) -> Any:
         self._matching_rid = req.rid
-        # A hit that an earlier attempt found must not survive an attempt that finds none.
+        # What an earlier attempt found must not survive an attempt that finds nothing.
         self.hit_markers.pop(req.rid, None)
+        self.cache_linker.forget_lookup(req.rid)
         matched = super().match(key, req, result)
         if req.rid not in self.hit_markers:
             self.cache_linker.release_hold(req.rid)
@@ -247,7 +248,16 @@ class FlexKVRadixCache(UnifiedRadixCache):
 
     def _is_alone(self) -> bool:
         """Whether, besides, nobody would stand still while its forward waits for the disk."""
-        return self._is_next() and self._scheduler.running_batch.is_empty()
+        return self._is_next() and not self._others_run()
+
+    def _others_run(self) -> bool:
+        """Whether a forward of others is in progress or follows. Same answer on every rank."""
+        scheduler = self._scheduler
+        if scheduler is None or scheduler.chunked_req is not None or not scheduler.running_batch.is_empty():
+            return True
+        # Requests that have just been prefilled join the running batch after the next one has been chosen.
+        last = scheduler.last_batch
+        return last is not None and any(not req.finished() for req in last.reqs)
 
     def check_prefetch_progress(self, request: Any) -> bool:
         """Whether a request may be scheduled. Same answer on every rank."""
@@ -262,7 +272,13 @@ class FlexKVRadixCache(UnifiedRadixCache):
                 return False
             del self._waiting[request]
             waited.arrived += linker.end_prefetch(request.rid, waited.prefetch)
-        if (waited is not None or self.reads_may_run) and self._waits_for_a_read(request, waited):
+        # One that has pushed others off the device must not let them pass: they would be pushed off again.
+        preempts = self._scheduler is not None and self._scheduler.enable_priority_preemption
+        if (
+            (waited is not None or self.reads_may_run)
+            and not preempts
+            and self._waits_for_a_read(request, waited)
+        ):
             return False
         if waited is not None:
             self.prefetch_loaded_tokens_by_reqid[request] = waited.arrived * self.page_size
@@ -303,11 +319,9 @@ class FlexKVRadixCache(UnifiedRadixCache):
         """Whether a request would read from SSD in its forward while others have to wait for that."""
         assert self.linker is not None
         linker, scheduler = self.linker.cache_linker, self._scheduler
-        if linker.ssd_part(rid)[1] == 0:
+        if linker.ssd_part(rid)[1] == 0 or not self._others_run():
             return False
-        return scheduler is None or not (
-            scheduler.running_batch.is_empty() or linker.hides_its_reads(rid, scheduler.chunked_prefill_size)
-        )
+        return scheduler is None or not linker.hides_its_reads(rid, scheduler.chunked_prefill_size)
 
     def has_pending_cache_operations(self) -> bool:
         """Whether the tree is locked by copies, or requests wait for some: SGLang is not idle then."""
@@ -324,10 +338,27 @@ class FlexKVRadixCache(UnifiedRadixCache):
         super().release_aborted_request(request)
 
     def finish(self, handle: Any, outcome: Any) -> None:
+        # A request that is aborted before it runs. The others end in on_release.
         super().finish(handle, outcome)
         if self.linker is not None:
-            self.linker.hit_markers.pop(handle.rid, None)
-            self.linker.cache_linker.forget_request(handle.rid)
+            self.linker.release_request(handle.rid)
+
+    def on_release(self, req: Any, *, checkpointed: bool) -> None:
+        # A request has ended, or is retracted and will look again.
+        super().on_release(req, checkpointed=checkpointed)
+        self._forget(req)
+
+    def claim_kv_row(self, req: Any) -> bool:
+        # A streaming session keeps the memory, and SGLang does not call on_release.
+        claimed: bool = super().claim_kv_row(req)
+        if claimed:
+            self._forget(req)
+        return claimed
+
+    def _forget(self, req: Any) -> None:
+        # What failed to load must not be tried again when its request runs again.
+        if self.linker is not None and not runs_again(req):
+            self.linker.release_request(req.rid)
 
     def check_hicache_events(self) -> None:
         # The ranks agree on what has been offloaded, each time that SGLang's loop comes round. What is on its

@@ -323,7 +323,7 @@ class Rig:
             )
         )
         self.cache.unlock(req.lock)
-        self.cache.finish(req.cache_request_handle, CacheRequestOutcome.SUCCESS)
+        self.cache.on_release(req, checkpointed=True)
 
     def abort(self, req: Req, slots: torch.Tensor | None = None) -> None:
         """Lets go of a request that will not run, and of the slots that were to be loaded for it."""

@@ -17,6 +17,7 @@ import torch
 from kit import TIMEOUT_S, Rig, assert_same, build_small_cache, cut, make_pool, radix_key
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome, EvictParams, MatchPrefixParams
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from sglang_flexkv import _core
@@ -319,6 +320,29 @@ def test_a_match_that_the_device_answers_lets_go_of_the_promise(make_rig: MakeRi
     assert rig.engine.cache.index.num_leases == 0
     assert not rig.cache.linker.has_hit(req.rid)
     rig.settle()
+    rig.abort(req)
+
+
+@pytest.mark.parametrize("end", ["released", "kept by a session"])
+def test_a_request_that_has_ended_leaves_no_notes(
+    make_rig: MakeRig, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found or not found: a server that runs for months sees many of them, and ids may come again."""
+    rig = make_rig()
+    tokens = sequence(1)
+    rig.insert(tokens, seed=1)
+    rig.evict_all()
+    for req in (rig.request(tokens), rig.request(sequence(7000))):
+        rig.match(req)
+        assert rig.linker._lookups
+        with pytest.raises(AssertionError, match="left"):
+            rig.linker.check_idle()
+        if end == "released":
+            rig.cache.on_release(req, checkpointed=True)
+        else:
+            monkeypatch.setattr(UnifiedRadixCache, "claim_kv_row", lambda cache, req: True)
+            assert rig.cache.claim_kv_row(req)
+        rig.linker.check_idle()
 
 
 def test_a_cancelled_load_writes_nothing_and_gives_everything_back(make_rig: MakeRig) -> None:
@@ -461,6 +485,8 @@ def check_runs_again(rig: Rig, *reqs: Req) -> None:
     """That these requests run again, and no others."""
     assert len(rig.cache.failed_loads) == rig.linker.metrics.total["failed"] == len(reqs)
     assert all(req.discard_output_reason and req.skip_radix_cache_insert for req in reqs)
+    for req in reqs:
+        rig.cache.on_release(req, checkpointed=False)  # its memory; that it loads nothing more is remembered
     rig.cache.failed_loads.clear()
 
 
@@ -865,11 +891,13 @@ def test_a_disk_that_hangs_is_noticed_while_a_forward_waits(
 @pytest.mark.parametrize(
     ("queued", "chunked", "running", "reads_hide", "waits"),
     [
-        (False, False, False, False, False),  # alone: nobody stands still while it waits for the disk
-        (False, False, True, False, True),
-        (False, False, True, True, False),  # its own computing takes longer than the read
-        (True, False, False, True, True),  # it has to wait for others anyway
-        (False, True, False, True, True),
+        (False, False, "none", False, False),  # alone: nobody stands still while it waits for the disk
+        (False, False, "ended", False, False),
+        (False, False, "some", False, True),
+        (False, False, "prefilled", False, True),  # and will decode from now on
+        (False, False, "some", True, False),  # its own computing takes longer than the read
+        (True, False, "none", True, True),  # it has to wait for others anyway
+        (False, True, "none", True, True),
     ],
 )
 def test_who_waits_for_ssd_in_the_queue(
@@ -877,7 +905,7 @@ def test_who_waits_for_ssd_in_the_queue(
     tmp_path: Path,
     queued: bool,
     chunked: bool,
-    running: bool,
+    running: str,
     reads_hide: bool,
     waits: bool,
 ) -> None:
@@ -889,7 +917,11 @@ def test_who_waits_for_ssd_in_the_queue(
         SimpleNamespace(
             waiting_queue=[req] if queued else [],
             chunked_req=req if chunked else None,
-            running_batch=SimpleNamespace(is_empty=lambda: not running),
+            running_batch=SimpleNamespace(is_empty=lambda: running != "some"),
+            last_batch=None
+            if running == "none"
+            else SimpleNamespace(reqs=[SimpleNamespace(finished=lambda: running == "ended")]),
+            enable_priority_preemption=False,
             is_mixed_chunk=False,
             chunked_prefill_size=PAGE,
         )
@@ -917,6 +949,8 @@ def nobody_else() -> SimpleNamespace:
         waiting_queue=[],
         chunked_req=None,
         running_batch=SimpleNamespace(is_empty=lambda: True),
+        last_batch=None,
+        enable_priority_preemption=False,
         is_mixed_chunk=False,
         chunked_prefill_size=PAGE,
     )
