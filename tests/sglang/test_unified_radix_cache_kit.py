@@ -108,6 +108,7 @@ def test_full_attention_goes_from_insert_to_load_back_byte_for_byte(
     match = match_prefix(rig.cache, tokens)
     assert match.device_prefix_len == len(tokens)
     assert rig.cache.path_device_indices(match.last_device_node).tolist() == slots.tolist()
+    rig.cache.on_release(req, checkpointed=True)
 
 
 @on_both_cores
