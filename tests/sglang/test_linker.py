@@ -943,6 +943,15 @@ def may_run(rig: Rig, req: Req) -> bool:
     return rig.cache.check_prefetch_progress(req.cache_request_handle)
 
 
+def end_both(rig: Rig, first: Req, slots: torch.Tensor, second: Req) -> None:
+    """The first, which was admitted, loads; then neither is wanted any more."""
+    rig.start_batch()
+    rig.forward()
+    assert rig.cache.finish_external_linker_loads([first]) == []
+    rig.abort(first, slots)
+    rig.abort(second)
+
+
 def nobody_else() -> SimpleNamespace:
     """A scheduler with nothing to do."""
     return SimpleNamespace(
@@ -1151,11 +1160,7 @@ def test_how_long_a_request_waits_for_others_is_the_policys_choice(
     rig.match(second)
     slots = rig.admit(first)
     assert [may_run(rig, second) for _ in waits] == waits
-    rig.start_batch()
-    rig.forward()
-    assert rig.cache.finish_external_linker_loads([first]) == []
-    rig.abort(first, slots)
-    rig.abort(second)
+    end_both(rig, first, slots, second)
 
 
 def test_nobody_waits_for_others_for_ever(make_rig: MakeRig, tmp_path: Path) -> None:
@@ -1192,11 +1197,7 @@ def test_nobody_waits_for_what_is_computed_faster(make_rig: MakeRig, tmp_path: P
         costs.prefill.observe([(0, 1000)], 1e-6)
         costs.from_ssd.observe(i * 1.0, float(i))
     assert may_run(rig, second)
-    rig.start_batch()
-    rig.forward()
-    assert rig.cache.finish_external_linker_loads([first]) == []
-    rig.abort(first, slots)
-    rig.abort(second)
+    end_both(rig, first, slots, second)
 
 
 def test_a_flush_leaves_nothing_to_wait_for(make_rig: MakeRig, tmp_path: Path) -> None:
