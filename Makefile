@@ -2,10 +2,10 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models test demo lint clean distclean
+.PHONY: help setup models test demo lint gpu-kit clean distclean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 setup:  ## make .venv with SGLang and this project in it (about a second when up to date)
 	scripts/setup.sh
@@ -22,11 +22,14 @@ demo: setup models  ## run the demo; ARGS are passed on
 lint: setup  ## run the checks of .pre-commit-config.yaml on all files
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m pre_commit run --all-files
 
+gpu-kit:  ## make .gpu/kit, which checks all this on a GPU machine without a network (docs/gpu.md)
+	scripts/gpu/make_kit.sh $(ARGS)
+
 clean:  ## remove what was built, but keep .venv and models
 	rm -rf build dist logs .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -path ./.venv -prune -o -name __pycache__ -type d -print -prune | xargs -r rm -rf
 	# The editable install may point into build/: have the next setup install it again.
 	rm -f .venv/.project-stamp
 
-distclean: clean  ## remove .venv and models as well
-	rm -rf .venv models
+distclean: clean  ## remove .venv, models and .gpu as well
+	rm -rf .venv models .gpu

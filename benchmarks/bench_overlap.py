@@ -6,9 +6,10 @@ A prefix's KV comes back into the pool through ``KVTaskEngine`` (plan, graph, ga
 prefill runs over it: every layer waits until it is loaded, attends to all tokens of the prefix, and
 multiplies matrices that stay in the cache until a layer takes as long as the case asks for. Three things are
 timed in the same run, in changing order, medians over rounds: the prefill alone, the load alone (until each
-layer opens), and both together. Clocks start before the load is planned. Cases: a prefix in the CPU tier,
-with a prefill that takes twice as long as its load; a prefix on SSD alone (O_DIRECT, so no page cache), with
-prefills of 0.5, 1 and 2 times its load.
+layer opens), and both together. Clocks start before the load is planned. On CUDA a stream beside the
+prefill's waits for every layer as the prefill's does, and events on it say when each was there. Cases: a
+prefix in the CPU tier, with a prefill that takes twice as long as its load; a prefix on SSD alone (O_DIRECT,
+so no page cache), with prefills of 0.5, 1 and 2 times its load.
 
 - ``exposed_over_first_group``: what of the load is not hidden / time until the first layers are there, CPU
   tier. On CUDA that is how much longer the prefill takes than alone. On the CPU, where both sides share cores
@@ -30,6 +31,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -64,7 +66,9 @@ _TIMEOUT_S = 120.0
 _NAMESPACE = make_namespace({"bench": "overlap"})
 _CPU_RATIO = 2.0  # prefill over load: longer than the load, layer by layer
 _SSD_RATIOS = (0.5, 1.0, 2.0)
-_PRODUCT = (64, 256)  # rows and size of the products that make a layer longer: from cache, as in a prefill
+# Rows and size of the products that make a layer longer: from cache, as in a prefill. On a GPU small ones
+# would measure launches.
+_PRODUCT = {"cpu": (64, 256), "cuda": (4096, 4096)}
 _TOKENS_IN_CACHE = 256  # of one layer's K or V, on a CPU
 _FLASHINFER_WORKSPACE_BYTES = 128 * MIB
 
@@ -248,6 +252,40 @@ class Run:
     layers_during_load: int
 
 
+class LayerWatch:
+    """When each layer of a load was there, on CUDA: a stream waits for one after the other, as a forward's
+    does, and records an event behind each. A thread does the queueing, because that may wait on the host for
+    what still comes from SSD."""
+
+    def __init__(self, gate: _core.LayerGate, device: torch.device) -> None:
+        self._gate, self._device = gate, device
+        self._stream = torch.cuda.Stream(device)
+        self._events: list[Any] = []
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        with torch.cuda.device(self._device):
+            for layer in range(self._gate.num_layers):
+                if not self._gate.stream_wait(layer, self._stream.cuda_stream, _TIMEOUT_S):
+                    return
+                event = torch.cuda.Event(enable_timing=True)
+                event.record(self._stream)
+                self._events.append(event)
+
+    def finish(self) -> list[Any]:
+        """The events, which have happened.
+
+        Raises:
+            RuntimeError: a layer was not loaded in time.
+        """
+        self._thread.join()
+        if len(self._events) < self._gate.num_layers:
+            raise RuntimeError(f"layer {len(self._events)} was not loaded")
+        self._stream.synchronize()
+        return self._events
+
+
 class Prefill:
     """All layers of a forward: attention, then products of matrices that make a layer as long as asked."""
 
@@ -260,9 +298,10 @@ class Prefill:
         paged = device.type == "cuda" and importlib.util.find_spec("flashinfer") is not None
         self.attention_name = "flashinfer" if paged else "torch"
         self._attend = (flashinfer_attention if paged else torch_attention)(pool, queries)
-        rows, size = _PRODUCT
-        self._hidden = torch.ones((rows, size), device=device)
-        self._weights = torch.full((size, size), 1 / size, device=device)
+        rows, size = _PRODUCT[device.type]
+        dtype = shape.dtype if device.type == "cuda" else torch.float32
+        self._hidden = torch.ones((rows, size), device=device, dtype=dtype)
+        self._weights = torch.full((size, size), 1 / size, device=device, dtype=dtype)
         self.products_per_layer = 0
         self.outputs: list[torch.Tensor] = []
 
@@ -273,13 +312,15 @@ class Prefill:
         waited_s = 0.0
         layers_during_load = 0
         self.clock.synchronize()
+        on_cuda = self.device.type == "cuda"
+        watch = LayerWatch(load.gate, self.device) if load is not None and on_cuda else None
         begin_s = time.perf_counter()
         for layer in range(self.shape.layers):
             if load is not None:
                 asked_s = time.perf_counter()
                 load.counter.wait_until(layer)
                 waited_s += time.perf_counter() - asked_s
-                layers_during_load += load.gate.open_layers < self.shape.layers
+                layers_during_load += not on_cuda and load.gate.open_layers < self.shape.layers
             begin = self.clock.mark()
             self.outputs.append(self._attend(layer))
             marks.append((begin, self.clock.mark()))
@@ -287,6 +328,9 @@ class Prefill:
         self.clock.synchronize()
         total_s = time.perf_counter() - begin_s
         attention_s = [self.clock.between(*pair) for pair in marks]
+        if watch is not None:
+            last = watch.finish()[-1]
+            layers_during_load = sum(self.clock.between(begin, last) > 0 for begin, _ in marks)
         return Run(total_s, waited_s, attention_s, layers_during_load)
 
     def _multiply(self, times: int) -> None:
@@ -388,16 +432,21 @@ class Bench:
 
     def load(self, report: Report, tier: str) -> list[float]:
         """Seconds from the request until each layer was open."""
+        clock = self.prefill.clock
         self.prepare(tier)
-        begin_s = time.perf_counter()
+        clock.synchronize()
+        begin = clock.mark()
         load = self._start(report, tier)
-        open_s = []
-        for layer in range(self.shape.layers):
-            if not load.gate.wait(layer, _TIMEOUT_S):
-                raise RuntimeError(f"layer {layer} was not loaded")
-            open_s.append(time.perf_counter() - begin_s)
+        if self.prefill.device.type == "cuda":
+            opened = LayerWatch(load.gate, self.prefill.device).finish()
+        else:
+            opened = []
+            for layer in range(self.shape.layers):
+                if not load.gate.wait(layer, _TIMEOUT_S):
+                    raise RuntimeError(f"layer {layer} was not loaded")
+                opened.append(clock.mark())
         self._finish(report, load)
-        return open_s
+        return [clock.between(begin, mark) for mark in opened]
 
     def together(self, report: Report, tier: str) -> Run:
         """A prefill whose prefix is being loaded."""

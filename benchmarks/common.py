@@ -180,6 +180,16 @@ class Report:
     def verified(self) -> bool:
         return bool(self.checks) and all(c.count and not c.failed for c in self.checks)
 
+    def write(self, json_to: str | None) -> None:
+        """Writes what there is so far as JSON to a file, or to stdout if that is ``-``."""
+        if json_to is None:
+            return
+        text = json.dumps({**asdict(self), "verified": self.verified}, indent=2) + "\n"
+        if json_to == "-":
+            sys.stdout.write(text)
+        else:
+            Path(json_to).write_text(text, encoding="utf-8")
+
     def finish(self, json_to: str | None) -> None:
         """Prints results and checks, writes the JSON, and ends with status 1 unless all was verified."""
         if self.results:
@@ -196,12 +206,7 @@ class Report:
         console.print(f"command: {self.command}", highlight=False)
         if self.smoke:
             console.print("[yellow]a smoke run: its numbers mean nothing[/yellow]")
-        if json_to is not None:
-            text = json.dumps({**asdict(self), "verified": self.verified}, indent=2) + "\n"
-            if json_to == "-":
-                sys.stdout.write(text)
-            else:
-                Path(json_to).write_text(text, encoding="utf-8")
+        self.write(json_to)
         if not self.verified:
             console.print("[red]verification failed: the numbers above are worthless[/red]")
             raise typer.Exit(1)
