@@ -101,14 +101,14 @@ def main(
         console.print(f"starting two servers with {name} ...")
         with both_servers(model, flags, environment) as (stock, flexkv):
             prompts: list[list[int]] = []
-            outputs: list[tuple[int, ...]] = []
+            answers: list[Answer] = []
 
             def measure(kind: str, server: Any, index: int) -> float:
                 answer = ask(client, server, prompts[index], 4)
                 check_source(report, kind, answer)
                 if kind == "recompute":
-                    outputs.append(answer.output_ids)
-                report.check("outputs equal those of stock SGLang", answer.output_ids == outputs[index])
+                    answers.append(answer)
+                report.check("outputs equal those of stock SGLang", answer.same_as(answers[index]))
                 if index >= 1:  # the first prompt warms up
                     times[kind].append(answer.ttft_s)
                 return answer.ttft_s

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
+import importlib
 import json
 import signal
 import subprocess
@@ -20,13 +20,10 @@ import httpx
 import psutil
 from common import ROOT
 
-_spec = importlib.util.spec_from_file_location("sglang_server", ROOT / "tests" / "sglang" / "server.py")
-assert _spec is not None
-assert _spec.loader is not None
-_module = importlib.util.module_from_spec(_spec)
-sys.modules[_spec.name] = _module
-_spec.loader.exec_module(_module)
-SGLangServer: Any = _module.SGLangServer
+sys.path.append(str(ROOT / "tests" / "sglang"))
+_server: Any = importlib.import_module("server")
+_answers: Any = importlib.import_module("answers")
+SGLangServer: Any = _server.SGLangServer
 
 PAGE_SIZE = 16
 _REQUEST_TIMEOUT_S = 300.0
@@ -49,9 +46,10 @@ def model_fields(model: Path) -> dict[str, Any]:
 
 
 def kv_bytes_per_token(model: Path) -> int:
-    """Bytes of KV per token in float32, which the servers here use."""
+    """Bytes of KV per token, in what the servers here compute in."""
     fields = model_fields(model)
-    return int(fields["num_hidden_layers"] * 2 * fields["num_key_value_heads"] * fields["head_dim"] * 4)
+    items = fields["num_hidden_layers"] * 2 * fields["num_key_value_heads"] * fields["head_dim"]
+    return int(items * _server.KV_ITEM_BYTES)
 
 
 @contextmanager
@@ -120,6 +118,7 @@ class Answer:
     Attributes:
         ttft_s: from sending the request to the first token.
         source: cached tokens by where they came from: device, host, storage.
+        whole: as SGLang gave it.
     """
 
     ttft_s: float
@@ -127,6 +126,11 @@ class Answer:
     prompt_tokens: int
     cached_tokens: int
     source: dict[str, int]
+    whole: dict[str, Any]
+
+    def same_as(self, other: Answer) -> bool:
+        """As far as what the servers compute in lets one tell."""
+        return _answers.difference(self.whole, other.whole) is None
 
 
 def ask(client: httpx.Client, server: Any, prompt: Sequence[int], max_new_tokens: int) -> Answer:
@@ -135,6 +139,7 @@ def ask(client: httpx.Client, server: Any, prompt: Sequence[int], max_new_tokens
         "input_ids": list(prompt),
         "sampling_params": {"temperature": 0.0, "max_new_tokens": max_new_tokens, "ignore_eos": True},
         "stream": True,
+        **_answers.ASK,
     }
     ttft_s, last = 0.0, ""
     begin_s = time.perf_counter()
@@ -153,4 +158,5 @@ def ask(client: httpx.Client, server: Any, prompt: Sequence[int], max_new_tokens
         meta["prompt_tokens"],
         meta["cached_tokens"],
         {name: int(details.get(name) or 0) for name in ("device", "host", "storage")},
+        answer,
     )

@@ -44,11 +44,18 @@ REQUEST_TIMEOUT_S = 300.0
 LOG_TAIL_LINES = 60
 POLL_INTERVAL_S = 0.1
 
+# The development environment sets this variable where there is no GPU.
+ON_CPU = os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"
+# What models compute in, and KV is stored in. On a CPU float32, in which answers can be compared token by
+# token; the attention kernels of a GPU refuse it. SERVER_DTYPE=bfloat16 tries out on a CPU what a GPU does.
+DTYPE = os.environ.get("SERVER_DTYPE") or ("float32" if ON_CPU else "bfloat16")
+KV_ITEM_BYTES = 4 if DTYPE == "float32" else 2
+
 # What a short, repeatable start needs. Each can be overridden, or dropped with None.
 DEFAULT_FLAGS: dict[str, FlagValue] = {
     # Left alone, a server takes most of the memory for its KV pool.
     "max-total-tokens": 16384,
-    "dtype": "float32",
+    "dtype": DTYPE,
     # The warm-up sends a request, whose tokens stay in the cache the tests look at.
     "skip-server-warmup": True,
     "enable-metrics": True,
@@ -141,8 +148,7 @@ class SGLangServer:
             "host": "127.0.0.1",
             "port": self.port,
             **DEFAULT_FLAGS,
-            # The development environment sets this variable where there is no GPU.
-            "device": "cpu" if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" else None,
+            "device": "cpu" if ON_CPU else None,
             **{name.replace("_", "-"): value for name, value in (flags or {}).items()},
         }
         self._environment = {**os.environ, **DEFAULT_ENVIRONMENT}

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server import ServerError, SGLangServer
+from answers import ASK, difference, differing
+from server import KV_ITEM_BYTES, ServerError, SGLangServer
 from workload import conversations
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ POOL_TOKENS = 2560
 TURNS = conversations(14, 5, seed=11, first_max=500, turn_max=260)
 PASSES = 3  # 14 * 5 * 3 = 210 answers compared per scenario
 
-References = dict[tuple[str, str], list[list[int]]]
+References = dict[tuple[str, str], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,7 @@ class Scenario:
         return f"{self.model}-{self.kv_dtype}-page{self.page_size}-{self.policy}{tp}"
 
 
-# The model computes in fp32 (kv_dtype auto: fp32 KV): in bf16 SGLang without any cache differs from itself
-# as soon as a prompt is cut into other chunks, so equal answers would mean nothing.
+# With kv_dtype auto KV is what the model computes in: fp32 on a CPU, see answers.py.
 SCENARIOS = [
     Scenario("tiny-gqa", "auto", 16, "write_through"),
     Scenario("tiny-mha", "bfloat16", 64, "write_back"),
@@ -60,7 +60,7 @@ def token_bytes(scenario: Scenario) -> int:
     """Bytes of a token in the CPU tier, over all ranks."""
     model = json.loads((ROOT / "models" / scenario.model / "config.json").read_text())
     heads = model["num_key_value_heads"] // scenario.tp_size
-    itemsize = 4 if scenario.kv_dtype == "auto" else 2
+    itemsize = KV_ITEM_BYTES if scenario.kv_dtype == "auto" else 2
     token = 2 * model["num_hidden_layers"] * heads * model["head_dim"] * itemsize
     slot = -(-token * scenario.page_size // 4096) * 4096
     return slot // scenario.page_size * scenario.tp_size
@@ -71,13 +71,12 @@ def references() -> References:
     return {}
 
 
-def reference(references: References, model: str, kv_dtype: str) -> list[list[int]]:
+def reference(references: References, model: str, kv_dtype: str) -> list[dict[str, Any]]:
     """What the same model answers without any cache, computed once per model and dtype of the KV."""
     if (model, kv_dtype) not in references:
         flags = {"disable-radix-cache": True, "kv-cache-dtype": kv_dtype, "max-total-tokens": 4 * POOL_TOKENS}
         with SGLangServer(ROOT / "models" / model, flags, stop_grace_s=0) as server:
-            answers = server.generate_many([t.tokens for t in TURNS], NEW_TOKENS)
-        references[model, kv_dtype] = [answer["output_ids"] for answer in answers]
+            references[model, kv_dtype] = server.generate_many([t.tokens for t in TURNS], NEW_TOKENS, **ASK)
     return references[model, kv_dtype]
 
 
@@ -156,21 +155,20 @@ def test_answers_are_those_of_a_server_without_cache(
                 random.Random(number).shuffle(order)
             if number == 1:
                 aborter.start()
-            answers = server.generate_many([TURNS[i].tokens for i in order], NEW_TOKENS)
+            answers = server.generate_many([TURNS[i].tokens for i in order], NEW_TOKENS, **ASK)
             if number == 1:
                 stop.set()
                 aborter.join()
-            got = {i: answer["output_ids"] for i, answer in zip(order, answers, strict=True)}
-            wrong = [i for i in order if got[i] != expected[i]]
-            assert not wrong, f"pass {number}: {len(wrong)} of {len(order)} answers differ, first {wrong[:3]}"
+            wrong = differing(answers, [expected[i] for i in order])
+            assert not wrong, f"pass {number}: {len(wrong)} of {len(order)} answers differ: {wrong}"
             for name, tokens in sources(answers).items():
                 total[name] += tokens
             if number == 0:
                 server.flush_cache()
                 # Flushed means flushed, in every tier: the weights may have changed.
-                first = server.generate(TURNS[-1].tokens, NEW_TOKENS)
+                first = server.generate(TURNS[-1].tokens, NEW_TOKENS, **ASK)
                 assert first["meta_info"]["cached_tokens"] == 0
-                assert first["output_ids"] == expected[-1]
+                assert difference(first, expected[-1]) is None
         assert total["host"] > 10_000, total
         assert total["storage"] > 500, total
     log = server.log()
@@ -193,13 +191,13 @@ def test_tenants_and_adapters_never_share(tmp_path: Path, references: References
     with flexkv_server(SCENARIOS[0], tmp_path) as server:
         for name in names:  # all of it, so that every tier holds somebody's copy
             for i in long:
-                answer = server.generate(TURNS[i].tokens, NEW_TOKENS, **name)
-                assert answer["output_ids"] == expected[i]
+                answer = server.generate(TURNS[i].tokens, NEW_TOKENS, **name, **ASK)
+                assert difference(answer, expected[i]) is None
                 shared = answer["meta_info"]["cached_tokens"]
                 alike = [j for j in long if j < i and j % 3 == i % 3]  # same system prompt, same tenant
                 assert shared == 0 or alike, f"{name} was served {shared} tokens of somebody else"
         for name in names:
             for i in long:
-                answer = server.generate(TURNS[i].tokens, NEW_TOKENS, **name)
-                assert answer["output_ids"] == expected[i]
+                answer = server.generate(TURNS[i].tokens, NEW_TOKENS, **name, **ASK)
+                assert difference(answer, expected[i]) is None
                 assert answer["meta_info"]["cached_tokens"] > len(TURNS[i].tokens) - 17
