@@ -26,7 +26,7 @@ _TOKENS_MAX = 4 << 20
 
 @dataclass
 class _Prompt:
-    tokens: npt.NDArray[np.int64]  # up to the end of the last page
+    tokens: npt.NDArray[np.int64]  # all that the hashes are of
     salts: tuple[str | None, ...]  # what else goes into the hash of the first page
     anchor: str | None  # hash of the page before ``first``
     first: int  # page
@@ -48,6 +48,7 @@ class PageHashes:
         self,
         rid: str,
         tokens: Sequence[int],
+        length: int,
         salts: tuple[str | None, ...],
         first: int,
         anchor: str | None,
@@ -57,12 +58,15 @@ class PageHashes:
 
         Args:
             tokens: token ids of the prompt; anything with the buffer protocol is not copied.
+            length: of the key that SGLang makes of them: as long, or one shorter where each of its elements
+                is a token and the one behind it. A page then depends on the first token behind it, too.
             salts: what distinguishes prompts of the same tokens.
             anchor: hash of the page before ``first``; None at the start of the prompt.
             hash_pages: computes what is not known yet.
         """
-        end = len(tokens) // self._page_size
-        ids = np.asarray(tokens, dtype=np.int64)[: end * self._page_size]
+        end = length // self._page_size
+        behind = len(tokens) - length
+        ids = np.asarray(tokens, dtype=np.int64)[: end * self._page_size + behind]
         known = self._prompts.get(rid)
         if known is None or not self._is_start_of(known, ids, salts, first, anchor):
             known = _Prompt(ids[:0], salts, anchor, first, [], np.empty((0, 2), np.uint64), first)

@@ -89,6 +89,7 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
         return self.cache_linker.page_hashes.tail(
             self._matching_rid,
             key.raw_token_ids(),
+            len(key),
             (key.extra_key, key.cache_salt),
             device_hit_len // page,
             anchor,

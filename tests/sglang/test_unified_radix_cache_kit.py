@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+from array import array
 from collections.abc import Iterator
 from types import SimpleNamespace
 from unittest import TestCase, mock
@@ -25,6 +26,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     MatchPrefixParams,
 )
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.test.kits.unified_radix_cache.config import CONFIGS
 from sglang.test.kits.unified_radix_cache.config import CacheConfig as KitConfig
 from sglang.test.kits.unified_radix_cache.fixtures import (
@@ -154,6 +156,46 @@ def test_a_tree_with_bigram_keys_restores_the_target_models_kv(rig: Rig, cfg: Ki
     assert len(slots) == 3 * cfg.page_size
     assert_same(rig.read(slots), cut(expected, 0, len(slots)))
     rig.abort(req, slots)
+
+
+@on_both_cores
+@pytest.mark.parametrize("behind", range(3))
+@pytest.mark.parametrize("cfg", EAGLE[1:3], ids=lambda cfg: cfg.label)
+def test_pages_of_a_bigram_key_are_hashed_as_the_tree_hashes_them(
+    rig: Rig, cfg: KitConfig, core: str, behind: int
+) -> None:
+    """However many tokens follow the last whole page. A page depends on the first token behind it, too."""
+    tokens = [*KitSteps(cfg)._make_seq(1, 3), *KitSteps(cfg)._make_seq(7000, 1)[:behind]]
+    slots = rig.allocator.alloc(len(tokens))
+    rig.write(slots, seed=1)
+    rig.cache.insert(InsertParams(key=radix_key(tokens), value=slots))
+    pages = 3 if behind else 2
+    rig.allocator.free(slots[pages * cfg.page_size :])
+    asked: list[list[str]] = []
+    tail_hashes = rig.cache.linker._tail_hashes
+
+    def listen(*args: object) -> list[str]:
+        asked.append(tail_hashes(*args))
+        return asked[-1]
+
+    stored = rig.cache.get_last_hash_value(match_prefix(rig.cache, tokens).last_device_node)
+    drive_out(rig)
+    other = [*tokens[: pages * cfg.page_size], 9999]
+    with mock.patch.object(rig.cache.linker, "_tail_hashes", listen):
+        for _ in range(2):
+            req = rig.request(tokens)
+            assert rig.match(req).host_hit_length == pages * cfg.page_size
+            assert asked.pop()[-1] == stored
+            assert len(rig.linker._lookups[req.rid].keys) == pages
+            # The same request, had its prompt another token behind its last page: another page.
+            req.origin_input_ids = array("q", other)
+            assert rig.match(req).host_hit_length == (pages - 1) * cfg.page_size
+            key = radix_key(other)
+            key.is_bigram = True
+            assert asked.pop() == get_storage_hash_str(
+                key[: pages * cfg.page_size], None, page_size=cfg.page_size
+            )
+            rig.abort(req)
 
 
 # ---- the kit's steps: chains, splits, requests in flight ----

@@ -53,7 +53,7 @@ def ask(
     salts: tuple[str | None, ...] = NO_SALTS,
 ) -> list[str]:
     anchor = hasher.all()[first - 1] if first else None
-    return hashes.tail(rid, array("q", hasher.tokens), salts, first, anchor, hasher)
+    return hashes.tail(rid, array("q", hasher.tokens), len(hasher.tokens), salts, first, anchor, hasher)
 
 
 def test_every_attempt_after_the_first_is_free(hashes: PageHashes) -> None:
@@ -112,7 +112,7 @@ def test_other_salts_are_other_prompts(hashes: PageHashes) -> None:
 def test_an_anchor_that_does_not_fit_is_believed_over_what_is_remembered(hashes: PageHashes) -> None:
     hasher = Hasher(list(range(40)))
     ask(hashes, hasher)
-    answer = hashes.tail("r", array("q", hasher.tokens), NO_SALTS, 3, "another", hasher)
+    answer = hashes.tail("r", array("q", hasher.tokens), len(hasher.tokens), NO_SALTS, 3, "another", hasher)
     assert answer == Hasher(hasher.tokens)(3, 10, "another")
 
 
@@ -157,3 +157,25 @@ def test_what_was_asked_for_longest_ago_is_forgotten_first(
     assert ask(hashes, long, rid="long") == long.all()  # one prompt is remembered however long it is
     ask(hashes, long, rid="long")
     assert long.pages_hashed == 100
+
+
+@pytest.mark.parametrize("tokens", [39, 40, 41])
+def test_elements_of_a_token_and_the_one_behind_it_make_one_less(hashes: PageHashes, tokens: int) -> None:
+    """A page of such elements (SGLang's bigram keys) also is about the first token behind it."""
+    pages = (tokens - 1) // PAGE
+    hashed = []
+
+    def hash_pages(first: int, end: int, before: str | None) -> list[str]:
+        hashed.append((first, end))
+        return [f"{page:064x}" for page in range(first, end)]
+
+    def ask_for(ids: list[int]) -> list[str]:
+        return hashes.tail("r", array("q", ids), len(ids) - 1, NO_SALTS, 0, None, hash_pages)
+
+    ids = list(range(tokens))
+    assert len(ask_for(ids)) == pages
+    assert len(ask_for(ids)) == pages
+    assert hashed == [(0, pages)]
+    ids[pages * PAGE] += 1  # behind the last page
+    ask_for(ids)
+    assert hashed == [(0, pages)] * 2
