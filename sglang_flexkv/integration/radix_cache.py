@@ -32,6 +32,7 @@ from sglang_flexkv.integration.linker import FlexKVLinker, Prefetch
 from sglang_flexkv.integration.metrics import Metrics
 from sglang_flexkv.integration.model_identity import describe, model_identity
 from sglang_flexkv.integration.prefill_times import PrefillTimes
+from sglang_flexkv.integration.request_names import NamedHandle, by_name, name_of
 from sglang_flexkv.kvtask import KVTaskEngine
 from sglang_flexkv.storage.storage_engine import slot_bytes_for
 
@@ -55,7 +56,9 @@ class _WaitingRequest:
 
 class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
     """SGLang's driver of a linker. It additionally tells it the parent and the importance of what is stored,
-    hashes the pages of a waiting prompt once, and reduces one number over the ranks instead of a mask."""
+    hashes the pages of a waiting prompt once, and reduces one number over the ranks instead of a mask.
+
+    Wherever it takes or returns a request's id, that is the request's name (``request_names``)."""
 
     cache: FlexKVRadixCache
     cache_linker: FlexKVLinker
@@ -216,6 +219,21 @@ class FlexKVRadixCache(UnifiedRadixCache):
         finally:
             self.insert_importance = 0
 
+    # ---- a request looks for what is cached, and is admitted: SGLang goes by its id, we by its name ----
+
+    def match_prefix(self, params: Any) -> Any:
+        with by_name(*([params.req] if params.req is not None else [])):
+            return super().match_prefix(params)
+
+    def init_load_back(self, params: Any) -> Any:
+        with by_name(params.req):
+            return super().init_load_back(params)
+
+    def prefix_device_indices(self, req: Any) -> torch.Tensor:
+        with by_name(req):
+            indices: torch.Tensor = super().prefix_device_indices(req)
+        return indices
+
     # ---- while a request waits: SSD -> CPU ----
 
     def is_backuped(self, node_id: int) -> bool:
@@ -333,6 +351,8 @@ class FlexKVRadixCache(UnifiedRadixCache):
         )
 
     def release_aborted_request(self, request: Any) -> None:
+        if not isinstance(request, NamedHandle):
+            return  # it has never looked for anything here
         waiting = self._waiting.pop(request, None)
         if waiting is not None and self.linker is not None:
             self.linker.cache_linker.end_prefetch(request.rid, waiting.prefetch)
@@ -341,7 +361,7 @@ class FlexKVRadixCache(UnifiedRadixCache):
     def finish(self, handle: Any, outcome: Any) -> None:
         # A request that is aborted before it runs. The others end in on_release.
         super().finish(handle, outcome)
-        if self.linker is not None:
+        if self.linker is not None and isinstance(handle, NamedHandle):
             self.linker.release_request(handle.rid)
 
     def on_release(self, req: Any, *, checkpointed: bool) -> None:
@@ -359,7 +379,7 @@ class FlexKVRadixCache(UnifiedRadixCache):
     def _forget(self, req: Any) -> None:
         # What failed to load must not be tried again when its request runs again.
         if self.linker is not None and not runs_again(req):
-            self.linker.release_request(req.rid)
+            self.linker.release_request(name_of(req))
 
     def check_hicache_events(self) -> None:
         # The ranks agree on what has been offloaded, each time that SGLang's loop comes round. What is on its
@@ -390,7 +410,8 @@ class FlexKVRadixCache(UnifiedRadixCache):
         before = [req.skip_radix_cache_insert for req in reqs]
         # SGLang marks what failed to be ended with an error, and gives a chunked one up at once. Neither
         # becomes of what can run again.
-        failed = super().finish_external_linker_loads(reqs)
+        with by_name(*reqs):
+            failed = super().finish_external_linker_loads(reqs)
         ended = [
             req
             for req, skip_insert in zip(reqs, before, strict=True)

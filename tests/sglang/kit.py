@@ -248,11 +248,16 @@ class Rig:
     # ---- the scheduler's part ----
 
     def request(
-        self, tokens: Sequence[int], *, extra_key: str | None = None, cache_salt: str | None = None
+        self,
+        tokens: Sequence[int],
+        *,
+        extra_key: str | None = None,
+        cache_salt: str | None = None,
+        rid: str | None = None,
     ) -> Req:
         self._rid += 1
         req = Req(
-            rid=f"request-{self._rid}",
+            rid=rid or f"request-{self._rid}",
             origin_input_text="",
             origin_input_ids=array("q", tokens),
             sampling_params=SamplingParams(temperature=0, max_new_tokens=1),

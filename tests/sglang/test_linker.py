@@ -23,6 +23,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import keys_from_page_hashes, make_namespace
 from sglang_flexkv.common.config import LoadPolicy, PrefetchPolicy, WritePolicy
+from sglang_flexkv.integration.request_names import name_of
 from sglang_flexkv.kvtask import TaskStatus
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -318,7 +319,7 @@ def test_a_match_that_the_device_answers_lets_go_of_the_promise(make_rig: MakeRi
     match = rig.match(req)
     assert (match.device_prefix_len, match.host_hit_length) == (PAGES * PAGE, 0)
     assert rig.engine.cache.index.num_leases == 0
-    assert not rig.cache.linker.has_hit(req.rid)
+    assert not rig.cache.linker.has_hit(name_of(req))
     rig.settle()
     rig.abort(req)
 
@@ -434,7 +435,7 @@ def admit_with_a_broken_promise(rig: Rig, req: Req) -> torch.Tensor:
     """Admits a request whose blocks went away after its match. No lease allows that; it stands for the day
     one fails, and for a rank that lost its blocks where the others did not."""
     match = rig.match(req)
-    rig.linker.release_hold(req.rid)
+    rig.linker.release_hold(name_of(req))
     invalidate_cpu_tier(rig)
     return rig.admit(req, match)
 
@@ -670,9 +671,9 @@ def test_batches_that_overlap_have_gates_of_their_own(make_rig: MakeRig) -> None
         rig.linker.layer_done_counter.set_consumer(index)
         rig.forward()
         assert_same(rig.read(slots), bytes_)
-        assert rig.linker.finish_layer_wise_loading(index) == {req.rid}
-        rig.cache.linker.private_load_indices.pop(req.rid)
-        rig.cache.linker.inflight_load_rids.remove(req.rid)
+        assert rig.linker.finish_layer_wise_loading(index) == {name_of(req)}
+        rig.cache.linker.private_load_indices.pop(name_of(req))
+        rig.cache.linker.inflight_load_rids.remove(name_of(req))
         rig.finish(req, slots)
 
 
@@ -704,6 +705,93 @@ def test_the_first_layer_is_usable_while_later_ones_are_still_copied(make_rig: M
             overlapped = True
             break
     assert overlapped
+
+
+# ---- two requests with the same id: each of several tokenizer workers knows its own only ----
+
+
+@pytest.mark.parametrize("failing", [None, 0, 1])
+def test_requests_of_one_id_load_side_by_side(make_rig: MakeRig, failing: int | None) -> None:
+    rig = make_rig()
+    prompts = [sequence(1), sequence(5000, PAGES - 1)]
+    expected = [rig.insert(tokens, seed) for seed, tokens in enumerate(prompts)]
+    rig.evict_all()
+    reqs = [rig.request(tokens, rid="same") for tokens in prompts]
+    matches = [rig.match(req) for req in reqs]
+    all_slots = [rig.admit(req, match) for req, match in zip(reqs, matches, strict=True)]
+    assert [len(slots) for slots in all_slots] == [len(tokens) for tokens in prompts]
+    assert [req.rid for req in reqs] == ["same", "same"]  # what the client knows them by
+    rig.start_batch()
+    rig.forward()
+
+    def with_another_rank(verdicts: torch.Tensor, op: Any) -> None:
+        assert verdicts.tolist() == [1, 1]
+        if failing is not None:
+            verdicts[failing] = 0
+
+    with mock.patch.object(rig.cache, "_all_reduce_attn_groups", with_another_rank):
+        assert rig.cache.finish_external_linker_loads(reqs) == []
+    if failing is not None:
+        check_runs_again(rig, reqs[failing])
+    for number, (req, slots) in enumerate(zip(reqs, all_slots, strict=True)):
+        if number == failing:
+            rig.abort(req, slots)
+        else:
+            check_landed(rig, req, slots, expected[number])
+
+
+@pytest.mark.parametrize("aborted", [0, 1])
+@pytest.mark.parametrize("when", ["promised", "queued", "never seen"])
+def test_the_end_of_one_request_is_not_that_of_another_with_its_id(
+    make_rig: MakeRig, aborted: int, when: str
+) -> None:
+    rig = make_rig()
+    prompts = [sequence(1), sequence(5000)]
+    expected = [rig.insert(tokens, seed) for seed, tokens in enumerate(prompts)]
+    rig.evict_all()
+    reqs = [rig.request(tokens, rid="same") for tokens in prompts]
+    leaves, stays = reqs[aborted], reqs[1 - aborted]
+    matches = {id(req): rig.match(req) for req in (reqs if when != "never seen" else [stays])}
+    if when == "queued":
+        slots = {id(req): rig.admit(req, matches[id(req)]) for req in reqs}
+        rig.abort(leaves, slots[id(leaves)])
+    else:
+        rig.cache.finish(leaves.cache_request_handle, CacheRequestOutcome.ABORT)
+        slots = {id(stays): rig.admit(stays, matches[id(stays)])}
+    rig.start_batch()
+    rig.forward()
+    assert rig.cache.finish_external_linker_loads([stays]) == []
+    check_landed(rig, stays, slots[id(stays)], expected[1 - aborted])
+
+
+def test_requests_of_one_id_wait_for_ssd_each_for_itself(make_rig: MakeRig, tmp_path: Path) -> None:
+    rig = make_rig(ssd_dir=tmp_path)
+    prompts = [sequence(1), sequence(5000)]
+    for tokens in prompts:
+        store_on_ssd_alone(rig, tokens)
+    reqs = [rig.request(tokens, rid="same") for tokens in prompts]
+    for req in reqs:
+        prefetch(rig, req)
+    assert len(rig.cache._waiting) == 2
+    rig.abort(reqs[0])
+    assert len(rig.cache._waiting) == 1
+    wait_until_ready(rig, reqs[1])
+    (slots,) = rig.restore(reqs[1])
+    assert len(slots) == len(prompts[1])
+    rig.finish(reqs[1], slots)
+
+
+def test_an_id_that_comes_again_starts_anew(make_rig: MakeRig) -> None:
+    rig = make_rig(num_pages=64)
+    prompts = [sequence(1), sequence(5000)]
+    expected = [rig.insert(tokens, seed) for seed, tokens in enumerate(prompts)]
+    rig.evict_all()
+    for tokens, bytes_ in zip(prompts * 2, expected * 2, strict=True):
+        req = rig.request(tokens, rid="same")
+        (slots,) = rig.restore(req)
+        assert_same(rig.read(slots), bytes_)
+        rig.finish(req, slots)
+        rig.evict_all()
 
 
 # ---- SSD ----
@@ -1121,7 +1209,7 @@ def test_who_waits_for_a_read_that_fails_computes(make_rig: MakeRig, tmp_path: P
     rig.cache.failed_loads.clear()
     assert may_run(rig, second)
     assert rig.match(second).host_hit_length < len(tokens)
-    assert not rig.linker.may_wait(first.rid, None)  # the one that failed loads nothing any more
+    assert not rig.linker.may_wait(name_of(first), None)  # the one that failed loads nothing any more
     rig.abort(first, slots)
     rig.abort(second)
 
@@ -1459,7 +1547,7 @@ def test_clearing_the_storage_never_passes_off_an_unfinished_load_as_finished(
     else:
         rig.abort(req, slots)
     # What the other request was promised is gone, so it must not be counted on.
-    assert not rig.cache.linker.has_hit(late.rid)
+    assert not rig.cache.linker.has_hit(name_of(late))
     rig.abort(late)
     rig.settle()
     assert rig.stats("CPU")["ready"] == 0

@@ -43,6 +43,7 @@ from sglang_flexkv.common.config import WritePolicy
 from sglang_flexkv.common.errors import IncompatibleError
 from sglang_flexkv.integration import checks
 from sglang_flexkv.integration.kv_pool import device_buffers
+from sglang_flexkv.integration.request_names import name_of
 
 FULL = [cfg for cfg in CONFIGS if not cfg.has_swa and not cfg.has_mamba and not cfg.is_eagle]
 OTHERS = [cfg for cfg in CONFIGS if cfg not in FULL]
@@ -186,7 +187,7 @@ def test_pages_of_a_bigram_key_are_hashed_as_the_tree_hashes_them(
             req = rig.request(tokens)
             assert rig.match(req).host_hit_length == pages * cfg.page_size
             assert asked.pop()[-1] == stored
-            assert len(rig.linker._lookups[req.rid].keys) == pages
+            assert len(rig.linker._lookups[name_of(req)].keys) == pages
             # The same request, had its prompt another token behind its last page: another page.
             req.origin_input_ids = array("q", other)
             assert rig.match(req).host_hit_length == (pages - 1) * cfg.page_size
@@ -317,9 +318,9 @@ class SessionSteps(StreamingSessionLockLifecycleFixtures, TestCase):
 def test_a_streaming_session_keeps_its_turns_to_itself_beside_a_linker(core: str) -> None:
     with Rig(build_kit_cache(FULL[0], core)) as rig:
         steps = SessionSteps()
-        slot, req = steps._later_turn(rig.cache, rig.allocator, rig.requests)
+        slot, _ = steps._later_turn(rig.cache, rig.allocator, rig.requests)
         # The slot holds the session's KV, so no lookup is made for it and nothing is promised.
-        assert req.rid not in rig.linker._lookups
+        assert not rig.linker._lookups
         assert rig.engine.cache.index.num_leases == 0
         assert rig.engine.stats()["H2D"]["ops_done"] == 0
         assert slot is rig.cache.session.slots["s"]
