@@ -29,9 +29,21 @@ def runs_again(req: Any) -> bool:
     return hasattr(req, _MARK)
 
 
+def keep_session(req: Any) -> None:
+    """Called when SGLang takes a request's row back: if it runs again, its streaming session still waits for
+    it, and takes no other request meanwhile."""
+    if runs_again(req) and _is_streaming(req):
+        req.session._inflight = True
+
+
+def _is_streaming(req: Any) -> bool:
+    return req.session is not None and req.session.streaming
+
+
 def _can_run_again(req: Any) -> bool:
-    # The rows of a session or of a beam group belong to more than this request.
-    return req.session is None and req.beam_group is None
+    # The rows of a beam group belong to more than this request, and SGLang lets go of the images that a
+    # session's request has brought.
+    return req.beam_group is None and (req.session is None or req.multimodal_inputs is None)
 
 
 @dataclass
@@ -98,6 +110,8 @@ class FailedLoads:
             req.multimodal_inputs = failed.multimodal_inputs
             req.release_mm_inputs_on_abort()
             if req.finished():  # its end has been kept back, nobody else sends it
+                if _is_streaming(req):
+                    req.session.abort_req()
                 scheduler.output_streamer.stream_output([req], req.return_logprob)
         self._failed = left
 

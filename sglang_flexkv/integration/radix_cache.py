@@ -21,12 +21,13 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.runtime_context import get_context, get_memory, get_observability, get_parallel
+from sglang.srt.session.streaming_session import is_virtual_node
 
 from sglang_flexkv import __version__, _core
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
 from sglang_flexkv.integration import checks
-from sglang_flexkv.integration.failed_loads import FailedLoads, runs_again
+from sglang_flexkv.integration.failed_loads import FailedLoads, keep_session, runs_again
 from sglang_flexkv.integration.kv_pool import device_buffers
 from sglang_flexkv.integration.linker import FlexKVLinker, Prefetch
 from sglang_flexkv.integration.metrics import Metrics
@@ -184,13 +185,13 @@ class FlexKVRadixCache(UnifiedRadixCache):
     def __init__(self, params: Any) -> None:
         # The parent's constructor calls reset().
         self._waiting: dict[Any, _WaitingRequest] = {}
+        self._scheduler: Any = None
         # Whether any rank may be reading from SSD. Follows from what all ranks know, so while it is not set
         # they need not ask each other.
         self.reads_may_run = False
         super().__init__(params)
         checks.check_components(self.tree_components)
         self._spill_on_evict = False
-        self._scheduler: Any = None
         self.failed_loads = FailedLoads()
         self._prefill_times: PrefillTimes | None = None
         # Whether a request's priority is about the cache, too: SGLang takes it so only if it is told to.
@@ -234,12 +235,28 @@ class FlexKVRadixCache(UnifiedRadixCache):
             indices: torch.Tensor = super().prefix_device_indices(req)
         return indices
 
-    # ---- while a request waits: SSD -> CPU ----
+    # ---- nodes: what a streaming session keeps is not in the tree, and its node is none of the tree's ----
 
-    def is_backuped(self, node_id: int) -> bool:
+    def is_backuped(self, node_id: Any) -> bool:
         # SGLang asks this to know whether the store below can continue the device's prefix. Keys are chained,
-        # so ours can, from any node.
-        return True
+        # so ours can, from any node of the tree.
+        return not is_virtual_node(node_id)
+
+    def is_root(self, node_id: Any) -> bool:
+        return not is_virtual_node(node_id) and super().is_root(node_id)
+
+    def get_last_hash_value(self, node_id: Any) -> str | None:
+        return None if is_virtual_node(node_id) else super().get_last_hash_value(node_id)
+
+    def dfs_weight_order(self, node_handles: Sequence[Any]) -> list[int]:
+        # By which SGLang may sort its queue. A session's turn has no place in the tree. It goes first: the
+        # memory that its session holds is held until it has run.
+        in_tree = [i for i, node in enumerate(node_handles) if not is_virtual_node(node)]
+        order = super().dfs_weight_order([node_handles[i] for i in in_tree])
+        turns = set(range(len(node_handles))) - set(in_tree)
+        return [*sorted(turns), *(in_tree[i] for i in order)]
+
+    # ---- while a request waits: SSD -> CPU ----
 
     def prefetch_from_storage(self, request: Any, *_args: Any, **_kwargs: Any) -> None:
         """Called when a request enters the queue, right after its prefix was matched."""
@@ -374,6 +391,8 @@ class FlexKVRadixCache(UnifiedRadixCache):
         claimed: bool = super().claim_kv_row(req)
         if claimed:
             self._forget(req)
+        else:
+            keep_session(req)
         return claimed
 
     def _forget(self, req: Any) -> None:
@@ -437,6 +456,11 @@ class FlexKVRadixCache(UnifiedRadixCache):
 
     def reset(self) -> None:
         self._waiting.clear()
+        # A session's turn has borrowed the session's memory when it entered the queue, and SGLang may flush
+        # while it waits there.
+        for req in self._scheduler.waiting_queue if self._scheduler is not None else ():
+            if self.session.borrowed_slot(req) is not None:
+                req.detach_kv()
         super().reset()
 
     def weights_changed(self) -> None:

@@ -565,7 +565,7 @@ def test_what_cannot_run_again_is_left_to_sglang(make_rig: MakeRig) -> None:
     rig.evict_all()
     req = rig.request(sequence(1))
     slots = admit_with_a_broken_promise(rig, req)
-    req.session = mock.Mock()
+    req.beam_group = mock.Mock()
     rig.start_batch()
     rig.forward()
     assert rig.cache.finish_external_linker_loads([req]) == [req]
@@ -741,7 +741,7 @@ def test_requests_of_one_id_load_side_by_side(make_rig: MakeRig, failing: int | 
 
 
 @pytest.mark.parametrize("aborted", [0, 1])
-@pytest.mark.parametrize("when", ["promised", "queued", "never seen"])
+@pytest.mark.parametrize("when", ["promised", "queued"])
 def test_the_end_of_one_request_is_not_that_of_another_with_its_id(
     make_rig: MakeRig, aborted: int, when: str
 ) -> None:
@@ -750,18 +750,36 @@ def test_the_end_of_one_request_is_not_that_of_another_with_its_id(
     expected = [rig.insert(tokens, seed) for seed, tokens in enumerate(prompts)]
     rig.evict_all()
     reqs = [rig.request(tokens, rid="same") for tokens in prompts]
-    leaves, stays = reqs[aborted], reqs[1 - aborted]
-    matches = {id(req): rig.match(req) for req in (reqs if when != "never seen" else [stays])}
+    matches = [rig.match(req) for req in reqs]
+    stays = 1 - aborted
     if when == "queued":
-        slots = {id(req): rig.admit(req, matches[id(req)]) for req in reqs}
-        rig.abort(leaves, slots[id(leaves)])
+        all_slots = [rig.admit(req, match) for req, match in zip(reqs, matches, strict=True)]
+        rig.abort(reqs[aborted], all_slots[aborted])
+        slots = all_slots[stays]
     else:
-        rig.cache.finish(leaves.cache_request_handle, CacheRequestOutcome.ABORT)
-        slots = {id(stays): rig.admit(stays, matches[id(stays)])}
+        rig.cache.finish(reqs[aborted].cache_request_handle, CacheRequestOutcome.ABORT)
+        slots = rig.admit(reqs[stays], matches[stays])
     rig.start_batch()
     rig.forward()
-    assert rig.cache.finish_external_linker_loads([stays]) == []
-    check_landed(rig, stays, slots[id(stays)], expected[1 - aborted])
+    assert rig.cache.finish_external_linker_loads([reqs[stays]]) == []
+    check_landed(rig, reqs[stays], slots, expected[stays])
+
+
+def test_an_id_may_look_like_the_name_of_another_request(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    tokens = sequence(1)
+    expected = rig.insert(tokens, seed=1)
+    rig.evict_all()
+    req = rig.request(tokens)
+    match = rig.match(req)
+    refused = rig.request(tokens, rid=name_of(req))  # before it was matched, by a limit of the queue
+    rig.cache.finish(refused.cache_request_handle, CacheRequestOutcome.ABORT)
+    slots = rig.admit(req, match)
+    assert len(slots) == len(tokens)
+    rig.start_batch()
+    rig.forward()
+    assert rig.cache.finish_external_linker_loads([req]) == []
+    check_landed(rig, req, slots, expected)
 
 
 def test_requests_of_one_id_wait_for_ssd_each_for_itself(make_rig: MakeRig, tmp_path: Path) -> None:

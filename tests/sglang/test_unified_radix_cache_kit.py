@@ -27,6 +27,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
 )
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.utils import get_storage_hash_str
+from sglang.srt.session.streaming_session import is_virtual_node
 from sglang.test.kits.unified_radix_cache.config import CONFIGS
 from sglang.test.kits.unified_radix_cache.config import CacheConfig as KitConfig
 from sglang.test.kits.unified_radix_cache.fixtures import (
@@ -329,6 +330,43 @@ def test_a_streaming_session_keeps_its_turns_to_itself_beside_a_linker(core: str
         rig.settle()
         assert rig.cache.full_protected_size() == 0
         rig.linker.check_idle()
+
+
+@on_both_cores
+def test_a_node_that_is_a_sessions_is_none_of_the_trees(core: str) -> None:
+    """What SGLang's scheduler asks about the node of a request that enters its queue."""
+    with Rig(build_kit_cache(FULL[0], core)) as rig:
+        _, req = SessionSteps()._later_turn(rig.cache, rig.allocator, rig.requests)
+        node = req.last_node
+        assert is_virtual_node(node)
+        assert not rig.cache.is_backuped(node)
+        assert not rig.cache.is_root(node)
+        assert rig.cache.get_last_hash_value(node) is None
+        # Of the tree's own it knows what it did.
+        root = rig.cache.root_node_handle()
+        assert rig.cache.is_backuped(root)
+        assert rig.cache.is_root(root)
+        # What a queue of both is sorted by: its turn first, the rest as the tree has it.
+        nodes = [match_prefix(rig.cache, [*range(1, 9)]).last_device_node, node, root]
+        order = rig.cache.dfs_weight_order(nodes)
+        assert order[0] == 1
+        assert [nodes[i] for i in order[1:]] == [
+            [nodes[0], root][i] for i in rig.cache.tree_core.dfs_weight_order([nodes[0], root])
+        ]
+        rig.cache.release_session("s")
+
+
+@on_both_cores
+def test_a_flush_takes_a_sessions_memory_from_a_turn_that_waits(core: str) -> None:
+    with Rig(build_kit_cache(FULL[0], core)) as rig:
+        _, turn = SessionSteps()._later_turn(rig.cache, rig.allocator, rig.requests)
+        other = rig.request([*range(50, 60)])
+        rig.cache.attach_scheduler(SimpleNamespace(waiting_queue=[other, turn], is_mixed_chunk=True))
+        assert turn.kv.holds_kv
+        rig.cache.reset()
+        rig.requests.clear()
+        rig.allocator.clear()
+        assert not turn.kv.holds_kv
 
 
 # ---- random histories against an oracle ----

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ReqKvInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang.srt.session.session_controller import Session
 
-from sglang_flexkv.integration.failed_loads import FailedLoads, without_failed
+from sglang_flexkv.integration.failed_loads import FailedLoads, keep_session, without_failed
 
 
 def make_request(rid: str = "a") -> Req:
@@ -149,10 +150,32 @@ def test_an_abort_between_the_attempts(failed: FailedLoads, rid: str, ended: boo
     assert req not in scheduler.waiting_queue
 
 
-@pytest.mark.parametrize("field", ["session", "beam_group"])
-def test_rows_that_belong_to_more_than_the_request_stay_sglangs(failed: FailedLoads, field: str) -> None:
+@pytest.mark.parametrize("whose", ["beam group", "session with images"])
+def test_what_belongs_to_more_than_the_request_stays_sglangs(failed: FailedLoads, whose: str) -> None:
     req = make_request()
-    setattr(req, field, SimpleNamespace())
+    if whose == "beam group":
+        req.beam_group = SimpleNamespace()
+    else:
+        req.session, req.multimodal_inputs = Session(100, "s"), SimpleNamespace()
     assert not failed.take(req, skip_insert=False)
     assert without_failed([req]) == [req]
     assert len(failed) == 0
+
+
+@pytest.mark.parametrize("aborted", [None, "before its end", "after its end"])
+def test_a_streaming_session_waits_for_its_request(failed: FailedLoads, aborted: str | None) -> None:
+    scheduler, req = Scheduler(), make_request()
+    req.session = Session(100, "s", streaming=True)
+    req.session._inflight = True
+    assert failed.take(req, skip_insert=False)
+    if aborted == "before its end":
+        failed.abort(scheduler, req.rid, all_requests=False)
+    end(req)
+    req.session.abort_req()  # SGLang's part of taking the row back
+    keep_session(req)
+    if aborted == "after its end":
+        failed.abort(scheduler, req.rid, all_requests=False)
+    # Only one that runs again has the session for itself.
+    assert req.session._inflight == (aborted is None)
+    failed.run_again(scheduler)
+    assert (req in scheduler.waiting_queue) == (aborted is None)
