@@ -45,7 +45,6 @@ from common import (
 )
 
 from sglang_flexkv import _core
-from sglang_flexkv.cache.cache_engine import CPU
 from sglang_flexkv.common.block import BlockKeys, make_namespace
 from sglang_flexkv.common.config import CacheConfig
 from sglang_flexkv.common.storage import DeviceBuffers
@@ -114,7 +113,7 @@ class Bench:
         self.pool = [[tensor.numpy() for tensor in layer] for layer in tensors]
         config = CacheConfig(tokens_per_block=page_size, num_cpu_blocks=self.num_blocks, copy_threads=threads)
         self.engine = KVTaskEngine(config, DeviceBuffers(tensors, tokens_per_row=1), namespace=_NAMESPACE)
-        host = self.engine.storage.host
+        host = self.engine.host_pool
         deadline = time.monotonic() + _TIMEOUT_S
         while host.populated_bytes < host.total_bytes and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -147,8 +146,12 @@ class Bench:
     def gather(self, keys: BlockKeys, slots: np.ndarray) -> float:
         """Seconds from the request to the end of a put of all blocks."""
         begin_s = time.perf_counter()
-        self._run(self.engine.create_put(None, keys), slots)
-        return time.perf_counter() - begin_s
+        task = self.engine.create_put(None, keys)
+        self._run(task, slots)
+        taken_s = time.perf_counter() - begin_s
+        assert task.plan is not None
+        (self._copied,) = task.plan.graph.ops
+        return taken_s
 
     def scatter(self, keys: BlockKeys, slots: np.ndarray) -> float:
         begin_s = time.perf_counter()
@@ -202,9 +205,10 @@ class Bench:
             for number, buffer in enumerate(buffers):
                 report.check_bytes("bytes after scatter", buffer[slots], self.original[layer, number])
 
-    def check_host(self, report: Report, keys: BlockKeys) -> None:
-        """Compares the CPU tier with the sequence, block by block where the index says it is."""
-        lease, _, host_slots = self.engine.cache.index.acquire(keys, CPU)
+    def check_host(self, report: Report) -> None:
+        """Compares the CPU tier with the sequence, block by block where the last gather put it."""
+        assert len(self._copied.block_positions) == self.num_blocks
+        host_slots = self._copied.dst_block_ids
         part = self.page_size * self.shape.row_bytes
         for layer in range(self.shape.layers):
             for number in range(self.shape.buffers):
@@ -214,7 +218,6 @@ class Bench:
                     self.host[host_slots, begin : begin + part].ravel(),
                     self.original[layer, number].ravel(),
                 )
-        self.engine.cache.index.release(lease)
 
 
 def measure(bench: Bench, report: Report, repeats: int, flip: bool) -> dict[str, Any]:
@@ -228,7 +231,7 @@ def measure(bench: Bench, report: Report, repeats: int, flip: bool) -> dict[str,
         taken["gather"] = bench.gather(keys, device_slots)
         if flip and repeat == 1:
             bench.host[bench.num_blocks // 2, 0] ^= 1
-        bench.check_host(report, keys)
+        bench.check_host(report)
         for name, copy in _YARDSTICKS.items():
             taken[f"scatter_{name}"] = bench.linear(copy, to_host=False)
         bench.fill_device(None)

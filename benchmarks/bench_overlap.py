@@ -369,7 +369,7 @@ class Bench:
         self.engine = KVTaskEngine(config, self.pool.buffers, namespace=_NAMESPACE)
         self.counter = LayerLoadCounter(
             shape.layers,
-            self.engine.transfer.make_gate,
+            self.engine.make_gate,
             self.engine.poll,
             (lambda: torch.cuda.current_stream().cuda_stream) if device.type == "cuda" else None,
         )
@@ -392,7 +392,7 @@ class Bench:
 
     def _wait_for_memory(self) -> None:
         """Until the CPU tier is pinned, or at least there: what happens once is not part of a load."""
-        host = self.engine.storage.host
+        host = self.engine.host_pool
         deadline = time.monotonic() + _TIMEOUT_S
         while host.populated_bytes < host.total_bytes and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -405,7 +405,7 @@ class Bench:
     def prepare(self, tier: str) -> None:
         """Leaves the prefix in the CPU tier, or on SSD alone, and nothing of it in the pool."""
         if tier == "ssd":
-            self.engine.cache.index.invalidate_tier(CPU)
+            self.engine.clear_tiers(CPU)
         else:
             task = self.engine.start_prefetch(self.keys)
             if task is not None:
@@ -571,7 +571,7 @@ def main(
             report.settings = {
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                 "attention": bench.prefill.attention_name,
-                "io_engine": bench.engine.transfer.io_engine,
+                "io_engine": bench.engine.io_engine,
                 "mib": bench.pool.num_bytes / MIB,
                 "layers": shape.layers,
                 "tokens": shape.tokens,

@@ -31,7 +31,7 @@ from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, Token
 from sglang_flexkv.common.config import CacheConfig, SsdAdmission
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, TransferType
-from sglang_flexkv.ssdtier import SsdTier
+from sglang_flexkv.ssdtier import SsdState, SsdTier
 from sglang_flexkv.storage.storage_engine import StorageEngine
 from sglang_flexkv.transfer.trace import TransferTrace
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
@@ -99,6 +99,9 @@ class KVTask:
 class KVTaskEngine:
     """Runs tasks over the tiers of one rank. Thread-safe: calls are serialised by one lock.
 
+    The only door to what is under it: index, transfers, memory and files are private, so that nobody changes
+    one of them without the others, or without the lock.
+
     Raises:
         ConfigError, OSError: a tier cannot be set up (see StorageEngine).
     """
@@ -117,7 +120,7 @@ class KVTaskEngine:
         self.config = config
         self._trace = TransferTrace() if config.trace_file is not None else None
         self._rank_tag = rank_tag
-        self.storage = StorageEngine(
+        self._storage = StorageEngine(
             config, device, namespace=namespace, label=label, rank_tag=rank_tag, disk=disk
         )
         self._lock = threading.RLock()
@@ -131,13 +134,13 @@ class KVTaskEngine:
         self._spills_running = 0
         self._closed = False
         try:
-            self.cache = GlobalCacheEngine(config, keep_tokens=keep_tokens)
-            self.transfer = TransferEngine(config, self.storage)
-            self.ssd = (
+            self._cache = GlobalCacheEngine(config, keep_tokens=keep_tokens)
+            self._transfer = TransferEngine(config, self._storage)
+            self._ssd = (
                 SsdTier(
-                    self.storage,
-                    self.cache,
-                    self.transfer,
+                    self._storage,
+                    self._cache,
+                    self._transfer,
                     self._cancel_disk_tasks,
                     lambda: len(self._disk_tasks()),
                 )
@@ -145,15 +148,51 @@ class KVTaskEngine:
                 else None
             )
         except BaseException:
-            self.storage.close()
+            self._storage.close()
             raise
+
+    # ---- what it stands on ----
+
+    @property
+    def device(self) -> DeviceBuffers:
+        """The pool that is cached."""
+        return self._storage.device
+
+    @property
+    def host_pool(self) -> _core.HostPool:
+        """The memory of the CPU tier, for benchmarks that compare with it."""
+        return self._storage.host
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes that a block takes in a tier."""
+        return self._storage.slot_bytes
+
+    @property
+    def io_engine(self) -> str:
+        """Name of the SSD I/O engine in use, with the reason if it is a fall-back."""
+        return self._transfer.io_engine
+
+    @property
+    def cuda_note(self) -> str:
+        """What the GPU or its driver cannot do and is done in a slower way; empty if nothing."""
+        return self._transfer.cuda_note
+
+    @property
+    def ssd_state(self) -> SsdState | None:
+        """Whether the SSD tier takes part; None if there is none."""
+        return self._ssd.state if self._ssd is not None else None
+
+    def make_gate(self, num_layers: int) -> _core.LayerGate:
+        """A gate for tasks of this engine, see ``launch``. On a GPU streams can be told to wait for it."""
+        return self._transfer.make_gate(num_layers)
 
     # ---- asking ----
 
     def match(self, keys: BlockKeys) -> MatchResult:
         with self._lock:
             self.poll()
-            return self.cache.match(keys)
+            return self._cache.match(keys)
 
     def hold(self, keys: BlockKeys, tier: _core.Tier | None = None) -> tuple[int, npt.NDArray[np.uint8]]:
         """Pins the leading held blocks for a reader that comes later: those that ``tier`` holds, or any.
@@ -164,10 +203,15 @@ class KVTaskEngine:
         """
         with self._lock:
             self.poll()
-            lease, tiers, _ = self.cache.index.acquire(keys, tier)
+            lease, tiers, _ = self._cache.index.acquire(keys, tier)
             if lease:
                 self._holds.add(lease)
             return lease, tiers
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks whose record is kept: nobody has forgotten them yet."""
+        return len(self._tasks)
 
     @property
     def num_running(self) -> int:
@@ -177,7 +221,7 @@ class KVTaskEngine:
     @property
     def queued_ssd_read_bytes(self) -> int:
         """Bytes that wait to be read from SSD or are being read."""
-        return self.transfer.queued_blocks(TransferType.DISK2H) * self.storage.slot_bytes
+        return self._transfer.queued_blocks(TransferType.DISK2H) * self._storage.slot_bytes
 
     @property
     def num_ssd_reads(self) -> int:
@@ -195,13 +239,13 @@ class KVTaskEngine:
             return None
         with self._lock:
             self.poll()
-            task = self._reads.get(self.cache.index.writer(_core.Tier.CPU, key))
+            task = self._reads.get(self._cache.index.writer(_core.Tier.CPU, key))
             return None if task is None or task.plan is None or task.plan.discarded else task
 
     def unhold(self, lease: int) -> None:
         with self._lock:
             self._holds.discard(lease)
-            self.cache.index.release(lease)
+            self._cache.index.release(lease)
 
     # ---- creating ----
 
@@ -209,7 +253,7 @@ class KVTaskEngine:
         """Task that brings the leading held blocks to the device; READY. See GlobalCacheEngine.plan_get."""
         with self._lock:
             self.poll()
-            return self._add(self.cache.plan_get(blocks, tokens))
+            return self._add(self._cache.plan_get(blocks, tokens))
 
     def create_put(
         self,
@@ -223,13 +267,13 @@ class KVTaskEngine:
         room. See GlobalCacheEngine.plan_put."""
         with self._lock:
             self.poll()
-            return self._add(self.cache.plan_put(parent, keys, tokens, importance=importance))
+            return self._add(self._cache.plan_put(parent, keys, tokens, importance=importance))
 
     def start_prefetch(self, keys: BlockKeys) -> KVTask | None:
         """Starts to bring the leading held blocks of ``keys`` into the CPU tier. None: nothing to do."""
         with self._lock:
             self.poll()
-            plan = self.cache.plan_prefetch(keys)
+            plan = self._cache.plan_prefetch(keys)
             if plan is None:
                 return None
             task = self._add(plan)
@@ -249,7 +293,7 @@ class KVTaskEngine:
         """Ends a task's plan, which gives back what it held; see GlobalCacheEngine.finish."""
         if task.plan is not None:
             self._reads.pop(task.plan.txn, None)
-            self.cache.finish(task.plan, result)
+            self._cache.finish(task.plan, result)
 
     # ---- running ----
 
@@ -283,7 +327,7 @@ class KVTaskEngine:
                 return
             if token_slots is not None:
                 plan.graph.bind_device_slots(token_slots, self.config.tokens_per_block)
-            task.core_graph = self.transfer.submit(
+            task.core_graph = self._transfer.submit(
                 plan.graph,
                 gate=gate,
                 wait_events=[event.cuda_event for event in wait_events],  # type: ignore[attr-defined]
@@ -303,7 +347,7 @@ class KVTaskEngine:
         """Takes in what has ended and starts what waited for it. Returns the tasks that ended."""
         ended = []
         with self._lock:
-            for result in self.transfer.poll():
+            for result in self._transfer.poll():
                 task = self._by_graph.pop(result.graph)
                 assert task.plan is not None
                 self._finish(task, result)
@@ -311,7 +355,9 @@ class KVTaskEngine:
                     self._trace.add(task.plan.kind.value, task.plan.graph, result)
                 task.held_events.clear()
                 task.error = result.error
-                if result.done:
+                if task.plan.discarded and task.plan.kind is not PlanKind.GET:
+                    task.become(TaskStatus.CANCELLED)  # moved, but not kept
+                elif result.done:
                     task.become(TaskStatus.COMPLETED)
                 elif any(op.status == _core.OpStatus.FAILED for op in result.ops):
                     task.become(TaskStatus.FAILED)
@@ -323,8 +369,8 @@ class KVTaskEngine:
                 ended.append(task)
             self._reclaim()
             if not self._closed:
-                if self.ssd is not None:
-                    self.ssd.poll()
+                if self._ssd is not None:
+                    self._ssd.poll()
                 self._start_spills()
         return ended
 
@@ -339,9 +385,9 @@ class KVTaskEngine:
             self.cancel(task)
 
     def _start_spills(self) -> None:
-        blocks_max = max(1, _SPILL_BYTES_MAX // self.storage.slot_bytes)
+        blocks_max = max(1, _SPILL_BYTES_MAX // self._storage.slot_bytes)
         while self._spills_running < _SPILLS_MAX:
-            plan = self.cache.plan_spill(blocks_max)
+            plan = self._cache.plan_spill(blocks_max)
             if plan is None:
                 return
             self._spills_running += 1
@@ -358,7 +404,7 @@ class KVTaskEngine:
                     )
                 left = deadline - time.monotonic()
                 # In steps: a disk that hangs is noticed by poll, and nobody else may be calling it.
-                self.transfer.wait(task.core_graph, max(0.0, min(left, _WAIT_STEP_S)))
+                self._transfer.wait(task.core_graph, max(0.0, min(left, _WAIT_STEP_S)))
                 self.poll()
                 if left <= 0 and not task.ended:
                     return False
@@ -368,7 +414,7 @@ class KVTaskEngine:
         """Ends a task that has not started, and asks a running one to end (it does so by itself, soon)."""
         with self._lock:
             if task.status is TaskStatus.RUNNING:
-                self.transfer.cancel(task.core_graph)
+                self._transfer.cancel(task.core_graph)
             elif not task.ended:
                 self._unlaunched.pop(task.task_id, None)
                 self._finish(task, None)
@@ -389,13 +435,18 @@ class KVTaskEngine:
 
     # ---- all at once ----
 
+    def drain(self, timeout_s: float) -> bool:
+        """Waits until no transfer runs; the next ``poll`` takes their outcomes in. False when the time is up
+        first."""
+        return self._transfer.drain(timeout_s)
+
     def quiesce(self) -> None:
         """Cancels everything and waits until nothing touches the device. Keeps what the tiers hold. What is
         on its way from or to the disk ends by itself: nobody waits for a disk here."""
         with self._lock:
             for task in [*self._tasks.values(), *self._by_graph.values()]:
                 self.cancel(task)
-            while not self.transfer.drain_device(_QUIESCE_WARN_S):
+            while not self._transfer.drain_device(_QUIESCE_WARN_S):
                 logger.warning("still waiting for copies from or to the device to end")
             closed, self._closed = self._closed, True  # no new spills
             self.poll()
@@ -406,19 +457,29 @@ class KVTaskEngine:
         with self._lock:
             self.quiesce()
             self._tasks.clear()  # nobody comes back for what a flush took away
-            self._discard(self._by_graph.values())
-            self.cache.clear()
-            if self.ssd is not None:
-                self.ssd.clear()
+            self.clear_tiers(_core.Tier.CPU, _core.Tier.SSD)
+
+    def clear_tiers(self, *tiers: _core.Tier) -> None:
+        """Forgets every block of these tiers and what is on its way there, in this process and for the next
+        one. May come at any time: tasks go on, and a get brings what it was planned for."""
+        with self._lock:
+            self._discard(
+                task
+                for task in [*self._tasks.values(), *self._by_graph.values()]
+                if task.plan is not None and task.plan.txn_tier in tiers
+            )
+            self._cache.clear(tiers)
+            if self._ssd is not None and _core.Tier.SSD in tiers:
+                self._ssd.clear()
 
     def stop_persisting(self) -> None:
         """Empties the SSD tier and marks it: no other process finds what is in it from now on. For the moment
         when the weights stop being those that the namespace stands for."""
         with self._lock:
             self._discard(self._disk_tasks())
-            self.cache.clear_ssd()
-            if self.ssd is not None:
-                self.ssd.stop_persisting()
+            self._cache.clear([_core.Tier.SSD])
+            if self._ssd is not None:
+                self._ssd.stop_persisting()
 
     @staticmethod
     def _discard(tasks: Iterable[KVTask]) -> None:
@@ -444,10 +505,10 @@ class KVTaskEngine:
     def flush_spills(self, timeout_s: float) -> bool:
         """Waits until all that waits for SSD is there. False when the time is up first."""
         deadline = time.monotonic() + timeout_s
-        while self.cache.num_waiting_spills or self._spills_running:
+        while self._cache.num_waiting_spills or self._spills_running:
             if time.monotonic() > deadline:
                 return False
-            self.transfer.drain(0.05)
+            self._transfer.drain(0.05)
             self.poll()
         return True
 
@@ -457,8 +518,8 @@ class KVTaskEngine:
         deadline = time.monotonic() + timeout_s
         return (
             self.flush_spills(timeout_s)
-            and self.ssd is not None
-            and self.ssd.sync(max(0.0, deadline - time.monotonic()))
+            and self._ssd is not None
+            and self._ssd.sync(max(0.0, deadline - time.monotonic()))
         )
 
     def check_integrity(self) -> None:
@@ -466,12 +527,12 @@ class KVTaskEngine:
         runs."""
         with self._lock:
             self.poll()
-            problem = self.cache.index.check_integrity()
+            problem = self._cache.index.check_integrity()
             assert not problem, f"index: {problem}"
             # A running task may have been forgotten by its creator; it still owns what it holds.
             known = {**self._tasks, **{task.task_id: task for task in self._by_graph.values()}}
             live = [task for task in known.values() if not task.ended and task.plan is not None]
-            index = self.cache.index
+            index = self._cache.index
             leases = sum(len(task.plan.leases) for task in live if task.plan) + len(self._holds)
             reservations = sum(bool(task.plan.txn) for task in live if task.plan)
             assert index.num_leases == leases, f"{index.num_leases} leases, {leases} of them with an owner"
@@ -481,22 +542,26 @@ class KVTaskEngine:
             reads = {task.plan.txn for task in live if task.plan and task.plan.num_ssd_blocks}
             assert self._reads.keys() == reads, f"reads {set(self._reads)}, running are {reads}"
 
+    def transfer_stats(self) -> dict[str, dict[str, float]]:
+        """Per transfer type, see TransferEngine.stats."""
+        return self._transfer.stats()
+
     def stats(self) -> dict[str, dict[str, float]]:
         """Tiers (slots, free, ready, writing, pinned, evicted) and transfers (see TransferEngine.stats)."""
         with self._lock:
             out: dict[str, dict[str, float]] = {}
             for tier in (_core.Tier.CPU, _core.Tier.SSD):
-                s = self.cache.index.stats(tier)
+                s = self._cache.index.stats(tier)
                 out[tier.name] = {
                     name: getattr(s, name)
                     for name in ("slots", "free", "ready", "writing", "pinned", "evicted")
                 }
-            if self.ssd is not None:
-                out["SSD"].update(self.ssd.stats())
+            if self._ssd is not None:
+                out["SSD"].update(self._ssd.stats())
                 if self.config.ssd_admission is SsdAdmission.REUSE:
-                    saved = max(0, self.cache.num_offered_to_ssd - self.cache.num_admitted_to_ssd)
-                    out["SSD"]["saved_write_bytes"] = saved * self.storage.slot_bytes
-            out.update(self.transfer.stats())
+                    saved = max(0, self._cache.num_offered_to_ssd - self._cache.num_admitted_to_ssd)
+                    out["SSD"]["saved_write_bytes"] = saved * self._storage.slot_bytes
+            out.update(self._transfer.stats())
             return out
 
     def close(self) -> None:
@@ -504,16 +569,16 @@ class KVTaskEngine:
         with self._lock:
             if self._closed:
                 return
-            if self.ssd is not None and self.cache.journal is not None:
+            if self._ssd is not None and self._cache.journal is not None:
                 self.flush_spills(_CLOSE_FLUSH_S)  # the next process finds what is on SSD by then
             self.quiesce()
             self._closed = True
             self._write_trace()
-            if self.ssd is not None:
-                self.ssd.close()
-            self.transfer.close()
-            self.cache.journal = None  # the last but one to hold it: the store is done when it is closed
-            self.storage.close()
+            if self._ssd is not None:
+                self._ssd.close()
+            self._transfer.close()
+            self._cache.journal = None  # the last but one to hold it: the store is done when it is closed
+            self._storage.close()
 
     def _write_trace(self) -> None:
         path = self.config.trace_file

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -381,15 +382,12 @@ class GlobalCacheEngine:
         """Leaves the SSD tier out: nothing is looked for or written there. Returns how many blocks are lost
         to this process until it is back."""
         self.journal = None
-        return self.clear_ssd()
+        return self.clear([SSD])
 
-    def clear_ssd(self) -> int:
-        """Forgets every block of the SSD tier. Blocks in use go when their users let go of them."""
-        self._to_spill.clear()
-        self._to_spill_blocks = 0
-        return self.index.invalidate_tier(SSD)
-
-    def clear(self) -> None:
-        """Forgets everything in every tier. Blocks in use go when their users let go of them."""
-        self.clear_ssd()
-        self.index.invalidate_tier(CPU)
+    def clear(self, tiers: Collection[_core.Tier]) -> int:
+        """Forgets every block of these tiers. Blocks in use go when their users let go of them. Returns how
+        many they were."""
+        if SSD in tiers:
+            self._to_spill.clear()
+            self._to_spill_blocks = 0
+        return sum(self.index.invalidate_tier(tier) for tier in tiers)

@@ -116,23 +116,23 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.config = config
         self.namespace = namespace
         self.forward_stream = forward_stream
-        device = engine.storage.device
+        device = engine.device
         self._on_gpu = device.device.type != "cpu"
         self.gpu_stream = forward_stream if self._on_gpu else None
         self.layer_done_counter = LayerLoadCounter(
             num_layers,
-            engine.transfer.make_gate,
+            engine.make_gate,
             engine.poll,
             # torch.cuda.current_stream() takes ten times as long, and this is asked twice per layer.
             partial(torch._C._cuda_getCurrentRawStream, device.cuda_device) if self._on_gpu else None,
         )
-        self.pools = {PoolName.KV: engine.storage.device}
+        self.pools = {PoolName.KV: device}
         self._single_rank = single_rank
         self._page = engine.config.tokens_per_block
         self.page_hashes = PageHashes(engine.config.tokens_per_block, namespace)
         self.load_or_recompute = LoadOrRecompute(
             config.load_policy,
-            block_bytes=engine.storage.slot_bytes,
+            block_bytes=engine.slot_bytes,
             tokens_per_block=engine.config.tokens_per_block,
         )
         self.metrics = metrics
@@ -244,7 +244,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         start = min(total_tokens, device_tokens + found.num_to_load * self._page)
         end = min(total_tokens, start + chunk_tokens) if chunk_tokens else total_tokens
         read_s = costs.from_ssd.seconds(
-            self.engine.queued_ssd_read_bytes + found.num_ssd_blocks * self.engine.storage.slot_bytes
+            self.engine.queued_ssd_read_bytes + found.num_ssd_blocks * self.engine.slot_bytes
         )
         return read_s <= costs.prefill.seconds(start, end)
 
@@ -276,7 +276,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         reached = self.engine.match(found.keys).num_blocks  # with what is being read
         num_bytes = self.engine.queued_ssd_read_bytes
         if read.status is TaskStatus.READY and read.plan is not None:
-            num_bytes += read.plan.num_ssd_blocks * self.engine.storage.slot_bytes
+            num_bytes += read.plan.num_ssd_blocks * self.engine.slot_bytes
         return self.load_or_recompute.is_worth_waiting(
             num_bytes,
             device_tokens + first * self._page,
@@ -418,7 +418,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         return landed
 
     def _learn_speeds(self) -> None:
-        stats = self.engine.transfer.stats()
+        stats = self.engine.transfer_stats()
         for link, name in (
             (self.load_or_recompute.to_device, "H2D"),
             (self.load_or_recompute.from_ssd, "DISK2H"),
@@ -444,7 +444,7 @@ class FlexKVLinker(UnifiedCacheLinker):
 
         On a GPU that is at once: the forward's stream, which alone writes to them, waits for the copy. Loads
         into them wait for what is on that stream."""
-        gate = self.engine.transfer.make_gate(1) if self._on_gpu else None
+        gate = self.engine.make_gate(1) if self._on_gpu else None
         task = self._start_put(transfers, parent_hash, gate=gate)
         if gate is not None and not task.ended:
             stream = self.forward_stream or torch.cuda.current_stream()
@@ -501,6 +501,13 @@ class FlexKVLinker(UnifiedCacheLinker):
         may be used again, so every tier is emptied."""
         self._abandon()
         self.engine.clear()
+
+    def clear_storage(self) -> None:
+        """Forgets what the tiers hold, for this process and the next one. Not a reset: it may come at any
+        time, and copies that run still have somebody who waits for them."""
+        for rid in list(self._holds):
+            self.release_hold(rid)
+        self.engine.clear_tiers(_core.Tier.CPU, _core.Tier.SSD)
 
     def weights_changed(self) -> None:
         """No other process may find what is stored from now on, nor what was stored and may now be mixed with

@@ -111,7 +111,7 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
     def load_back(self, req: Any) -> Any:
         hit = self.hit_markers.get(req.rid)
         loaded = super().load_back(req)
-        if loaded[0] and self.cache_linker.engine.cache.config.enable_ssd:
+        if loaded[0] and self.cache_linker.engine.config.enable_ssd:
             self.cache.reads_may_run = True
         first, count = self.cache_linker.ssd_span(req.rid)
         if hit is not None and count:
@@ -260,7 +260,7 @@ class FlexKVRadixCache(UnifiedRadixCache):
 
     def prefetch_from_storage(self, request: Any, *_args: Any, **_kwargs: Any) -> None:
         """Called when a request enters the queue, right after its prefix was matched."""
-        if self.linker is None or not self.linker.cache_linker.engine.cache.config.enable_ssd:
+        if self.linker is None or not self.linker.cache_linker.engine.config.enable_ssd:
             return
         if self._is_alone():
             return  # its turn comes at once, and its load reads from SSD under the forward
@@ -470,12 +470,12 @@ class FlexKVRadixCache(UnifiedRadixCache):
             self.linker.cache_linker.weights_changed()
 
     def clear_storage_backend(self) -> bool:
-        """SGLang's endpoint for clearing the storage behind the cache: empties every tier."""
+        """SGLang's endpoint for clearing the storage behind the cache: empties the CPU and the SSD tier. What
+        the device holds stays."""
         if self.linker is None:
             return False
-        # Not a reset: this can come at any time, and copies that run still have somebody who waits for them.
         self.linker.hit_markers.clear()
-        self.linker.cache_linker.engine.cache.clear()
+        self.linker.cache_linker.clear_storage()
         return True
 
     def sanity_check(self) -> None:
@@ -550,7 +550,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any) -> FlexKVRadixCache:
     cache.attach(linker, config.write_policy)
     pool.register_layer_transfer_counter(linker.layer_done_counter)
     ctx.tp_worker.register_hicache_layer_transfer_counter(linker.layer_done_counter)
-    slot_bytes = engine.storage.slot_bytes
+    slot_bytes = engine.slot_bytes
     logger.info(
         "sglang-flexkv %s: %s, block %d tokens (%.1f KiB); CPU tier %.2f GiB (%d blocks); SSD tier %s",
         __version__,
@@ -559,10 +559,10 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any) -> FlexKVRadixCache:
         slot_bytes / 1024,
         cache_config.num_cpu_blocks * slot_bytes / GIB,
         cache_config.num_cpu_blocks,
-        f"{cache_config.num_ssd_blocks * slot_bytes / GIB:.2f} GiB through {engine.transfer.io_engine}"
+        f"{cache_config.num_ssd_blocks * slot_bytes / GIB:.2f} GiB through {engine.io_engine}"
         if cache_config.enable_ssd
         else "off",
     )
-    if engine.transfer.cuda_note:
-        logger.warning("sglang-flexkv: %s", engine.transfer.cuda_note)
+    if engine.cuda_note:
+        logger.warning("sglang-flexkv: %s", engine.cuda_note)
     return cache

@@ -353,7 +353,7 @@ class Rig:
 
     def settle(self) -> None:
         """Waits until no copy runs and tells the tree."""
-        assert self.engine.transfer.drain(TIMEOUT_S)
+        assert self.engine.drain(TIMEOUT_S)
         self.cache.check_hicache_events()
 
     def evict_all(self) -> None:
@@ -377,7 +377,7 @@ class Rig:
         assert self.stats("CPU")["writing"] == 0
         assert self.cache.full_protected_size() == 0
         assert self.allocator.available_size() + self.cache.full_evictable_size() == self.pool.size
-        assert not self.engine._tasks, "records of tasks that nobody will ask about"
+        assert not self.engine.num_tasks, "records of tasks that nobody will ask about"
         self.cache.sanity_check()
 
     def close(self) -> None:

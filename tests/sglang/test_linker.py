@@ -25,6 +25,7 @@ from sglang_flexkv.common.block import keys_from_page_hashes, make_namespace
 from sglang_flexkv.common.config import LoadPolicy, PrefetchPolicy, WritePolicy
 from sglang_flexkv.integration.request_names import name_of
 from sglang_flexkv.kvtask import TaskStatus
+from sglang_flexkv.transfer.transfer_engine import TransferEngine
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
 PAGES = 4  # of the sequences below
@@ -72,7 +73,7 @@ def page_hashes(rig: Rig, tokens: list[int]) -> list[str]:
 
 def invalidate_cpu_tier(rig: Rig) -> None:
     """Forgets what the CPU tier holds, as if newer blocks had pushed it out."""
-    rig.engine.cache.index.invalidate_tier(_core.Tier.CPU)
+    rig.engine.clear_tiers(_core.Tier.CPU)
 
 
 # ---- the round trip ----
@@ -123,7 +124,7 @@ def test_only_the_part_that_the_device_lost_is_loaded(make_rig: MakeRig, policy:
 
     req = rig.request(trunk + tail)
     (slots,) = rig.restore(req)
-    assert rig.stats("H2D")["bytes"] - before == PAGES * rig.engine.storage.layout.block_bytes
+    assert rig.stats("H2D")["bytes"] - before == PAGES * rig.engine.device.block_layout(PAGE).block_bytes
     assert_same(rig.read(slots), expected)
     rig.finish(req, slots)
 
@@ -193,7 +194,7 @@ def test_a_spilled_node_is_copied_before_its_slots_are_free(make_rig: MakeRig) -
 
     def spill_and_look(node_id: int) -> None:
         spill(node_id)
-        running.append(rig.engine.transfer.num_pending)
+        running.append(rig.engine.num_running)
 
     with mock.patch.object(rig.cache.linker, "spill_node", spill_and_look):
         rig.cache.evict(EvictParams(num_tokens=len(tokens)))
@@ -221,7 +222,7 @@ def test_on_a_gpu_the_forwards_stream_waits_for_a_spill(make_rig: MakeRig) -> No
         mock.patch.object(rig.linker, "_on_gpu", True),
         mock.patch.object(rig.linker, "forward_stream", SimpleNamespace(cuda_stream=77)),
         mock.patch.object(rig.linker, "record_offload_ready", list),
-        mock.patch.object(rig.engine.transfer, "make_gate", Gate),
+        mock.patch.object(rig.engine, "make_gate", Gate),
         mock.patch.object(rig.engine, "wait", side_effect=AssertionError("the host waits")),
     ):
         rig.evict_all()
@@ -292,7 +293,7 @@ def test_matching_again_and_again_pins_once(make_rig: MakeRig) -> None:
     req = rig.request(sequence(1))
     for _ in range(3):
         assert rig.match(req).host_hit_length == PAGES * PAGE
-        assert rig.engine.cache.index.num_leases == 1
+        assert rig.stats("CPU")["pinned"] == PAGES
     rig.abort(req)
 
 
@@ -318,7 +319,7 @@ def test_a_match_that_the_device_answers_lets_go_of_the_promise(make_rig: MakeRi
     rig.insert(tokens, seed=2)  # somebody else computed it while this request waited
     match = rig.match(req)
     assert (match.device_prefix_len, match.host_hit_length) == (PAGES * PAGE, 0)
-    assert rig.engine.cache.index.num_leases == 0
+    assert rig.stats("CPU")["pinned"] == 0
     assert not rig.cache.linker.has_hit(name_of(req))
     rig.settle()
     rig.abort(req)
@@ -357,7 +358,7 @@ def test_a_cancelled_load_writes_nothing_and_gives_everything_back(make_rig: Mak
     untouched = rig.read(slots)
     rig.abort(req, slots)
     assert rig.start_batch() == -1
-    assert rig.engine.transfer.drain(TIMEOUT_S)
+    assert rig.engine.drain(TIMEOUT_S)
     assert_same(rig.read(slots), untouched)
     assert rig.stats("CPU")["pinned"] == 0
 
@@ -543,7 +544,7 @@ def test_a_forward_that_went_on_without_a_layer_is_nobodys(
     launch = rig.engine.launch
 
     def hold_the_second_back(task: Any, *args: Any, **kwargs: Any) -> None:
-        if held_back or len(rig.engine._by_graph):
+        if held_back or rig.engine.num_running:
             held_back.append(lambda: launch(task, *args, **kwargs))
         else:
             launch(task, *args, **kwargs)
@@ -643,7 +644,7 @@ def test_a_gate_waits_for_the_second_load_even_if_the_first_has_landed_before_it
     launch = rig.engine.launch
 
     def launch_when_the_last_one_has_landed(*args: Any, gate: _core.LayerGate, **kwargs: Any) -> None:
-        assert rig.engine.transfer.drain(TIMEOUT_S)
+        assert rig.engine.drain(TIMEOUT_S)
         open_before_launch.append(gate.open_layers)
         launch(*args, gate=gate, **kwargs)
 
@@ -826,7 +827,7 @@ def prefetch(rig: Rig, req: Req) -> None:
 
 def wait_until_ready(rig: Rig, req: Req) -> None:
     while not rig.cache.check_prefetch_progress(req.cache_request_handle):
-        assert rig.engine.transfer.drain(TIMEOUT_S)
+        assert rig.engine.drain(TIMEOUT_S)
 
 
 def test_what_only_ssd_holds_comes_back_through_prefetch(make_rig: MakeRig, tmp_path: Path) -> None:
@@ -873,9 +874,13 @@ def test_only_the_part_that_the_cpu_tier_lost_is_read_from_ssd(make_rig: MakeRig
 
 
 def forget_in_memory(rig: Rig, tokens: list[int], first_page: int) -> None:
-    """The CPU tier loses the pages from this one on."""
-    lost = keys_from_page_hashes(page_hashes(rig, tokens), rig.linker.namespace)[first_page:]
-    rig.engine.cache.index.invalidate(_core.Tier.CPU, lost.copy())
+    """The CPU tier loses the pages from this one on, which SSD holds as well."""
+    invalidate_cpu_tier(rig)
+    kept = keys_from_page_hashes(page_hashes(rig, tokens), rig.linker.namespace)[:first_page]
+    task = rig.engine.start_prefetch(kept)
+    if task is not None:
+        assert rig.engine.wait([task], TIMEOUT_S)
+        rig.engine.forget(task)
 
 
 def store_on_ssd_alone(rig: Rig, tokens: list[int]) -> None:
@@ -923,7 +928,7 @@ def test_a_block_that_is_damaged_on_ssd_is_not_used_and_not_looked_for_again(
     (slots_file,) = tmp_path.glob("*.slots")
     with slots_file.open("r+b") as file:
         file.seek(_core.SSD_SLOTS_OFFSET)
-        file.write(bytes(rig.engine.storage.slot_bytes))
+        file.write(bytes(rig.engine.slot_bytes))
     req = rig.request(tokens)
     slots = rig.admit(req)
     rig.start_batch()
@@ -949,12 +954,10 @@ def test_of_a_batch_only_the_request_whose_blocks_are_damaged_runs_again(
     rig.evict_all()
     assert rig.engine.flush_spills(TIMEOUT_S)
     invalidate_cpu_tier(rig)
-    keys = keys_from_page_hashes(page_hashes(rig, prompts[damaged]), rig.linker.namespace)
-    lease, _, ssd_slots = rig.engine.cache.index.acquire(keys, _core.Tier.SSD)
-    rig.engine.cache.index.release(lease)
+    second_page = b"".join(rows.numpy().tobytes() for rows in cut(expected[damaged], PAGE, 2 * PAGE))
     (slots_file,) = tmp_path.glob("*.slots")
     with slots_file.open("r+b") as file:
-        file.seek(_core.SSD_SLOTS_OFFSET + int(ssd_slots[1]) * rig.engine.storage.slot_bytes)
+        file.seek(slots_file.read_bytes().index(second_page))
         file.write(bytes(64))
     reqs = [rig.request(tokens) for tokens in prompts]
     all_slots = [rig.admit(req) for req in reqs]
@@ -1074,7 +1077,7 @@ def nobody_else() -> SimpleNamespace:
 @contextmanager
 def reads_do_not_end(rig: Rig) -> Iterator[None]:
     """Their outcome is kept from the engine."""
-    with mock.patch.object(rig.engine.transfer, "poll", list):
+    with mock.patch.object(TransferEngine, "poll", return_value=[]):
         yield
 
 
@@ -1088,6 +1091,7 @@ def test_of_one_batch_only_the_first_reads_what_several_want(
     rig.evict_all()
     assert rig.engine.flush_spills(TIMEOUT_S)
     forget_in_memory(rig, tokens, in_memory)
+    reads = rig.stats("DISK2H")["ops_done"]
     first, second = rig.request(tokens), rig.request(tokens + sequence(7000))
     for req in (first, second):
         assert rig.match(req).host_hit_length == len(tokens)
@@ -1103,7 +1107,7 @@ def test_of_one_batch_only_the_first_reads_what_several_want(
     (slots,) = rig.restore(second)
     assert len(slots) == len(tokens)
     assert_same(rig.read(slots), expected)
-    assert rig.stats("DISK2H")["ops_done"] == 1
+    assert rig.stats("DISK2H")["ops_done"] == reads + 1
     assert rig.linker.metrics.total["loaded cpu"] == (PAGES + in_memory) * PAGE
     rig.abort(first, first_slots)
     rig.finish(second, slots)
@@ -1215,7 +1219,7 @@ def test_who_waits_for_a_read_that_fails_computes(make_rig: MakeRig, tmp_path: P
     (slots_file,) = tmp_path.glob("*.slots")
     with slots_file.open("r+b") as file:
         file.seek(_core.SSD_SLOTS_OFFSET)
-        file.write(bytes(rig.engine.storage.slot_bytes))
+        file.write(bytes(rig.engine.slot_bytes))
     first, second = rig.request(tokens), rig.request(tokens)
     rig.match(second)
     slots = rig.admit(first)
@@ -1436,7 +1440,7 @@ def test_how_long_a_request_waits_for_ssd_is_the_policys_choice(
     invalidate_cpu_tier(rig)
     req = rig.request(sequence(1))
     # A prefetch that does not end by itself: the outcome is kept from the engine.
-    with mock.patch.object(rig.engine.transfer, "poll", list):
+    with mock.patch.object(TransferEngine, "poll", return_value=[]):
         prefetch(rig, req)
         ready = rig.cache.check_prefetch_progress(req.cache_request_handle)
     assert ready is (policy is PrefetchPolicy.BEST_EFFORT)
@@ -1558,6 +1562,7 @@ def test_clearing_the_storage_never_passes_off_an_unfinished_load_as_finished(
     rig.start_batch()
     assert rig.match(late).host_hit_length == len(tokens)
     rig.cache.clear_storage_backend()
+    assert rig.stats("CPU")["ready"] == 0
     rig.forward()
     if not rig.cache.finish_external_linker_loads([req]):
         assert_same(rig.read(slots), expected)
@@ -1567,8 +1572,6 @@ def test_clearing_the_storage_never_passes_off_an_unfinished_load_as_finished(
     # What the other request was promised is gone, so it must not be counted on.
     assert not rig.cache.linker.has_hit(name_of(late))
     rig.abort(late)
-    rig.settle()
-    assert rig.stats("CPU")["ready"] == 0
 
 
 # ---- new weights ----

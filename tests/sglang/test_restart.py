@@ -10,6 +10,8 @@ from answers import ASK, difference, differing
 from server import SGLangServer
 from workload import conversations
 
+from sglang_flexkv.storage import ssd_tools
+
 ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 6
 PROMPTS = [turn.tokens for turn in conversations(6, 2, seed=3)][-6:]
@@ -21,6 +23,11 @@ def answers(server: SGLangServer) -> list[dict[str, Any]]:
 
 def from_ssd(answer: dict[str, Any]) -> int:
     return (answer["meta_info"].get("cached_tokens_details") or {}).get("storage", 0)
+
+
+def stored_blocks(directory: Path) -> list[int]:
+    """What a server would find that starts now, rank by rank."""
+    return [ssd_tools.inspect(files).live_blocks for files in ssd_tools.find([directory])]
 
 
 def test_the_first_request_after_a_restart_hits_ssd(tmp_path: Path) -> None:
@@ -47,8 +54,9 @@ def test_the_first_request_after_a_restart_hits_ssd(tmp_path: Path) -> None:
             assert not differing(got, expected), how
         finally:
             again.stop(grace_s=0)  # SIGKILL: the next start comes after a crash
-    # A flush is for good: what it emptied does not come back with the next server.
+    # Clearing and flushing are for good: what they emptied does not come back with the next server.
     with server() as last:
+        answers(last)
         last.flush_cache()
     with server() as after:
         answer = after.generate(PROMPTS[0], NEW_TOKENS, **ASK)
@@ -92,5 +100,11 @@ def test_a_burst_after_a_restart_computes_nothing_that_ssd_holds(tmp_path: Path,
             cached = [answer["meta_info"]["cached_tokens"] for answer in got]
             assert min(cached) >= len(prompt) - 16, (cached, len(prompt))
             assert not differing(got, wanted)
+        # What is on its way to SSD goes, too, and the next server finds nothing of it.
+        assert stored_blocks(directory)
+        for number, prompt in enumerate(PROMPTS):
+            again.generate([number, *prompt], NEW_TOKENS)
+        assert again.request("POST", "/hicache/storage-backend/clear").status_code == 200
+    assert stored_blocks(directory) == [0] * tp_size
     log = (tmp_path / "server.log").read_text()
     assert log.count("sglang-flexkv closed: nothing left held") == 2 * tp_size, again.log_tail()

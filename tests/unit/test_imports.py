@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -156,6 +157,57 @@ def test_the_command_line_is_read_by_the_plugin_only(path: Path) -> None:
 )
 def test_an_arrow_that_points_up_is_found(module: str, line: str) -> None:
     assert arrows(PACKAGE / module, line)
+
+
+# ---- one door to the engine ----
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def doors_passed_by(source: str) -> list[str]:
+    """Private attributes of a KVTaskEngine that a module uses. Whoever holds one calls it ``engine``."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and re.fullmatch("_[^_].*", node.attr):
+            owner = node.value
+            name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
+            if name.strip("_") == "engine":
+                found.append(f"line {node.lineno}: {name}.{node.attr}")
+    return found
+
+
+def users_of_the_engine() -> list[Path]:
+    folders = ("sglang_flexkv", "tests", "benchmarks", "demo", "examples")
+    paths = [path for folder in folders for path in sorted((REPOSITORY / folder).rglob("*.py"))]
+    return [path for path in paths if "KVTaskEngine" in (text := path.read_text()) or "engine." in text]
+
+
+@pytest.mark.parametrize(
+    "path", users_of_the_engine(), ids=lambda path: path.relative_to(REPOSITORY).as_posix()
+)
+def test_nobody_passes_by_the_engines_door(path: Path) -> None:
+    assert doors_passed_by(path.read_text()) == []
+
+
+def test_behind_the_door_everything_is_private() -> None:
+    """What the engine is made of has no name that others could use, by whatever variable they hold it."""
+    tree = ast.parse((PACKAGE / "kvtask.py").read_text())
+    (engine,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "KVTaskEngine")
+    public = {
+        node.attr
+        for node in ast.walk(engine)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.ctx, ast.Store)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "self"
+        and not node.attr.startswith("_")
+    }
+    assert public == {"config"}
+
+
+@pytest.mark.parametrize("line", ["rig.engine._cache.index", "engine._transfer", "self._engine._tasks"])
+def test_a_door_that_is_passed_by_is_found(line: str) -> None:
+    assert doors_passed_by(line)
 
 
 def test_the_patches_load_without_the_compiled_core() -> None:

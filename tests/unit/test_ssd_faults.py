@@ -63,9 +63,11 @@ class Cache:
             keep_tokens=True,
         )
         self.engine = self.manager.engine
-        assert self.engine.ssd is not None
-        self.tier = self.engine.ssd
         self.slots = np.arange(SEQUENCE * BLOCK)
+
+    @property
+    def times_out(self) -> int:
+        return int(self.engine.stats()["SSD"]["times_out"])
 
     def tokens(self, sequence: int) -> np.ndarray:
         return np.arange(SEQUENCE * BLOCK) + sequence * 10_000
@@ -113,7 +115,7 @@ class Cache:
             time.sleep(0.01)
 
     def until_state(self, state: SsdState) -> None:
-        self.until(lambda: self.tier.state is state, f"the tier is {self.tier.state}, not {state}")
+        self.until(lambda: self.engine.ssd_state is state, f"the tier is not {state}")
 
     def put_until_out(self) -> int:
         """Puts sequences from 10 on until the tier is out, and returns the last. How many that takes is open:
@@ -125,7 +127,7 @@ class Cache:
             sequence += 1
             self.put(sequence)
             self.engine.sync(0.2)
-            return self.tier.times_out > 0
+            return self.times_out > 0
 
         self.until(is_out, "the tier stays in")
         return sequence
@@ -135,11 +137,14 @@ class Cache:
         self.disk.clear_faults()
         # A fault just before may have failed the journal without the tier having looked yet: online it is
         # only when nothing of the past is left to be noticed.
-        self.until(lambda: not self.engine._by_graph, "something never ends")
-        self.until(
-            lambda: self.tier.state is SsdState.ONLINE and self.engine.sync(1.0) and not self.tier._why_out(),
-            "the tier does not come back",
-        )
+        self.until(lambda: not self.engine.num_running, "something never ends")
+
+        def is_well() -> bool:
+            synced = self.engine.sync(1.0)
+            self.engine.poll()
+            return synced and self.engine.ssd_state is SsdState.ONLINE
+
+        self.until(is_well, "the tier does not come back")
         self.fill(range(50, 54))
         assert self.get(50) == SEQUENCE
         assert self.engine.stats()["DISK2H"]["ops_done"] > 0
@@ -150,13 +155,14 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(ssdtier, "_RETRY_S", 0.05)
     monkeypatch.setattr(ssdtier, "_RETRY_MAX_S", 0.2)
     monkeypatch.setattr(ssdtier, "_STALL_S", 0.3)
+    monkeypatch.setattr(ssdtier, "_CHECK_EVERY_S", 0.0)
     directory = tmp_path / "ssd"
     directory.mkdir()
     cache = Cache(directory, request.param)
     yield cache
     cache.disk.clear_faults()
     cache.engine.quiesce()
-    cache.until(lambda: not cache.engine._by_graph, "something never ends")
+    cache.until(lambda: not cache.engine.num_running, "something never ends")
     cache.engine.check_integrity()
     cache.manager.shutdown()
 
@@ -166,10 +172,10 @@ def test_reads_fail(cache: Cache) -> None:
     cache.disk.set_fault("read", 1.0, errno.EIO)
     for sequence in range(3):
         assert cache.get(sequence) == 0
-    cache.until(lambda: cache.tier.times_out == 1, "the tier stays in")
+    cache.until(lambda: cache.times_out == 1, "the tier stays in")
     assert cache.get(7) == SEQUENCE  # in memory
     assert cache.get(5) == 0
-    assert cache.tier.state is not SsdState.ONLINE
+    assert cache.engine.ssd_state is not SsdState.ONLINE
     cache.heals()
 
 
@@ -178,9 +184,9 @@ def test_a_read_that_fails_once_costs_one_miss(cache: Cache) -> None:
     cache.disk.set_fault("read", 1.0, errno.EIO)
     assert cache.get(0) == 0
     cache.disk.clear_faults()
-    assert cache.tier.state is SsdState.ONLINE
+    assert cache.engine.ssd_state is SsdState.ONLINE
     assert cache.get(1) == SEQUENCE
-    assert cache.tier.times_out == 0
+    assert cache.times_out == 0
 
 
 def test_writes_fail(cache: Cache) -> None:
@@ -217,7 +223,7 @@ def test_read_only(cache: Cache) -> None:
     cache.put(last + 1)
     time.sleep(0.3)  # attempts to come back
     cache.engine.poll()
-    assert cache.tier.state is SsdState.AWAY
+    assert cache.engine.ssd_state is SsdState.AWAY
     cache.heals()
     assert cache.get(0) == SEQUENCE  # what was there before is there again
 
@@ -230,7 +236,7 @@ def test_disk_hangs(cache: Cache, operation: str) -> None:
         assert cache.get(0, timeout_s=PROMPT_S) == 0
     else:
         cache.put(10)
-    cache.until(lambda: cache.tier.times_out == 1, "the tier stays in")
+    cache.until(lambda: cache.times_out == 1, "the tier stays in")
     assert cache.get(7 if operation == "read" else 10) == SEQUENCE
     cache.heals()
 
@@ -254,7 +260,7 @@ def test_clear_does_not_wait_for_the_disk(cache: Cache) -> None:
     started_s = time.monotonic()
     cache.manager.clear()
     assert time.monotonic() - started_s < 0.5
-    cache.until(lambda: not cache.engine._by_graph, "the read never ends")
+    cache.until(lambda: not cache.engine.num_running, "the read never ends")
     assert cache.get(0) == cache.get(7) == 0
     cache.heals()
     for sequence in range(8):
@@ -291,7 +297,7 @@ def test_short_transfers(cache: Cache) -> None:
     for sequence in range(8):
         assert cache.get(sequence) == SEQUENCE
     assert cache.disk.injected()["short"] > 0
-    assert cache.tier.times_out == 0
+    assert cache.times_out == 0
 
 
 def test_bits_flip(cache: Cache) -> None:
@@ -302,7 +308,7 @@ def test_bits_flip(cache: Cache) -> None:
     assert 0 in came
     assert cache.engine.stats()["DISK2H"]["corrupt_blocks"] > 0
     # A disk that answers is not taken out for it.
-    assert cache.tier.times_out == 0
+    assert cache.times_out == 0
     cache.heals()
 
 
