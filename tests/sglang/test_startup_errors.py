@@ -20,7 +20,6 @@ from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import FlexKVConfig
 from sglang_flexkv.common.errors import ConfigError, IncompatibleError
 from sglang_flexkv.integration import checks
-from sglang_flexkv.integration.kv_pool import device_buffers
 from sglang_flexkv.storage.ssd_store import SsdStore
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-gqa"
@@ -325,25 +324,3 @@ def test_models_with_other_state_are_refused(component: Component) -> None:
         checks.check_components((Component.FULL, component))
     assert component.name in str(caught.value)
     assert "start without --enable-flexkv" in str(caught.value)
-
-
-@pytest.fixture
-def plain_pool() -> type:
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-
-    return MHATokenToKVPool
-
-
-def test_pools_with_other_state_are_refused(plain_pool: type) -> None:
-    class WindowedPool(plain_pool):  # type: ignore[misc]
-        pass
-
-    with pytest.raises(IncompatibleError, match=r"a WindowedPool, .*start without --enable-flexkv"):
-        device_buffers(WindowedPool.__new__(WindowedPool))
-
-
-def test_scales_beside_the_kv_are_refused(plain_pool: type, monkeypatch: pytest.MonkeyPatch) -> None:
-    with_scales = SimpleNamespace(buffer_info=SimpleNamespace(scales=object()))
-    monkeypatch.setattr(plain_pool, "get_device_pool_infos", lambda _: (with_scales,))
-    with pytest.raises(IncompatibleError, match=r"--kv-cache-dtype keeps scales .*use auto, bfloat16 or fp8"):
-        device_buffers(plain_pool.__new__(plain_pool))
