@@ -51,7 +51,7 @@ class SequenceMeta:
 
     Args:
         token_ids: int array of shape [tokens]; int32 and int64 are taken as they are, without a copy.
-        tokens_per_block: a power of two.
+        tokens_per_block: at least 1.
         namespace: who may share these blocks; if not given, everybody who gives none.
 
     Raises:

@@ -168,7 +168,7 @@ class ModelConfig(_Settings):
 class CacheConfig(_Settings):
     """Sizes of the tiers in blocks, as the engine takes them."""
 
-    tokens_per_block: int = 16
+    tokens_per_block: int = Field(default=16, gt=0)
     enable_cpu: bool = True
     num_cpu_blocks: int = Field(default=1000, gt=0)
     enable_ssd: bool = False
@@ -185,13 +185,6 @@ class CacheConfig(_Settings):
     copy_threads: int = Field(default=2, gt=0, le=64)
     io_engine: IoEngine = IoEngine.AUTO
     io_depth: int = Field(default=64, gt=0, le=4096)  # I/Os in flight, each way
-
-    @field_validator("tokens_per_block")
-    @classmethod
-    def _power_of_two(cls, value: int) -> int:
-        if value <= 0 or value & (value - 1):
-            raise ValueError(f"must be a power of two, got {value}; 16 suits most models")
-        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

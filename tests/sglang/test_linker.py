@@ -80,7 +80,7 @@ def invalidate_cpu_tier(rig: Rig) -> None:
 
 
 @pytest.mark.parametrize("policy", WritePolicy, ids=lambda p: p.value)
-@pytest.mark.parametrize("page_size", [1, 16, 64])
+@pytest.mark.parametrize("page_size", [1, 16, 48])
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("kind", ["mha", "mla"])
 def test_an_evicted_prefix_comes_back_into_other_slots_byte_for_byte(

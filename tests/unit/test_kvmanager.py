@@ -48,10 +48,11 @@ class Pool:
         cpu_blocks: int = 32,
         ssd_blocks: int = 0,
         num_layers: int = 3,
+        block: int = BLOCK,
         tenant: str = "",
         **ssd: Any,
     ) -> None:
-        self.layout = KVCacheLayout(layout_type, num_layers, 64, BLOCK, 1 if mla else 2, 32, is_mla=mla)
+        self.layout = KVCacheLayout(layout_type, num_layers, 64, block, 1 if mla else 2, 32, is_mla=mla)
         raw = torch.randint(0, 2**16, (torch.zeros(self.layout.kv_shape).numel(),), dtype=torch.int32)
         self.kv = raw.to(torch.int16).view(torch.int16).reshape(self.layout.kv_shape)
         if dtype.itemsize == 2:
@@ -65,7 +66,7 @@ class Pool:
                 dtype=dtype,
             ),
             CacheConfig(
-                tokens_per_block=BLOCK,
+                tokens_per_block=block,
                 num_cpu_blocks=cpu_blocks,
                 enable_ssd=ssd_blocks > 0,
                 num_ssd_blocks=ssd_blocks,
@@ -157,6 +158,20 @@ def test_what_comes_back_is_byte_for_byte_what_was_stored(make, layout_type, mla
     pool.wipe(SLOTS)
     assert pool.get(tokens(100, 64), OTHER) == 64
     assert torch.equal(pool.bytes_at(OTHER), before)
+
+
+@pytest.mark.parametrize("block", [1, 3, 24])
+@pytest.mark.parametrize("layout_type", list(KVCacheLayoutType), ids=lambda v: v.value)
+def test_a_block_may_have_any_number_of_tokens(make, layout_type, block) -> None:
+    pool = make(layout_type=layout_type, block=block, cpu_blocks=8, ssd_blocks=32)
+    count = 5 * block
+    stored, other = torch.arange(count), torch.arange(20 * block, 20 * block + count)
+    before = pool.save(tokens(100, count + block - 1), torch.arange(count + block - 1))[:, :, :count]
+    for n in range(1, 3):  # pushes it out of the CPU tier
+        pool.save(tokens(1000 * n, count), stored + 8 * n * block)
+    assert pool.get(tokens(100, count), other) == count
+    assert torch.equal(pool.bytes_at(other), before)
+    assert pool.manager.engine.stats()["DISK2H"]["ops_done"] > 0
 
 
 def test_what_the_cpu_tier_had_to_forget_comes_back_from_ssd(make) -> None:
