@@ -179,6 +179,14 @@ def _print_inspection(i: Inspection) -> None:
     say(f"[bold]{escape(str(i.files.slots))}[/bold]")
     for name, text in rows:
         say(f"  {name:<11}{escape(text)}")
+    if i.identity is None:
+        say("  identity   not recorded")
+        return
+    say("  identity")
+    for name, text in sorted({**i.identity.settings, **i.identity.pool}.items()):
+        say(f"    {escape(name)}: {escape(text)}")
+    for name in sorted(i.identity.unclassified):
+        say(f"    {escape(name)}: (set; whether it changes KV is not known)")
 
 
 def _print_verification(result: Verification) -> None:

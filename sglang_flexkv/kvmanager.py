@@ -27,11 +27,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_flexkv.common.block import SequenceMeta, make_namespace
+from sglang_flexkv.common.block import SequenceMeta
 from sglang_flexkv.common.config import CacheConfig, ModelConfig
 from sglang_flexkv.common.storage import DeviceBuffers, KVCacheLayout
 from sglang_flexkv.common.transfer import Slots
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus, as_token_slots
+from sglang_flexkv.storage.ssd_identity import Identity, digest
 
 Mask = npt.NDArray[np.bool_]
 
@@ -82,14 +83,14 @@ class KVManager:
     def __init__(self, model_config: ModelConfig, cache_config: CacheConfig, tenant: str = "") -> None:
         self.model_config = model_config
         self.cache_config = cache_config
-        self.namespace = make_namespace(
-            {
-                **model_config.model_dump(),
-                "tokens_per_block": cache_config.tokens_per_block,
-                "tenant": tenant,
-                "format": 1,
-            }
-        )
+        fields = {
+            **model_config.model_dump(),
+            "tokens_per_block": cache_config.tokens_per_block,
+            "tenant": digest(tenant),  # may be anything, and is kept on disk
+            "format": 1,
+        }
+        self._identity = Identity({name: str(value) for name, value in fields.items()})
+        self.namespace = self._identity.namespace
         self._device: DeviceBuffers | None = None
         self._engine: KVTaskEngine | None = None
         self._requests: dict[int, _Request] = {}
@@ -122,6 +123,7 @@ class KVManager:
                 self._device,
                 namespace=self.namespace,
                 label=self.model_config.model_name or "a model without a name",
+                identity=self._identity,
                 keep_tokens=True,
             )
 

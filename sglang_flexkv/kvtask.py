@@ -32,6 +32,7 @@ from sglang_flexkv.common.config import CacheConfig, SsdAdmission
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, TransferType
 from sglang_flexkv.ssdtier import SsdState, SsdTier
+from sglang_flexkv.storage.ssd_identity import Identity
 from sglang_flexkv.storage.storage_engine import StorageEngine
 from sglang_flexkv.transfer.trace import TransferTrace
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
@@ -113,6 +114,7 @@ class KVTaskEngine:
         *,
         namespace: Namespace,
         label: str = "",
+        identity: Identity | None = None,
         rank_tag: str = "rank0",
         keep_tokens: bool = False,
         disk: _core.Disk | None = None,
@@ -121,7 +123,13 @@ class KVTaskEngine:
         self._trace = TransferTrace() if config.trace_file is not None else None
         self._rank_tag = rank_tag
         self._storage = StorageEngine(
-            config, device, namespace=namespace, label=label, rank_tag=rank_tag, disk=disk
+            config,
+            device,
+            namespace=namespace,
+            label=label,
+            identity=identity,
+            rank_tag=rank_tag,
+            disk=disk,
         )
         self._lock = threading.RLock()
         self._tasks: dict[int, KVTask] = {}

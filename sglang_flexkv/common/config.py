@@ -10,7 +10,7 @@ import difflib
 import json
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -297,6 +297,11 @@ class FlexKVConfig(_Settings):
             io_depth=self.io_depth,
             trace_file=self.trace_file,
         )
+
+
+def environment() -> Mapping[str, str]:
+    """The environment of this process, for settings that are not ours."""
+    return os.environ
 
 
 def available_memory_bytes() -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
-from sglang_flexkv.common.config import GIB, FlexKVConfig
+from sglang_flexkv.common.config import GIB, FlexKVConfig, SsdMismatch
 from sglang_flexkv.common.errors import ConfigError, IncompatibleError
-from sglang_flexkv.storage.ssd_files import check_directory, check_free_space
+from sglang_flexkv.storage.ssd_files import check_directory, check_free_space, in_use, shards_in
 
 # Flag, whether it is set in a way we cannot serve, and what to do. Fields are SGLang's own names.
 _CONFLICTS = (
@@ -31,6 +32,22 @@ _CONFLICTS = (
         bool,
         "--speculative-algorithm, which keeps KV of a draft model that is not cached yet; drop it",
     ),
+    (
+        "kv_cache_dtype",
+        lambda v: v in ("nvfp4", "fp4_mx_block16", "mxfp8"),
+        "--kv-cache-dtype {value}, which keeps scales beside the KV; use auto, bfloat16 or an fp8",
+    ),
+    (
+        "enable_kv_cache_sharding",
+        bool,
+        "--enable-kv-cache-sharding, which spreads pages over the ranks; drop it",
+    ),
+    (
+        "prefill_only_disable_kv_cache",
+        bool,
+        "--prefill-only-disable-kv-cache, which leaves nothing to cache; drop it",
+    ),
+    ("enable_pdmux", bool, "--enable-pdmux, which computes prefills on streams of its own; drop it"),
     ("pp_size", lambda v: v > 1, "--pp-size above 1 yet; use --tp-size"),
     ("dcp_size", lambda v: v > 1, "--dcp-size above 1 yet; leave it at 1"),
     ("attn_cp_size", lambda v: v > 1, "--attn-cp-size above 1 yet; leave it at 1"),
@@ -51,8 +68,9 @@ def check_flags(view: Any) -> None:
         view: SGLang's resolved arguments.
     """
     for name, refused, remedy in _CONFLICTS:
-        if refused(getattr(view, name)):
-            raise IncompatibleError(f"--enable-flexkv does not work with {remedy}")
+        value = getattr(view, name)
+        if refused(value):
+            raise IncompatibleError(f"--enable-flexkv does not work with {remedy.format(value=value)}")
     if view.device not in _DEVICES:
         raise IncompatibleError(
             f"--device {view.device} is not supported: sglang-flexkv copies from and to {', '.join(_DEVICES)}"
@@ -71,6 +89,70 @@ def check_machine(config: FlexKVConfig) -> None:
     if config.ssd_cache_dir:
         share = int(config.ssd_cache_gb * GIB) // len(config.ssd_cache_dir)
         check_free_space({directory: share for directory in config.ssd_cache_dir})
+
+
+def check_model(model: Any) -> None:
+    """Raises IncompatibleError for models whose state is more than full-attention KV, before they are loaded.
+
+    Args:
+        model: SGLang's ModelConfig.
+    """
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import is_deepseek_dsa, is_minimax_sparse
+
+    others = {
+        "sliding windows": model.is_hybrid_swa,
+        "Mamba or linear-attention state": mambaish_config(model) is not None,
+        "the index keys of sparse attention": is_deepseek_dsa(model.hf_config)
+        or is_minimax_sparse(model.hf_config),
+    }
+    found = [name for name, there in others.items() if there]
+    if found:
+        raise IncompatibleError(
+            f"the model {model.model_path} keeps {', '.join(found)} beside full-attention KV, which "
+            "sglang-flexkv does not store yet; start without --enable-flexkv"
+        )
+
+
+def check_ssd(config: FlexKVConfig, view: Any, model: Any) -> None:
+    """Raises ConfigError if files in the SSD directories belong to a running server, or hold the cache of
+    another model or setting.
+
+    What the device pool adds to the setting is not known yet, and files can come and go, so it is looked at
+    again when they are opened.
+
+    Args:
+        view: SGLang's resolved arguments.
+        model: SGLang's ModelConfig.
+    """
+    from sglang_flexkv import _core
+    from sglang_flexkv.integration.model_identity import model_identity
+    from sglang_flexkv.storage import ssd_identity, ssd_tools
+    from sglang_flexkv.storage.ssd_store import mismatch
+
+    ranks = {f"dp{dp}-tp{tp}" for dp in range(max(1, view.dp_size)) for tp in range(view.tp_size)}
+    shards = [files for d in config.ssd_cache_dir for files in shards_in(d) if files.rank_tag in ranks]
+    for files in shards:
+        owner = ssd_tools.owner(files)
+        if owner is not None:
+            raise in_use(files.directory, owner)
+    if not shards or config.ssd_on_mismatch is SsdMismatch.FRESH:
+        return
+
+    def read(name: str) -> Any:
+        return getattr(view, name)
+
+    # This process loads nothing, so it does not matter whether files have changed since it started.
+    wanted = model_identity(read, model.model_path, model.revision, started_s=math.inf)
+    for files in shards:
+        try:
+            found = ssd_identity.conflict(files, wanted, before_pool=True)
+        except _core.CoreMismatchError as error:
+            raise mismatch(str(error)) from None
+        except _core.CoreSystemError:
+            continue  # said better where they are opened
+        if found is not None and not found.worth_nothing:
+            raise mismatch(str(found))
 
 
 def check_components(tree_components: tuple[Any, ...]) -> None:

@@ -7,14 +7,19 @@ enabled runs as if it were not there.
 from __future__ import annotations
 
 import logging
+import multiprocessing
 import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sglang_flexkv.common.config import FlexKVConfig
 from sglang_flexkv.common.errors import FlexKVError
 from sglang_flexkv.integration import checks
+
+if TYPE_CHECKING:
+    from sglang_flexkv.integration.model_identity import Settings
 
 logger = logging.getLogger(__name__)
 
@@ -22,20 +27,34 @@ logger = logging.getLogger(__name__)
 # a prompt's end and large enough for one I/O per block.
 DEFAULT_PAGE_SIZE = 16
 
+# What this process' arguments and environment said before its scheduler loaded the model.
+_at_start: Settings | None = None
+
 
 def around_scheduler_init(original: Callable[..., None], scheduler: Any, *args: Any, **kwargs: Any) -> None:
     from sglang.srt.runtime_context import get_context, get_memory
 
-    enabled = get_memory().enable_flexkv
-    if enabled:
+    if not get_memory().enable_flexkv:
+        original(scheduler, *args, **kwargs)
+        return
+    from sglang_flexkv.integration.model_identity import settings
+
+    global _at_start
+    try:
         _check_applied()
+        _at_start = settings(get_context().config_leaf)
         get_context().override("sglang-flexkv", enable_unified_cache_external_linker=True)
-    original(scheduler, *args, **kwargs)
-    if enabled:
-        # The gate for prefetching while a request waits in the queue, for counting the cache's transfers as
-        # work in progress, and for the storage field of the cache report.
-        scheduler.enable_lmcache = True
-        scheduler.tree_cache.attach_scheduler(scheduler)
+        original(scheduler, *args, **kwargs)
+    except FlexKVError:
+        if multiprocessing.parent_process() is None:
+            raise
+        # What SGLang does with an error of its scheduler, without the traceback: the reason is logged.
+        os.kill(os.getppid(), signal.SIGQUIT)
+        sys.exit(1)
+    # The gate for prefetching while a request waits in the queue, for counting the cache's transfers as
+    # work in progress, and for the storage field of the cache report.
+    scheduler.enable_lmcache = True
+    scheduler.tree_cache.attach_scheduler(scheduler)
 
 
 def around_create_unified_radix_cache(original: Callable[..., Any], ctx: Any, **kwargs: Any) -> Any:
@@ -46,7 +65,7 @@ def around_create_unified_radix_cache(original: Callable[..., Any], ctx: Any, **
     from sglang_flexkv.integration.radix_cache import build_radix_cache
 
     try:
-        return build_radix_cache(original, ctx)
+        return build_radix_cache(original, ctx, _at_start)
     except FlexKVError as error:
         logger.error("sglang-flexkv cannot start: %s", error)
         raise
@@ -134,14 +153,18 @@ def before_resume_memory(updater: Any, recv_req: Any) -> None:
 
 
 def after_check_server_args(_result: Any, server_args: Any) -> None:
-    from sglang.srt.arg_groups.overrides import resolving_view
+    from sglang.srt.arg_groups.overrides import model_config_of, resolving_view
 
     view = resolving_view(server_args)
     if not view.enable_flexkv:
         return
     try:
         checks.check_flags(view)
-        checks.check_machine(FlexKVConfig.load(view.flexkv_config_file))
+        config = FlexKVConfig.load(view.flexkv_config_file)
+        checks.check_machine(config)
+        model = model_config_of(server_args)
+        checks.check_model(model)
+        checks.check_ssd(config, view, model)
     except FlexKVError as error:
         if _is_command_line():
             # One line for the user who typed the flag, without the launcher's traceback.

@@ -11,19 +11,19 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
-import logging
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-logger = logging.getLogger(__name__)
+from sglang_flexkv.common.config import environment
+from sglang_flexkv.storage.ssd_identity import Identity, digest
 
 # Resolved arguments of SGLang, by the names of its own fields.
 ARGUMENTS = (
@@ -134,10 +134,17 @@ _IRRELEVANT_SUFFIXES = frozenset(
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 
-# SGLang's environment variables count unless their name says that they are about operation.
-_OPERATION = re.compile(
-    "LOG_|_LOG|TEST|PORT|TIMEOUT|RUN_ID|_DIR|PATH|HEALTH|PROFILE|METRICS|TRACE|DISAGG|HICACHE|IPC|WARMUP|INTERVAL"
+# What SGLang's environment variables are about, judged one by one.
+_VARIABLES_FILE = "sglang_variables.txt"
+# Kubernetes adds these for a service whose name begins with sglang.
+_SERVICE_ADDRESS = re.compile(
+    r"_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$"
 )
+# Neither on disk nor in a log, not even as digests.
+_SECRET = re.compile(r"(KEY|TOKEN|PASSWD|CREDENTIALS?|AUTH)$|API_KEY|ACCESS_KEY|SECRET|PASSWORD")
+# Arguments of which only digests are kept: they may hold what opens a bucket.
+_DIGESTED_ARGUMENTS = frozenset({"model_loader_extra_config"})
+_URL_SECRETS = re.compile(r"(?<=://)[^/@\s]+(?=@)|(?<=\?)\S+=\S+")
 
 
 @dataclass
@@ -149,33 +156,67 @@ class _Listing:
     changed_s: float  # when one of them was last changed or put in its place, seconds since the epoch
 
 
-def model_identity(
-    read: Callable[[str], Any], model_path: str, revision: str | None, *, started_s: float | None = None
-) -> dict[str, object]:
-    """Fields for ``make_namespace`` that stand for the model and how its KV is computed.
+@dataclass(frozen=True)
+class Settings:
+    """What of the identity is known before anything is loaded, by the names that users type."""
 
-    Every rank that reads the same files gets the same fields, now and after a restart, unless there is a
-    nonce among them.
+    fields: Mapping[str, str]
+    unclassified: Mapping[str, str]  # variables of which nobody has judged whether they change KV
+
+
+def settings(read: Callable[[str], Any]) -> Settings:
+    """The arguments and the environment of this process.
+
+    To be called before SGLang loads the model: what it finds out then it puts into its environment, too.
+
+    Args:
+        read: value of a resolved argument of SGLang by its name.
+    """
+    fields = {f"--{name.replace('_', '-')}": _argument(name, read(name)) for name in ARGUMENTS}
+    fields |= {f"--{name.replace('_', '-')}": str(read(name)) for name in ("page_size", "tp_size")}
+    counting, unclassified = _environment()
+    versions = {f"version of {name}": _version(name) for name in ("sglang", "torch", "transformers")}
+    return Settings(
+        {name: value for name, value in {**fields, **counting, **versions}.items() if value}, unclassified
+    )
+
+
+def model_identity(
+    read: Callable[[str], Any],
+    model_path: str,
+    revision: str | None,
+    *,
+    at_start: Settings | None = None,
+    pool: Mapping[str, str] | None = None,
+    started_s: float | None = None,
+) -> Identity:
+    """What stands for the model and how its KV is computed.
+
+    Every rank that reads the same files gets the same identity, now and after a restart, unless it has a
+    nonce.
 
     Args:
         read: value of a resolved argument of SGLang by its name.
         model_path: what SGLang loaded: a directory, a file or the id of a hub repository.
         revision: of the repository.
+        at_start: what ``settings`` said before the model was loaded; default: what it says now.
+        pool: what the device pool adds.
         started_s: since when files must not have changed, seconds since the epoch; default: the start of this
             process, which loaded the weights some time after.
     """
     if started_s is None:
         started_s = psutil.Process().create_time()
+    at_start = at_start or settings(read)
     reasons = _unknowable(read)
     sources = {"model": find_local(model_path, revision, read("download_dir"))}
     if read("model_path") != model_path:  # an adapter whose base SGLang loads as the model
-        sources["model_path"] = find_local(read("model_path"), read("revision"), read("download_dir"))
+        sources["--model-path"] = find_local(read("model_path"), read("revision"), read("download_dir"))
     # Adapters that are named at launch keep their id over restarts, and SGLang keys their KV by it.
     for adapter in read("lora_paths") or ():
         sources[f"lora {adapter.lora_id}"] = find_local(adapter.lora_path)
     for name in PATH_ARGUMENTS:
         if read(name):
-            sources[name] = find_local(str(read(name)))
+            sources[f"--{name.replace('_', '-')}"] = find_local(str(read(name)))
     files = {}
     for name, source in sources.items():
         if source is None:
@@ -186,31 +227,48 @@ def model_identity(
         except OSError as error:
             reasons.append(f"the files of {name} cannot be read: {error}")
             continue
-        files[name] = f"{source} {listing.digest}"
+        files[f"files of {name}"] = f"{_without_secrets(str(source))} {listing.digest}"
         if name == "model" and not listing.has_weights:
             reasons.append(f"{source} holds no weights")
         if listing.changed_s > started_s:
             reasons.append(f"{source} has changed since this process started")
+    fields = {"model": _without_secrets(model_path), **files, **at_start.fields}
+    if revision:
+        fields["revision"] = revision
     if reasons:
-        logger.info(
-            "sglang-flexkv: KV that this process writes to SSD will not be found by another one: %s",
-            "; ".join(reasons),
+        fields["weights"] = _without_secrets(f"not told by files ({'; '.join(reasons)})")
+    return Identity(fields, pool or {}, at_start.unclassified, secrets.token_hex(16) if reasons else "")
+
+
+def notes(identity: Identity) -> list[str]:
+    """What its owner should know: whom this KV is lost to."""
+    found = []
+    if identity.nonce:
+        weights = identity.settings["weights"]
+        found.append(
+            f"KV that this process writes to SSD will not be found by another one: weights {weights}"
         )
-    return {
-        "model": model_path,
-        "revision": revision,
-        "files": _text(files),
-        "arguments": _text({name: read(name) for name in ARGUMENTS}),
-        "environment": _text(_environment()),
-        "software": _text({name: _version(name) for name in ("sglang", "torch", "transformers")}),
-        "nonce": secrets.token_hex(16) if reasons else "",
-    }
+    if identity.unclassified:
+        names = ", ".join(identity.unclassified)
+        found.append(
+            f"whether {names} changes KV is not known: without it, or with another value, what this process "
+            "writes to SSD will not be found"
+        )
+    return found
+
+
+def variables() -> dict[str, bool]:
+    """The environment variables of the SGLang that is supported: whether they change KV."""
+    text = resources.files(__package__).joinpath(_VARIABLES_FILE).read_text(encoding="utf-8")
+    judged = (line.split() for line in text.splitlines() if line.startswith(("yes ", "no ")))
+    return {name: verdict == "yes" for verdict, name in judged}
 
 
 def describe(model_path: str, dtype: object, tokens_per_block: int, tp_rank: int, tp_size: int) -> str:
     """One line for people about whose KV a store holds."""
     kind = str(dtype).removeprefix("torch.")
-    return f"{model_path}, {kind}, blocks of {tokens_per_block} tokens, TP rank {tp_rank} of {tp_size}"
+    model = _without_secrets(model_path)
+    return f"{model}, {kind}, blocks of {tokens_per_block} tokens, TP rank {tp_rank} of {tp_size}"
 
 
 def find_local(source: str, revision: str | None = None, download_dir: str | None = None) -> Path | None:
@@ -251,7 +309,7 @@ def _list_files(source: Path) -> _Listing:
     links = [folder for folder in source.parents if folder.is_symlink()]
     changed_s = max(path.lstat().st_ctime for path in (source, *links))
     paths = sorted(_relevant_files(source))
-    digest = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
     for path in paths:
         status = path.stat()
         changed_s = max(changed_s, status.st_ctime, path.lstat().st_ctime)
@@ -260,9 +318,9 @@ def _list_files(source: Path) -> _Listing:
             entry = (hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),)
         else:
             entry = (status.st_size, status.st_mtime_ns, _sample(path, status.st_size))
-        digest.update(_text([str(path.relative_to(source.parent)), *entry]).encode() + b"\n")
+        hashed.update(_text([str(path.relative_to(source.parent)), *entry]).encode() + b"\n")
     has_weights = any(path.suffix in _WEIGHT_SUFFIXES for path in paths)
-    return _Listing(digest.hexdigest(), has_weights, changed_s)
+    return _Listing(hashed.hexdigest(), has_weights, changed_s)
 
 
 def _relevant_files(source: Path) -> Iterable[Path]:
@@ -286,24 +344,62 @@ def _relevant_files(source: Path) -> Iterable[Path]:
 
 def _sample(path: Path, size: int) -> str:
     """Digest of pieces from the first to the last byte of a file."""
-    digest = hashlib.blake2b(digest_size=16)
+    hashed = hashlib.blake2b(digest_size=16)
     last = max(0, size - _SAMPLE_BYTES)
     with path.open("rb", buffering=0) as file:
         for number in range(_SAMPLES):
             file.seek(last * number // (_SAMPLES - 1))
-            digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
+            hashed.update(file.read(_SAMPLE_BYTES))
+    return hashed.hexdigest()
 
 
-def _environment() -> dict[str, object]:
+def _environment() -> tuple[dict[str, str], dict[str, str]]:
+    """The variables that are set and change KV, and those that nobody has classified."""
     from sglang.srt.environ import EnvField, envs
 
-    # Only names that SGLang knows: an orchestrator adds more of the same prefix, with addresses in them.
-    return {
-        name: field.get()
-        for name, field in vars(type(envs)).items()
-        if isinstance(field, EnvField) and not field.secret and not _OPERATION.search(name) and field.is_set()
-    }
+    declared = {name: field for name, field in vars(type(envs)).items() if isinstance(field, EnvField)}
+    judged = variables()
+    counting, unclassified = {}, {}
+    for name, text in sorted(environment().items()):
+        field = declared.get(name)
+        if name in judged:
+            value = _value_of(field, text) if judged[name] else ""
+            if value:
+                counting[name] = _without_secrets(value)
+        elif _may_be_read(name, field):
+            unclassified[name] = digest(text)  # it may be anything
+    return counting, unclassified
+
+
+def _may_be_read(name: str, field: Any) -> bool:
+    """Whether a variable that we do not know can be one that a forward pass reads."""
+    if _SECRET.search(name) or (field is not None and field.secret):
+        return False
+    return field is not None or (name.startswith("SGLANG_") and not _SERVICE_ADDRESS.search(name))
+
+
+def _value_of(field: Any, text: str) -> str:
+    """A variable's value as SGLang understands it; empty if that is what it is without the variable."""
+    if field is None:
+        return text
+    try:
+        value = field.get()
+    except Exception:  # whatever SGLang makes of it
+        return text
+    return "" if not callable(field.default) and value == field.default else _text(value)
+
+
+def _argument(name: str, value: object) -> str:
+    """An argument's value as text; empty if it is not set."""
+    if value is None or value is False or value in ("", "{}", "[]", [], {}, ()):
+        return ""
+    text = value if isinstance(value, str) else _text(value)
+    return digest(text) if name in _DIGESTED_ARGUMENTS else _without_secrets(text)
+
+
+def _without_secrets(text: str) -> str:
+    """Without passwords and signatures in URLs. Another password leads to the same model."""
+    return _URL_SECRETS.sub("***", text)
 
 
 def _version(distribution: str) -> str:

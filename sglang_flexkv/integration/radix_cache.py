@@ -11,6 +11,7 @@ import atexit
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -24,14 +25,13 @@ from sglang.srt.runtime_context import get_context, get_memory, get_observabilit
 from sglang.srt.session.streaming_session import is_virtual_node
 
 from sglang_flexkv import __version__, _core
-from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
 from sglang_flexkv.integration import checks
 from sglang_flexkv.integration.failed_loads import FailedLoads, keep_session, runs_again
 from sglang_flexkv.integration.kv_pool import device_buffers
 from sglang_flexkv.integration.linker import FlexKVLinker, Prefetch
 from sglang_flexkv.integration.metrics import Metrics
-from sglang_flexkv.integration.model_identity import describe, model_identity
+from sglang_flexkv.integration.model_identity import Settings, describe, model_identity, notes
 from sglang_flexkv.integration.prefill_times import PrefillTimes
 from sglang_flexkv.integration.request_names import NamedHandle, by_name, name_of
 from sglang_flexkv.kvtask import KVTaskEngine
@@ -484,12 +484,13 @@ class FlexKVRadixCache(UnifiedRadixCache):
             self.linker.cache_linker.engine.check_integrity()
 
 
-def build_radix_cache(create: Callable[..., Any], ctx: Any) -> FlexKVRadixCache:
+def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings | None) -> FlexKVRadixCache:
     """Builds the cache and everything under it.
 
     Args:
         create: SGLang's ``create_unified_radix_cache``.
         ctx: its TreeCacheBuildContext.
+        at_start: the settings of this process before it loaded the model.
 
     Raises:
         ConfigError, IncompatibleError: with the setting and the remedy.
@@ -510,33 +511,38 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any) -> FlexKVRadixCache:
     cache_config = config.cache_config(
         block_bytes=slot_bytes_for(layout.block_bytes), tokens_per_block=page_size, num_ranks=num_ranks
     )
-    namespace = make_namespace(
-        {
-            **model_identity(
-                get_context().config_leaf, ctx.model_config.model_path, ctx.model_config.revision
-            ),
-            "dtype": pool.dtype,
-            "layout": [(t.dtype, tuple(t.shape[1:])) for layer in device.tensors for t in layer],
-            "tokens_per_row": device.tokens_per_row,
-            "tokens_per_block": page_size,
-            "tp": (parallel.tp_rank, parallel.tp_size),
-            "attn_tp": (parallel.attn_tp_rank, parallel.attn_tp_size),
-            "format": 1,
-        }
+    identity = model_identity(
+        get_context().config_leaf,
+        ctx.model_config.model_path,
+        ctx.model_config.revision,
+        at_start=at_start,
+        pool={
+            "dtype of the KV": str(pool.dtype),
+            "layout of the KV": str([(t.dtype, tuple(t.shape[1:])) for t in chain(*device.tensors)]),
+            "tokens per row": str(device.tokens_per_row),
+            "tokens per block": str(page_size),
+            "TP rank": f"{parallel.tp_rank} of {parallel.tp_size}",
+            "attention TP rank": f"{parallel.attn_tp_rank} of {parallel.attn_tp_size}",
+            "format": "2",
+        },
     )
+    if cache_config.enable_ssd:
+        for note in notes(identity):
+            logger.warning("sglang-flexkv: %s", note)
     engine = KVTaskEngine(
         cache_config,
         device,
-        namespace=namespace,
+        namespace=identity.namespace,
         label=describe(
             ctx.model_config.model_path, pool.dtype, page_size, parallel.tp_rank, parallel.tp_size
         ),
+        identity=identity,
         rank_tag=f"dp{parallel.dp_rank or 0}-tp{parallel.tp_rank}",
     )
     linker = FlexKVLinker(
         engine,
         config,
-        namespace,
+        identity.namespace,
         num_layers=layout.num_layers,
         forward_stream=ctx.tp_worker.model_runner.forward_stream,
         single_rank=parallel.tp_size == 1,

@@ -16,8 +16,8 @@ from pathlib import Path
 from sglang_flexkv.common.config import GIB
 from sglang_flexkv.common.errors import ConfigError
 
-# Names of a rank's files: flexkv-<rank tag>.slots, .journal and .lock.
-_PREFIX, _SLOTS, _JOURNAL, _LOCK = "flexkv-", ".slots", ".journal", ".lock"
+# Names of a rank's files: flexkv-<rank tag>.slots, .journal, .identity and .lock.
+_PREFIX, _SLOTS, _JOURNAL, _IDENTITY, _LOCK = "flexkv-", ".slots", ".journal", ".identity", ".lock"
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,10 @@ class ShardFiles:
     @property
     def journal(self) -> Path:
         return self.directory / f"{_PREFIX}{self.rank_tag}{_JOURNAL}"
+
+    @property
+    def identity(self) -> Path:
+        return self.directory / f"{_PREFIX}{self.rank_tag}{_IDENTITY}"
 
     @property
     def lock(self) -> Path:
@@ -84,10 +88,7 @@ def lock_files(files: ShardFiles) -> int:
     except BlockingIOError:
         owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
         os.close(lock)
-        raise ConfigError(
-            f"ssd_cache_dir: {files.directory} is in use by another server (process {owner}); "
-            "give each server a directory of its own"
-        ) from None
+        raise in_use(files.directory, owner) from None
     except OSError as error:
         os.close(lock)
         raise _not_writable(files.directory, error) from None
@@ -115,6 +116,13 @@ def _not_writable(directory: Path, error: OSError) -> ConfigError:
     return ConfigError(
         f"ssd_cache_dir: {directory} is not writable ({error.strerror}); "
         "fix its permissions or name another one"
+    )
+
+
+def in_use(directory: Path, owner: str) -> ConfigError:
+    return ConfigError(
+        f"ssd_cache_dir: {directory} is in use by another server (process {owner}); "
+        "give each server a directory of its own"
     )
 
 

@@ -15,13 +15,23 @@ from pathlib import Path
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import Namespace
 from sglang_flexkv.common.errors import ConfigError
+from sglang_flexkv.storage import ssd_identity
 from sglang_flexkv.storage.ssd_files import ShardFiles, disk_bytes, free_bytes, lock_files, no_space
+from sglang_flexkv.storage.ssd_identity import Conflict, Identity
 
 logger = logging.getLogger(__name__)
 
 # A journal record waits so long for others, so that a sync of the disk serves them all. A crash forgets what
 # was stored in the last moments; nothing else depends on it.
 _COMMIT_INTERVAL_S = 0.1
+
+
+def mismatch(what: str) -> ConfigError:
+    """That the files of a directory are not ours to use."""
+    return ConfigError(
+        f"ssd_cache_dir: {what}; name another directory, set ssd_on_mismatch: fresh to give it up, "
+        "or remove it with 'sglang-flexkv ssd clear DIR'"
+    )
 
 
 class SsdStore:
@@ -34,6 +44,7 @@ class SsdStore:
         rank_tag: tells ranks that share a directory apart, e.g. ``rank0``.
         namespace: of the keys.
         label: what people are told the files hold.
+        identity: what ``namespace`` stands for, if somebody can say; kept beside the files.
         fresh_on_mismatch: give up files that hold another namespace or have another format.
 
     Raises:
@@ -50,6 +61,7 @@ class SsdStore:
         *,
         namespace: Namespace,
         label: str = "",
+        identity: Identity | None = None,
         fresh_on_mismatch: bool = False,
         disk: _core.Disk | None = None,
     ) -> None:
@@ -65,22 +77,31 @@ class SsdStore:
                 self._locks.append(lock_files(shard))
                 if file_bytes > free_bytes(shard.directory) + disk_bytes(shard.slots):
                     raise no_space(shard.directory, file_bytes)
-            self.core = _core.SsdStore(
-                [(str(f.directory), str(f.slots), str(f.journal)) for f in files],
-                namespace,
-                num_slots,
-                slice_bytes,
-                label,
-                fresh_on_mismatch,
-                _COMMIT_INTERVAL_S,
-                disk or _core.Disk(),
-            )
+
+            def open_files(fresh: bool) -> _core.SsdStore:
+                return _core.SsdStore(
+                    [(str(f.directory), str(f.slots), str(f.journal)) for f in files],
+                    namespace,
+                    num_slots,
+                    slice_bytes,
+                    label,
+                    fresh,
+                    _COMMIT_INTERVAL_S,
+                    disk or _core.Disk(),
+                )
+
+            try:
+                self.core = open_files(fresh_on_mismatch)
+            except _core.CoreMismatchError:
+                if identity is None or not _worth_nothing(files, identity):
+                    raise
+                self.core = open_files(True)
+            if identity is not None:
+                for shard in files:
+                    ssd_identity.write(shard, identity)
         except _core.CoreMismatchError as error:
             self._unlock()
-            raise ConfigError(
-                f"ssd_cache_dir: {error}; name another directory, set ssd_on_mismatch: fresh to give it up, "
-                "or remove it with 'sglang-flexkv ssd clear DIR'"
-            ) from None
+            raise mismatch(str(_first_conflict(files, identity) or error)) from None
         except _core.CoreSystemError as error:
             self._unlock()
             raise ConfigError(
@@ -104,3 +125,31 @@ class SsdStore:
         if self._locks:
             del self.core
             self._unlock()
+
+
+def _conflicts(files: Sequence[ShardFiles], wanted: Identity) -> list[Conflict]:
+    found = [ssd_identity.conflict(shard, wanted) for shard in files]
+    return [each for each in found if each is not None]
+
+
+def _worth_nothing(files: Sequence[ShardFiles], wanted: Identity) -> bool:
+    """Whether nobody would miss what the files hold of others."""
+    try:
+        found = _conflicts(files, wanted)
+    except _core.CoreSystemError:
+        return False
+    if not all(each.worth_nothing for each in found):
+        return False
+    for each in found:
+        logger.warning("SSD tier: %s: started empty: %s", each.files.directory, each.worth_nothing)
+    return bool(found)
+
+
+def _first_conflict(files: Sequence[ShardFiles], wanted: Identity | None) -> Conflict | None:
+    """With what differs, if that is recorded."""
+    if wanted is None:
+        return None
+    try:
+        return next((each for each in _conflicts(files, wanted) if not each.worth_nothing), None)
+    except _core.CoreSystemError:
+        return None

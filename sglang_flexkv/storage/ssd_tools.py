@@ -11,7 +11,9 @@ from pathlib import Path
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.errors import FlexKVError
+from sglang_flexkv.storage import ssd_identity
 from sglang_flexkv.storage.ssd_files import ShardFiles, shards_in
+from sglang_flexkv.storage.ssd_identity import Identity
 
 # Slots that are read between two reports of progress.
 _BATCH_SLOTS = 32
@@ -30,6 +32,7 @@ class Inspection:
     format_version: int
     label: str
     namespace: bytes
+    identity: Identity | None  # None: not recorded
     num_slots: int
     slot_bytes: int
     file_bytes: int  # of the slot file
@@ -83,12 +86,14 @@ def inspect(files: ShardFiles) -> Inspection:
     """Reads header and journal; also while a server uses the files, as a glimpse of what changes."""
     reader = _open(files)
     live = len(reader.live_slots)
+    identity = ssd_identity.recorded(files, reader.namespace)
     return Inspection(
         files=files,
         owner=owner(files),
         format_version=_core.SSD_FORMAT_VERSION,  # others are refused
         label=reader.label,
         namespace=reader.namespace,
+        identity=identity,
         num_slots=reader.num_slots,
         slot_bytes=reader.slot_bytes,
         file_bytes=files.slots.stat().st_size,
@@ -96,7 +101,8 @@ def inspect(files: ShardFiles) -> Inspection:
         journal_bytes=reader.journal_bytes if reader.has_journal else 0,
         journal_records=reader.journal_records,
         damaged_bytes=reader.damaged_bytes,
-        given_up_because=_why_given_up(reader),
+        given_up_because=_why_given_up(reader)
+        or (ssd_identity.WORTH_NOTHING if identity is not None and identity.nonce else ""),
     )
 
 
@@ -240,7 +246,8 @@ def _forget_cached_pages(path: Path) -> None:
 
 def _paths(files: ShardFiles) -> tuple[Path, ...]:
     """All names of a rank's files; the lock last, which guards the others."""
-    return (files.slots, files.journal, files.journal.with_name(files.journal.name + ".new"), files.lock)
+    unfinished = [path.with_name(path.name + ".new") for path in (files.journal, files.identity)]
+    return (files.slots, files.journal, files.identity, *unfinished, files.lock)
 
 
 def _distinct(directories: Sequence[Path]) -> list[Path]:

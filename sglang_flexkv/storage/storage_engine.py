@@ -6,6 +6,7 @@ from sglang_flexkv import _core
 from sglang_flexkv.common.block import Namespace
 from sglang_flexkv.common.config import CacheConfig, SsdMismatch
 from sglang_flexkv.common.storage import DeviceBuffers
+from sglang_flexkv.storage.ssd_identity import Identity
 from sglang_flexkv.storage.ssd_store import SsdStore
 
 
@@ -20,6 +21,7 @@ class StorageEngine:
     Args:
         namespace: of the keys; what is found on SSD under another one is not ours.
         label: what people are told the SSD files hold.
+        identity: what the namespace stands for, kept beside the SSD files.
         disk: what the SSD tier's system calls go through; tests put faults there.
 
     Raises:
@@ -34,6 +36,7 @@ class StorageEngine:
         *,
         namespace: Namespace,
         label: str = "",
+        identity: Identity | None = None,
         rank_tag: str = "rank0",
         disk: _core.Disk | None = None,
     ) -> None:
@@ -42,6 +45,7 @@ class StorageEngine:
         self.layout = device.block_layout(config.tokens_per_block)
         self.slot_bytes = slot_bytes_for(self.layout.block_bytes)
         self._namespace, self._label, self._rank_tag = namespace, label, rank_tag
+        self._identity = identity
         self._disk = disk or _core.Disk()
         self.ssd = self.open_ssd() if config.enable_ssd else None
         try:
@@ -59,6 +63,7 @@ class StorageEngine:
             self._rank_tag,
             namespace=self._namespace,
             label=self._label,
+            identity=self._identity,
             fresh_on_mismatch=self.config.ssd_on_mismatch is SsdMismatch.FRESH,
             disk=self._disk,
         )

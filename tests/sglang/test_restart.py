@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from answers import ASK, difference, differing
-from server import SGLangServer
+from server import ServerStartError, SGLangServer
 from workload import conversations
 
 from sglang_flexkv.storage import ssd_tools
@@ -15,6 +16,9 @@ from sglang_flexkv.storage import ssd_tools
 ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 6
 PROMPTS = [turn.tokens for turn in conversations(6, 2, seed=3)][-6:]
+
+# About operation: a pod that has another address is the same server.
+OPERATION = {"SGLANG_ZMQ_SOURCE_IP": "127.0.0.1", "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "2048"}
 
 
 def answers(server: SGLangServer) -> list[dict[str, Any]]:
@@ -36,16 +40,19 @@ def test_the_first_request_after_a_restart_hits_ssd(tmp_path: Path) -> None:
     config = tmp_path / "flexkv.yaml"
     config.write_text(f"cpu_cache_gb: 0.1\nssd_cache_gb: 0.5\nssd_cache_dir: {directory}\n")
 
-    def server() -> SGLangServer:
+    def server(env: dict[str, str] | None = None, log: str = "server.log", **changes: Any) -> SGLangServer:
         flags = {"enable-flexkv": True, "flexkv-config-file": str(config), "max-total-tokens": 4096}
         return SGLangServer(
-            ROOT / "models" / "tiny-gqa", {**flags, "log-level": "info"}, log_path=tmp_path / "server.log"
+            ROOT / "models" / "tiny-gqa",
+            {**flags, "log-level": "info", **changes},
+            env=env,
+            log_path=tmp_path / log,
         )
 
     with server() as first:
         expected = answers(first)
-    for how in ("stopped", "killed"):
-        again = server().start()
+    for how, env in (("stopped", {}), ("killed", OPERATION)):
+        again = server(env).start()
         try:
             got = answers(again)
             # The first of all, before anything else can have brought it into memory.
@@ -54,6 +61,17 @@ def test_the_first_request_after_a_restart_hits_ssd(tmp_path: Path) -> None:
             assert not differing(got, expected), how
         finally:
             again.stop(grace_s=0)  # SIGKILL: the next start comes after a crash
+    # Another setting is told with what differs before the model is loaded, and takes nothing away.
+    with pytest.raises(ServerStartError, match="exited with status 1"):
+        server({"SGLANG_ROPE_CACHE_FP32": "1"}, "refused.log", dtype="float16").start()
+    log = (tmp_path / "refused.log").read_text()
+    (message,) = (line for line in log.splitlines() if "sglang-flexkv cannot start: " in line)
+    assert f"{directory}/flexkv-dp0-tp0.slots holds the cache of another model or setting (" in message
+    assert re.search(r"--dtype: (float32|bfloat16) there, float16 now", message)
+    assert "SGLANG_ROPE_CACHE_FP32: not set there, true now" in message
+    assert message.count(" there, ") == 2, "only what differs"
+    assert "Traceback" not in log
+    assert "Init torch distributed" not in log
     # Clearing and flushing are for good: what they emptied does not come back with the next server.
     with server() as last:
         answers(last)

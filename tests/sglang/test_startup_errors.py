@@ -5,6 +5,7 @@ Never is the flag ignored, and never is another cache built in silence.
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from enum import Enum
@@ -41,13 +42,14 @@ def fail_to_start(
     config: str = "",
     flags: dict[str, FlagValue] | None = None,
     env: dict[str, str | None] | None = None,
+    model: Path = MODEL,
 ) -> FailedStart:
     """Starts a server that must not come up."""
     path = tmp_path / "flexkv.yaml"
     path.write_text(config)
     ours: dict[str, FlagValue] = {"enable-flexkv": True, "flexkv-config-file": str(path)}
     server = SGLangServer(
-        MODEL,
+        model,
         {**ours, **(flags or {})},
         env=env,
         log_path=tmp_path / "server.log",
@@ -114,7 +116,106 @@ def test_a_server_ends_with_one_message(case: str, tmp_path: Path) -> None:
     assert list(tmp_path.glob("flexkv-*")) == [], "files were left behind"
 
 
+def in_the_launcher(start: FailedStart) -> bool:
+    """With one message, before a process for the model was started."""
+    return (
+        start.status == 1
+        and len(start.messages) == 1
+        and "Traceback" not in start.log
+        and "Init torch distributed" not in start.log
+    )
+
+
+def test_a_directory_in_use_by_another_server(tmp_path: Path) -> None:
+    ssd = tmp_path / "ssd"
+    ssd.mkdir()
+    owner = SsdStore((ssd,), 4, [4096], "dp0-tp0", namespace=make_namespace({"model": "another"}))
+    start = fail_to_start(tmp_path, f"cpu_cache_gb: 0.01\nssd_cache_gb: 0.01\nssd_cache_dir: {ssd}")
+    owner.close()
+    assert in_the_launcher(start), start.log
+    assert f"ssd_cache_dir: {ssd} is in use by another server (process " in start.messages[0]
+    assert "give each server a directory of its own" in start.messages[0]
+
+
+def variant(tmp_path: Path, **changes: object) -> Path:
+    """The configuration of another model, without weights."""
+    model = tmp_path / "variant"
+    shutil.copytree(MODEL, model, ignore=shutil.ignore_patterns("*.safetensors"))
+    config = json.loads((MODEL / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+    return model
+
+
+OTHER_STATE: dict[str, tuple[dict[str, object], str]] = {
+    "sliding windows": (
+        {
+            "architectures": ["GptOssForCausalLM"],
+            "model_type": "gpt_oss",
+            "sliding_window": 128,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        "sliding windows",
+    ),
+    "Mamba": (
+        {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
+        "Mamba or linear-attention state",
+    ),
+    "linear attention": (
+        {
+            "architectures": ["Qwen3NextForCausalLM"],
+            "model_type": "qwen3_next",
+            "layer_types": ["linear_attention", "full_attention"] * 2,
+        },
+        "Mamba or linear-attention state",
+    ),
+    "sparse attention": (
+        {
+            "architectures": ["DeepseekV32ForCausalLM"],
+            "model_type": "deepseek_v32",
+            "index_topk": 64,
+            "index_head_dim": 64,
+            "index_n_heads": 4,
+        },
+        "the index keys of sparse attention",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", OTHER_STATE)
+def test_a_model_with_other_state_is_known_by_its_configuration(case: str, tmp_path: Path) -> None:
+    from sglang.srt.configs.model_config import ModelConfig
+
+    changes, expected = OTHER_STATE[case]
+    checks.check_model(ModelConfig(str(MODEL)))
+    if case == "sparse attention":
+        # SGLang looks at a plain configuration for that; ModelConfig would ask for all of DeepSeek's fields.
+        model = ModelConfig(str(MODEL))
+        model.hf_config.update(changes)
+    else:
+        model = ModelConfig(str(variant(tmp_path, **changes)))
+    with pytest.raises(IncompatibleError) as caught:
+        checks.check_model(model)
+    assert f"the model {model.model_path} keeps {expected} beside" in str(caught.value)
+    assert "start without --enable-flexkv" in str(caught.value)
+
+
+def test_a_real_server_ends_before_it_loads_such_a_model(tmp_path: Path) -> None:
+    changes, expected = OTHER_STATE["Mamba"]
+    start = fail_to_start(tmp_path, "cpu_cache_gb: 0.01", model=variant(tmp_path, **changes))
+    assert in_the_launcher(start), start.log
+    assert f"keeps {expected} beside full-attention KV" in start.messages[0]
+
+
 # ---- real servers that end while the cache is built ----
+
+
+def test_a_tier_that_holds_no_block(tmp_path: Path) -> None:
+    """How large a block is is known when the device pool is there."""
+    start = fail_to_start(tmp_path, "cpu_cache_gb: 0.000001")
+    assert start.status != 0
+    assert len(start.messages) == 1, start.log
+    assert "cpu_cache_gb=1e-06 holds no block of " in start.messages[0]
+    assert "Traceback" not in start.log
 
 
 ONLY_FROM_HERE = """
@@ -135,18 +236,6 @@ class Finder:
 
 sys.meta_path.insert(0, Finder)
 """
-
-
-def test_a_directory_in_use_by_another_server(tmp_path: Path) -> None:
-    ssd = tmp_path / "ssd"
-    ssd.mkdir()
-    owner = SsdStore((ssd,), 4, [4096], "dp0-tp0", namespace=make_namespace({"model": "another"}))
-    start = fail_to_start(tmp_path, f"cpu_cache_gb: 0.01\nssd_cache_gb: 0.01\nssd_cache_dir: {ssd}")
-    owner.close()
-    assert start.status != 0
-    assert len(start.messages) == 1, start.log
-    assert f"ssd_cache_dir: {ssd} is in use by another server (process " in start.messages[0]
-    assert "give each server a directory of its own" in start.messages[0]
 
 
 RUN_AFTER_IMPORT = """
@@ -237,6 +326,10 @@ REFUSED_VALUES: dict[str, object] = {
     "enable_unified_memory": True,
     "enable_hisparse": True,
     "speculative_algorithm": "EAGLE",
+    "kv_cache_dtype": "nvfp4",
+    "enable_kv_cache_sharding": True,
+    "prefill_only_disable_kv_cache": True,
+    "enable_pdmux": True,
     "pp_size": 2,
     "dcp_size": 2,
     "attn_cp_size": 2,
@@ -249,6 +342,7 @@ def resolved(**changes: object) -> Any:
     plain: dict[str, object] = dict.fromkeys(REFUSED_VALUES, False) | {
         "radix_cache_backend": None,
         "speculative_algorithm": None,
+        "kv_cache_dtype": "auto",
         "pp_size": 1,
         "dcp_size": 1,
         "attn_cp_size": 1,
@@ -274,6 +368,20 @@ def test_a_conflicting_flag_is_named(name: str) -> None:
     message = str(caught.value)
     assert f"--enable-flexkv does not work with --{name.replace('_', '-')}" in message
     assert re.search(r"; (drop it|use |run |leave )", message), "no remedy"
+
+
+@pytest.mark.parametrize("dtype", ["nvfp4", "fp4_mx_block16", "mxfp8"])
+def test_kv_dtypes_with_scales_are_named(dtype: str) -> None:
+    with pytest.raises(IncompatibleError, match=f"--kv-cache-dtype {dtype}, which keeps scales .*use auto"):
+        checks.check_flags(resolved(kv_cache_dtype=dtype))
+
+
+def test_every_kv_dtype_of_sglang_is_judged() -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    choices = {"auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2", "nvfp4", "fp4_mx_block16", "mxfp8"}
+    (arg,) = ServerArgs.__annotations__["kv_cache_dtype"].__metadata__
+    assert set(arg.choices) == choices
 
 
 @pytest.mark.parametrize("name", REFUSED_VALUES)

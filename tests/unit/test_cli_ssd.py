@@ -94,6 +94,8 @@ def test_inspect(directory: Path) -> None:
         rf"journal +.*, {BLOCKS} records, 0 bytes damaged$",
         r"at restart +kept, for the same model$",
         r"in use +no$",
+        r"identity$",
+        r"    num_layers: \d+$",
     ):
         assert re.search(line, output, re.MULTILINE), (line, output)
 
@@ -223,7 +225,7 @@ def test_files_in_use(directory: Path) -> None:
             exit_code, output = run(*command, directory)
             assert exit_code == 1
             assert f"is in use by process {os.getpid()}" in output
-        assert len(list(directory.iterdir())) == 3
+        assert len(list(directory.iterdir())) == 4
         # Looking at the lock did not take it away from its owner.
         with pytest.raises(ValueError, match="in use by another server"):
             SsdStore((directory,), SLOTS, [4096], tag, namespace=other)
@@ -272,7 +274,7 @@ def test_clear(directory: Path) -> None:
     assert run("clear", "--yes", directory / "nowhere") == (0, "nothing to remove\n")
 
 
-@pytest.mark.parametrize(("answer", "code", "left"), [("y\n", 0, 0), ("n\n", 1, 3), ("", 1, 3)])
+@pytest.mark.parametrize(("answer", "code", "left"), [("y\n", 0, 0), ("n\n", 1, 4), ("", 1, 4)])
 def test_clear_asks(directory: Path, answer: str, code: int, left: int) -> None:
     assert run("clear", directory, answer=answer)[0] == code
     assert len(list(directory.iterdir())) == left
@@ -288,7 +290,7 @@ def test_clear_removes_all_or_nothing(directory: Path, tmp_path: Path) -> None:
             ssd_tools.clear(found)
     finally:
         store.close()
-    assert len(list(directory.iterdir())) == 3
+    assert len(list(directory.iterdir())) == 4
 
 
 def test_a_server_starts_where_was_cleared(directory: Path) -> None:

@@ -36,8 +36,9 @@ HEIGHT["sglang_flexkv"] = HEIGHT["kvmanager"]
 # Reads of files and of the environment that are no settings; everything else belongs into common/config.py.
 OPENS_FILES = {
     "common/config.py": "the configuration file, the container's memory limit",
-    "integration/model_identity.py": "what a model's own files hold, as digests",
+    "integration/model_identity.py": "what a model's own files hold, as digests; the table of variables",
     "integration/startup.py": "the monkey-patch it compares and writes",
+    "storage/ssd_identity.py": "the fields of an identity beside the SSD tier's files",
     "replay/planner.py": "a model's config.json, for the size of its KV",
 }
 

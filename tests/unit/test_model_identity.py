@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 
-from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.integration import model_identity as identity_module
-from sglang_flexkv.integration.model_identity import describe, find_local, model_identity
+from sglang_flexkv.integration.model_identity import describe, find_local, model_identity, notes
+from sglang_flexkv.storage.ssd_identity import Identity
 
 LATER = 4e9  # the files of a test are older than this start of a process
 WEIGHTS = "model-00002-of-00002.safetensors"
@@ -29,15 +29,20 @@ DEFAULTS: dict[str, Any] = {
     **dict.fromkeys(identity_module._SOURCE_ARGUMENTS),
     "load_format": "auto",
     "weight_cache_mode": "off",
+    "page_size": 16,
+    "tp_size": 1,
 }
 
 
-def identity(
+def whole_identity(
     path: Path | str, revision: str | None = None, started_s: float = LATER, **arguments: Any
-) -> bytes:
+) -> Identity:
     values = {**DEFAULTS, "model_path": str(path), "revision": revision, **arguments}
-    fields = model_identity(values.__getitem__, str(path), revision, started_s=started_s)
-    return make_namespace(fields)
+    return model_identity(values.__getitem__, str(path), revision, started_s=started_s)
+
+
+def identity(path: Path | str, *args: Any, **arguments: Any) -> bytes:
+    return whole_identity(path, *args, **arguments).namespace
 
 
 def fill(folder: Path) -> Path:
@@ -185,6 +190,8 @@ def test_shards_of_a_gguf_count_together(tmp_path: Path) -> None:
         ("context_length", 4096),
         ("attention_backend", "triton"),
         ("weight_version", "2"),
+        ("page_size", 48),
+        ("tp_size", 2),
     ],
 )
 def test_an_argument_changes_it(model: Path, name: str, value: object) -> None:
@@ -214,14 +221,108 @@ def test_an_adapter_that_was_trained_further_changes_it(model: Path, tmp_path: P
     assert identity(model, lora_paths=refs) != before
 
 
-def test_switches_of_sglang_in_the_environment(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+OPERATION = {
+    "SGLANG_RUN_ID": "another at every start",
+    "SGLANG_LOG_GC": "1",
+    "SGLANG_ZMQ_SOURCE_IP": "10.1.2.3",
+    "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "2048",
+    "EXA_API_KEY": "a secret",
+    # Kubernetes, for services named sglang and sglang-router.
+    "SGLANG_SERVICE_HOST": "10.0.0.7",
+    "SGLANG_SERVICE_PORT_HTTP": "30000",
+    "SGLANG_ROUTER_PORT_30000_TCP_ADDR": "10.0.0.8",
+    "SGLANG_ROUTER_PORT": "tcp://10.0.0.8:30000",
+    # As it is without.
+    "SGLANG_FORCE_FP8_MARLIN": "false",
+    # Of another program.
+    "NOT_OF_SGLANG": "1",
+}
+
+
+@pytest.mark.parametrize("name", OPERATION)
+def test_a_variable_about_operation_changes_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delenv(name, raising=False)
+    before = whole_identity(model)
+    monkeypatch.setenv(name, OPERATION[name])
+    assert whole_identity(model) == before
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "shown"),
+    [
+        ("SGLANG_EXTERNAL_MODEL_PACKAGE", "my_models", "my_models"),
+        ("SGLANG_FORCE_FP8_MARLIN", "1", "true"),
+        ("SGLANG_QK_RMSNORM_TORCH", "1", "1"),  # read without a declaration
+        ("FLASHINFER_NVFP4_4OVER6", "yes", "true"),  # declared under a name of its own
+    ],
+)
+def test_a_variable_that_changes_kv_is_a_field(
+    model: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, shown: str
+) -> None:
     before = identity(model)
-    monkeypatch.setenv("SGLANG_RUN_ID", "another at every start")
-    monkeypatch.setenv("SGLANG_SERVICE_HOST", "10.0.0.7")  # Kubernetes, for a service named sglang
-    monkeypatch.setenv("SGLANG_LOG_GC", "1")
-    assert identity(model) == before
-    monkeypatch.setenv("SGLANG_EXTERNAL_MODEL_PACKAGE", "my_models")
+    monkeypatch.setenv(name, value)
     assert identity(model) != before
+    assert whole_identity(model).settings[name].strip('"') == shown
+    assert whole_identity(model).unclassified == {}
+
+
+def test_a_variable_that_nobody_knows_is_another_identity_and_said(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = whole_identity(model)
+    monkeypatch.setenv("SGLANG_OF_THE_NEXT_RELEASE", "whatever it holds")
+    after = whole_identity(model)
+    assert after.settings == before.settings
+    assert after.namespace != before.namespace
+    (note,) = notes(after)
+    assert "whether SGLANG_OF_THE_NEXT_RELEASE changes KV is not known" in note
+    assert notes(before) == []
+    assert "whatever it holds" not in repr(after)
+
+
+def test_a_variable_that_sglang_declares_and_the_table_lacks(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sglang.srt.environ import EnvBool, EnvStr, envs
+
+    for field, name in ((EnvBool(False), "NEW_KERNEL"), (EnvStr(None, secret=True), "NEW_SERVICE")):
+        field.name = name
+        monkeypatch.setattr(type(envs), name, field, raising=False)
+        monkeypatch.setenv(name, "1")
+    assert set(whole_identity(model).unclassified) == {"NEW_KERNEL"}
+
+
+def test_the_environment_counts_as_it_was_before_the_model_was_loaded(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {**DEFAULTS, "model_path": str(model)}
+    at_start = identity_module.settings(values.__getitem__)
+    before = whole_identity(model)
+    monkeypatch.setenv("SGLANG_FLASHINFER_WORKSPACE_SIZE", "4711")  # as SGLang does for some models
+    again = model_identity(values.__getitem__, str(model), None, at_start=at_start, started_s=LATER)
+    assert again == before != whole_identity(model)
+
+
+SECRET = "hunter2-hunter2"
+
+
+def test_no_secret_is_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = identity(model)
+    monkeypatch.setenv("SGLANG_OF_THE_NEXT_RELEASE_API_KEY", SECRET)
+    monkeypatch.setenv("EXA_API_KEY", SECRET)
+    assert identity(model) == before  # another key leads to the same model
+    monkeypatch.setenv("SGLANG_OF_THE_NEXT_RELEASE", SECRET)
+    found = whole_identity(
+        f"s3://user:{SECRET}@bucket/model?X-Amz-Signature={SECRET}",
+        model_loader_extra_config=json.dumps({"aws_secret": SECRET}),
+        lora_paths=[SimpleNamespace(lora_id="1", lora_path=f"https://{SECRET}@host/adapter")],
+    )
+    assert SECRET not in repr(found)
+    assert SECRET not in " ".join(notes(found))
+    assert SECRET not in describe(f"s3://user:{SECRET}@bucket/model", "torch.bfloat16", 16, 0, 1)
+    assert found.settings["model"] == "s3://***@bucket/model?***"
 
 
 # ---- what cannot be told is unique ----
@@ -235,16 +336,14 @@ def test_switches_of_sglang_in_the_environment(model: Path, monkeypatch: pytest.
         ({"weight_cache_mode": "client"}, "another process"),
         ({"checkpoint_engine_wait_weights_before_ready": True}, "checkpoint engine"),
         ({"quantize_and_serve": True}, "--quantize-and-serve"),
-        ({"quantization_param_path": "/no/such/file"}, "quantization_param_path are not on this machine"),
+        ({"quantization_param_path": "/no/such/file"}, "--quantization-param-path are not on this machine"),
     ],
 )
-def test_weights_that_are_not_in_the_files(
-    model: Path, arguments: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    with caplog.at_level("INFO"):
-        assert identity(model, **arguments) != identity(model, **arguments)
-    assert "will not be found by another one" in caplog.text
-    assert reason in caplog.text
+def test_weights_that_are_not_in_the_files(model: Path, arguments: dict[str, Any], reason: str) -> None:
+    assert identity(model, **arguments) != identity(model, **arguments)
+    (note,) = notes(whole_identity(model, **arguments))
+    assert "will not be found by another one" in note
+    assert reason in note
 
 
 def test_a_model_that_is_not_here(tmp_path: Path) -> None:
@@ -269,10 +368,11 @@ def test_files_that_changed_while_they_may_have_been_loaded(model: Path, tmp_pat
 
 
 def test_the_start_of_the_process_counts_by_default(model: Path) -> None:
-    fields = [
-        model_identity({**DEFAULTS, "model_path": str(model)}.__getitem__, str(model), None) for _ in range(2)
-    ]
-    assert fields[0]["nonce"] != fields[1]["nonce"]  # the files are younger than this process
+    nonces = {
+        model_identity({**DEFAULTS, "model_path": str(model)}.__getitem__, str(model), None).nonce
+        for _ in range(2)
+    }
+    assert len(nonces) == 2  # the files are younger than this process
 
 
 # ---- hub ids ----

@@ -1,0 +1,72 @@
+"""Every environment variable of SGLang has been judged: whether another value of it can change KV."""
+
+from __future__ import annotations
+
+import re
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from sglang_flexkv.integration.model_identity import variables
+
+sglang = pytest.importorskip("sglang")
+
+# In the text of SGLang's documentation only.
+NOT_VARIABLES = {"SGLANG_OLD_NAME", "SGLANG_"}
+CHANGED = "judge it by where SGLang reads it, and write it into integration/sglang_variables.txt"
+
+
+def declared() -> set[str]:
+    from sglang.srt.environ import EnvField, envs
+
+    return {name for name, field in vars(type(envs)).items() if isinstance(field, EnvField)}
+
+
+def read_directly() -> set[str]:
+    """Names that stand as strings in SGLang's source."""
+    name = re.compile(rb"""["'](SGLANG_[A-Z0-9_]+)["']""")
+    found: set[str] = set()
+    for path in Path(sglang.__file__).parent.rglob("*"):
+        if path.suffix in {".py", ".cuh", ".h", ".rs"}:
+            found |= {match.decode() for match in name.findall(path.read_bytes())}
+    return found - NOT_VARIABLES
+
+
+def test_every_variable_of_sglang_is_judged_and_no_other() -> None:
+    known, there = set(variables()), declared() | read_directly()
+    assert len(declared()) > 700
+    assert there - known == set(), f"new in SGLang: {CHANGED}"
+    assert known - there == set(), "gone from SGLang: remove them from integration/sglang_variables.txt"
+
+
+def test_the_table_can_be_read() -> None:
+    text = resources.files("sglang_flexkv.integration").joinpath("sglang_variables.txt").read_text()
+    lines = [line for line in text.splitlines() if line and line[0] not in "#["]
+    assert all(re.fullmatch(r"(yes|no ) [A-Za-z0-9_]+", line) for line in lines)
+    assert len({line.split()[1] for line in lines}) == len(lines), "a variable is judged twice"
+
+
+@pytest.mark.parametrize(
+    ("name", "changes_kv"),
+    [
+        ("SGLANG_ZMQ_SOURCE_IP", False),
+        ("SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION", False),
+        ("SGLANG_HOST_IP", False),
+        ("SGLANG_CPU_OMP_THREADS_BIND", False),
+        ("EXA_API_KEY", False),
+        ("SGLANG_USE_MODELSCOPE", True),
+        ("SGLANG_ROPE_CACHE_FP32", True),
+        ("SGLANG_AITER_FP8_PREFILL_ATTN", True),
+        ("FLASHINFER_NVFP4_4OVER6", True),
+    ],
+)
+def test_some_of_them(name: str, changes_kv: bool) -> None:
+    assert variables()[name] is changes_kv
+
+
+def test_no_secret_of_sglang_counts() -> None:
+    from sglang.srt.environ import EnvField, envs
+
+    fields = [field for field in vars(type(envs)).values() if isinstance(field, EnvField)]
+    assert [field.name for field in fields if field.secret and variables()[field.name]] == []
