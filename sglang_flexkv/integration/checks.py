@@ -144,6 +144,8 @@ def check_ssd(config: FlexKVConfig, view: Any, model: Any) -> None:
 
     # This process loads nothing, so it does not matter whether files have changed since it started.
     wanted = model_identity(read, model.model_path, model.revision, started_s=math.inf)
+    if wanted.nonce:
+        return  # the files may be downloaded yet
     for files in shards:
         try:
             found = ssd_identity.conflict(files, wanted, before_pool=True)

@@ -7,6 +7,7 @@ enabled runs as if it were not there.
 from __future__ import annotations
 
 import logging
+import math
 import multiprocessing
 import os
 import signal
@@ -90,11 +91,14 @@ def after_create_tree_cache(cache: Any, ctx: Any) -> None:
 def around_page_size_default(original: Callable[[Any], dict[str, Any]], view: Any) -> dict[str, Any]:
     chosen = original(view)
     if view.enable_flexkv and chosen.get("page_size") == 1:
+        # SGLang wants chunks of whole pages, and would complain about a page size that nobody typed.
+        chunk = view.chunked_prefill_size or 0
+        page_size = math.gcd(DEFAULT_PAGE_SIZE, chunk) if chunk > 0 else DEFAULT_PAGE_SIZE
         logger.info(
             "sglang-flexkv: --page-size is not set; using %d tokens per page and block instead of 1",
-            DEFAULT_PAGE_SIZE,
+            page_size,
         )
-        return {**chosen, "page_size": DEFAULT_PAGE_SIZE}
+        return {**chosen, "page_size": page_size}
     return chosen
 
 

@@ -297,8 +297,16 @@ def test_another_cache_is_refused(flag: Callable[[bool], None]) -> None:
     ],
 )
 def test_default_of_the_page_size(enabled: bool, stock: dict[str, int], expected: dict[str, int]) -> None:
-    view = SimpleNamespace(enable_flexkv=enabled)
+    view = SimpleNamespace(enable_flexkv=enabled, chunked_prefill_size=8192)
     assert hooks.around_page_size_default(lambda _: stock, view) == expected
+
+
+@pytest.mark.parametrize(
+    ("chunk", "page_size"), [(None, 16), (-1, 16), (0, 16), (4096, 16), (1000, 8), (999, 1)]
+)
+def test_the_default_divides_the_chunks_of_the_user(chunk: int | None, page_size: int) -> None:
+    view = SimpleNamespace(enable_flexkv=True, chunked_prefill_size=chunk)
+    assert hooks.around_page_size_default(lambda _: {"page_size": 1}, view) == {"page_size": page_size}
 
 
 def test_name_of_the_storage_backend(flag: Callable[[bool], None]) -> None:
