@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -238,8 +240,11 @@ def flag(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
 def test_gates(flag: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) -> None:
     overrides: list[dict[str, Any]] = []
-    context = SimpleNamespace(override=lambda source, **fields: overrides.append(fields))
+    context = SimpleNamespace(
+        override=lambda source, **fields: overrides.append(fields), config_leaf={"page_size": 48}.get
+    )
     monkeypatch.setattr("sglang.srt.runtime_context.get_context", lambda: context)
+    monkeypatch.setattr(hooks, "_at_start", None)
 
     attached: list[Any] = []
 
@@ -256,6 +261,21 @@ def test_gates(flag: Callable[[bool], None], monkeypatch: pytest.MonkeyPatch) ->
     hooks.around_scheduler_init(stock_init, scheduler, "args")
     assert (scheduler.seen, scheduler.enable_lmcache, attached) == (("args", 1), True, [scheduler])
     assert overrides == [{"enable_unified_cache_external_linker": True}]
+    assert hooks._at_start is not None  # taken before the model is loaded
+    assert hooks._at_start.fields["--page-size"] == "48"
+
+    def fail(*_args: Any) -> None:
+        raise ConfigError("said already")
+
+    with pytest.raises(ConfigError):
+        hooks.around_scheduler_init(fail, scheduler, "args")
+    # As SGLang ends a scheduler process that fails, without the traceback.
+    signals: list[tuple[int, int]] = []
+    monkeypatch.setattr(hooks.multiprocessing, "parent_process", lambda: "the launcher")
+    monkeypatch.setattr(hooks.os, "kill", lambda *args: signals.append(args))
+    with pytest.raises(SystemExit):
+        hooks.around_scheduler_init(fail, scheduler, "args")
+    assert signals == [(os.getppid(), signal.SIGQUIT)]
 
 
 def test_building_a_cache(
@@ -265,7 +285,7 @@ def test_building_a_cache(
     built = hooks.around_create_unified_radix_cache(lambda *a, **k: (a, k), "ctx", cache_class=int)
     assert built == (("ctx",), {"cache_class": int})
 
-    def fail(original: object, ctx: object) -> None:
+    def fail(original: object, ctx: object, at_start: object) -> None:
         raise ConfigError("ssd_cache_dir: /a is in use")
 
     flag(True)
