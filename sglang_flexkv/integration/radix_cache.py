@@ -361,8 +361,14 @@ class FlexKVRadixCache(UnifiedRadixCache):
 
     def has_pending_cache_operations(self) -> bool:
         """Whether the tree is locked by copies, or requests wait for some: SGLang is not idle then."""
+        paused = self._scheduler is not None and self._scheduler._engine_paused
+        if paused:
+            # SGLang plans no batches, before which it looks after these; it asks this in each round instead,
+            # on every rank. It may flush while requests wait in its queue.
+            self.failed_loads.run_again(self._scheduler)
+            self.check_hicache_events()
         return (
-            bool(self._waiting)
+            (bool(self._waiting) and not paused)
             or bool(self.failed_loads)
             or (self.linker is not None and bool(self.linker.pending_offloads))
         )

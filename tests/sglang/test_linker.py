@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from kit import TIMEOUT_S, Rig, assert_same, build_small_cache, cut, make_pool, radix_key
-from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome, EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
@@ -1033,6 +1033,7 @@ def test_who_waits_for_ssd_in_the_queue(
             enable_priority_preemption=False,
             is_mixed_chunk=False,
             chunked_prefill_size=PAGE,
+            _engine_paused=False,
         )
     )
     costs = rig.linker.load_or_recompute
@@ -1066,11 +1067,12 @@ def nobody_else() -> SimpleNamespace:
     return SimpleNamespace(
         waiting_queue=[],
         chunked_req=None,
-        running_batch=SimpleNamespace(is_empty=lambda: True),
+        running_batch=SimpleNamespace(is_empty=lambda: True, reqs=[]),
         last_batch=None,
         enable_priority_preemption=False,
         is_mixed_chunk=False,
         chunked_prefill_size=PAGE,
+        _engine_paused=False,
     )
 
 
@@ -1394,7 +1396,7 @@ def test_how_much_is_loaded_can_be_forced(make_rig: MakeRig, policy: LoadPolicy)
 
 def test_speeds_are_measured_as_the_server_runs(make_rig: MakeRig) -> None:
     rig = make_rig(num_pages=600, num_layers=8, num_cpu_blocks=600)
-    rig.cache.attach_scheduler(SimpleNamespace(is_mixed_chunk=False))
+    rig.cache.attach_scheduler(nobody_else())
     tokens = sequence(1, 500)
     rig.insert(tokens, seed=1)
     rig.evict_all()
@@ -1520,6 +1522,28 @@ def test_a_flush_while_a_request_waits_for_ssd_leaves_no_task(make_rig: MakeRig,
     assert task.status in (TaskStatus.COMPLETED, TaskStatus.CANCELLED)
     assert rig.cache.check_prefetch_progress(req.cache_request_handle)
     assert (rig.stats("CPU")["ready"], rig.stats("SSD")["ready"]) == (0, 0)
+
+
+def test_a_pause_does_not_hold_up_a_flush(make_rig: MakeRig, tmp_path: Path) -> None:
+    """SGLang may pause at any time, plans no batches then, and flushes if nothing but its queue is left."""
+    rig = make_rig(ssd_dir=tmp_path)
+    scheduler = nobody_else()
+    rig.cache.attach_scheduler(scheduler)
+    store_on_ssd_alone(rig, sequence(1))
+    waiting, failed = rig.request(sequence(1)), rig.request(sequence(5000))
+    rig.cache.attach_scheduler(SimpleNamespace(**{**vars(scheduler), "waiting_queue": [waiting]}))
+    prefetch(rig, waiting)
+    assert rig.cache._waiting
+    rig.insert(sequence(9000), seed=1)
+    failed.finished_reason = FINISH_ABORT("External KV cache load failed", 503)
+    rig.cache.failed_loads.take(failed, skip_insert=False)
+    assert rig.engine.transfer.drain(TIMEOUT_S)
+    assert rig.cache.has_pending_cache_operations()
+    rig.cache._scheduler._engine_paused = True
+    assert not rig.cache.has_pending_cache_operations()
+    assert rig.cache._scheduler.waiting_queue == [failed, waiting]
+    rig.cache.reset()
+    rig.allocator.clear()
 
 
 def test_clearing_the_storage_keeps_what_the_device_holds(make_rig: MakeRig) -> None:
