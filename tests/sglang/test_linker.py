@@ -1537,7 +1537,7 @@ def test_a_pause_does_not_hold_up_a_flush(make_rig: MakeRig, tmp_path: Path) -> 
     rig.insert(sequence(9000), seed=1)
     failed.finished_reason = FINISH_ABORT("External KV cache load failed", 503)
     rig.cache.failed_loads.take(failed, skip_insert=False)
-    assert rig.engine.transfer.drain(TIMEOUT_S)
+    assert rig.engine.drain(TIMEOUT_S)
     assert rig.cache.has_pending_cache_operations()
     rig.cache._scheduler._engine_paused = True
     assert not rig.cache.has_pending_cache_operations()
