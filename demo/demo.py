@@ -33,7 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests" / "sglang"))
 
 from answers import ASK, EXACT, difference  # noqa: E402
-from server import KV_ITEM_BYTES, SGLangServer  # noqa: E402
+from server import DTYPE, SGLangServer  # noqa: E402
+
+from sglang_flexkv.replay.planner import KvShape  # noqa: E402
 
 MODEL = ROOT / "models" / "small-gqa"
 NEW_TOKENS = 8
@@ -127,10 +129,7 @@ def main() -> int:
     )
     options = parser.parse_args()
 
-    config = json.loads((options.model / "config.json").read_text())
-    token_bytes = (
-        2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"] * KV_ITEM_BYTES
-    )
+    token_bytes = KvShape.of_model(options.model, dtype=DTYPE).bytes_per_token
     rng = random.Random(2024)
     # A length that is no multiple of the block size, as in life: the end of a prompt is always computed.
     prompts = [[rng.choice(VOCABULARY) for _ in range(options.tokens + 7)] for _ in range(options.prompts)]

@@ -215,7 +215,7 @@ install_cpu() {
     rm -rf "$site/sgl_kernel"
     mkdir "$site/sgl_kernel"
     cp "$SCRIPTS"/cpu_env/sgl_kernel/*.py "$site/sgl_kernel/"
-    cp "$SCRIPTS"/cpu_env/sglang_cpu_env.py "$SCRIPTS"/cpu_env/sglang_cpu_env.pth "$site/"
+    install -m 644 "$SCRIPTS"/cpu_env/sglang_cpu_env.{py,pth} "$site/"
 }
 
 install_gpu() {

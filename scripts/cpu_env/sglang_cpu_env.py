@@ -8,10 +8,9 @@ environment's own site-packages, it also reaches the processes SGLang spawns.
 It does two things, at the start of every interpreter of that environment:
 
 * It sets defaults for environment variables. A value the user has set wins.
-* It registers an import hook which completes `torchvision` when its compiled
-  operators cannot be loaded (the wheel on PyPI is linked against a CUDA torch).
-  The hook is lazy: `torch` is not imported unless `torchvision` is, so a plain
-  `python -c pass` costs what it did before.
+* It registers an import hook which completes two modules right after they have
+  been imported (`AFTER_IMPORT`). The hook is lazy: it imports nothing itself, so
+  a plain `python -c pass` costs what it did before.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import sys
 
 TYPE_CHECKING = False  # the real one is in `typing`, which is too slow to import here
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
@@ -40,11 +39,6 @@ TORCHVISION_SCHEMAS = (
     "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
-
-# `torchvision.extension` is the submodule that tries to load the operators. Right
-# after it is the only moment when it is known whether they are missing and nothing
-# has used them yet.
-_EXTENSION_MODULE = "torchvision.extension"
 
 # A `Library` takes its definitions back when it is collected, so it has to stay alive.
 _libraries: list[Library] = []
@@ -65,14 +59,34 @@ def _define_missing_operators(extension: ModuleType) -> None:
     _libraries.append(library)
 
 
-class TorchvisionFinder:
-    """Meta-path finder that acts on exactly one module name."""
+def _run_mla_as_mla(handler: ModuleType) -> None:
+    """Let the attention that runs on a CPU take MLA in its absorbed form, for prefill as for decode.
+
+    Backends that SGLang has not listed get Triton's answer, which prefills in MHA form; there `torch_native`
+    fails on the sizes of the heads. The other form is plain attention over the latent.
+    """
+    method = handler.AttnForwardMethod.MLA
+    handler.AttentionBackendRegistry.register("torch_native", lambda attention, batch: method)
+
+
+# Called with the module of that name after its code has run.
+AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
+    # The submodule that tries to load the operators. Right after it is the only moment when it is known
+    # whether they are missing and nothing has used them yet.
+    "torchvision.extension": _define_missing_operators,
+    "sglang.srt.models.deepseek_common.attention_backend_handler": _run_mla_as_mla,
+}
+
+
+class CompletingFinder:
+    """Meta-path finder that acts on the modules of `AFTER_IMPORT` alone."""
 
     @staticmethod
     def find_spec(
         name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if name != _EXTENSION_MODULE:
+        complete = AFTER_IMPORT.get(name)
+        if complete is None:
             return None
         from importlib.machinery import PathFinder
 
@@ -83,7 +97,7 @@ class TorchvisionFinder:
 
         def exec_module(module: ModuleType) -> None:
             run_module(module)
-            _define_missing_operators(module)
+            complete(module)
 
         # The loader object belongs to this spec alone, so nothing else sees the change.
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
@@ -94,8 +108,8 @@ def install() -> None:
     """Set the defaults and register the hook. Doing it twice changes nothing."""
     for name, value in ENVIRONMENT_DEFAULTS.items():
         os.environ.setdefault(name, value)
-    if TorchvisionFinder not in sys.meta_path:
-        sys.meta_path.insert(0, TorchvisionFinder)
+    if CompletingFinder not in sys.meta_path:
+        sys.meta_path.insert(0, CompletingFinder)
 
 
 install()

@@ -8,7 +8,6 @@ flushed in between, and tenants that must not share send the same prompts.
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import re
 import threading
@@ -20,8 +19,10 @@ from typing import Any
 
 import pytest
 from answers import ASK, difference, differing
-from server import KV_ITEM_BYTES, ServerError, SGLangServer
-from workload import conversations
+from server import DTYPE, ServerError, SGLangServer
+from workload import Turn, conversations
+
+from sglang_flexkv.replay.planner import KvShape
 
 ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 6
@@ -39,6 +40,7 @@ class Scenario:
     page_size: int
     policy: str
     tp_size: int = 1
+    prompts: int = len(TURNS)  # of TURNS, the first
 
     def __str__(self) -> str:
         tp = f"-tp{self.tp_size}" if self.tp_size > 1 else ""
@@ -51,6 +53,8 @@ SCENARIOS = [
     Scenario("tiny-mha", "bfloat16", 48, "write_back"),  # pages need not be a power of two
     Scenario("tiny-gqa", "bfloat16", 1, "write_through_selective"),
     Scenario("tiny-gqa", "auto", 16, "write_back", tp_size=2),
+    # Attention over the latent takes a CPU ten times as long.
+    Scenario("tiny-mla", "auto", 16, "write_through", tp_size=2, prompts=28),
 ]
 # The conversations end with about 20,000 tokens: neither the device nor the CPU tier holds them all.
 CPU_TOKENS = 4_000
@@ -58,11 +62,9 @@ CPU_TOKENS = 4_000
 
 def token_bytes(scenario: Scenario) -> int:
     """Bytes of a token in the CPU tier, over all ranks."""
-    model = json.loads((ROOT / "models" / scenario.model / "config.json").read_text())
-    heads = model["num_key_value_heads"] // scenario.tp_size
-    itemsize = KV_ITEM_BYTES if scenario.kv_dtype == "auto" else 2
-    token = 2 * model["num_hidden_layers"] * heads * model["head_dim"] * itemsize
-    slot = -(-token * scenario.page_size // 4096) * 4096
+    dtype = DTYPE if scenario.kv_dtype == "auto" else scenario.kv_dtype
+    rank = KvShape.of_model(ROOT / "models" / scenario.model, scenario.tp_size, dtype)
+    slot = -(-rank.bytes_per_token * scenario.page_size // 4096) * 4096
     return slot // scenario.page_size * scenario.tp_size
 
 
@@ -71,12 +73,15 @@ def references() -> References:
     return {}
 
 
-def reference(references: References, model: str, kv_dtype: str) -> list[dict[str, Any]]:
+def reference(
+    references: References, model: str, kv_dtype: str, prompts: int = len(TURNS)
+) -> list[dict[str, Any]]:
     """What the same model answers without any cache, computed once per model and dtype of the KV."""
     if (model, kv_dtype) not in references:
         flags = {"disable-radix-cache": True, "kv-cache-dtype": kv_dtype, "max-total-tokens": 4 * POOL_TOKENS}
         with SGLangServer(ROOT / "models" / model, flags, stop_grace_s=0) as server:
-            references[model, kv_dtype] = server.generate_many([t.tokens for t in TURNS], NEW_TOKENS, **ASK)
+            answers = server.generate_many([t.tokens for t in TURNS[:prompts]], NEW_TOKENS, **ASK)
+        references[model, kv_dtype] = answers
     return references[model, kv_dtype]
 
 
@@ -110,14 +115,14 @@ def flexkv_server(scenario: Scenario, tmp_path: Path) -> Iterator[SGLangServer]:
         yield server
 
 
-def abort_some(server: SGLangServer, stop: threading.Event) -> None:
+def abort_some(server: SGLangServer, turns: list[Turn], stop: threading.Event) -> None:
     """Sends long requests over prompts the others use too, and aborts them at some point of their life."""
     rng = random.Random(5)
     number = 0
     while not stop.is_set():
         number += 1
         rid = f"victim-{number}"
-        turn = rng.choice(TURNS)
+        turn = rng.choice(turns)
 
         def victim(rid: str = rid, tokens: tuple[int, ...] = turn.tokens) -> None:
             with contextlib.suppress(ServerError):
@@ -144,18 +149,19 @@ def sources(answers: list[dict[str, Any]]) -> dict[str, int]:
 def test_answers_are_those_of_a_server_without_cache(
     scenario: Scenario, tmp_path: Path, references: References
 ) -> None:
-    expected = reference(references, scenario.model, scenario.kv_dtype)
+    expected = reference(references, scenario.model, scenario.kv_dtype, scenario.prompts)
+    turns = TURNS[: scenario.prompts]
     total = {"device": 0, "host": 0, "storage": 0}
     with flexkv_server(scenario, tmp_path) as server:
         stop = threading.Event()
-        aborter = threading.Thread(target=abort_some, args=(server, stop))
+        aborter = threading.Thread(target=abort_some, args=(server, turns, stop))
         for number in range(PASSES):
-            order = list(range(len(TURNS)))
+            order = list(range(len(turns)))
             if number:
                 random.Random(number).shuffle(order)
             if number == 1:
                 aborter.start()
-            answers = server.generate_many([TURNS[i].tokens for i in order], NEW_TOKENS, **ASK)
+            answers = server.generate_many([turns[i].tokens for i in order], NEW_TOKENS, **ASK)
             if number == 1:
                 stop.set()
                 aborter.join()
@@ -166,11 +172,11 @@ def test_answers_are_those_of_a_server_without_cache(
             if number == 0:
                 server.flush_cache()
                 # Flushed means flushed, in every tier: the weights may have changed.
-                first = server.generate(TURNS[-1].tokens, NEW_TOKENS, **ASK)
+                first = server.generate(turns[-1].tokens, NEW_TOKENS, **ASK)
                 assert first["meta_info"]["cached_tokens"] == 0
                 assert difference(first, expected[-1]) is None
-        assert total["host"] > 10_000, total
-        assert total["storage"] > 500, total
+        assert total["host"] > 100 * len(turns), total
+        assert total["storage"] > 2 * len(turns), total
     log = server.log()
     assert "Traceback" not in log.split("sglang-flexkv closed")[0].split("The server is fired up")[-1]
     closed = re.findall(r"sglang-flexkv closed: (.*)", log)
