@@ -61,16 +61,25 @@ _CONFLICTS = (
 _DEVICES = ("cpu", "cuda")
 
 
-def check_flags(view: Any) -> None:
+def check_flags(view: Any, given: Any) -> None:
     """Raises IncompatibleError if flags of SGLang cannot be combined with --enable-flexkv.
 
     Args:
         view: SGLang's resolved arguments.
+        given: the same as the user gave them.
     """
     for name, refused, remedy in _CONFLICTS:
         value = getattr(view, name)
-        if refused(value):
-            raise IncompatibleError(f"--enable-flexkv does not work with {remedy.format(value=value)}")
+        if not refused(value):
+            continue
+        remedy = remedy.format(value=value)
+        if refused(getattr(given, name)):
+            raise IncompatibleError(f"--enable-flexkv does not work with {remedy}")
+        what, _, _ = remedy.partition("; ")
+        raise IncompatibleError(
+            f"--enable-flexkv does not work with {what}. You have not given it: SGLang set it for this "
+            "model, or for another flag that its log names above; drop that flag, or --enable-flexkv"
+        )
     if view.device not in _DEVICES:
         raise IncompatibleError(
             f"--device {view.device} is not supported: sglang-flexkv copies from and to {', '.join(_DEVICES)}"

@@ -163,7 +163,7 @@ def after_check_server_args(_result: Any, server_args: Any) -> None:
     if not view.enable_flexkv:
         return
     try:
-        checks.check_flags(view)
+        checks.check_flags(view, server_args)
         config = FlexKVConfig.load(view.flexkv_config_file)
         checks.check_machine(config)
         model = model_config_of(server_args)

@@ -353,8 +353,8 @@ def resolved(**changes: object) -> Any:
 
 
 def test_plain_flags_are_accepted() -> None:
-    checks.check_flags(resolved())
-    checks.check_flags(resolved(device="cuda"))
+    checks.check_flags(resolved(), resolved())
+    checks.check_flags(resolved(device="cuda"), resolved(device=None))
 
 
 def test_every_conflict_has_a_case_here() -> None:
@@ -363,8 +363,9 @@ def test_every_conflict_has_a_case_here() -> None:
 
 @pytest.mark.parametrize("name", REFUSED_VALUES)
 def test_a_conflicting_flag_is_named(name: str) -> None:
+    flags = resolved(**{name: REFUSED_VALUES[name]})
     with pytest.raises(IncompatibleError) as caught:
-        checks.check_flags(resolved(**{name: REFUSED_VALUES[name]}))
+        checks.check_flags(flags, flags)
     message = str(caught.value)
     assert f"--enable-flexkv does not work with --{name.replace('_', '-')}" in message
     assert re.search(r"; (drop it|use |run |leave )", message), "no remedy"
@@ -372,8 +373,9 @@ def test_a_conflicting_flag_is_named(name: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["nvfp4", "fp4_mx_block16", "mxfp8"])
 def test_kv_dtypes_with_scales_are_named(dtype: str) -> None:
+    flags = resolved(kv_cache_dtype=dtype)
     with pytest.raises(IncompatibleError, match=f"--kv-cache-dtype {dtype}, which keeps scales .*use auto"):
-        checks.check_flags(resolved(kv_cache_dtype=dtype))
+        checks.check_flags(flags, flags)
 
 
 def test_every_kv_dtype_of_sglang_is_judged() -> None:
@@ -385,6 +387,12 @@ def test_every_kv_dtype_of_sglang_is_judged() -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED_VALUES)
+def test_a_flag_that_sglang_has_set_is_not_called_given(name: str) -> None:
+    with pytest.raises(IncompatibleError, match=r"You have not given it: SGLang set .* drop that flag, or"):
+        checks.check_flags(resolved(**{name: REFUSED_VALUES[name]}), resolved())
+
+
+@pytest.mark.parametrize("name", REFUSED_VALUES)
 def test_flags_are_known_to_sglang(name: str) -> None:
     from sglang.srt.server_args import ServerArgs
 
@@ -393,7 +401,7 @@ def test_flags_are_known_to_sglang(name: str) -> None:
 
 def test_other_devices_are_refused() -> None:
     with pytest.raises(IncompatibleError, match=r"--device xpu is not supported: .* cpu, cuda"):
-        checks.check_flags(resolved(device="xpu"))
+        checks.check_flags(resolved(device="xpu"), resolved(device=None))
 
 
 # ---- the machine ----

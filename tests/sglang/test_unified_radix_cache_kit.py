@@ -136,10 +136,10 @@ def test_the_pool_of_such_a_model_is_refused_as_well(cfg: KitConfig) -> None:
 def test_speculative_decoding_is_refused_at_the_command_line() -> None:
     view = SimpleNamespace(**{name: None for name, _, _ in checks._CONFLICTS}, device="cpu")
     view.pp_size = view.dcp_size = view.attn_cp_size = 1
-    checks.check_flags(view)
+    checks.check_flags(view, view)
     view.speculative_algorithm = "EAGLE"
     with pytest.raises(IncompatibleError, match="--speculative-algorithm"):
-        checks.check_flags(view)
+        checks.check_flags(view, view)
 
 
 @on_both_cores
