@@ -133,6 +133,17 @@ def around_stream_output(
     original(streamer, without_failed(reqs) if get_memory().enable_flexkv else reqs, *args, **kwargs)
 
 
+def before_flush(scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
+    from sglang.srt.runtime_context import get_memory
+
+    if get_memory().enable_flexkv:
+        scheduler.tree_cache.settle(scheduler)
+
+
+def before_release_memory(updater: Any, *_args: Any, **_kwargs: Any) -> None:
+    before_flush(updater.scheduler)
+
+
 def before_weights_change(updater: Any, *_args: Any, **_kwargs: Any) -> None:
     from sglang.srt.runtime_context import get_memory
 

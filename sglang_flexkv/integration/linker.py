@@ -480,6 +480,12 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.engine.launch(task, slots, gate=gate, wait_events=events)
         return task
 
+    def wait_for_offloads(self) -> None:
+        """Waits until the copies of all offloads have ended. One that hangs is left."""
+        running = [task for task in self._offloads if not task.ended]
+        if not self.engine.wait(running, _SPILL_TIMEOUT_S):
+            logger.error("an offload has not ended after %.0f s", _SPILL_TIMEOUT_S)
+
     def num_completed_offloads(self) -> int:
         self.engine.poll()
         count = 0

@@ -165,6 +165,27 @@ PATCHES = (
         "The action reset_tensors of SGLang's weight checker makes every weight random, and flushes nothing.",
         "SGLang tells the tree cache that the weights change.",
     ),
+    Patch(
+        "settle-before-flush",
+        f"{_SCHEDULER}.flush_cache",
+        "before",
+        hooks.before_flush,
+        ("self", "empty_cache"),
+        "Copies to the CPU tier are work in progress until the scheduler's next step, and SGLang refuses to "
+        "flush while there is any. A request that has just ended leaves some, so an update of the weights "
+        "right behind it would fail and leave the old KV in place.",
+        "SGLang lets the tree cache end its copies before it asks whether it is idle.",
+    ),
+    Patch(
+        "settle-before-release",
+        f"{_WEIGHT_UPDATER}.release_memory_occupation",
+        "before",
+        hooks.before_release_memory,
+        ("self", "recv_req"),
+        "The scheduler ends with a failed assertion if it is told to release its memory while there is work "
+        "in progress, which copies to the CPU tier are until its next step.",
+        "With settle-before-flush.",
+    ),
 )
 
 

@@ -373,6 +373,14 @@ class FlexKVRadixCache(UnifiedRadixCache):
             or (self.linker is not None and bool(self.linker.pending_offloads))
         )
 
+    def settle(self, scheduler: Any) -> None:
+        """Ends what the next steps of the scheduler would find ended. Called on every rank alike when SGLang
+        is about to do what wants it idle."""
+        self.failed_loads.run_again(scheduler)
+        if self.linker is not None and self.linker.pending_offloads:
+            self.linker.cache_linker.wait_for_offloads()
+            self.check_hicache_events()
+
     def release_aborted_request(self, request: Any) -> None:
         if not isinstance(request, NamedHandle):
             return  # it has never looked for anything here
