@@ -8,7 +8,13 @@ from typing import Any
 
 from sglang_flexkv.common.config import GIB, FlexKVConfig, SsdMismatch
 from sglang_flexkv.common.errors import ConfigError, IncompatibleError
-from sglang_flexkv.storage.ssd_files import check_directory, check_free_space, in_use, shards_in
+from sglang_flexkv.storage.ssd_files import (
+    check_directory,
+    check_distinct,
+    check_free_space,
+    in_use,
+    shards_in,
+)
 
 # Flag, whether it is set in a way we cannot serve, and what to do. Fields are SGLang's own names.
 _CONFLICTS = (
@@ -124,8 +130,8 @@ def check_model(model: Any) -> None:
 
 
 def check_ssd(config: FlexKVConfig, view: Any, model: Any) -> None:
-    """Raises ConfigError if files in the SSD directories belong to a running server, or hold the cache of
-    another model or setting.
+    """Raises ConfigError if SSD directories are one, or their files belong to a running server or hold the
+    cache of another model or setting.
 
     What the device pool adds to the setting is not known yet, and files can come and go, so it is looked at
     again when they are opened.
@@ -139,6 +145,7 @@ def check_ssd(config: FlexKVConfig, view: Any, model: Any) -> None:
     from sglang_flexkv.storage import ssd_identity, ssd_tools
     from sglang_flexkv.storage.ssd_store import mismatch
 
+    check_distinct(config.ssd_cache_dir)
     ranks = {f"dp{dp}-tp{tp}" for dp in range(max(1, view.dp_size)) for tp in range(view.tp_size)}
     shards = [files for d in config.ssd_cache_dir for files in shards_in(d) if files.rank_tag in ranks]
     for files in shards:

@@ -9,7 +9,7 @@ import contextlib
 import fcntl
 import os
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +55,12 @@ def check_directory(directory: Path) -> None:
     if not directory.is_dir():
         what = "is not a directory" if directory.exists() else "does not exist"
         raise ConfigError(f"ssd_cache_dir: {directory} {what}; create it or name another one")
+
+
+def check_distinct(directories: Sequence[Path]) -> None:
+    """Raises ConfigError if two of them are one."""
+    if len({path.resolve() for path in directories}) != len(directories):
+        raise ConfigError("ssd_cache_dir lists the same directory twice; list each once")
 
 
 def check_free_space(wanted_bytes: Mapping[Path, int]) -> None:

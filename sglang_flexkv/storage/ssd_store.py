@@ -16,7 +16,14 @@ from sglang_flexkv import _core
 from sglang_flexkv.common.block import Namespace
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.storage import ssd_identity
-from sglang_flexkv.storage.ssd_files import ShardFiles, disk_bytes, free_bytes, lock_files, no_space
+from sglang_flexkv.storage.ssd_files import (
+    ShardFiles,
+    check_distinct,
+    disk_bytes,
+    free_bytes,
+    lock_files,
+    no_space,
+)
 from sglang_flexkv.storage.ssd_identity import Conflict, Identity
 
 logger = logging.getLogger(__name__)
@@ -66,9 +73,7 @@ class SsdStore:
         disk: _core.Disk | None = None,
     ) -> None:
         self._locks: list[int] = []
-        resolved = [path.resolve() for path in directories]
-        if len(set(resolved)) != len(resolved):
-            raise ConfigError("ssd_cache_dir lists the same directory twice; list each once")
+        check_distinct(directories)
         slots_per_file = -(-num_slots // len(directories))
         file_bytes = _core.SSD_SLOTS_OFFSET + slots_per_file * sum(slice_bytes)
         files = [ShardFiles(directory, rank_tag) for directory in directories]

@@ -83,6 +83,12 @@ IN_THE_LAUNCHER: dict[str, tuple[str, dict[str, FlagValue], dict[str, str | None
         {},
         ["ssd_cache_dir: /no/where does not exist; create it or name another one"],
     ),
+    "one directory twice": (
+        "cpu_cache_gb: 0.01\nssd_cache_gb: 0.01\nssd_cache_dir: {tmp};{tmp}/.",
+        {},
+        {},
+        ["ssd_cache_dir lists the same directory twice; list each once"],
+    ),
     "full disk": (
         "cpu_cache_gb: 0.1\nssd_cache_gb: 1000000\nssd_cache_dir: {tmp}",
         {},
