@@ -232,7 +232,7 @@ def model_identity(
             reasons.append(f"{source} holds no weights")
         if listing.changed_s > started_s:
             reasons.append(f"{source} has changed since this process started")
-    fields = {"model": _without_secrets(model_path), **files, **at_start.fields}
+    fields = {"model": _without_secrets(_absolute(model_path)), **files, **at_start.fields}
     if revision:
         fields["revision"] = revision
     if reasons:
@@ -394,7 +394,14 @@ def _argument(name: str, value: object) -> str:
     if value is None or value is False or value in ("", "{}", "[]", [], {}, ()):
         return ""
     text = value if isinstance(value, str) else _text(value)
+    if name == "model_path":
+        text = _absolute(text)
     return digest(text) if name in _DIGESTED_ARGUMENTS else _without_secrets(text)
+
+
+def _absolute(path: str) -> str:
+    """The same text however a directory is named; ids of hub repositories as they are."""
+    return str(Path(path).absolute()) if os.path.exists(path) else path
 
 
 def _without_secrets(text: str) -> str:

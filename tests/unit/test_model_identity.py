@@ -154,6 +154,13 @@ def test_a_copy_elsewhere_is_another_model(model: Path, tmp_path: Path) -> None:
     assert identity(tmp_path / "copy") != identity(model)
 
 
+def test_another_name_of_the_same_directory_changes_nothing(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    assert identity(model.name) == identity(f"{model}/") == identity(model)
+
+
 def test_a_link_that_points_elsewhere_changes_it(model: Path, tmp_path: Path) -> None:
     other = fill(tmp_path / "other")
     link = tmp_path / "current"
