@@ -206,7 +206,7 @@ def test_a_model_with_other_state_is_known_by_its_configuration(case: str, tmp_p
 
 
 def test_a_real_server_ends_before_it_loads_such_a_model(tmp_path: Path) -> None:
-    changes, expected = OTHER_STATE["Mamba"]
+    changes, expected = OTHER_STATE["sliding windows"]
     start = fail_to_start(tmp_path, "cpu_cache_gb: 0.01", model=variant(tmp_path, **changes))
     assert in_the_launcher(start), start.log
     assert f"keeps {expected} beside full-attention KV" in start.messages[0]
