@@ -19,6 +19,7 @@ import psutil
 import torch
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -102,10 +103,29 @@ def _split_dirs(value: object) -> object:
         return tuple(part.strip() for part in value.split(";") if part.strip())
     if not isinstance(value, (list, tuple)) or not all(isinstance(part, (str, Path)) for part in value):
         raise ValueError(f"must be a directory, or several with ';' between them (got {value!r})")
-    return value
+    return tuple(part for part in value if is_set(str(part)))
 
 
 Directories = Annotated[tuple[Path, ...], BeforeValidator(_split_dirs)]
+
+
+def _writable_file(path: Path | None) -> Path | None:
+    """Refuses early what could not be written at the very end. Each rank adds its name to the file's."""
+    if path is None:
+        return None
+    folder = path.parent
+    if not path.name or os.path.isdir(path):
+        raise ValueError(
+            f"must be a file, {path} is a directory; name a file in it, such as {path}/trace.json"
+        )
+    if not os.path.isdir(folder):
+        raise ValueError(f"the directory {folder} does not exist; create it, or name another file")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ValueError(f"the directory {folder} is not writable; change that, or name another file")
+    return path
+
+
+TraceFile = Annotated[Path | None, AfterValidator(_writable_file)]
 
 
 class _Settings(BaseModel):
@@ -181,7 +201,7 @@ class CacheConfig(_Settings):
     ssd_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
     enable_remote: bool = False
     lease_timeout_s: float = Field(default=60.0, gt=0)  # a task that is not launched by then is cancelled
-    trace_file: Path | None = None  # a timeline of transfers, written at the end, per rank
+    trace_file: TraceFile = None  # a timeline of transfers, written at the end, per rank
     copy_threads: int = Field(default=2, gt=0, le=64)
     io_engine: IoEngine = IoEngine.AUTO
     io_depth: int = Field(default=64, gt=0, le=4096)  # I/Os in flight, each way
@@ -218,7 +238,7 @@ class FlexKVConfig(_Settings):
     copy_threads: int | None = Field(default=None, gt=0, le=64)  # per rank; none: by the CPU count
     io_engine: IoEngine = IoEngine.AUTO
     io_depth: int = Field(default=64, gt=0, le=4096)
-    trace_file: Path | None = None  # a timeline of transfers, written when the server stops
+    trace_file: TraceFile = None  # a timeline of transfers, written when the server stops
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -232,14 +252,20 @@ class FlexKVConfig(_Settings):
     def load(cls, path: str | None) -> FlexKVConfig:
         """Settings from a YAML or JSON file (or FLEXKV_CONFIG_PATH), overridden by FLEXKV_<SETTING>.
 
+        What is empty, in the file or in the environment, is not set.
+
         Raises:
             ConfigError: names the file or the variables, the setting, and what to write instead.
         """
         origin = "--flexkv-config-file" if path else _CONFIG_PATH_ENV
-        path = path or os.environ.get(_CONFIG_PATH_ENV)
+        path = path or os.environ.get(_CONFIG_PATH_ENV, "").strip()
         values = _read_file(Path(path), origin) if path else {}
+        # Names that are not known stay, and are refused, whatever their value.
+        values = {
+            name: value for name, value in values.items() if name not in cls.model_fields or is_set(value)
+        }
         known = {f"{ENV_PREFIX}{name.upper()}": name for name in cls.model_fields}
-        overrides = [variable for variable in known if variable in os.environ]
+        overrides = [variable for variable in known if is_set(os.environ.get(variable))]
         for variable in overrides:
             values[known[variable]] = os.environ[variable]
         _warn_of_misspelt_variables(known)
@@ -302,6 +328,11 @@ class FlexKVConfig(_Settings):
 def environment() -> Mapping[str, str]:
     """The environment of this process, for settings that are not ours."""
     return os.environ
+
+
+def is_set(value: object) -> bool:
+    """Whether a value says anything: not YAML's null, and no empty text."""
+    return bool(value.strip()) if isinstance(value, str) else value is not None
 
 
 def available_memory_bytes() -> int:

@@ -110,9 +110,30 @@ def test_directories_as_a_list_or_as_one_string(load: Any) -> None:
     assert load("ssd_cache_gb: 1\nssd_cache_dir: /a;/b c").ssd_cache_dir == expected
 
 
-def test_empty_file_and_empty_values_are_the_defaults(load: Any) -> None:
+def test_an_empty_file_is_the_defaults(load: Any) -> None:
     assert load("") == FlexKVConfig()
-    assert load("cpu_cache_gb:\nssd_cache_dir:") == FlexKVConfig()
+
+
+@pytest.mark.parametrize("empty", ["", '""', "' '", "null"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_what_is_empty_in_a_file_is_not_set(load: Any, name: str, empty: str) -> None:
+    assert load(f"{name}: {empty}") == FlexKVConfig()
+
+
+@pytest.mark.parametrize("empty", ["", " "])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_an_empty_variable_is_not_set(
+    load: Any, monkeypatch: pytest.MonkeyPatch, name: str, empty: str
+) -> None:
+    """It neither means something of its own nor takes away what the file says."""
+    monkeypatch.setenv(f"FLEXKV_{name.upper()}", empty)
+    monkeypatch.setenv("FLEXKV_CONFIG_PATH", empty)
+    assert FlexKVConfig.load(None) == FlexKVConfig()
+    assert load(json.dumps(SETTINGS)) == FlexKVConfig(**SETTINGS)
+
+
+def test_an_empty_part_of_a_list_is_no_directory(load: Any) -> None:
+    assert load('ssd_cache_gb: 1\nssd_cache_dir: ["", /a]').ssd_cache_dir == (Path("/a"),)
 
 
 def test_the_environment_overrides_the_file(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +228,21 @@ def test_every_problem_is_reported_at_once(load: Any) -> None:
         load("cpu_cache_gb: -1\nio_depth: 0\nssd_cache: 1")
     for part in ("cpu_cache_gb", "io_depth", "'ssd_cache'"):
         assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("settings", [FlexKVConfig, CacheConfig])
+def test_a_trace_file_that_cannot_be_written_is_refused_early(
+    tmp_path: Path, settings: type[FlexKVConfig | CacheConfig]
+) -> None:
+    for path, why in (
+        (tmp_path, "is a directory; name a file in it"),
+        (Path(""), "is a directory; name a file in it"),
+        (tmp_path / "none" / "t.json", "none does not exist; create it"),
+        (Path("/proc/self/t.json"), "is not writable"),
+    ):
+        with pytest.raises(ConfigError, match=f"trace_file: .*{why}"):
+            settings(trace_file=path)
+    assert settings(trace_file=tmp_path / "t.json").trace_file == tmp_path / "t.json"
 
 
 def test_json_with_a_mistake_is_refused(load: Any) -> None:
