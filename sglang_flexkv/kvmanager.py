@@ -236,11 +236,14 @@ class KVManager:
         self.engine.clear()
 
     def shutdown(self) -> None:
-        """Ends everything and gives memory and files back. Safe to call twice."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-            self._device = None
+        """Ends everything and gives memory and files back. Safe to call twice.
+
+        Raises:
+            BaseException: that of the first step that failed, when all others are done.
+        """
+        engine, self._engine, self._device = self._engine, None, None
+        if engine is not None:
+            engine.close()
 
     # ---- inside ----
 

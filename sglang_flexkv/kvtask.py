@@ -28,6 +28,7 @@ import numpy.typing as npt
 from sglang_flexkv import _core
 from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, PlanKind, TransferPlan
 from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, TokenIds
+from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import CacheConfig, SsdAdmission
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, TransferType
@@ -573,20 +574,35 @@ class KVTaskEngine:
             return out
 
     def close(self) -> None:
-        """Ends everything and gives memory, files and locks back. Safe to call twice."""
+        """Ends everything and gives memory, files and locks back. Safe to call twice.
+
+        Raises:
+            BaseException: that of the first step that failed, when all others are done.
+        """
         with self._lock:
             if self._closed:
                 return
-            if self._ssd is not None and self._cache.journal is not None:
-                self.flush_spills(_CLOSE_FLUSH_S)  # the next process finds what is on SSD by then
-            self.quiesce()
-            self._closed = True
-            self._write_trace()
-            if self._ssd is not None:
-                self._ssd.close()
-            self._transfer.close()
-            self._cache.journal = None  # the last but one to hold it: the store is done when it is closed
-            self._storage.close()
+            run_all(
+                self._flush_before_close,
+                self.quiesce,
+                self._take_no_more,
+                self._write_trace,
+                self._close_ssd,
+                self._transfer.close,
+                self._cache.close,  # the last but one to hold the journal
+                self._storage.close,
+            )
+
+    def _flush_before_close(self) -> None:
+        if self._cache.journal is not None:
+            self.flush_spills(_CLOSE_FLUSH_S)  # the next process finds what is on SSD by then
+
+    def _take_no_more(self) -> None:
+        self._closed = True
+
+    def _close_ssd(self) -> None:
+        if self._ssd is not None:
+            self._ssd.close()
 
     def _write_trace(self) -> None:
         path = self.config.trace_file

@@ -189,6 +189,6 @@ class SsdTier:
     def close(self) -> None:
         """Stops looking for the disk. The caller closes the storage."""
         self._stop.set()
-        if self._reopened is not None:
-            self._reopened.close()
-            self._reopened = None
+        reopened, self._reopened = self._reopened, None
+        if reopened is not None:
+            reopened.close()

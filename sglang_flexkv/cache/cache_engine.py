@@ -384,6 +384,10 @@ class GlobalCacheEngine:
         self.journal = None
         return self.clear([SSD])
 
+    def close(self) -> None:
+        """Lets go of the SSD tier's journal, which is written out when its last holder has."""
+        self.journal = None
+
     def clear(self, tiers: Collection[_core.Tier]) -> int:
         """Forgets every block of these tiers. Blocks in use go when their users let go of them. Returns how
         many they were."""

@@ -24,6 +24,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCache
 from sglang_flexkv import _core
 from sglang_flexkv.cache.load_or_recompute import LoadOrRecompute, Prompt
 from sglang_flexkv.common.block import BlockKeys, Namespace, keys_from_page_hashes
+from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import GIB, FlexKVConfig, PrefetchPolicy
 from sglang_flexkv.integration.layer_counter import LayerLoadCounter
 from sglang_flexkv.integration.metrics import Metrics
@@ -146,6 +147,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._loading: dict[int, dict[str, _QueuedLoad]] = {}
         self._offloads: deque[KVTask] = deque()
         self._closed = False
+        self._summary = "in what state is not known"
 
     # ---- lookup ----
 
@@ -523,10 +525,17 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.engine.stop_persisting()
 
     def close(self) -> None:
-        """Ends everything. The log says what the cache did, and whether anything was left held."""
+        """Ends everything. The log says what the cache did, and whether anything was left held.
+
+        Raises:
+            BaseException: that of the first step that failed, when all others are done.
+        """
         if self._closed:
             return
         self._closed = True
+        run_all(self._sum_up, self._abandon, self.engine.close, self._log_summary)
+
+    def _sum_up(self) -> None:
         try:
             self.check_idle()
             left = "nothing left held"
@@ -537,9 +546,10 @@ class FlexKVLinker(UnifiedCacheLinker):
         saved = stats["SSD"].get("saved_write_bytes", 0.0)
         if saved:
             moved += f"; not written to SSD because it came only once: {saved / GIB:.2f} GiB"
-        self._abandon()
-        self.engine.close()
-        logger.info("sglang-flexkv closed: %s; moved %s", left, moved)
+        self._summary = f"{left}; moved {moved}"
+
+    def _log_summary(self) -> None:
+        logger.info("sglang-flexkv closed: %s", self._summary)
 
     def _abandon(self) -> None:
         for rid in list(self._holds):

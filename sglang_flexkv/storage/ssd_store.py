@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import Namespace
+from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.storage import ssd_identity
 from sglang_flexkv.storage.ssd_files import (
@@ -120,9 +122,8 @@ class SsdStore:
             logger.warning("SSD tier: %s", note)
 
     def _unlock(self) -> None:
-        for lock in self._locks:
-            os.close(lock)  # which releases it
-        self._locks = []
+        locks, self._locks = self._locks, []
+        run_all(*(partial(os.close, lock) for lock in locks))  # which releases them
 
     def close(self) -> None:
         """Writes out what the journals still lack and gives the directories back; what the files hold is

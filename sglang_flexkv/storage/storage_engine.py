@@ -69,6 +69,6 @@ class StorageEngine:
         )
 
     def close(self) -> None:
-        if self.ssd:
-            self.ssd.close()
-            self.ssd = None
+        ssd, self.ssd = self.ssd, None
+        if ssd is not None:
+            ssd.close()

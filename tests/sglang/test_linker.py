@@ -14,6 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
+from closing_steps import StepFailedError, one_fails, steps_of
 from kit import TIMEOUT_S, Rig, assert_same, build_small_cache, cut, make_pool, radix_key
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome, EvictParams, MatchPrefixParams
@@ -23,6 +24,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import keys_from_page_hashes, make_namespace
 from sglang_flexkv.common.config import LoadPolicy, PrefetchPolicy, WritePolicy
+from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.request_names import name_of
 from sglang_flexkv.kvtask import TaskStatus
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
@@ -1707,3 +1709,20 @@ def test_priorities_decide_what_goes_first_where_sglang_takes_them_so(
     assert (2 in kept) is not honoured
     assert 3 in kept
     rig.linker.reset()
+
+
+# ---- the end ----
+
+
+@pytest.mark.parametrize("failing", steps_of(FlexKVLinker.close))
+def test_closing_goes_on_whatever_one_step_raises(tmp_path: Path, failing: str) -> None:
+    pool = make_pool("mha", torch.bfloat16, PAGE, num_tokens=48 * PAGE, num_layers=3)
+    rig = Rig(build_small_cache(pool, PAGE), ssd_dir=tmp_path)
+    rig.insert(sequence(1), seed=1)
+    rig.settle()
+    steps = steps_of(FlexKVLinker.close)
+    with one_fails(rig.linker, steps, failing, at_once=False) as called:
+        with pytest.raises(StepFailedError, match=failing):
+            rig.linker.close()
+        rig.linker.close()
+        assert called == dict.fromkeys(steps, 1)
