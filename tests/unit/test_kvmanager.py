@@ -639,8 +639,11 @@ def test_a_timeline_of_transfers_is_written_at_the_end(make, tmp_path) -> None:
 
 
 def test_a_timeline_that_cannot_be_written_is_only_a_message(make, tmp_path, caplog) -> None:
-    pool = make(trace_file=tmp_path / "missing" / "t.json")
+    directory = tmp_path / "traces"
+    directory.mkdir()
+    pool = make(trace_file=directory / "t.json")
     pool.put(tokens(0, 64), SLOTS)
+    directory.rmdir()
     pool.manager.shutdown()
     assert "trace_file" in caplog.text
 
