@@ -27,7 +27,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sglang_flexkv.common.block import SequenceMeta
+from sglang_flexkv.cache.cache_engine import TransferPlan
+from sglang_flexkv.common.block import BlockKeys, SequenceMeta, TokenIds
 from sglang_flexkv.common.config import CacheConfig, ModelConfig
 from sglang_flexkv.common.storage import DeviceBuffers, KVCacheLayout
 from sglang_flexkv.common.transfer import Slots
@@ -60,12 +61,51 @@ class KVResponse:
     error: str = ""
 
 
+@dataclass(frozen=True)
+class _Span:
+    """The part of a sequence that a task is about."""
+
+    first_block: int
+    num_tokens: int  # of the whole sequence
+    tokens_per_block: int
+
+    def mask(self, plan: TransferPlan | None) -> Mask:
+        """The tokens that a plan copies, bool [tokens]."""
+        mask = np.zeros(self.num_tokens, dtype=bool)
+        whole = self.num_tokens - self.num_tokens % self.tokens_per_block
+        by_block = mask[:whole].reshape(-1, self.tokens_per_block)
+        for op in plan.graph.ops if plan is not None else ():
+            if op.transfer_type.touches_device:
+                by_block[self.first_block + op.block_positions] = True
+        return mask
+
+    def token_slots(self, plan: TransferPlan | None, slots: Slots) -> Slots | None:
+        """Of a mapping as the user gives it, what the plan's blocks need; None if there is no plan.
+
+        Raises:
+            ValueError: the mapping has not as many slots as it must.
+        """
+        if plan is None:
+            return None
+        size = self.tokens_per_block
+        start, count = self.first_block * size, plan.num_blocks * size
+        if len(slots) == self.num_tokens:
+            return slots[start : start + count]
+        mask = self.mask(plan)
+        if len(slots) == int(mask.sum()):
+            full = np.full(self.num_tokens, -1, dtype=np.int64)
+            full[mask] = slots
+            return full[start : start + count]
+        raise ValueError(
+            f"a slot mapping for this task has {self.num_tokens} slots (the sequence) or "
+            f"{int(mask.sum())} (the mask), not {len(slots)}"
+        )
+
+
 @dataclass
 class _Request:
     task: KVTask
-    mask: Mask  # tokens the task is about
-    first_block: int
-    num_tokens: int
+    span: _Span
 
 
 class KVManager:
@@ -153,13 +193,13 @@ class KVManager:
         Returns:
             The task (launch or cancel it) and a mask of the tokens it will bring, bool [tokens].
         """
-        sequence, first = self._sequence(token_ids, token_mask)
+        sequence, span = self._sequence(token_ids, token_mask)
+        first = span.first_block
         if first:
             task = self.engine.create_get(sequence.block_keys[first:], sequence.tokens_from(first))
         else:
             task = self.engine.create_get(sequence)
-        held = task.plan.num_blocks if task.plan else 0
-        return self._add(task, sequence, first, np.arange(first, first + held))
+        return self._add(task, span)
 
     def get_async(
         self, token_ids: npt.ArrayLike, slot_mapping: object, token_mask: npt.ArrayLike | None = None
@@ -182,20 +222,21 @@ class KVManager:
         Returns:
             The task (launch or cancel it) and a mask of the tokens it will store, bool [tokens].
         """
-        sequence, first = self._sequence(token_ids, token_mask)
-        keys = sequence.block_keys
-        parent = keys[first - 1] if first else None
-        task = self.engine.create_put(parent, keys[first:], sequence.tokens_from(first))
-        new = [op.block_positions for op in task.plan.graph.ops] if task.plan else []
-        return self._add(task, sequence, first, np.concatenate([np.empty(0, np.int64), *new]) + first)
+        sequence, span = self._sequence(token_ids, token_mask)
+        return self._add(self.engine.create_put(*self._rest(sequence, span.first_block)), span)
 
     def put_async(
         self, token_ids: npt.ArrayLike, slot_mapping: object, token_mask: npt.ArrayLike | None = None
     ) -> int:
-        """``put_match`` and ``launch`` in one."""
-        task_id, _ = self.put_match(token_ids, token_mask)
-        self.launch([task_id], [slot_mapping])
-        return task_id
+        """``put_match`` and ``launch`` in one. With an SSD tier it is put off while so much waits for the
+        disk that blocks would be lost to it: nothing is copied before there is room, which ``wait`` and every
+        other call see to."""
+        sequence, span = self._sequence(token_ids, token_mask)
+        slots = as_token_slots(slot_mapping)
+        task = self.engine.put(
+            *self._rest(sequence, span.first_block), lambda plan: span.token_slots(plan, slots)
+        )
+        return self._add(task, span)[0]
 
     # ---- running ----
 
@@ -211,7 +252,8 @@ class KVManager:
         for task_id, mapping in zip(task_ids, slot_mappings, strict=True):
             request = self._request(task_id)
             if request.task.status is TaskStatus.READY:
-                self.engine.launch(request.task, self._token_slots(request, as_token_slots(mapping)))
+                slots = request.span.token_slots(request.task.plan, as_token_slots(mapping))
+                self.engine.launch(request.task, slots)
 
     def wait(self, task_ids: Sequence[int], timeout_s: float = _WAIT_DEFAULT_S) -> dict[int, KVResponse]:
         """Waits for tasks and takes their results: a task that ended is forgotten. One that has not ended in
@@ -249,46 +291,29 @@ class KVManager:
 
     def _sequence(
         self, token_ids: npt.ArrayLike, token_mask: npt.ArrayLike | None
-    ) -> tuple[SequenceMeta, int]:
+    ) -> tuple[SequenceMeta, _Span]:
         if isinstance(token_ids, torch.Tensor):
             token_ids = token_ids.cpu().numpy()
         sequence = SequenceMeta(token_ids, self.cache_config.tokens_per_block, self.namespace)
+        count, size = len(sequence.token_ids), sequence.tokens_per_block
         if token_mask is None:
-            return sequence, 0
+            return sequence, _Span(0, count, size)
         mask = np.asarray(token_mask, dtype=bool)
         skipped = int(np.argmax(mask)) if mask.any() else len(mask)
         if len(mask) != len(sequence.token_ids) or not mask[skipped:].all():
             raise ValueError("token_mask must have one value per token: False for a leading part, then True")
         # A part of a block cannot be brought alone: the block that the mask cuts is looked at as a whole.
-        return sequence, skipped // sequence.tokens_per_block
+        return sequence, _Span(skipped // size, count, size)
 
-    def _add(
-        self, task: KVTask, sequence: SequenceMeta, first: int, blocks: npt.NDArray[np.int64]
-    ) -> tuple[int, Mask]:
-        mask = np.zeros(len(sequence.token_ids), dtype=bool)
-        by_block = mask[: sequence.num_blocks * sequence.tokens_per_block].reshape(
-            -1, sequence.tokens_per_block
-        )
-        by_block[blocks] = True
-        self._requests[task.task_id] = _Request(task, mask, first, len(mask))
-        return task.task_id, mask
+    @staticmethod
+    def _rest(sequence: SequenceMeta, first: int) -> tuple[BlockKeys | None, BlockKeys, TokenIds]:
+        """What to store of a sequence: the key before the block ``first``, keys and tokens from it on."""
+        keys = sequence.block_keys
+        return keys[first - 1] if first else None, keys[first:], sequence.tokens_from(first)
 
-    def _token_slots(self, request: _Request, slots: Slots) -> Slots | None:
-        plan = request.task.plan
-        if plan is None:
-            return None
-        size = self.cache_config.tokens_per_block
-        start, count = request.first_block * size, plan.num_blocks * size
-        if len(slots) == request.num_tokens:
-            return slots[start : start + count]
-        if len(slots) == int(request.mask.sum()):
-            full = np.full(request.num_tokens, -1, dtype=np.int64)
-            full[request.mask] = slots
-            return full[start : start + count]
-        raise ValueError(
-            f"a slot mapping for this task has {request.num_tokens} slots (the sequence) or "
-            f"{int(request.mask.sum())} (the mask), not {len(slots)}"
-        )
+    def _add(self, task: KVTask, span: _Span) -> tuple[int, Mask]:
+        self._requests[task.task_id] = _Request(task, span)
+        return task.task_id, span.mask(task.plan)
 
     def _request(self, task_id: int) -> _Request:
         try:
@@ -300,13 +325,13 @@ class KVManager:
 
     def _respond(self, request: _Request) -> KVResponse:
         task = request.task
-        nothing = np.zeros_like(request.mask)
+        nothing = request.span.mask(None)
         if not task.ended:
             return KVResponse(task.task_id, KVResponseStatus.TIMEOUT, nothing)
         del self._requests[task.task_id]
         self.engine.forget(task)
         if task.status is TaskStatus.COMPLETED:
-            return KVResponse(task.task_id, KVResponseStatus.SUCCESS, request.mask)
+            return KVResponse(task.task_id, KVResponseStatus.SUCCESS, request.span.mask(task.plan))
         status = (
             KVResponseStatus.CANCELLED if task.status is TaskStatus.CANCELLED else KVResponseStatus.FAILED
         )

@@ -7,8 +7,9 @@
        └────────────────┴──────cancel──────┴──────▶ CANCELLED
 
 Whatever way a task ends, what its plan held is given back exactly once. A READY task that nobody launches is
-cancelled after ``lease_timeout_s``: what its creator forgot must not stay pinned. Outcomes are taken in by
-``poll``, which every call of this class makes first: there is no hidden thread that changes the cache.
+cancelled after ``lease_timeout_s``: what its creator forgot must not stay pinned. A put is CREATED until
+there is room for it, if its creator asked for that. Outcomes are taken in by ``poll``, which every call of
+this class makes first: there is no hidden thread that changes the cache.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -98,6 +99,15 @@ class KVTask:
         return not _NEXT[self.status]
 
 
+@dataclass
+class _WaitingPut:
+    task: KVTask
+    parent: BlockKeys | None
+    keys: BlockKeys
+    tokens: TokenIds | None
+    slots_for: Callable[[TransferPlan | None], Slots | None]
+
+
 class KVTaskEngine:
     """Runs tasks over the tiers of one rank. Thread-safe: calls are serialised by one lock.
 
@@ -141,9 +151,14 @@ class KVTaskEngine:
         self._ids = itertools.count(1)
         self._holds: set[int] = set()
         self._spills_running = 0
+        self._waiting_puts: OrderedDict[int, _WaitingPut] = OrderedDict()  # CREATED tasks, the oldest first
         self._closed = False
         try:
-            self._cache = GlobalCacheEngine(config, keep_tokens=keep_tokens)
+            self._cache = GlobalCacheEngine(
+                config,
+                keep_tokens=keep_tokens,
+                spill_blocks_max=max(1, _SPILL_BYTES_MAX // self._storage.slot_bytes),
+            )
             self._transfer = TransferEngine(config, self._storage)
             self._ssd = (
                 SsdTier(
@@ -233,6 +248,11 @@ class KVTaskEngine:
         return self._transfer.queued_blocks(TransferType.DISK2H) * self._storage.slot_bytes
 
     @property
+    def num_spill_dropped_blocks(self) -> int:
+        """Blocks that were to go from the CPU tier to SSD and did not get there."""
+        return self._cache.num_spill_dropped_blocks
+
+    @property
     def num_ssd_reads(self) -> int:
         """Tasks that bring blocks from SSD to the CPU tier, or are about to."""
         return len(self._reads)
@@ -277,6 +297,68 @@ class KVTaskEngine:
         with self._lock:
             self.poll()
             return self._add(self._cache.plan_put(parent, keys, tokens, importance=importance))
+
+    def put(
+        self,
+        parent: BlockKeys | None,
+        keys: BlockKeys,
+        tokens: TokenIds | None,
+        slots_for: Callable[[TransferPlan | None], Slots | None],
+    ) -> KVTask:
+        """Stores the blocks that the CPU tier does not hold, so that all of them get to SSD: ``create_put``
+        and ``launch`` in one, put off while too much waits for SSD. ``poll`` starts it then.
+
+        Args:
+            slots_for: the device token slots of the plan's blocks, asked for when the task has its plan.
+
+        Raises:
+            ValueError: the slots are not right; if that turns out later the task fails.
+        """
+        with self._lock:
+            self.poll()
+            task = KVTask(next(self._ids), None)
+            self._tasks[task.task_id] = task
+            put = _WaitingPut(task, parent, keys, tokens, slots_for)
+            if self._waiting_puts or not self._may_put(put):
+                self._waiting_puts[task.task_id] = put
+                return task
+            try:
+                self._start_put(put)
+            except BaseException:
+                self.cancel(task)
+                self.forget(task)
+                raise
+            return task
+
+    def _may_put(self, put: _WaitingPut) -> bool:
+        coming = sum(
+            len(task.plan.graph.ops[task.plan.txn_op].block_positions)
+            for task in self._by_graph.values()
+            if task.plan is not None and task.plan.kind is PlanKind.PUT
+        )
+        return self._cache.may_put(len(put.keys), coming)
+
+    def _start_put(self, put: _WaitingPut) -> None:
+        task = put.task
+        task.plan = self._cache.plan_put(put.parent, put.keys, put.tokens)
+        task.become(TaskStatus.READY)
+        if task.plan is not None:
+            task.plan.made_room = True
+        self.launch(task, put.slots_for(task.plan))
+
+    def _start_puts(self) -> None:
+        while self._waiting_puts:
+            put = next(iter(self._waiting_puts.values()))
+            if not self._may_put(put):
+                return
+            del self._waiting_puts[put.task.task_id]
+            try:
+                self._start_put(put)
+            except ValueError as error:
+                self._finish(put.task, None)
+                put.task.error = str(error)
+                put.task.become(TaskStatus.RUNNING)
+                put.task.become(TaskStatus.FAILED)
 
     def start_prefetch(self, keys: BlockKeys) -> KVTask | None:
         """Starts to bring the leading held blocks of ``keys`` into the CPU tier. None: nothing to do."""
@@ -381,6 +463,7 @@ class KVTaskEngine:
                 if self._ssd is not None:
                     self._ssd.poll()
                 self._start_spills()
+                self._start_puts()
         return ended
 
     def _reclaim(self) -> None:
@@ -394,9 +477,8 @@ class KVTaskEngine:
             self.cancel(task)
 
     def _start_spills(self) -> None:
-        blocks_max = max(1, _SPILL_BYTES_MAX // self._storage.slot_bytes)
         while self._spills_running < _SPILLS_MAX:
-            plan = self._cache.plan_spill(blocks_max)
+            plan = self._cache.plan_spill()
             if plan is None:
                 return
             self._spills_running += 1
@@ -407,17 +489,25 @@ class KVTaskEngine:
         deadline = time.monotonic() + timeout_s
         for task in tasks:
             while not task.ended:
-                if task.status is not TaskStatus.RUNNING:
+                if task.status is TaskStatus.READY:
                     raise RuntimeError(
                         f"task {task.task_id} is {task.status.value}: launch it before waiting"
                     )
                 left = deadline - time.monotonic()
                 # In steps: a disk that hangs is noticed by poll, and nobody else may be calling it.
-                self._transfer.wait(task.core_graph, max(0.0, min(left, _WAIT_STEP_S)))
+                self._transfer.wait(self._what_ends_next(task), max(0.0, min(left, _WAIT_STEP_S)))
                 self.poll()
                 if left <= 0 and not task.ended:
                     return False
         return True
+
+    def _what_ends_next(self, task: KVTask) -> int:
+        """The graph to wait for on behalf of a task: its own, or what holds a put up."""
+        with self._lock:
+            if task.status is TaskStatus.RUNNING or not self._by_graph:
+                return task.core_graph
+            spills = (g for g, t in self._by_graph.items() if t.plan and t.plan.kind is PlanKind.SPILL)
+            return next(spills, next(iter(self._by_graph)))
 
     def cancel(self, task: KVTask) -> None:
         """Ends a task that has not started, and asks a running one to end (it does so by itself, soon)."""
@@ -426,6 +516,7 @@ class KVTaskEngine:
                 self._transfer.cancel(task.core_graph)
             elif not task.ended:
                 self._unlaunched.pop(task.task_id, None)
+                self._waiting_puts.pop(task.task_id, None)
                 self._finish(task, None)
                 task.become(TaskStatus.CANCELLED)
 
@@ -453,7 +544,8 @@ class KVTaskEngine:
         """Cancels everything and waits until nothing touches the device. Keeps what the tiers hold. What is
         on its way from or to the disk ends by itself: nobody waits for a disk here."""
         with self._lock:
-            for task in [*self._tasks.values(), *self._by_graph.values()]:
+            waiting = [put.task for put in self._waiting_puts.values()]
+            for task in [*self._tasks.values(), *self._by_graph.values(), *waiting]:
                 self.cancel(task)
             while not self._transfer.drain_device(_QUIESCE_WARN_S):
                 logger.warning("still waiting for copies from or to the device to end")
@@ -514,7 +606,7 @@ class KVTaskEngine:
     def flush_spills(self, timeout_s: float) -> bool:
         """Waits until all that waits for SSD is there. False when the time is up first."""
         deadline = time.monotonic() + timeout_s
-        while self._cache.num_waiting_spills or self._spills_running:
+        while self._cache.num_waiting_spills or self._spills_running or self._waiting_puts:
             if time.monotonic() > deadline:
                 return False
             self._transfer.drain(0.05)
@@ -543,6 +635,7 @@ class KVTaskEngine:
             live = [task for task in known.values() if not task.ended and task.plan is not None]
             index = self._cache.index
             leases = sum(len(task.plan.leases) for task in live if task.plan) + len(self._holds)
+            leases += self._cache.num_waiting_leases
             reservations = sum(bool(task.plan.txn) for task in live if task.plan)
             assert index.num_leases == leases, f"{index.num_leases} leases, {leases} of them with an owner"
             assert index.num_transactions == reservations, (
@@ -565,8 +658,10 @@ class KVTaskEngine:
                     name: getattr(s, name)
                     for name in ("slots", "free", "ready", "writing", "pinned", "evicted")
                 }
+            out["CPU"]["puts_without_room"] = self._cache.num_puts_without_room
             if self._ssd is not None:
                 out["SSD"].update(self._ssd.stats())
+                out["SSD"]["dropped"] = self._cache.num_spill_dropped_blocks
                 if self.config.ssd_admission is SsdAdmission.REUSE:
                     saved = max(0, self._cache.num_offered_to_ssd - self._cache.num_admitted_to_ssd)
                     out["SSD"]["saved_write_bytes"] = saved * self._storage.slot_bytes

@@ -7,7 +7,6 @@ A plan holds what it was promised (a lease on what it reads, reserved slots for 
 from __future__ import annotations
 
 import logging
-from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
@@ -16,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_flexkv import _core
+from sglang_flexkv.cache.spill_queue import SpillQueue, WaitingBlocks
 from sglang_flexkv.common.block import BlockKeys, SequenceMeta, TokenIds
 from sglang_flexkv.common.config import CacheConfig, EvictionPolicy, SsdAdmission
 from sglang_flexkv.common.transfer import Slots, TransferOp, TransferOpGraph, TransferType
@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 CPU, SSD = _core.Tier.CPU, _core.Tier.SSD
 _CPU_BIT, _SSD_BIT = 1 << int(CPU), 1 << int(SSD)
+
+# Blocks that one plan copies to SSD, where nobody says how large they are.
+_SPILL_BLOCKS_MAX = 256
 
 _POLICIES = {policy: getattr(_core.EvictionPolicy, policy.name) for policy in EvictionPolicy}
 
@@ -48,6 +51,7 @@ class TransferPlan:
     txn_tier: _core.Tier | None = None
     txn_op: int = -1  # the op that fills the reserved slots
     num_ssd_blocks: int = 0  # blocks that come from SSD
+    made_room: bool = False  # a put that waited until all of it can be pinned until it is on SSD
     discarded: bool = False  # what it writes must not be published: the cache was cleared meanwhile
 
     @property
@@ -78,9 +82,16 @@ class GlobalCacheEngine:
 
     Args:
         keep_tokens: for callers whose keys are SequenceMeta's: what is found is compared token by token.
+        spill_blocks_max: blocks that one plan copies to SSD.
     """
 
-    def __init__(self, config: CacheConfig, *, keep_tokens: bool = False) -> None:
+    def __init__(
+        self,
+        config: CacheConfig,
+        *,
+        keep_tokens: bool = False,
+        spill_blocks_max: int = _SPILL_BLOCKS_MAX,
+    ) -> None:
         self.config = config
         self.index = _core.PrefixIndex(
             config.num_cpu_blocks,
@@ -103,10 +114,8 @@ class GlobalCacheEngine:
         )
         self.num_offered_to_ssd = 0  # blocks that came to the CPU tier while there was an SSD tier
         self.num_admitted_to_ssd = 0  # of them (or later, of those that were used again) meant for SSD
-        # Blocks that are in the CPU tier and should go to SSD: (parent, keys), oldest first. They are not
-        # pinned: what is evicted before its turn is simply not spilled.
-        self._to_spill: deque[tuple[BlockKeys | None, BlockKeys]] = deque()
-        self._to_spill_blocks = 0
+        self._to_spill = SpillQueue(self.index, config.num_cpu_blocks, spill_blocks_max)
+        self.num_puts_without_room = 0
 
     def match(self, keys: BlockKeys) -> MatchResult:
         """Looks a sequence up in all tiers and marks what it finds as used."""
@@ -195,6 +204,16 @@ class GlobalCacheEngine:
                         )
             return plan
 
+    def may_put(self, num_blocks: int, num_coming: int) -> bool:
+        """Whether so many blocks can all be pinned until they are on SSD. What holds them up goes on by
+        itself, and nothing does while the SSD tier is out.
+
+        Args:
+            num_coming: blocks of puts that run.
+        """
+        before = self._to_spill.num_unfinished + num_coming
+        return self.journal is None or before == 0 or before + num_blocks <= self._to_spill.pinned_max
+
     def plan_put(
         self,
         parent: BlockKeys | None,
@@ -219,6 +238,7 @@ class GlobalCacheEngine:
             CPU, parent, keys, tokens, importance, required=self.journal is not None
         )
         if reserved is None:
+            self.num_puts_without_room += 1
             return None
         txn, positions, slots = reserved
         plan = TransferPlan(PlanKind.PUT, keys, TransferOpGraph(), parent, txn=txn, txn_tier=CPU)
@@ -228,36 +248,36 @@ class GlobalCacheEngine:
             )
         return plan
 
-    def plan_spill(self, blocks_max: int) -> TransferPlan | None:
-        """Plan that copies blocks that wait for it from the CPU tier to SSD. None: nothing waits."""
-        while self._to_spill and self.journal is not None:
-            parent, keys = self._to_spill.popleft()
-            self._to_spill_blocks -= len(keys)
-            if len(keys) > blocks_max:
-                rest = keys[blocks_max:]
-                self._to_spill.appendleft((keys[blocks_max - 1], rest))
-                self._to_spill_blocks += len(rest)
-                keys = keys[:blocks_max]
-            lease, _, cpu_slots = self.index.acquire(keys, CPU)
-            if lease == 0:
-                continue
-            keys = keys[: len(cpu_slots)]
-            reserved = self.index.reserve(SSD, parent, keys)
+    def plan_spill(self) -> TransferPlan | None:
+        """Plan that copies blocks that wait for it from the CPU tier to SSD. None: nothing waits, or so much
+        is being copied that it has to wait on."""
+        while self.journal is not None and (blocks := self._to_spill.take()) is not None:
+            assert blocks.cpu_slots is not None
+            reserved = self.index.reserve(SSD, blocks.parent, blocks.keys)
             if reserved is None or reserved[0] == 0:
-                self.index.release(lease)
+                self.index.release(blocks.lease)
+                self._to_spill.end(len(blocks.keys))
+                if reserved is None:  # pins leave no room
+                    self._to_spill.drop(blocks.keys)
                 continue
             txn, positions, ssd_slots = reserved
             self.num_admitted_to_ssd += len(positions)
             plan = TransferPlan(
-                PlanKind.SPILL, keys, TransferOpGraph(), parent, leases=[lease], txn=txn, txn_tier=SSD
+                PlanKind.SPILL,
+                blocks.keys,
+                TransferOpGraph(),
+                blocks.parent,
+                leases=[blocks.lease],
+                txn=txn,
+                txn_tier=SSD,
             )
             plan.txn_op = plan.graph.add_transfer_op(
                 TransferOp(
                     TransferType.H2DISK,
                     positions,
-                    src_block_ids=cpu_slots[positions],
+                    src_block_ids=blocks.cpu_slots[positions],
                     dst_block_ids=ssd_slots,
-                    keys=np.ascontiguousarray(keys[positions]),
+                    keys=np.ascontiguousarray(blocks.keys[positions]),
                 )
             )
             return plan
@@ -279,12 +299,16 @@ class GlobalCacheEngine:
                 or op.status in (_core.OpStatus.CANCELLED, _core.OpStatus.PENDING)
             ):
                 self.index.abort(plan.txn)
+                if plan.kind is PlanKind.SPILL and self.journal is None:
+                    self._to_spill.drop(plan.keys)  # the tier was taken out
             else:
                 self._finish_writes(plan, op, result.error if result is not None else "")
         if plan.kind is PlanKind.GET and self._seen is not None and result is not None and result.done:
             self._queue_spill(None, plan.keys)  # used again: worth its place on SSD
         for lease in plan.leases:
             self.index.release(lease)
+        if plan.kind is PlanKind.SPILL:
+            self._to_spill.end(len(plan.keys))
 
     def _finish_writes(self, plan: TransferPlan, op: _core.OpResult, error: str) -> None:
         """Publishes those reserved blocks of a plan that were filled."""
@@ -292,14 +316,18 @@ class GlobalCacheEngine:
         ok = op.ok if op.status == _core.OpStatus.FAILED else np.ones(len(moved.block_positions), np.uint8)
         if len(ok) == 0:
             self.index.abort(plan.txn)
+            if plan.kind is PlanKind.SPILL:
+                self._to_spill.drop(plan.keys)
             return
         # The journal first: once the index has it, the block can be evicted and its slot written anew.
         if plan.kind is PlanKind.SPILL:
             self._journal_blocks(plan, moved, ok)
         self.index.commit(plan.txn, ok)
         if plan.kind is PlanKind.PUT:
-            self._offer_to_ssd(plan.parent, plan.keys)
+            self._offer_to_ssd(plan)
             return
+        if plan.kind is PlanKind.SPILL:
+            self._to_spill.num_dropped += int((ok == 0).sum())
         if plan.kind is not PlanKind.SPILL and not ok.all():
             # What cannot be read back, or is not what was written, is not there.
             assert moved.keys is not None
@@ -331,30 +359,36 @@ class GlobalCacheEngine:
             np.ascontiguousarray(moved.dst_block_ids[ok != 0]),
         )
 
-    def _offer_to_ssd(self, parent: BlockKeys | None, keys: BlockKeys) -> None:
+    def _offer_to_ssd(self, plan: TransferPlan) -> None:
         if self.journal is None:
             return
+        keys = plan.keys
         self.num_offered_to_ssd += len(keys)
         if self._seen is not None:
             unseen = np.flatnonzero(self._seen.seen(keys) == 0)
             keys = keys[: unseen[0]] if len(unseen) else keys
         if len(keys):
-            self._queue_spill(parent, keys)
+            self._queue_spill(plan.parent, keys, pin_all=plan.made_room)
 
-    def _queue_spill(self, parent: BlockKeys | None, keys: BlockKeys) -> None:
-        if self.journal is None:
-            return
-        self._to_spill.append((parent, keys))
-        self._to_spill_blocks += len(keys)
-        # More than the CPU tier holds cannot be waiting for real: the oldest has been evicted.
-        while self._to_spill_blocks > self.config.num_cpu_blocks and len(self._to_spill) > 1:
-            _, dropped = self._to_spill.popleft()
-            self._to_spill_blocks -= len(dropped)
+    def _queue_spill(self, parent: BlockKeys | None, keys: BlockKeys, *, pin_all: bool = False) -> None:
+        if self.journal is not None:
+            self._to_spill.add(WaitingBlocks(parent, keys, pin_all))
 
     @property
     def num_waiting_spills(self) -> int:
         """Blocks that wait to be copied to SSD."""
-        return self._to_spill_blocks
+        return self._to_spill.num_waiting
+
+    @property
+    def num_waiting_leases(self) -> int:
+        """Leases of blocks that wait to be copied to SSD."""
+        return self._to_spill.num_leases
+
+    @property
+    def num_spill_dropped_blocks(self) -> int:
+        """Blocks that were to go to SSD and did not get there: pushed out of the CPU tier before their turn,
+        not written because of a fault, or without room on SSD because of pins."""
+        return self._to_spill.num_dropped
 
     # ---- the SSD tier comes and goes ----
 
@@ -382,6 +416,7 @@ class GlobalCacheEngine:
         """Leaves the SSD tier out: nothing is looked for or written there. Returns how many blocks are lost
         to this process until it is back."""
         self.journal = None
+        self._to_spill.num_dropped += self._to_spill.num_waiting
         return self.clear([SSD])
 
     def close(self) -> None:
@@ -393,5 +428,4 @@ class GlobalCacheEngine:
         many they were."""
         if SSD in tiers:
             self._to_spill.clear()
-            self._to_spill_blocks = 0
         return sum(self.index.invalidate_tier(tier) for tier in tiers)

@@ -220,6 +220,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         """Called at each step of the scheduler: takes in what has ended, and lets go of promises that are too
         old."""
         self.engine.poll()
+        self.metrics.spill_dropped(self.engine.num_spill_dropped_blocks)
         oldest = next(iter(self._holds.items()), None)
         if oldest is not None and time.monotonic() - oldest[1].since_s > _HOLD_AGE_MAX_S:
             self.forget_request(oldest[0])
@@ -472,7 +473,8 @@ class FlexKVLinker(UnifiedCacheLinker):
         parent = keys_from_page_hashes([parent_hash], self.namespace)[0] if parent_hash else None
         task = self.engine.create_put(parent, keys, importance=importance)
         if task.plan is None:
-            self.engine.cancel(task)  # no room: a failed offload, tried again at the next use
+            self.metrics.put_without_room()
+            self.engine.cancel(task)  # a failed offload, tried again at the next use
             return task
         # Asking a GPU tensor for its values waits for the stream that computed them, so only where needed.
         slots = as_token_slots(transfer.device_indices) if task.plan.graph.ops else None

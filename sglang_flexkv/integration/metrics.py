@@ -3,22 +3,44 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
-_NAMES = {
-    "loaded": ("flexkv_loaded_tokens", "Tokens whose KV was loaded instead of computed, by tier.", ("tier",)),
-    "recomputed": (
+
+@dataclass(frozen=True)
+class _Metric:
+    name: str
+    text: str
+    label: str = ""
+    values: tuple[str, ...] = ("",)  # of the label
+
+
+_METRICS = {
+    "loaded": _Metric(
+        "flexkv_loaded_tokens",
+        "Tokens whose KV was loaded instead of computed, by tier.",
+        "tier",
+        ("cpu", "ssd"),
+    ),
+    "recomputed": _Metric(
         "flexkv_recomputed_tokens",
         "Tokens whose KV a tier held but which were computed, because that was expected to be faster or "
         "load_policy says so.",
-        (),
     ),
-    "failed": ("flexkv_failed_loads", "Requests that were computed because their load failed.", ()),
+    "failed": _Metric("flexkv_failed_loads", "Requests that were computed because their load failed."),
+    "puts_without_room": _Metric(
+        "flexkv_puts_without_room",
+        "Copies to the CPU tier that were not made because everything in it was in use.",
+    ),
+    "spill_dropped": _Metric(
+        "flexkv_spill_dropped_blocks",
+        "Blocks that were to go from the CPU tier to SSD and did not get there.",
+    ),
 }
 
 
 class Metrics:
-    """Counters of one rank.
+    """Counters of one rank. All of them, with every value of their labels, are there from the start.
 
     Args:
         labels: values of labels that are the same for all, such as the rank; None: no Prometheus.
@@ -26,19 +48,19 @@ class Metrics:
 
     def __init__(self, labels: dict[str, str] | None = None) -> None:
         self.total: Counter[str] = Counter()
-        self._exported: dict[str, Any] = {}
-        self._labels = labels or {}
+        self._exported: dict[tuple[str, str], Any] = {}
         if labels is not None:
             # Not before SGLang has named its directory for the metrics of several processes.
             from prometheus_client import Counter as Exported
 
-            self._exported = {
-                kind: Exported(name, text, [*own, *self._labels])
-                for kind, (name, text, own) in _NAMES.items()
-            }
+            for kind, metric in _METRICS.items():
+                own = [metric.label] if metric.label else []
+                counter = Exported(metric.name, metric.text, [*own, *labels])
+                for value in metric.values:
+                    self._exported[kind, value] = counter.labels(**dict.fromkeys(own, value), **labels)
 
     def loaded(self, tier: str, tokens: int) -> None:
-        self._count("loaded", tokens, tier=tier)
+        self._count("loaded", tokens, tier)
 
     def recomputed(self, tokens: int) -> None:
         self._count("recomputed", tokens)
@@ -46,9 +68,15 @@ class Metrics:
     def failed_loads(self, requests: int) -> None:
         self._count("failed", requests)
 
-    def _count(self, kind: str, amount: int, **own: str) -> None:
+    def put_without_room(self) -> None:
+        self._count("puts_without_room", 1)
+
+    def spill_dropped(self, blocks_in_all: int) -> None:
+        self._count("spill_dropped", blocks_in_all - self.total["spill_dropped"])
+
+    def _count(self, kind: str, amount: int, value: str = "") -> None:
         if amount == 0:
             return
-        self.total[" ".join([kind, *own.values()])] += amount
-        if kind in self._exported:
-            self._exported[kind].labels(**own, **self._labels).inc(amount)
+        self.total[f"{kind} {value}".strip()] += amount
+        if self._exported:
+            self._exported[kind, value].inc(amount)

@@ -24,8 +24,6 @@ from sglang_flexkv.common.transfer import TransferType
 from sglang_flexkv.replay.trace import Request, Trace
 
 _CPU, _SSD = _core.Tier.CPU, _core.Tier.SSD
-# As many blocks a spill as a server moves at once; copies take no time here, so it hardly matters.
-_SPILL_BLOCKS_MAX = 256
 # Requests between two reports of progress.
 _PROGRESS_REQUESTS = 256
 
@@ -186,7 +184,7 @@ class _Machine:
             self.refused += 1
 
     def _spill(self) -> None:
-        while (plan := self.engine.plan_spill(_SPILL_BLOCKS_MAX)) is not None:
+        while (plan := self.engine.plan_spill()) is not None:
             self._finish(plan)
 
     def _finish(self, plan: TransferPlan) -> None:

@@ -29,6 +29,15 @@ def from_ssd(answer: dict[str, Any]) -> int:
     return (answer["meta_info"].get("cached_tokens_details") or {}).get("storage", 0)
 
 
+def counters(server: SGLangServer) -> dict[tuple[str, str, str], float]:
+    """Our metrics: the value by name, tier and rank."""
+    return {
+        (sample.name, sample.labels.get("tier", ""), sample.labels["tp_rank"]): sample.value
+        for sample in server.metrics()
+        if sample.name.startswith("flexkv_")
+    }
+
+
 def stored_blocks(directory: Path) -> list[int]:
     """What a server would find that starts now, rank by rank."""
     return [ssd_tools.inspect(files).live_blocks for files in ssd_tools.find([directory])]
@@ -106,6 +115,19 @@ def test_a_burst_after_a_restart_computes_nothing_that_ssd_holds(tmp_path: Path,
 
     bursts = [[[*prompt, *range(10 * n, 10 * n + 10)] for n in range(4)] for prompt in PROMPTS]
     with server() as first:
+        # Nothing has been counted yet, and everything is there.
+        assert counters(first) == {
+            (name, tier, str(rank)): 0.0
+            for rank in range(tp_size)
+            for name, tier in (
+                ("flexkv_loaded_tokens_total", "cpu"),
+                ("flexkv_loaded_tokens_total", "ssd"),
+                ("flexkv_recomputed_tokens_total", ""),
+                ("flexkv_failed_loads_total", ""),
+                ("flexkv_puts_without_room_total", ""),
+                ("flexkv_spill_dropped_blocks_total", ""),
+            )
+        }
         expected = [[first.generate(prompt, NEW_TOKENS, **ASK) for prompt in burst] for burst in bursts]
     with server() as again:
         for prompt, burst, wanted in zip(PROMPTS, bursts, expected, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -28,7 +29,7 @@ from sglang_flexkv import (
     _core,
 )
 from sglang_flexkv.common.errors import ConfigError
-from sglang_flexkv.kvtask import KVTask, TaskStatus
+from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
 
 BLOCK = 16
@@ -671,3 +672,118 @@ def test_the_example_runs() -> None:
     )
     assert out.returncode == 0, out.stderr
     assert "bytes identical: True" in out.stdout
+
+
+# ---- faster than the disk ----
+
+
+def slow_to_write(pool: Any, tmp_path: Path) -> _core.FaultyDisk:
+    """Puts a disk under the pool that takes its time for every write."""
+    disk = _core.FaultyDisk(1)
+    disk.set_fault("write", 1.0, delay_s=0.005)
+    pool.manager.shutdown()
+    pool.manager = KVManager(pool.manager.model_config, pool.manager.cache_config)
+    pool.manager.register_kv_caches(list(pool.kv), pool.layout)
+    assert pool.manager._device is not None
+    pool.manager._engine = KVTaskEngine(
+        pool.manager.cache_config,
+        pool.manager._device,
+        namespace=pool.manager.namespace,
+        keep_tokens=True,
+        disk=disk,
+    )
+    return disk
+
+
+@pytest.mark.parametrize("blocks", [1, 4, 12, 32], ids=lambda n: f"{n}_blocks_each")
+def test_puts_that_are_faster_than_the_disk_wait_for_it_and_lose_nothing(make, tmp_path, blocks) -> None:
+    pool = make(cpu_blocks=32, ssd_blocks=512)
+    slow_to_write(pool, tmp_path)
+    each = blocks * BLOCK
+    slots = [torch.arange(n * each, (n + 1) * each) % 1024 for n in range(96 // blocks)]
+    before = [pool.bytes_at(part) for part in slots]
+    tasks = [pool.manager.put_async(tokens(10_000 * n, each), part) for n, part in enumerate(slots, start=1)]
+    statuses = {pool.manager.engine.task(task).status for task in tasks}
+    assert TaskStatus.CREATED in statuses, "none had to wait"
+    for task, response in pool.manager.wait(tasks).items():
+        assert response.status is KVResponseStatus.SUCCESS, task
+        assert response.return_mask.all()
+    assert pool.manager.engine.flush_spills(20.0)
+    assert pool.manager.engine.stats()["SSD"]["dropped"] == 0
+    target = torch.arange(each)
+    for n, expected in enumerate(before, start=1):
+        pool.wipe(target)
+        assert pool.get(tokens(10_000 * n, each), target) == each
+        assert torch.equal(pool.bytes_at(target), expected)
+
+
+def test_a_put_that_waits_can_be_cancelled_and_fails_alone(make, tmp_path) -> None:
+    pool = make(cpu_blocks=32, ssd_blocks=512)
+    slow_to_write(pool, tmp_path)
+    first = pool.manager.put_async(tokens(1000, 512), torch.arange(512))
+    cancelled = pool.manager.put_async(tokens(2000, 64), SLOTS)
+    wrong = pool.manager.put_async(tokens(3000, 64), SLOTS[:5])
+    last = pool.manager.put_async(tokens(4000, 64), SLOTS)
+    pool.manager.cancel([cancelled])
+    answers = pool.manager.wait([first, cancelled, wrong, last])
+    assert [answers[task].status.value for task in (first, cancelled, wrong, last)] == [
+        "success",
+        "cancelled",
+        "failed",
+        "success",
+    ]
+    assert "a slot mapping for this task has 64 slots" in answers[wrong].error
+    # One whose mapping is wrong at once is not there at all.
+    assert pool.manager.engine.flush_spills(20.0)
+    with pytest.raises(ValueError, match="a slot mapping"):
+        pool.manager.put_async(tokens(5000, 64), SLOTS[:5])
+    assert pool.manager.engine.num_tasks == 0
+
+
+def test_what_waits_for_the_disk_is_flushed_away_too(make, tmp_path) -> None:
+    pool = make(cpu_blocks=32, ssd_blocks=512)
+    slow_to_write(pool, tmp_path)
+    engine = pool.manager.engine
+    tasks = [engine.task(pool.manager.put_async(tokens(1000 * n, 64), SLOTS)) for n in range(1, 9)]
+    engine.forget(tasks[-1])  # its creator does not ask any more
+    assert tasks[-1].status is TaskStatus.CREATED
+    pool.manager.clear()
+    assert all(task.ended for task in tasks)
+    pool.until(lambda: engine.num_running == 0)
+    assert engine.stats()["CPU"]["ready"] == engine.stats()["CPU"]["pinned"] == 0
+
+
+def test_nothing_holds_a_put_up_while_the_ssd_tier_is_out(make, tmp_path) -> None:
+    pool = make(cpu_blocks=32, ssd_blocks=512)
+    disk = slow_to_write(pool, tmp_path)
+    disk.set_fault("write", 1.0, errno.EIO)
+    disk.set_fault("open", 1.0, errno.EIO)
+    tasks = [pool.manager.put_async(tokens(10_000 * n, 64), SLOTS) for n in range(1, 30)]
+    for response in pool.manager.wait(tasks).values():
+        assert response.status is KVResponseStatus.SUCCESS
+    engine = pool.manager.engine
+    pool.until(lambda: engine.stats()["SSD"]["times_out"] == 1)
+    assert engine.stats()["SSD"]["dropped"] > 0
+    for n in range(30, 60):
+        task = pool.manager.put_async(tokens(10_000 * n, 64), SLOTS)
+        assert engine.task(task).status is TaskStatus.RUNNING
+        pool.manager.wait([task])
+    disk.clear_faults()
+
+
+def test_who_does_not_wait_for_the_disk_loses_to_it_what_is_counted(make, tmp_path) -> None:
+    """The way of SGLang's scheduler: it never waits, and what is new is always taken in."""
+    pool = make(cpu_blocks=32, ssd_blocks=512)
+    slow_to_write(pool, tmp_path)
+    engine = pool.manager.engine
+    for n in range(1, 41):
+        task, mask = pool.manager.put_match(tokens(10_000 * n, 64))
+        assert mask.all()
+        pool.manager.launch([task], [SLOTS])
+        assert pool.manager.wait([task])[task].status is KVResponseStatus.SUCCESS
+        assert engine.stats()["CPU"]["pinned"] <= 8 + 4
+    assert engine.flush_spills(20.0)
+    stats = engine.stats()
+    assert stats["CPU"]["puts_without_room"] == 0
+    assert stats["SSD"]["dropped"] > 0
+    assert stats["SSD"]["ready"] + stats["SSD"]["dropped"] == 160
