@@ -138,6 +138,16 @@ PYBIND11_MODULE(_core, m) {
   py::register_exception<UsageError>(m, "CoreUsageError", PyExc_ValueError);
   auto& system_error = py::register_exception<SystemError>(m, "CoreSystemError", PyExc_OSError);
   py::register_exception<MismatchError>(m, "CoreMismatchError", system_error.ptr());
+  static py::handle disk_error;
+  disk_error = py::exception<DiskError>(m, "CoreDiskError", system_error.ptr()).release();
+  py::register_exception_translator([](std::exception_ptr raised) {
+    try {
+      if (raised) std::rethrow_exception(raised);
+    } catch (const DiskError& error) {
+      // What every OSError has: errno, strerror and filename.
+      PyErr_SetObject(disk_error.ptr(), py::make_tuple(error.error(), error.what(), error.path()).ptr());
+    }
+  });
   m.attr("IO_ALIGNMENT") = kIoAlignment;
 
   py::enum_<Tier>(m, "Tier").value("CPU", Tier::kCpu).value("SSD", Tier::kSsd);

@@ -7,8 +7,23 @@
 #include <string>
 
 #include "io_engine.hpp"
+#include "types.hpp"
 
 namespace flexkv {
+
+// A call on a file failed. what() is all a user has to know but for the remedy.
+class DiskError : public SystemError {
+ public:
+  // `error`: an errno, or its negative. The message is "<path>: <what>: <reason>".
+  DiskError(const std::string& path, const std::string& what, int error);
+
+  const std::string& path() const { return path_; }
+  int error() const { return error_; }
+
+ private:
+  std::string path_;
+  int error_;
+};
 
 // The real disk. All calls return a value >= 0, or -errno.
 class Disk {
@@ -19,7 +34,7 @@ class Disk {
   virtual int64_t Read(int fd, void* data, size_t bytes, uint64_t offset);
   virtual int64_t Write(int fd, const void* data, size_t bytes, uint64_t offset);
   virtual int Sync(int fd);                                // the file's data, as fdatasync
-  virtual int Reserve(int fd, uint64_t bytes);             // as posix_fallocate from 0
+  virtual int Reserve(int fd, uint64_t bytes);             // as fallocate from 0
   virtual int Truncate(int fd, uint64_t bytes);
   virtual int64_t Size(int fd);
   virtual int Rename(const std::string& from, const std::string& to);
@@ -32,6 +47,20 @@ class Disk {
   // Whole transfers: go on after short ones. ENODATA when the file ends early.
   int ReadAll(int fd, void* data, size_t bytes, uint64_t offset);
   int WriteAll(int fd, const void* data, size_t bytes, uint64_t offset);
+
+  // What not every file system can do.
+
+  // Reserve; where there is no such thing, writes zeros where the file has no space yet and sets
+  // *by_writing. What the file holds stays as it is. Nobody else may use the file meanwhile, which must
+  // be open for reading, too; `bytes` is a multiple of kIoAlignment, for O_DIRECT.
+  int TakeSpace(int fd, uint64_t bytes, bool* by_writing);
+  // Sync and SyncDirectory; where there is no such thing, nothing: then a power failure may take what
+  // was written, and the checksums find that out.
+  int Persist(int fd);
+  int PersistDirectory(const std::string& path);
+
+ private:
+  int FillHoles(int fd, uint64_t bytes, bool* by_writing);
 };
 
 }  // namespace flexkv

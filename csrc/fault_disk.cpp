@@ -42,7 +42,8 @@ std::string DirectoryOf(const std::string& path) {
 // ---- faults ------------------------------------------------------------------------------------
 
 void FaultyDisk::SetFault(const std::string& operation, double probability, int error, double delay_s) {
-  constexpr std::string_view kCalls[] = {"open", "read", "write", "sync", "reserve", "rename"};
+  constexpr std::string_view kCalls[] = {"open",     "read",   "write",       "sync",  "reserve",
+                                         "truncate", "rename", "open_direct", "direct"};
   const bool call = std::find(std::begin(kCalls), std::end(kCalls), operation) != std::end(kCalls);
   Require(call || operation == "short" || operation == "flip", "no such fault: " + operation);
   Require(probability >= 0 && probability <= 1, "a probability is between 0 and 1");
@@ -98,20 +99,27 @@ void FaultyDisk::Flip(char* data, size_t bytes) {
   data[bit / 8] = static_cast<char>(data[bit / 8] ^ (1 << bit % 8));
 }
 
+int FaultyDisk::InjectTransfer(std::string_view operation, int fd) {
+  const int flags = fcntl(fd, F_GETFL);
+  const int error = flags >= 0 && (flags & O_DIRECT) != 0 ? Inject("direct") : 0;
+  return error < 0 ? error : Inject(operation);
+}
+
 int FaultyDisk::Open(const std::string& path, int flags) {
-  const int error = Inject("open");
+  int error = Inject("open");
+  if (error == 0 && (flags & O_DIRECT) != 0) error = Inject("open_direct");
   return error < 0 ? error : Disk::Open(path, flags);
 }
 
 int64_t FaultyDisk::Read(int fd, void* data, size_t bytes, uint64_t offset) {
-  if (const int error = Inject("read"); error < 0) return error;
+  if (const int error = InjectTransfer("read", fd); error < 0) return error;
   const int64_t moved = Disk::Read(fd, data, Shorten(bytes), offset);
   if (moved > 0) Flip(static_cast<char*>(data), static_cast<size_t>(moved));
   return moved;
 }
 
 int64_t FaultyDisk::Write(int fd, const void* data, size_t bytes, uint64_t offset) {
-  const int error = Inject("write");
+  const int error = InjectTransfer("write", fd);
   return error < 0 ? error : Disk::Write(fd, data, Shorten(bytes), offset);
 }
 
@@ -123,6 +131,11 @@ int FaultyDisk::Sync(int fd) {
 int FaultyDisk::Reserve(int fd, uint64_t bytes) {
   const int error = Inject("reserve");
   return error < 0 ? error : Disk::Reserve(fd, bytes);
+}
+
+int FaultyDisk::Truncate(int fd, uint64_t bytes) {
+  const int error = Inject("truncate");
+  return error < 0 ? error : Disk::Truncate(fd, bytes);
 }
 
 int FaultyDisk::Rename(const std::string& from, const std::string& to) {

@@ -26,9 +26,10 @@ class FaultyDisk : public Disk {
 
   // From now on `operation` has a fault with this probability (0: none).
   //
-  // "open", "read", "write", "sync" (files and directories), "reserve", "rename": after delay_s, fails
-  // with the errno `error`, or is done if that is 0. Reads and writes are direct calls as well as the
-  // transfers of the engines.
+  // "open", "read", "write", "sync" (files and directories), "reserve", "truncate", "rename": after
+  // delay_s, fails with the errno `error`, or is done if that is 0. Reads and writes are direct calls as
+  // well as the transfers of the engines.
+  // "open_direct": opening with O_DIRECT. "direct": direct calls that read or write what was opened so.
   // "short": a read or write moves only a part, some multiple of 512 bytes.
   // "flip": a read returns one wrong bit.
   void SetFault(const std::string& operation, double probability, int error, double delay_s);
@@ -41,6 +42,7 @@ class FaultyDisk : public Disk {
   int64_t Write(int fd, const void* data, size_t bytes, uint64_t offset) override;
   int Sync(int fd) override;
   int Reserve(int fd, uint64_t bytes) override;
+  int Truncate(int fd, uint64_t bytes) override;
   int Rename(const std::string& from, const std::string& to) override;
   int SyncDirectory(const std::string& path) override;
   std::unique_ptr<IoEngine> MakeEngine(IoEngineKind kind, int depth, std::string* note) override;
@@ -60,6 +62,8 @@ class FaultyDisk : public Disk {
   Fault DrawLocked(std::string_view operation);
   // Draws the fault of a direct call and waits for its delay. 0, or -errno.
   int Inject(std::string_view operation);
+  // That of a read or write: also of "direct", if it is one.
+  int InjectTransfer(std::string_view operation, int fd);
   // How much of so many bytes is to be moved.
   size_t Shorten(size_t bytes);
   void Flip(char* data, size_t bytes);

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <cstdio>
 #include <random>
 
 namespace flexkv {
@@ -117,8 +118,8 @@ int Replay(Disk& disk, int fd, const JournalHeader& header, SsdImage* image) {
   return 0;
 }
 
-[[noreturn]] void Throw(const std::string& name, const std::string& what, int error) {
-  throw SystemError(name + ": " + what + ": " + Reason(error));
+[[noreturn]] void Throw(const std::string& path, const std::string& what, int error) {
+  throw DiskError(path, what, error);
 }
 
 std::string Mismatch(Decoded decoded, uint32_t version) {
@@ -187,12 +188,12 @@ SsdImage SsdShard::Load(Disk& disk, int slots_fd, int journal_fd, const std::str
 SsdShard::SsdShard(std::shared_ptr<Disk> disk, SsdPaths paths, const SsdStoreOptions& options)
     : disk_(std::move(disk)), paths_(std::move(paths)), options_(options) {
   try {
-    slots_fd_ = disk_->Open(paths_.slots, O_RDWR | O_CREAT | O_DIRECT);
-    if (slots_fd_ == -EINVAL) {
-      direct_ = false;
-      slots_fd_ = disk_->Open(paths_.slots, O_RDWR | O_CREAT);
-    }
+    PageBuffer page(1);
+    OpenSlots();
+    const int64_t error = WithoutDirectIfRefused(
+        [&] { return slots_fd_ < 0 ? slots_fd_ : disk_->Read(slots_fd_, page.data.get(), kSsdPage, 0); });
     if (slots_fd_ < 0) Throw(paths_.slots, "cannot be opened", slots_fd_);
+    if (error < 0) Throw(paths_.slots, "cannot be read", static_cast<int>(error));
     journal_fd_ = disk_->Open(paths_.journal, O_RDWR);
     if (journal_fd_ < 0 && journal_fd_ != -ENOENT) Throw(paths_.journal, "cannot be opened", journal_fd_);
 
@@ -258,13 +259,38 @@ SsdShard::~SsdShard() {
   if (journal_fd_ >= 0) disk_->Close(journal_fd_);
 }
 
+void SsdShard::OpenSlots() {
+  if (slots_fd_ >= 0) disk_->Close(slots_fd_);
+  slots_fd_ = disk_->Open(paths_.slots, O_RDWR | O_CREAT | (direct_ ? O_DIRECT : 0));
+}
+
+// Some file systems refuse O_DIRECT when the file is opened; others only when bytes are moved, or for disks
+// whose sectors are larger than our pages. Only while nobody else uses the file, which is opened again.
+int64_t SsdShard::WithoutDirectIfRefused(const std::function<int64_t()>& call) {
+  int64_t error = call();
+  if (error == -EINVAL && direct_) {
+    direct_ = false;
+    OpenSlots();
+    error = slots_fd_ < 0 ? slots_fd_ : call();
+  }
+  return error;
+}
+
 void SsdShard::Reserve(uint64_t bytes) {
   const int64_t before = disk_->Size(slots_fd_);
-  const int error = disk_->Reserve(slots_fd_, bytes);
+  const int64_t error =
+      WithoutDirectIfRefused([&] { return disk_->TakeSpace(slots_fd_, bytes, &by_writing_); });
   if (error == 0) return;
   // What it got before the disk was full is not ours to keep.
-  if (before >= 0) disk_->Truncate(slots_fd_, static_cast<uint64_t>(before));
-  Throw(paths_.slots, "cannot reserve space", error);
+  if (before >= 0 && slots_fd_ >= 0) disk_->Truncate(slots_fd_, static_cast<uint64_t>(before));
+  char what[64];
+  std::snprintf(what, sizeof what, "cannot reserve %.2f GiB", static_cast<double>(bytes) / (1 << 30));
+  Throw(paths_.slots, what, static_cast<int>(error));
+}
+
+void SsdShard::StartSuperblock() {
+  const int64_t error = WithoutDirectIfRefused([&] { return WriteSuperblock(image_.superblock); });
+  if (error < 0) Throw(paths_.slots, "cannot be written", static_cast<int>(error));
 }
 
 void SsdShard::Create(uint64_t num_slots) {
@@ -285,7 +311,7 @@ void SsdShard::Create(uint64_t num_slots) {
   if (const int error = StartJournal(image_.superblock); error < 0) {
     Throw(paths_.journal, "cannot be written", error);
   }
-  if (const int error = WriteSuperblock(image_.superblock); error < 0) Throw(paths_.slots, "cannot be written", error);
+  StartSuperblock();
 }
 
 void SsdShard::Resize(uint64_t num_slots) {
@@ -315,7 +341,7 @@ void SsdShard::Resize(uint64_t num_slots) {
   if (num_slots < before || was_cut || image_.damaged_bytes > 0) {
     if (const int error = Compact(image_.superblock); error < 0) Throw(paths_.journal, "cannot be rewritten", error);
   }
-  if (const int error = WriteSuperblock(image_.superblock); error < 0) Throw(paths_.slots, "cannot be written", error);
+  StartSuperblock();
   if (disk_->Size(slots_fd_) > static_cast<int64_t>(bytes)) {
     if (const int error = disk_->Truncate(slots_fd_, bytes); error < 0) {
       Throw(paths_.slots, "cannot be resized", error);
@@ -331,7 +357,7 @@ int SsdShard::WriteSuperblock(const Superblock& superblock) {
     next.sequence = ++superblock_sequence_;
     EncodeSuperblock(next, page.data.get());
     int error = disk_->WriteAll(slots_fd_, page.data.get(), kSsdPage, copy * kSsdPage);
-    if (error == 0) error = disk_->Sync(slots_fd_);
+    if (error == 0) error = disk_->Persist(slots_fd_);
     if (error < 0) return error;
   }
   return 0;
@@ -347,9 +373,9 @@ int SsdShard::StartJournal(const Superblock& superblock) {
                        static_cast<uint32_t>(NumSlices(superblock))},
                       page.data.get());
   int error = disk_->WriteAll(fd, page.data.get(), kSsdPage, 0);
-  if (error == 0) error = disk_->Sync(fd);
+  if (error == 0) error = disk_->Persist(fd);
   if (error == 0) error = disk_->Rename(fresh, paths_.journal);
-  if (error == 0) error = disk_->SyncDirectory(paths_.directory);
+  if (error == 0) error = disk_->PersistDirectory(paths_.directory);
   if (error < 0) {
     disk_->Close(fd);
     return error;
@@ -526,13 +552,14 @@ int SsdShard::Commit(const Superblock& superblock, const std::vector<Pending>& p
   // A file that nobody can find any more will not be there at the next start.
   int error = disk_->Links(slots_fd_);
   if (error == 0 || disk_->Links(journal_fd_) == 0) return -ENOENT;
-  error = disk_->Sync(slots_fd_);
+  error = disk_->Persist(slots_fd_);
   const uint64_t end = journal_end_ + frames.size();
   if (error == 0 && end / kJournalStep != journal_end_ / kJournalStep) {
-    error = disk_->Reserve(journal_fd_, AlignUp(end + 1, kJournalStep));
+    bool by_writing = false;
+    error = disk_->TakeSpace(journal_fd_, AlignUp(end + 1, kJournalStep), &by_writing);
   }
   if (error == 0) error = disk_->WriteAll(journal_fd_, frames.data(), frames.size(), journal_end_);
-  if (error == 0) error = disk_->Sync(journal_fd_);
+  if (error == 0) error = disk_->Persist(journal_fd_);
   std::lock_guard<std::mutex> lock(mutex_);
   if (error == 0) {
     journal_end_ = end;
@@ -574,10 +601,10 @@ int SsdShard::Compact(const Superblock& superblock) {
     error = disk_->WriteAll(fd, frame.data(), frame.size(), end);
     end += frame.size();
   }
-  if (error == 0) error = disk_->Sync(slots_fd_);
-  if (error == 0) error = disk_->Sync(fd);
+  if (error == 0) error = disk_->Persist(slots_fd_);
+  if (error == 0) error = disk_->Persist(fd);
   if (error == 0) error = disk_->Rename(path, paths_.journal);
-  if (error == 0) error = disk_->SyncDirectory(paths_.directory);
+  if (error == 0) error = disk_->PersistDirectory(paths_.directory);
   if (error < 0) {
     disk_->Close(fd);
     return error;
@@ -677,7 +704,12 @@ std::string SsdStore::notes() const {
     if (!shard->note().empty()) notes += (notes.empty() ? "" : "\n") + shard->note();
     if (!shard->direct()) {
       notes += (notes.empty() ? "" : "\n") + shard->paths().directory +
-               " does not support O_DIRECT; the SSD tier goes through the page cache there";
+               " does not support O_DIRECT, or not in pages of 4 KiB; the SSD tier goes through the page "
+               "cache there";
+    }
+    if (shard->by_writing()) {
+      notes += (notes.empty() ? "" : "\n") + shard->paths().directory +
+               " does not support fallocate; the SSD tier's space was reserved by writing zeros there";
     }
   }
   return notes;

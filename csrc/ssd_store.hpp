@@ -15,6 +15,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstdlib>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -99,6 +100,7 @@ class SsdShard {
 
   int fd() const { return slots_fd_; }
   bool direct() const { return direct_; }
+  bool by_writing() const { return by_writing_; }  // how space was reserved
   const std::string& note() const { return note_; }
   const SsdPaths& paths() const { return paths_; }
 
@@ -124,7 +126,10 @@ class SsdShard {
     uint64_t sequence;
   };
 
+  void OpenSlots();
+  int64_t WithoutDirectIfRefused(const std::function<int64_t()>& call);
   void Reserve(uint64_t bytes);
+  void StartSuperblock();
   void Create(uint64_t num_slots);
   void Resize(uint64_t num_slots);
   int WriteSuperblock(const Superblock& superblock);
@@ -143,7 +148,7 @@ class SsdShard {
   uint64_t superblock_sequence_ = 0;
   uint64_t next_frame_ = 1;
   std::atomic<uint64_t> journal_end_{kSsdPage};
-  bool direct_ = true;
+  bool direct_ = true, by_writing_ = false;
   std::string fresh_;  // why what was found is not used, "" if it is
   std::string note_;
 
@@ -162,7 +167,7 @@ class SsdShard {
 class SsdStore {
  public:
   // Opens or creates the files and replays the journals. Throws MismatchError, or SystemError with the
-  // reason.
+  // reason (a DiskError where a call failed).
   SsdStore(SsdStoreOptions options, std::shared_ptr<Disk> disk);
 
   Recovered TakeRecovered() { return std::exchange(recovered_, {}); }

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import stat
+import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from pathlib import Path
 
 from sglang_flexkv.common.config import GIB
 from sglang_flexkv.common.errors import ConfigError
+from sglang_flexkv.common.paths import reason
 
 # Names of a rank's files: flexkv-<rank tag>.slots, .journal, .identity and .lock.
 _PREFIX, _SLOTS, _JOURNAL, _IDENTITY, _LOCK = "flexkv-", ".slots", ".journal", ".identity", ".lock"
@@ -45,22 +48,53 @@ class ShardFiles:
 
 
 def shards_in(directory: Path) -> list[ShardFiles]:
-    """The ranks whose files a directory holds."""
-    names = sorted(path.name for path in directory.glob(f"{_PREFIX}*{_SLOTS}"))
+    """The ranks whose files a directory holds. Raises OSError if it cannot be listed."""
+    names = sorted(n for n in os.listdir(directory) if n.startswith(_PREFIX) and n.endswith(_SLOTS))
     return [ShardFiles(directory, name.removeprefix(_PREFIX).removesuffix(_SLOTS)) for name in names]
 
 
-def check_directory(directory: Path) -> None:
-    """Raises ConfigError if it is not a directory."""
-    if not directory.is_dir():
-        what = "is not a directory" if directory.exists() else "does not exist"
-        raise ConfigError(f"ssd_cache_dir: {directory} {what}; create it or name another one")
+def why_no_directory(directory: Path, to_do: str) -> str | None:
+    """What is wrong with a directory, and what to do about it; None if there is one that can be entered.
+
+    Args:
+        to_do: about one that does not exist.
+    """
+    try:
+        if not stat.S_ISDIR(directory.stat().st_mode):
+            return f"is not a directory; {to_do}"
+        os.stat(os.path.join(directory, "."))  # which asks for the right to enter it
+    except FileNotFoundError:
+        if directory.is_symlink():
+            return f"is a symbolic link to {os.readlink(directory)}, which does not exist; {to_do}"
+        return f"does not exist; {to_do}"
+    except OSError as error:
+        return f"cannot be used: {reason(error)}"
+    return None
 
 
-def check_distinct(directories: Sequence[Path]) -> None:
-    """Raises ConfigError if two of them are one."""
-    if len({path.resolve() for path in directories}) != len(directories):
-        raise ConfigError("ssd_cache_dir lists the same directory twice; list each once")
+def check_directories(directories: Sequence[Path]) -> None:
+    """Raises ConfigError if one is no directory that can be entered, or two are the same."""
+    seen: dict[tuple[int, int], Path] = {}
+    for directory in directories:
+        if why := why_no_directory(directory, "create it or name another one"):
+            raise ConfigError(f"ssd_cache_dir: {directory} {why}")
+        found = directory.stat()
+        # By identity: links and bind mounts give a directory many names.
+        first = seen.setdefault((found.st_dev, found.st_ino), directory)
+        if first is not directory:
+            both = f"{first}" if first == directory else f"{first} and {directory}"
+            raise ConfigError(f"ssd_cache_dir lists the same directory twice ({both}); list each once")
+
+
+def check_usable(directory: Path) -> None:
+    """Raises ConfigError if a directory cannot be listed, takes no files, or has no locks. Leaves nothing
+    behind."""
+    try:
+        os.listdir(directory)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            _lock(file.fileno(), directory)
+    except OSError as error:
+        raise ConfigError(f"ssd_cache_dir: {directory} cannot be written: {reason(error)}") from None
 
 
 def check_free_space(wanted_bytes: Mapping[Path, int]) -> None:
@@ -73,8 +107,9 @@ def check_free_space(wanted_bytes: Mapping[Path, int]) -> None:
         by_device[directory.stat().st_dev].append(directory)
     for directories in by_device.values():
         wanted = sum(wanted_bytes[directory] for directory in directories)
-        left_behind = sum(disk_bytes(f) for d in directories for f in d.glob(f"{_PREFIX}*{_SLOTS}"))
-        if wanted > free_bytes(directories[0]) + left_behind:
+        left_behind = sum(disk_bytes(files.slots) for d in directories for files in shards_in(d))
+        free = free_bytes(directories[0])
+        if free is not None and wanted > free + left_behind:
             raise no_space(directories[0], wanted)
 
 
@@ -82,22 +117,19 @@ def lock_files(files: ShardFiles) -> int:
     """Takes a directory's lock file; returns its descriptor, which holds the lock until it is closed.
 
     Raises:
-        ConfigError: the directory is missing or not writable, or another server uses it.
+        ConfigError: the directory is not writable, has no locks, or another server uses it.
     """
-    check_directory(files.directory)
     try:
         lock = os.open(files.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
-        raise _not_writable(files.directory, error) from None
+        raise ConfigError(f"ssd_cache_dir: {files.lock} cannot be written: {reason(error)}") from None
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+        if not _lock(lock, files.directory):
+            owner = os.pread(lock, 32, 0).decode(errors="replace").strip() or "unknown"
+            raise in_use(files.directory, owner)
+    except BaseException:
         os.close(lock)
-        raise in_use(files.directory, owner) from None
-    except OSError as error:
-        os.close(lock)
-        raise _not_writable(files.directory, error) from None
+        raise
     # For messages only: a disk that is full of our own slots may have no room for it.
     with contextlib.suppress(OSError):
         os.ftruncate(lock, 0)
@@ -105,24 +137,35 @@ def lock_files(files: ShardFiles) -> int:
     return lock
 
 
-def free_bytes(directory: Path) -> int:
-    """What an unprivileged process may still write there."""
-    stat = os.statvfs(directory)
-    return stat.f_bavail * stat.f_frsize
+def _lock(fd: int, directory: Path) -> bool:
+    """False if somebody else has the lock. Raises ConfigError where there are no locks."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise ConfigError(
+            f"ssd_cache_dir: the file system of {directory} has no file locks (flock: {error.strerror}), and "
+            "without them two servers could use it at once; mount it with locks (NFS: with lockd, or "
+            "local_lock=flock) or name another directory"
+        ) from None
+    return True
+
+
+def free_bytes(directory: Path) -> int | None:
+    """What an unprivileged process may still write there; None if the file system does not tell."""
+    try:
+        found = os.statvfs(directory)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize if found.f_blocks else None
 
 
 def disk_bytes(path: Path) -> int:
     try:
         return path.stat().st_blocks * 512
-    except FileNotFoundError:  # its owner closed it just now
+    except FileNotFoundError:  # not there yet, or gone just now
         return 0
-
-
-def _not_writable(directory: Path, error: OSError) -> ConfigError:
-    return ConfigError(
-        f"ssd_cache_dir: {directory} is not writable ({error.strerror}); "
-        "fix its permissions or name another one"
-    )
 
 
 def in_use(directory: Path, owner: str) -> ConfigError:
@@ -134,7 +177,8 @@ def in_use(directory: Path, owner: str) -> ConfigError:
 
 def no_space(directory: Path, wanted_bytes: int) -> ConfigError:
     free = free_bytes(directory)
+    left = "too little" if free is None else f"{free / GIB:.2f} GiB"
     return ConfigError(
-        f"ssd_cache_gb: {directory} has {free / GIB:.2f} GiB free and cannot take "
+        f"ssd_cache_gb: {directory} has {left} free and cannot take "
         f"{wanted_bytes / GIB:.2f} GiB; lower ssd_cache_gb or free space"
     )

@@ -7,6 +7,7 @@ and rules are in docs/ssd-format.md.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Sequence
@@ -16,11 +17,13 @@ from pathlib import Path
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import Namespace
 from sglang_flexkv.common.closing import run_all
+from sglang_flexkv.common.config import GIB
 from sglang_flexkv.common.errors import ConfigError
+from sglang_flexkv.common.paths import reason, remedy
 from sglang_flexkv.storage import ssd_identity
 from sglang_flexkv.storage.ssd_files import (
     ShardFiles,
-    check_distinct,
+    check_directories,
     disk_bytes,
     free_bytes,
     lock_files,
@@ -75,15 +78,19 @@ class SsdStore:
         disk: _core.Disk | None = None,
     ) -> None:
         self._locks: list[int] = []
-        check_distinct(directories)
+        check_directories(directories)
         slots_per_file = -(-num_slots // len(directories))
         file_bytes = _core.SSD_SLOTS_OFFSET + slots_per_file * sum(slice_bytes)
         files = [ShardFiles(directory, rank_tag) for directory in directories]
         try:
             for shard in files:
                 self._locks.append(lock_files(shard))
-                if file_bytes > free_bytes(shard.directory) + disk_bytes(shard.slots):
+                held, free = disk_bytes(shard.slots), free_bytes(shard.directory)
+                if free is not None and file_bytes > free + held:
                     raise no_space(shard.directory, file_bytes)
+                if file_bytes > held:  # may take a while where it has to be written
+                    size = f"{file_bytes / GIB:.2f} GiB"
+                    logger.info("SSD tier: reserving %s in %s", size, shard.directory)
 
             def open_files(fresh: bool) -> _core.SsdStore:
                 return _core.SsdStore(
@@ -109,12 +116,15 @@ class SsdStore:
         except _core.CoreMismatchError as error:
             self._unlock()
             raise mismatch(str(_first_conflict(files, identity) or error)) from None
+        except _core.CoreDiskError as error:
+            self._unlock()
+            raise ConfigError(f"ssd_cache_dir: {error.strerror}; {_remedy(error)}") from None
         except _core.CoreSystemError as error:
             self._unlock()
-            raise ConfigError(
-                f"ssd_cache_dir: {error}; check the disk, its free space and its permissions, or name "
-                "another directory"
-            ) from None
+            raise ConfigError(f"ssd_cache_dir: {error}; lower ssd_cache_gb") from None
+        except OSError as error:  # of a directory that went away just now
+            self._unlock()
+            raise ConfigError(f"ssd_cache_dir: {error.filename}: {reason(error)}") from None
         except BaseException:
             self._unlock()
             raise
@@ -159,3 +169,13 @@ def _first_conflict(files: Sequence[ShardFiles], wanted: Identity | None) -> Con
         return next((each for each in _conflicts(files, wanted) if not each.worth_nothing), None)
     except _core.CoreSystemError:
         return None
+
+
+def _remedy(error: _core.CoreDiskError) -> str:
+    if error.errno == errno.ENOSPC:
+        free = free_bytes(Path(error.filename).parent)
+        left = "" if free is None else f"{free / GIB:.2f} GiB are free: "
+        return f"{left}lower ssd_cache_gb or free space"
+    if error.errno in (errno.EDQUOT, errno.EFBIG):
+        return f"lower ssd_cache_gb, spread it over more directories, or {remedy(error.errno)}"
+    return f"{remedy(error.errno)}, or name another directory"
