@@ -19,7 +19,6 @@ from rich.table import Table
 
 from sglang_flexkv import cli_replay
 from sglang_flexkv.cli_output import console, errors, say
-from sglang_flexkv.common.errors import FlexKVError
 from sglang_flexkv.integration import diagnosis, startup
 from sglang_flexkv.integration.diagnosis import Finding, Level
 
@@ -39,7 +38,10 @@ app.add_typer(ssd_app, name="ssd")
 for _command in (cli_replay.replay, cli_replay.plan, cli_replay.generate_trace):
     app.command()(_command)
 
-_Directories = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Directories of ssd_cache_dir.")]
+# Whether a path can be used is said by us, in one line: readable=False keeps typer from saying it.
+_Directories = Annotated[
+    list[Path], typer.Argument(metavar="DIR...", help="Directories of ssd_cache_dir.", readable=False)
+]
 
 
 def main() -> None:
@@ -49,7 +51,8 @@ def main() -> None:
 @app.command()
 def status() -> None:
     """Show whether --enable-flexkv works here, and what to do if not (exit code 1)."""
-    findings = [*diagnosis.prerequisites(), *diagnosis.ways_in()]
+    with errors():
+        findings = [*diagnosis.prerequisites(), *diagnosis.ways_in()]
     _print_table(findings)
     problems = _problems(findings)
     _print_problems(problems)
@@ -71,11 +74,13 @@ def install(
         raise typer.Exit(1)
     directory = startup.site_packages()
     reason = diagnosis.why_no_entry_point()
-    present = startup.state(directory) is startup.PatchState.CURRENT
+    with errors():
+        present = startup.state(directory) is startup.PatchState.CURRENT
     if reason is None and not force and not present:
         say("SGLang sees the entry point of sglang-flexkv: nothing needs to be installed.")
         return
-    written = _or_exit(startup.install, directory)
+    with errors():
+        written = startup.install(directory)
     if not written:
         say("The monkey-patch is installed already.")
         return
@@ -87,7 +92,8 @@ def install(
 @app.command()
 def uninstall() -> None:
     """Remove what install wrote."""
-    removed = _or_exit(startup.uninstall, startup.site_packages())
+    with errors():
+        removed = startup.uninstall(startup.site_packages())
     for path in removed:
         say(f"removed {path}")
     if not removed:
@@ -232,14 +238,6 @@ def _print_problems(problems: list[Finding]) -> None:
     """One line each, which a narrow terminal or a log does not cut as it cuts the table."""
     for what, _, found, remedy in problems:
         say(f"[red]{what}:[/red] {escape(found)}. To do: {escape(remedy)}")
-
-
-def _or_exit(action: Callable[[Path], list[Path]], directory: Path) -> list[Path]:
-    try:
-        return action(directory)
-    except FlexKVError as error:
-        say(f"[red]{escape(str(error))}[/red]")
-        raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":  # from a source checkout, where there is no script

@@ -10,12 +10,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from sglang_flexkv.common.errors import FlexKVError
+from sglang_flexkv.common.paths import reason
 
 console = Console(highlight=False)
 
 
 def say(text: str) -> None:
-    console.print(text, soft_wrap=True)
+    # Names of files may be bytes that are no text.
+    console.print(text.encode(errors="backslashreplace").decode(), soft_wrap=True)
 
 
 @contextmanager
@@ -28,4 +30,9 @@ def errors() -> Iterator[None]:
         raise typer.Exit(1) from None
     except ImportError as error:
         say(f"[red]{escape(str(error))}[/red]; 'sglang-flexkv status' says what is wrong")
+        raise typer.Exit(1) from None
+    except BrokenPipeError:  # whoever read our output has gone
+        raise
+    except OSError as error:
+        say(f"[red]{escape(f'{error.filename}: {reason(error)}')}[/red]")
         raise typer.Exit(1) from None

@@ -22,6 +22,8 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 from rich.table import Table
 
 from sglang_flexkv.cli_output import console, errors, say
+from sglang_flexkv.common.errors import FlexKVError
+from sglang_flexkv.common.paths import reason, why_not_writable
 from sglang_flexkv.replay.synthetic import TraceKind
 
 if TYPE_CHECKING:
@@ -36,7 +38,10 @@ _BLOCKS_MAX = 2**31 - 1
 _DEFAULT_SIZES = (64, 16, 4)
 
 _TraceFile = Annotated[
-    Path, typer.Argument(metavar="TRACE", help="JSONL, may be gzip: Mooncake's format, or token_ids.")
+    Path,
+    typer.Argument(
+        metavar="TRACE", help="JSONL, may be gzip: Mooncake's format, or token_ids.", readable=False
+    ),
 ]
 _TokensPerBlock = Annotated[
     int, typer.Option(min=1, help="What a hash id of the trace stands for, or how token ids are cut.")
@@ -74,7 +79,8 @@ def replay(
     requests: _Requests = None,
     json_to: _Json = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw the hit rates over the size.")
+        Path | None,
+        typer.Option(metavar="FILE.png", help="Draw the hit rates over the size.", readable=False),
     ] = None,
 ) -> None:
     """Run a trace through the cache's control plane and show what would have been hit."""
@@ -91,6 +97,7 @@ def replay(
         sizes = _sizes(cpu_blocks) if cpu_blocks else None
         if plot is not None:
             check_can_plot()
+        _check_outputs(plot, json_to)
         trace = load_trace(trace_file, tokens_per_block, requests)
         num_blocks = trace.blocks.num_blocks
         sizes = sizes or sorted({max(1, num_blocks // part) for part in _DEFAULT_SIZES})
@@ -121,7 +128,8 @@ def plan(
         float, typer.Option(min=1, help="Tokens per second that the model prefills, all GPUs together.")
     ],
     model: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="The model's directory, or its config.json.")
+        Path | None,
+        typer.Option(metavar="PATH", help="The model's directory, or its config.json.", readable=False),
     ] = None,
     kv_bytes_per_token: Annotated[
         int | None, typer.Option(min=1, help="Instead of --model: KV of a token over all ranks.")
@@ -133,7 +141,8 @@ def plan(
     ] = 0.0,
     ssd_gib: Annotated[float, typer.Option(min=0, help="SSD space available; 0: no SSD tier.")] = 0.0,
     ssd_dir: Annotated[
-        list[Path] | None, typer.Option(help="Directory of the SSD tier, for --write; may be repeated.")
+        list[Path] | None,
+        typer.Option(help="Directory of the SSD tier, for --write; may be repeated.", readable=False),
     ] = None,
     pcie_gb_s: Annotated[float, typer.Option(min=0.001, help="10^9 bytes/s from memory to one GPU.")] = 25.0,
     ssd_read_gb_s: Annotated[float, typer.Option(min=0.001, help="10^9 bytes/s from all SSDs.")] = 3.0,
@@ -141,7 +150,8 @@ def plan(
     requests: _Requests = None,
     json_to: _Json = None,
     write: Annotated[
-        Path | None, typer.Option(metavar="FILE.yaml", help="Write the configuration for the server.")
+        Path | None,
+        typer.Option(metavar="FILE.yaml", help="Write the configuration for the server.", readable=False),
     ] = None,
 ) -> None:
     """Recommend sizes and policies for a trace on a machine, and say what they save."""
@@ -151,6 +161,7 @@ def plan(
 
         if write is not None and ssd_gib and not ssd_dir:
             raise PlanError("--write needs to know where the SSD tier goes; give --ssd-dir")
+        _check_outputs(write, json_to)
         shape = _shape(model, kv_bytes_per_token, tp, kv_dtype)
         hardware = Hardware(gpu_kv_gib, cpu_gib, ssd_gib, pcie_gb_s, ssd_read_gb_s, prefill_tokens_s)
         trace = load_trace(trace_file, tokens_per_block, requests)
@@ -168,7 +179,7 @@ def plan(
 
 def generate_trace(
     kind: Annotated[TraceKind, typer.Argument(help="How the cache is used.")],
-    file: Annotated[Path, typer.Argument(metavar="OUT.jsonl")],
+    file: Annotated[Path, typer.Argument(metavar="OUT.jsonl", readable=False)],
     requests: Annotated[int, typer.Option(min=1)] = 4000,
     seed: Annotated[int, typer.Option(help="The same seed gives the same trace.")] = 0,
 ) -> None:
@@ -176,6 +187,7 @@ def generate_trace(
     with errors():
         from sglang_flexkv.replay.synthetic import generate, write_trace
 
+        _check_outputs(file)
         count = write_trace(file, generate(kind, requests, seed))
         say(f"wrote {escape(str(file))}: {count:,} requests")
 
@@ -347,6 +359,13 @@ def _print_recommendation(chosen: Candidate, result: Plan) -> None:
     )
 
 
+def _check_outputs(*targets: str | Path | None) -> None:
+    """Before the work whose result is to be written there."""
+    for target in targets:
+        if target not in (None, "-") and (why := why_not_writable(Path(target))):
+            raise FlexKVError(f"{target} {why}")
+
+
 def _write_json(target: str | None, content: dict[str, Any]) -> None:
     if target is None:
         return
@@ -357,4 +376,4 @@ def _write_json(target: str | None, content: dict[str, Any]) -> None:
     try:
         Path(target).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise typer.BadParameter(f"{target} cannot be written: {error.strerror}") from None
+        raise FlexKVError(f"{target} cannot be written: {reason(error)}") from None

@@ -31,6 +31,7 @@ from pydantic import (
 )
 
 from sglang_flexkv.common.errors import ConfigError
+from sglang_flexkv.common.paths import parse_path, reason, why_not_writable
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +101,14 @@ def _split_dirs(value: object) -> object:
     if value is None:
         return ()
     if isinstance(value, str):
-        return tuple(part.strip() for part in value.split(";") if part.strip())
+        return tuple(parse_path(part) for part in value.split(";") if part.strip())
     if not isinstance(value, (list, tuple)) or not all(isinstance(part, (str, Path)) for part in value):
         raise ValueError(f"must be a directory, or several with ';' between them (got {value!r})")
-    return tuple(part for part in value if is_set(str(part)))
+    return tuple(parse_path(part) for part in value if is_set(str(part)))
+
+
+def _parse_file(value: object) -> object:
+    return parse_path(value) if isinstance(value, (str, Path)) else value
 
 
 Directories = Annotated[tuple[Path, ...], BeforeValidator(_split_dirs)]
@@ -111,21 +116,12 @@ Directories = Annotated[tuple[Path, ...], BeforeValidator(_split_dirs)]
 
 def _writable_file(path: Path | None) -> Path | None:
     """Refuses early what could not be written at the very end. Each rank adds its name to the file's."""
-    if path is None:
-        return None
-    folder = path.parent
-    if not path.name or os.path.isdir(path):
-        raise ValueError(
-            f"must be a file, {path} is a directory; name a file in it, such as {path}/trace.json"
-        )
-    if not os.path.isdir(folder):
-        raise ValueError(f"the directory {folder} does not exist; create it, or name another file")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"the directory {folder} is not writable; change that, or name another file")
+    if path is not None and (why := why_not_writable(path)):
+        raise ValueError(f"{path} {why}")
     return path
 
 
-TraceFile = Annotated[Path | None, AfterValidator(_writable_file)]
+TraceFile = Annotated[Path | None, BeforeValidator(_parse_file), AfterValidator(_writable_file)]
 
 
 class _Settings(BaseModel):
@@ -259,7 +255,7 @@ class FlexKVConfig(_Settings):
         """
         origin = "--flexkv-config-file" if path else _CONFIG_PATH_ENV
         path = path or os.environ.get(_CONFIG_PATH_ENV, "").strip()
-        values = _read_file(Path(path), origin) if path else {}
+        values = _read_file(path, origin) if path else {}
         # Names that are not known stay, and are refused, whatever their value.
         values = {
             name: value for name, value in values.items() if name not in cls.model_fields or is_set(value)
@@ -356,18 +352,28 @@ def _warn_of_misspelt_variables(known: Iterable[str]) -> None:
                 logger.warning("%s is not a setting and was ignored; did you mean %s?", variable, close[0])
 
 
-def _read_file(path: Path, origin: str) -> dict[str, Any]:
+def _read_file(path: str, origin: str) -> dict[str, Any]:
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        file = parse_path(path)
+    except ValueError as error:
+        raise ConfigError(f"{origin}: {error}") from None
+    try:
+        if file.is_fifo():  # a pipe can be read once, and every process of a server reads the settings
+            raise ConfigError(f"the FlexKV configuration file {path} is a pipe; give {origin} a file")
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
         raise ConfigError(
-            f"cannot read the FlexKV configuration file {path}: {reason}; check {origin}"
+            f"cannot read the FlexKV configuration file {path}: {reason(error)}; check {origin}"
+        ) from None
+    except UnicodeDecodeError:
+        raise ConfigError(
+            f"cannot read the FlexKV configuration file {path}: it is not UTF-8 text; check {origin}"
         ) from None
     try:
-        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
-    except (json.JSONDecodeError, yaml.YAMLError) as error:
-        kind = "JSON" if path.suffix == ".json" else "YAML"
+        values = json.loads(text) if file.suffix == ".json" else yaml.safe_load(text)
+    # Of values that look like a date, YAML lets Python's own errors through.
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        kind = "JSON" if file.suffix == ".json" else "YAML"
         where = " ".join(str(error).split())  # YAML draws the place over several lines
         raise ConfigError(
             f"the FlexKV configuration file {path} is not valid {kind}: {where}; correct that place"

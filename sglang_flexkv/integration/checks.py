@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from typing import Any
 
 from sglang_flexkv.common.config import GIB, FlexKVConfig, SsdMismatch
-from sglang_flexkv.common.errors import ConfigError, IncompatibleError
+from sglang_flexkv.common.errors import IncompatibleError
 from sglang_flexkv.storage.ssd_files import (
-    check_directory,
-    check_distinct,
+    check_directories,
     check_free_space,
+    check_usable,
     in_use,
     shards_in,
 )
@@ -93,14 +92,11 @@ def check_flags(view: Any, given: Any) -> None:
 
 
 def check_machine(config: FlexKVConfig) -> None:
-    """Raises ConfigError for what can be known before the model is loaded: memory and directories."""
+    """Raises ConfigError for what can be known before the model is loaded: memory and paths."""
     config.check_memory()
+    check_directories(config.ssd_cache_dir)
     for directory in config.ssd_cache_dir:
-        check_directory(directory)
-        if not os.access(directory, os.W_OK | os.X_OK):
-            raise ConfigError(
-                f"ssd_cache_dir: {directory} is not writable; fix its permissions or name another one"
-            )
+        check_usable(directory)
     if config.ssd_cache_dir:
         share = int(config.ssd_cache_gb * GIB) // len(config.ssd_cache_dir)
         check_free_space({directory: share for directory in config.ssd_cache_dir})
@@ -145,7 +141,7 @@ def check_ssd(config: FlexKVConfig, view: Any, model: Any) -> None:
     from sglang_flexkv.storage import ssd_identity, ssd_tools
     from sglang_flexkv.storage.ssd_store import mismatch
 
-    check_distinct(config.ssd_cache_dir)
+    check_directories(config.ssd_cache_dir)
     ranks = {f"dp{dp}-tp{tp}" for dp in range(max(1, view.dp_size)) for tp in range(view.tp_size)}
     shards = [files for d in config.ssd_cache_dir for files in shards_in(d) if files.rank_tag in ranks]
     for files in shards:

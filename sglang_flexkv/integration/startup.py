@@ -38,7 +38,7 @@ def site_packages() -> Path:
 def state(directory: Path) -> PatchState:
     """Compares what is in ``directory`` with what ``install`` would write."""
     wanted = _files(directory)
-    found = {path: path.read_text() for path in wanted if path.is_file()}
+    found = {path: path.read_text(errors="replace") for path in wanted if path.is_file()}
     if not found:
         return PatchState.ABSENT
     return PatchState.CURRENT if found == wanted else PatchState.OUTDATED
@@ -55,7 +55,7 @@ def install(directory: Path) -> list[Path]:
     """
     written = []
     for path, text in _files(directory).items():
-        if path.is_file() and path.read_text() == text:
+        if path.is_file() and path.read_text(errors="replace") == text:
             continue
         # An interpreter that starts now must see a whole file or none.
         partial = path.with_name(f".{path.name}.{os.getpid()}")

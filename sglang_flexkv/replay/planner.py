@@ -82,7 +82,10 @@ class KvShape:
         Raises:
             PlanError: the file cannot be read or lacks something.
         """
-        file = path / "config.json" if path.is_dir() else path
+        try:
+            file = path / "config.json" if path.is_dir() else path
+        except OSError as error:
+            raise PlanError(f"{path} cannot be read: {error.strerror}; check --model") from None
         try:
             config = json.loads(file.read_text(encoding="utf-8"))
         except OSError as error:

@@ -11,12 +11,14 @@ from pathlib import Path
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.errors import FlexKVError
+from sglang_flexkv.common.paths import parse_path, reason
 from sglang_flexkv.storage import ssd_identity
-from sglang_flexkv.storage.ssd_files import ShardFiles, shards_in
+from sglang_flexkv.storage.ssd_files import ShardFiles, shards_in, why_no_directory
 from sglang_flexkv.storage.ssd_identity import Identity
 
 # Slots that are read between two reports of progress.
 _BATCH_SLOTS = 32
+_TO_DO = "name a directory of ssd_cache_dir"
 
 
 class SsdFilesError(FlexKVError):
@@ -72,10 +74,10 @@ def find(directories: Sequence[Path]) -> list[ShardFiles]:
     """The ranks in these directories. Raises SsdFilesError for a directory without any."""
     found = []
     for directory in _distinct(directories):
-        if not directory.is_dir():
-            what = "is not a directory" if directory.exists() else "does not exist"
-            raise SsdFilesError(f"{directory} {what}")
-        shards = shards_in(directory)
+        if why := why_no_directory(directory, _TO_DO):
+            raise SsdFilesError(f"{directory} {why}")
+        with _reported(directory, "cannot be listed"):
+            shards = shards_in(directory)
         if not shards:
             raise SsdFilesError(f"{directory} holds no files of the SSD tier")
         found += shards
@@ -87,6 +89,8 @@ def inspect(files: ShardFiles) -> Inspection:
     reader = _open(files)
     live = len(reader.live_slots)
     identity = ssd_identity.recorded(files, reader.namespace)
+    with _reported(files.slots, "cannot be read"):
+        file_bytes = files.slots.stat().st_size
     return Inspection(
         files=files,
         owner=owner(files),
@@ -96,7 +100,7 @@ def inspect(files: ShardFiles) -> Inspection:
         identity=identity,
         num_slots=reader.num_slots,
         slot_bytes=reader.slot_bytes,
-        file_bytes=files.slots.stat().st_size,
+        file_bytes=file_bytes,
         live_blocks=live,
         journal_bytes=reader.journal_bytes if reader.has_journal else 0,
         journal_records=reader.journal_records,
@@ -119,11 +123,11 @@ def verify(files: ShardFiles, progress: Callable[[int, int], None]) -> Verificat
     """
     with _held(files):
         reader = _open(files)
-        _check_whole(files, reader)
-        reason = _why_given_up(reader)
+        with _reported(files.slots, "cannot be read"):
+            _check_whole(files, reader)
+            _forget_cached_pages(files.slots)
         if not reader.has_journal:
-            raise SsdFilesError(f"{files.slots} cannot be verified: {reason}")
-        _forget_cached_pages(files.slots)
+            raise SsdFilesError(f"{files.slots} cannot be verified: {_why_given_up(reader)}")
         slots = reader.live_slots.tolist()
         bad: list[int] = []
         progress(0, len(slots))
@@ -140,15 +144,17 @@ def remains(directories: Sequence[Path]) -> list[Remains]:
     """What there is to remove. A directory that does not exist holds nothing."""
     found = []
     for directory in _distinct(directories):
-        tags = set()
-        for path in _paths(ShardFiles(directory, "*")):
-            prefix, suffix = path.name.split("*")
-            tags |= {p.name[len(prefix) : -len(suffix)] for p in directory.glob(path.name)}
-        for tag in sorted(tags):
-            files = ShardFiles(directory, tag)
-            paths = tuple(path for path in _paths(files) if os.path.lexists(path))
-            used = sum(path.lstat().st_blocks * 512 for path in paths)
-            found.append(Remains(files, owner(files), paths, used))
+        if _is_missing(directory):
+            continue
+        if why := why_no_directory(directory, _TO_DO):
+            raise SsdFilesError(f"{directory} {why}")
+        with _reported(directory, "cannot be listed"):
+            names = os.listdir(directory)
+            for tag in sorted(_tags(names)):
+                files = ShardFiles(directory, tag)
+                paths = tuple(path for path in _paths(files) if path.name in names)
+                used = sum(path.lstat().st_blocks * 512 for path in paths)
+                found.append(Remains(files, owner(files), paths, used))
     return found
 
 
@@ -164,10 +170,8 @@ def clear(found: Sequence[Remains]) -> int:
     with _held(first.files):
         freed = clear(rest)
         for path in first.paths:
-            try:
+            with _reported(path, "cannot be removed"):
                 path.unlink(missing_ok=True)
-            except OSError as error:
-                raise SsdFilesError(f"{path} cannot be removed: {error.strerror}") from None
     return freed + first.disk_bytes
 
 
@@ -188,11 +192,16 @@ class _InUseError(SsdFilesError):
 
 @contextmanager
 def _held(files: ShardFiles, *, sign: bool = True) -> Iterator[None]:
-    """Keeps servers away, who are told this process' id. Without a lock file that can be written (a copy, a
-    read-only mount) nobody is kept away."""
+    """Keeps servers away. Without a lock file (a copy, a read-only mount) nobody is kept away.
+
+    Args:
+        sign: tell servers this process' id, and fail if the lock is another user's, whose server may run.
+    """
     try:
         lock = os.open(files.lock, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:
+    except OSError as error:
+        if sign and isinstance(error, PermissionError):
+            raise SsdFilesError(f"{files.lock} cannot be opened: {reason(error)}") from None
         yield
         return
     try:
@@ -201,6 +210,8 @@ def _held(files: ShardFiles, *, sign: bool = True) -> Iterator[None]:
         except BlockingIOError:
             process = os.pread(lock, 32, 0).decode(errors="replace").strip()
             raise _InUseError(files, process or "unknown") from None
+        except OSError:  # no locks there, so no server either
+            pass
         if sign:
             with suppress(OSError):  # for messages only
                 os.ftruncate(lock, 0)
@@ -213,8 +224,19 @@ def _held(files: ShardFiles, *, sign: bool = True) -> Iterator[None]:
 def _open(files: ShardFiles) -> _core.SsdReader:
     try:
         return _core.SsdReader(str(files.slots), str(files.journal))
+    except _core.CoreDiskError as error:
+        raise SsdFilesError(error.strerror) from None
     except _core.CoreSystemError as error:
         raise SsdFilesError(str(error)) from None
+
+
+@contextmanager
+def _reported(path: Path, what: str) -> Iterator[None]:
+    """Calls on a path that fail: what it is that does not work, and why."""
+    try:
+        yield
+    except OSError as error:
+        raise SsdFilesError(f"{path} {what}: {reason(error)}") from None
 
 
 def _check_whole(files: ShardFiles, reader: _core.SsdReader) -> None:
@@ -250,5 +272,27 @@ def _paths(files: ShardFiles) -> tuple[Path, ...]:
     return (files.slots, files.journal, files.identity, *unfinished, files.lock)
 
 
+def _tags(names: Sequence[str]) -> set[str]:
+    """The ranks that files of these names belong to."""
+    tags = set()
+    for path in _paths(ShardFiles(Path(), "*")):
+        prefix, suffix = path.name.split("*")
+        tags |= {n[len(prefix) : -len(suffix)] for n in names if n.startswith(prefix) and n.endswith(suffix)}
+    return tags
+
+
+def _is_missing(path: Path) -> bool:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:  # there may be something
+        pass
+    return False
+
+
 def _distinct(directories: Sequence[Path]) -> list[Path]:
-    return list({path.resolve(): path for path in directories}.values())
+    try:
+        return list({os.path.realpath(parse_path(path)): path.expanduser() for path in directories}.values())
+    except ValueError as error:
+        raise SsdFilesError(str(error)) from None

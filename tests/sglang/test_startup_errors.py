@@ -18,8 +18,7 @@ from server import FlagValue, ServerStartError, SGLangServer
 
 import sglang_flexkv
 from sglang_flexkv.common.block import make_namespace
-from sglang_flexkv.common.config import FlexKVConfig
-from sglang_flexkv.common.errors import ConfigError, IncompatibleError
+from sglang_flexkv.common.errors import IncompatibleError
 from sglang_flexkv.integration import checks
 from sglang_flexkv.storage.ssd_store import SsdStore
 
@@ -77,17 +76,18 @@ IN_THE_LAUNCHER: dict[str, tuple[str, dict[str, FlagValue], dict[str, str | None
         ["FLEXKV_CPU_CACHE_GB", "cpu_cache_gb: must be greater than 0"],
     ),
     "too much memory": ("cpu_cache_gb: 100000", {}, {}, ["cpu_cache_gb=100000", "GiB of memory", "lower it"]),
+    # Permissions do not bind root, but this is refused like a directory that may not be entered.
     "no directory": (
-        "ssd_cache_gb: 1\nssd_cache_dir: /no/where",
+        f"ssd_cache_gb: 1\nssd_cache_dir: /{'x' * 300}",
         {},
         {},
-        ["ssd_cache_dir: /no/where does not exist; create it or name another one"],
+        ["ssd_cache_dir: /xxx", "cannot be used: File name too long; shorten it or name another one"],
     ),
     "one directory twice": (
         "cpu_cache_gb: 0.01\nssd_cache_gb: 0.01\nssd_cache_dir: {tmp};{tmp}/.",
         {},
         {},
-        ["ssd_cache_dir lists the same directory twice; list each once"],
+        ["ssd_cache_dir lists the same directory twice (", "list each once"],
     ),
     "full disk": (
         "cpu_cache_gb: 0.1\nssd_cache_gb: 1000000\nssd_cache_dir: {tmp}",
@@ -408,17 +408,6 @@ def test_flags_are_known_to_sglang(name: str) -> None:
 def test_other_devices_are_refused() -> None:
     with pytest.raises(IncompatibleError, match=r"--device xpu is not supported: .* cpu, cuda"):
         checks.check_flags(resolved(device="xpu"), resolved(device=None))
-
-
-# ---- the machine ----
-
-
-def test_a_directory_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = FlexKVConfig(ssd_cache_gb=0.001, ssd_cache_dir=str(tmp_path))
-    checks.check_machine(config)
-    monkeypatch.setattr(checks.os, "access", lambda *_: False)
-    with pytest.raises(ConfigError, match=r"ssd_cache_dir: .* is not writable; fix its permissions or name"):
-        checks.check_machine(config)
 
 
 # ---- models ----

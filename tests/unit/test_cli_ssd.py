@@ -249,8 +249,8 @@ def test_nothing_there(tmp_path: Path, command: str) -> None:
     (tmp_path / "file").touch()
     for path, text in (
         (tmp_path, "holds no files of the SSD tier"),
-        (tmp_path / "nowhere", "does not exist"),
-        (tmp_path / "file", "is not a directory"),
+        (tmp_path / "nowhere", "does not exist; name a directory of ssd_cache_dir"),
+        (tmp_path / "file", "is not a directory; name a directory of ssd_cache_dir"),
     ):
         code, output = run(command, path)
         assert code == 1
