@@ -513,6 +513,9 @@ STEPS: dict[str, dict[str, Case]] = {
 }
 
 
+_TOGETHER = ("hazards", "engine")  # whether something goes on, not how fast
+
+
 def main(
     names: Annotated[list[str] | None, typer.Argument(metavar="[STEP ...]")] = None,
     smoke: SmokeOption = False,
@@ -541,6 +544,7 @@ def main(
             [sys.executable, __file__, name, "--case", case_name, *flags],
             one.limit_s,
             dict(one.environment),
+            together=name in _TOGETHER,
         )
         for name in chosen
         for case_name, one in STEPS[name].items()

@@ -14,9 +14,12 @@ import selectors
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
 from typing import Annotated
 
 import typer
@@ -31,6 +34,9 @@ _LIMIT = "STEP_LIMIT_S"  # in a child's environment
 _STACKS_BEFORE_END_S = 1.0
 _LOOK_S = 0.2
 _STEP_S_MIN = 3.0
+_AT_ONCE = 4
+_report_lock = threading.Lock()
+_alive: set[subprocess.Popen[bytes]] = set()
 _COLOURS = {"met": "green", "missed": "red", "not run": "yellow"}
 
 
@@ -96,31 +102,49 @@ def _say(message: Mapping[str, object]) -> None:
 
 @dataclass(frozen=True)
 class Job:
-    """A step as the parent sees it."""
+    """A step as the parent sees it.
+
+    Attributes:
+        together: nothing in it is timed, so it may run beside others of which that is true.
+    """
 
     name: str
     command: Sequence[str]
     limit_s: float
     environment: Mapping[str, str] = field(default_factory=dict)
+    together: bool = False
 
 
 def run_jobs(jobs: Iterable[Job], total_s: float, report: Report, json_to: str | None) -> None:
-    """Runs one after the other, in ``total_s`` all together, and finishes the report.
+    """Runs them in this order, in ``total_s`` all together, and finishes the report.
 
     Raises:
         typer.Exit: with status 1, if a line was missed or a check failed.
     """
     end_s = time.monotonic() + total_s
-    lines: list[Line] = []
-    for job in jobs:
+
+    def run(job: Job) -> list[Line]:
         limit_s = min(job.limit_s, end_s - time.monotonic())
         if limit_s < _STEP_S_MIN:
-            lines.append(Line(job.name, "not run", note="the time was up"))
-            show(lines[-1])
-            continue
-        lines += run_job(replace(job, limit_s=limit_s), report)
-        if json_to != "-":
-            report.write(json_to)  # what there is, whatever becomes of the rest
+            line = Line(job.name, "not run", note="the time was up")
+            show(line)
+            return [line]
+        return run_job(replace(job, limit_s=limit_s), report)
+
+    lines: list[Line] = []
+    for together, group in groupby(jobs, key=lambda job: job.together):
+        with ThreadPoolExecutor(_AT_ONCE if together else 1) as pool:
+            try:
+                for made in pool.map(run, group):
+                    lines += made
+                    if json_to != "-":
+                        with _report_lock:
+                            report.write(json_to)  # what there is, whatever becomes of the rest
+            except BaseException:  # Ctrl-C, SIGTERM: nobody waits for what still runs
+                pool.shutdown(wait=False, cancel_futures=True)
+                for process in list(_alive):
+                    _kill_group(process)
+                raise
     missed = any(line.verdict == "missed" for line in lines)
     report.check("lines that met their goal", bool(lines) and not missed, len(lines))
     report.finish(json_to)
@@ -140,6 +164,7 @@ def run_job(job: Job, report: Report) -> list[Line]:
         start_new_session=True,
         env={**os.environ, **job.environment, _LIMIT: str(job.limit_s)},
     )
+    _alive.add(process)
     try:
         for text in _lines_until(process, begin_s + job.limit_s):
             if not text.startswith(_MARK):
@@ -150,7 +175,8 @@ def run_job(job: Job, report: Report) -> list[Line]:
                 lines.append(Line(**message["line"]))
                 show(lines[-1])
             for check in message.get("checks", ()):
-                _merge(report, Check(**check))
+                with _report_lock:
+                    _merge(report, Check(**check))
         status = process.poll()
     finally:
         _kill(process)
@@ -162,9 +188,10 @@ def run_job(job: Job, report: Report) -> list[Line]:
     elif status != 0:
         lines.append(Line(job.name, "missed", note=f"it ended with status {status} after {seconds:.0f} s"))
         show(lines[-1])
-    for line in lines:
-        report.results.update(line.results)
-    report.rows += [{"step": job.name, **asdict(line)} for line in lines]
+    with _report_lock:
+        for line in lines:
+            report.results.update(line.results)
+        report.rows += [{"step": job.name, **asdict(line)} for line in lines]
     return lines
 
 
@@ -194,11 +221,16 @@ def _lines_until(process: subprocess.Popen[bytes], deadline_s: float) -> Iterato
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
     """Ends the process and what it started, also what it left behind."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
+    _kill_group(process)
+    _alive.discard(process)
     process.wait()
     assert process.stdout is not None
     process.stdout.close()
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _merge(report: Report, check: Check) -> None:

@@ -194,6 +194,28 @@ def test_a_step_that_hangs_is_killed_with_all_it_started_and_leaves_its_lines(
     assert not psutil.pid_exists(int(pid[1])) or psutil.Process(int(pid[1])).status() == "zombie"
 
 
+def test_who_is_told_to_end_leaves_no_step_behind() -> None:
+    code = f"""
+import sys
+sys.path.insert(0, {str(Path(steps.__file__).parent)!r})
+from common import Machine, Report, end_on_sigterm
+from steps import Job, run_jobs
+end_on_sigterm()
+hangs = "import os, time; print('pid', os.getpid(), flush=True); time.sleep(600)"
+job = Job("it", [sys.executable, "-S", "-c", hangs], 600.0)
+run_jobs([job, job], 600.0, Report("parent", True, Machine.here()), None)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) as parent:
+        assert parent.stderr is not None
+        try:
+            pid = int(parent.stderr.readline().split()[1])
+            parent.terminate()
+            assert parent.wait(300) == 143
+        finally:
+            parent.kill()
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == "zombie"
+
+
 def test_a_step_says_where_it_is_before_its_time_is_up() -> None:
     child = job("time.sleep(2)")
     done = subprocess.run(
@@ -213,7 +235,22 @@ def test_a_step_that_fails_says_so_and_the_others_run(tmp_path: Path) -> None:
     assert not written["verified"]
 
 
-def test_steps_for_which_there_is_no_time_are_not_run() -> None:
+def test_steps_for_which_there_is_no_time_are_not_run(capfd: pytest.CaptureFixture[str]) -> None:
     report = new_report()
     steps.run_jobs([job("pass"), job("pass")], 0.0, report, None)
     assert report.rows == []
+    assert capfd.readouterr().err.count("not run") == 2
+
+
+def test_steps_that_may_run_beside_others(tmp_path: Path) -> None:
+    """Each of two waits for what the other one does."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    then = "from pathlib import Path; Path({!r}).touch()\n    while not Path({!r}).exists(): time.sleep(0.01)"
+    jobs = [
+        replace(job(then.format(str(mine), str(theirs))), together=True)
+        for mine, theirs in ((one, other), (other, one))
+    ]
+    report = new_report()
+    steps.run_jobs([*jobs, job("pass")], 60.0, report, None)
+    assert [row["verdict"] for row in report.rows] == ["met"] * 3
+    assert report.checks[0].count == 3 * 7
