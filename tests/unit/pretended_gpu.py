@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from fake_cuda import FakeCuda
+from fake_cuda import Dam, FakeCuda
 from torch.overrides import TorchFunctionMode
 
 from sglang_flexkv import _core
@@ -116,6 +117,23 @@ class PretendedGpu:
             yield
         finally:
             self.current = before
+
+    def wait_value(self, stream: int, address: int, value: int) -> None:
+        """Holds a stream up until a word has this value; a thread looks, the stand-in has no such call."""
+        dam, word = Dam(self.cuda, stream), ctypes.c_uint32.from_address(address)
+        deadline = time.monotonic() + _STREAM_TIMEOUT_S
+
+        def watch() -> None:
+            while word.value < value and time.monotonic() < deadline:
+                time.sleep(0.0005)
+            dam.open()
+
+        threading.Thread(target=watch, daemon=True).start()
+
+    def write_value(self, stream: int, address: int, value: int) -> None:
+        """Sets a word behind what the stream holds."""
+        self.cuda.synchronize(stream)
+        ctypes.c_uint32.from_address(address).value = value
 
     def _synchronize(self) -> None:
         for stream in self._streams:

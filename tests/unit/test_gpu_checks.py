@@ -45,6 +45,8 @@ def gpu(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu
     monkeypatch.setattr(probe_gpu, "LATE_S", 0.05)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with PretendedGpu(library, 13).entered() as gpu:
+        monkeypatch.setattr(probe_gpu.Driver, "wait_value", lambda driver, *about: gpu.wait_value(*about))
+        monkeypatch.setattr(probe_gpu.Driver, "write_value", lambda driver, *about: gpu.write_value(*about))
         yield gpu
     assert gpu.cuda.violations == ""
 
