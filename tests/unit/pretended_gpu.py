@@ -92,7 +92,13 @@ class PretendedGpu:
         self.cuda = FakeCuda(library, version)
         self.cuda.reset()
         self._streams: list[_Stream] = []
-        self.current = self._new_stream()
+        self._default = self._new_stream()
+        self._of_thread = threading.local()
+
+    @property
+    def current(self) -> _Stream:
+        """The stream of the calling thread."""
+        return getattr(self._of_thread, "stream", self._default)
 
     def _new_stream(self, device: object = None) -> _Stream:
         self._streams.append(_Stream(self))
@@ -112,11 +118,11 @@ class PretendedGpu:
 
     @contextlib.contextmanager
     def _on(self, stream: _Stream) -> Iterator[None]:
-        before, self.current = self.current, stream
+        before, self._of_thread.stream = self.current, stream
         try:
             yield
         finally:
-            self.current = before
+            self._of_thread.stream = before
 
     def wait_value(self, stream: int, address: int, value: int) -> None:
         """Holds a stream up until a word has this value; a thread looks, the stand-in has no such call."""

@@ -43,6 +43,7 @@ def gpu(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu
     monkeypatch.setattr(probe_gpu, "_DRIVER", str(library))
     monkeypatch.setattr(probe_gpu, "_PINNED_BYTES", 1 << 20)
     monkeypatch.setattr(probe_gpu, "LATE_S", 0.05)
+    monkeypatch.setattr(probe_gpu, "RESCUE_S", 120.0)  # a machine may be busy; here nothing hangs
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with PretendedGpu(library, 13).entered() as gpu:
         monkeypatch.setattr(probe_gpu.Driver, "wait_value", lambda driver, *about: gpu.wait_value(*about))
