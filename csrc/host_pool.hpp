@@ -34,9 +34,10 @@ class HostPool {
   size_t slot_bytes() const { return slot_bytes_; }
   size_t total_bytes() const { return num_slots_ * slot_bytes_; }
 
-  // Starts pinning, chunk by chunk, in a thread of its own: registered with CUDA if `cuda` is given,
-  // otherwise locked with mlock, otherwise (RLIMIT_MEMLOCK) at least faulted in. The pool is usable
-  // all the while; a transfer out of memory that is not pinned yet is only slower.
+  // Starts pinning, chunk by chunk, in a thread of its own: faulted in, then registered with CUDA if `cuda`
+  // is given, otherwise locked with mlock where RLIMIT_MEMLOCK lets it. Processes of one user take turns, a
+  // chunk each, and one that registers with CUDA rests as long as each registration took: the driver does it
+  // under locks that launches need. The pool is usable all the while; a transfer out of memory that is not pinned yet is only slower.
   void StartPinning(std::shared_ptr<CudaDriver> cuda);
   // Pinned memory is at the pool's beginning.
   size_t pinned_bytes() const { return pinned_bytes_.load(std::memory_order_acquire); }
