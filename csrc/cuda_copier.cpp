@@ -5,57 +5,53 @@
 #include <utility>
 
 #include "cuda_driver.hpp"
+#include "cuda_measure.hpp"
 
 namespace flexkv {
 
 namespace {
 
-// Two batches load at a time where SGLang overlaps scheduling with forwards; the last lane never waits.
-constexpr size_t kLoadLanes = 3;
-
-// A driver's queue holds about a thousand commands, and who adds to a full one waits. Behind a wait for an event
-// that could be for what this thread has yet to queue, so there a lane takes no more than this.
-constexpr size_t kCommandsBehindWait = 384;
-
-// Above this the copy engines reach the speed of the link (a piece takes them about 1 us plus its bytes at 55
-// GB/s: 256 KiB is 5 us) and cost no processor; below it pieces cost more than their bytes.
-constexpr size_t kEnginePieceBytes = size_t{256} << 10;
-
-// A launch costs the host about 3 us and the device a little less. Neighbouring layers go together until they are
-// worth it (1 MiB is 20 us on a fast link), and the loads of a batch together take no more than this many launches:
-// 64 layers are to cost the host 200 us at most, with a flag per layer.
+// A launch or a copy costs the host about 3 us and the device a little less. Neighbouring layers go together until
+// they are worth it (1 MiB is 20 us on a fast link), and the loads of a batch together take no more than this many
+// groups, each with an event behind it: 64 layers are to cost the host 200 us at most.
 constexpr size_t kGroupBytesMin = size_t{1} << 20;
 constexpr int kGroupsMax = 32;
 
-// How often the ends of copies are looked for. Nobody's forward waits for this, as that is what flags are for.
+// How often the ends of copies are looked for. Nobody's forward waits for this, as that is what events are for.
 constexpr auto kPollInterval = std::chrono::microseconds(100);
 
 // The loads of a batch are submitted some tens of microseconds apart. One that has not come for so long is not
 // waited for: its caller was held up, and the link is not to be idle for that.
 constexpr auto kNextLoadMax = std::chrono::milliseconds(5);
 
-// A load that has not landed by now never will, for instance because the device runs its copies behind the very
-// forward that waits for them (streams that share a queue). It is given up, which gets that forward unstuck.
-constexpr auto kLate = std::chrono::seconds(30);
+// Where it could not be measured: copy engines reach most of a link's speed with pieces of 28 to 64 KiB.
+constexpr size_t kEnginePieceBytes = size_t{32} << 10;
 
 }  // namespace
 
 CudaCopier::CudaCopier(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout,
                        std::shared_ptr<HostPool> host)
-    : cuda_(std::move(cuda)), layout_(layout), host_(std::move(host)), engine_path_(cuda_, layout_, *host_) {
+    : cuda_(std::move(cuda)),
+      layout_(layout),
+      host_(std::move(host)),
+      engine_path_(cuda_, layout_, *host_),
+      timed_events_(std::make_shared<EventPool>(cuda_, true)) {
   const CudaContext context(*cuda_);
-  flags_ = StreamFlags::Make(cuda_, &note_);
-  if (!flags_) note_ = "the host waits for copies: " + note_;
   // Loads go first: a forward waits for them, and for nobody's stores.
   loads_.to_device = true;
-  loads_.lanes = std::vector<Lane>(kLoadLanes);
-  stores_.lanes = std::vector<Lane>(1);
   for (Direction* direction : {&loads_, &stores_}) {
-    for (Lane& lane : direction->lanes) lane.stream = cuda_->CreateStream(direction->to_device);
+    direction->stream = std::make_unique<CopyStream>(cuda_, direction->to_device);
   }
-  kernel_path_ = std::make_unique<KernelPath>(cuda_, layout_, *host_, stores_.lanes[0].stream);
-  if (!kernel_path_->usable()) {
-    note_ += (note_.empty() ? "" : "; ") + ("small pieces go by the copy engines: " + kernel_path_->note());
+  kernel_path_ = std::make_unique<KernelPath>(cuda_, layout_, *host_, *loads_.stream);
+  if (kernel_path_->usable()) {
+    std::string problem;
+    engine_piece_bytes_ = MeasureEnginePieceBytes(*cuda_, *kernel_path_, *timed_events_, *loads_.stream, &problem);
+    note_ = "copy engines from " + std::to_string((problem.empty() ? engine_piece_bytes_ : kEnginePieceBytes) >> 10) +
+            " KiB a piece (" + (problem.empty() ? "measured" : "not measured: " + problem) + "), below by kernel; here " +
+            std::to_string(engine_path_.piece_bytes(true) >> 10) + " KiB";
+    if (!problem.empty()) engine_piece_bytes_ = kEnginePieceBytes;
+  } else {
+    note_ = "copy engines alone: " + kernel_path_->note();
   }
   for (Direction* direction : {&loads_, &stores_}) {
     direction->thread = std::thread([this, direction] { Loop(*direction); });
@@ -70,19 +66,12 @@ CudaCopier::~CudaCopier() {
   wake_.notify_all();
   for (Direction* direction : {&loads_, &stores_}) direction->thread.join();
   const CudaContext context(*cuda_);
-  std::string ignored;
-  for (Direction* direction : {&loads_, &stores_}) {
-    for (Lane& lane : direction->lanes) cuda_->Synchronize(lane.stream, &ignored);
-  }
+  for (Direction* direction : {&loads_, &stores_}) direction->stream.reset();
   kernel_path_.reset();
-  for (Direction* direction : {&loads_, &stores_}) {
-    for (CudaDriver::Event event : direction->events) cuda_->DestroyEvent(event);
-    for (Lane& lane : direction->lanes) cuda_->DestroyStream(lane.stream);
-  }
 }
 
 void CudaCopier::Submit(DeviceCopy copy) {
-  Submission submission{std::move(copy), Clock::now()};
+  Submission submission{std::move(copy)};
   submission.copy.blocks.Summarize();
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -106,10 +95,7 @@ void CudaCopier::Loop(Direction& direction) {
   std::unique_lock<std::mutex> lock(mutex_);
   for (;;) {
     const auto wanted = [&] { return stop_ || direction.complete || !direction.submitted.empty(); };
-    const bool busy = !direction.waiting.empty() ||
-                      std::any_of(direction.lanes.begin(), direction.lanes.end(),
-                                  [](const Lane& lane) { return !lane.flights.empty(); });
-    if (busy) {
+    if (!direction.waiting.empty() || !direction.flights.empty()) {
       wake_.wait_for(lock, kPollInterval, wanted);
     } else {
       wake_.wait(lock, wanted);
@@ -153,10 +139,7 @@ void CudaCopier::StartWaiting(Direction& direction) {
 }
 
 bool CudaCopier::EndedWaiting(Submission& submission) {
-  if (submission.error.empty() && !submission.copy.cancelled->load()) {
-    GiveUpIfLate(submission);
-    return false;
-  }
+  if (submission.error.empty() && !submission.copy.cancelled->load()) return false;
   End(submission, "");
   return true;
 }
@@ -167,6 +150,12 @@ bool CudaCopier::IsHeldBack(const DeviceCopy& copy) {
 
 bool CudaCopier::IsPinned(const CopiedBlocks& blocks) const {
   return (static_cast<size_t>(blocks.last_host_slot) + 1) * host_->slot_bytes() <= host_->pinned_bytes();
+}
+
+bool CudaCopier::GoesByKernel(const CopiedBlocks& blocks, bool pinned) const {
+  // What is stored leaves the device by the copy engines, so where it goes need not be pinned.
+  return (pinned || !blocks.to_device) && engine_path_.piece_bytes(blocks.in_sequence) < engine_piece_bytes_ &&
+         kernel_path_->Takes(blocks);
 }
 
 std::unique_ptr<CudaCopier::Flight> CudaCopier::TakeFlight(std::deque<Submission>& ready) const {
@@ -204,21 +193,16 @@ bool CudaCopier::Start(Direction& direction, std::unique_ptr<Flight>& flight) {
     for (Submission& submission : flight->submissions) End(submission, flight->error);
     return true;
   }
-  const CopiedBlocks& blocks = flight->blocks;
-  flight->by_kernel = flight->pinned && (!blocks.in_sequence || engine_path_.piece_bytes() < kEnginePieceBytes) &&
-                      kernel_path_->Takes(blocks);
-  const size_t layers = static_cast<size_t>(flight->copy().layer_end - flight->copy().layer_begin);
-  flight->num_commands =
-      flight->wait_events.size() + 2 * layers + 2 +
-      (flight->by_kernel ? 0 : blocks.count * engine_path_.pieces_per_block(blocks.in_sequence));
-  Lane* lane = FindLane(direction, *flight);
-  if (lane == nullptr) return false;
+  // The driver copies memory that is not pinned by way of a buffer of its own, and its call returns only when the
+  // stream has got that far. Nobody who needs the driver meanwhile should wait for a forward.
+  if (!flight->pinned && (flight->waits() || !direction.flights.empty())) return false;
+  flight->by_kernel = GoesByKernel(flight->blocks, flight->pinned);
   JoinArrays(*flight);
   if (flight->by_kernel) {
-    flight->described = kernel_path_->Describe(blocks);
+    flight->described = kernel_path_->Describe(flight->blocks);
     if (!flight->described) return false;
   }
-  Queue(direction, *lane, std::move(flight));
+  Queue(direction, std::move(flight));
   return true;
 }
 
@@ -229,35 +213,6 @@ CudaDriver::State CudaCopier::StateOfEvents(Flight& flight) {
     if (state != CudaDriver::State::kDone) return state;
   }
   return CudaDriver::State::kDone;
-}
-
-CudaCopier::Lane* CudaCopier::FindLane(Direction& direction, const Flight& flight) {
-  std::vector<Lane>& lanes = direction.lanes;
-  if (!direction.to_device && flight.pinned) return &lanes.front();
-  // Behind the other loads of its gate, so that one flag can speak for all of them.
-  Lane* of_gate = nullptr;
-  for (Lane& lane : lanes) {
-    for (const auto& other : lane.flights) {
-      if (flight.copy().gate && other->copy().gate == flight.copy().gate) of_gate = &lane;
-    }
-  }
-  // The driver copies memory that is not pinned by way of a buffer of its own, and its call returns only when the
-  // stream has got that far: there must be nothing on it that waits.
-  if (!flight.pinned) {
-    Lane& lane = lanes.back();
-    return !flight.waits() && of_gate == nullptr && lane.flights.empty() ? &lane : nullptr;
-  }
-  if (of_gate != nullptr) {
-    const bool waits = of_gate->waits || flight.waits();
-    const bool fits = !waits || of_gate->num_commands + flight.num_commands <= kCommandsBehindWait;
-    return fits && !(flight.waits() && of_gate == &lanes.back()) ? of_gate : nullptr;
-  }
-  if (!flight.waits()) return &lanes.back();
-  if (flight.num_commands > kCommandsBehindWait) return nullptr;
-  for (Lane& lane : lanes) {
-    if (&lane != &lanes.back() && lane.flights.empty()) return &lane;
-  }
-  return nullptr;
 }
 
 void CudaCopier::JoinArrays(Flight& flight) const {
@@ -278,111 +233,108 @@ void CudaCopier::JoinArrays(Flight& flight) const {
   flight.blocks.token_slots = flight.token_slots.data();
 }
 
-void CudaCopier::Queue(Direction& direction, Lane& lane, std::unique_ptr<Flight> flight) {
-  const Clock::time_point start = Clock::now();
-  if (lane.flights.empty()) {
-    lane.waits = false;
-    lane.num_commands = 0;
-  }
-  bool good = !flight->described ||
-              kernel_path_->QueueDescriptors(flight->blocks, *flight->described, lane.stream, &flight->error);
+void CudaCopier::Queue(Direction& direction, std::unique_ptr<Flight> flight) {
+  const auto start = std::chrono::steady_clock::now();
+  CopyStream& stream = *direction.stream;
+  bool good = true;
   if (flight->waits()) {
-    lane.waits = true;
+    stream.MakeRoom(flight->wait_events.size());
     for (uint64_t event : flight->wait_events) {
-      good = good && cuda_->StreamWaitEvent(lane.stream, event, &flight->error);
+      good = good && cuda_->StreamWaitEvent(stream.get(), event, &flight->error);
     }
   }
-  good = good && QueueLayers(*flight, lane.stream);
+  std::string ignored;
+  flight->start = timed_events_->Record(stream.get(), &ignored);
+  good = good && (!flight->described || kernel_path_->QueueDescriptors(flight->blocks, *flight->described, stream,
+                                                                       &flight->error));
+  if (good) direction.to_device ? QueueLoad(*flight, stream) : QueueStore(*flight, stream);
   // Whatever was queued must have left the pools before the slots are given to somebody else, so one that failed
   // half-way is followed to its end, too; without an event, to the end of its stream.
-  std::string ignored;
-  if (direction.events.empty()) {
-    flight->end = cuda_->CreateEvent(&ignored);
-  } else {
-    flight->end = direction.events.back();
-    direction.events.pop_back();
-  }
-  if (flight->end != nullptr && !cuda_->RecordEvent(flight->end, lane.stream, &ignored)) {
-    direction.events.push_back(flight->end);
-    flight->end = nullptr;
-  }
-  lane.num_commands += flight->num_commands;
-  lane.flights.push_back(std::move(flight));
-  direction.queue_s.fetch_add(std::chrono::duration<double>(Clock::now() - start).count());
+  flight->end = timed_events_->Record(stream.get(), &ignored);
+  direction.flights.push_back(std::move(flight));
+  direction.queue_s.fetch_add(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
 }
 
-bool CudaCopier::QueueLayers(Flight& flight, void* stream) {
+bool CudaCopier::QueueLoad(Flight& flight, CopyStream& stream) {
   const DeviceCopy& copy = flight.copy();
   const CopiedBlocks& blocks = flight.blocks;
-  const int loads = static_cast<int>(flight.submissions.size());
-  const bool by_layer = blocks.to_device && copy.gate;
   const int layers = copy.layer_end - copy.layer_begin;
   // The first layer goes alone: a forward waits for it.
-  const int layers_min = by_layer ? std::max(1, (layers + kGroupsMax - 3) / (kGroupsMax - 1)) : layers;
+  const int layers_min = copy.gate ? std::max(1, (layers + kGroupsMax - 3) / (kGroupsMax - 1)) : layers;
   for (int begin = copy.layer_begin; begin < copy.layer_end;) {
     if (std::all_of(flight.submissions.begin(), flight.submissions.end(),
                     [](const Submission& submission) { return submission.copy.cancelled->load(); })) {
       return true;
     }
-    const int at_once =
-        flight.by_kernel ? kernel_path_->LayersAtOnce(blocks, begin, copy.layer_end) : copy.layer_end - begin;
     int end = begin;
     size_t bytes = 0;
-    while (end < begin + at_once && (end - begin < (by_layer && begin == copy.layer_begin ? 1 : layers_min) ||
-                                     bytes < kGroupBytesMin)) {
+    while (end < copy.layer_end &&
+           (end - begin < (copy.gate && begin == copy.layer_begin ? 1 : layers_min) || bytes < kGroupBytesMin)) {
       bytes += layout_.layer_bytes(end) * blocks.count;
       ++end;
     }
     if (!(flight.by_kernel
-              ? kernel_path_->Queue(blocks, *flight.described, begin, end, stream, &flight.error)
-              : engine_path_.Queue(blocks, begin, end, flight.pinned, stream, &flight.error))) {
+              ? kernel_path_->QueueLoad(blocks, *flight.described, begin, end, stream, &flight.error)
+              : engine_path_.Queue(blocks, begin, end, flight.pinned, stream, &flight.error)) ||
+        !TellQueued(flight, begin, end, stream)) {
       return false;
-    }
-    for (int layer = begin; by_layer && layer < end; ++layer) {
-      if (!copy.gate->Queued(layer, loads, stream, &flight.error)) return false;
     }
     begin = end;
   }
-  return blocks.to_device || !copy.gate || copy.gate->Queued(0, loads, stream, &flight.error);
+  return true;
+}
+
+bool CudaCopier::QueueStore(Flight& flight, CopyStream& stream) {
+  const DeviceCopy& copy = flight.copy();
+  const CopiedBlocks& blocks = flight.blocks;
+  if (!flight.by_kernel) {
+    return engine_path_.Queue(blocks, copy.layer_begin, copy.layer_end, flight.pinned, stream, &flight.error) &&
+           TellQueued(flight, 0, 1, stream);
+  }
+  for (size_t first = 0; first < blocks.count; first += kernel_path_->slots_on_device()) {
+    const size_t count = std::min(blocks.count - first, kernel_path_->slots_on_device());
+    // The slots are free: what was in them has been queued to leave before.
+    if (!kernel_path_->QueueGather(blocks, *flight.described, first, count, copy.layer_begin, copy.layer_end,
+                                   stream, &flight.error) ||
+        !engine_path_.QueueFromSlots(blocks, first, count, copy.layer_begin, copy.layer_end,
+                                     kernel_path_->address_of_slots(), flight.pinned, stream, &flight.error)) {
+      return false;
+    }
+  }
+  return TellQueued(flight, 0, 1, stream);
+}
+
+bool CudaCopier::TellQueued(Flight& flight, int layer_begin, int layer_end, CopyStream& stream) {
+  if (!flight.copy().gate) return true;
+  const StreamEvent event = stream.Record(&flight.error);
+  if (event == nullptr) return false;
+  for (Submission& submission : flight.submissions) submission.copy.on_queued(layer_begin, layer_end, event);
+  return true;
 }
 
 void CudaCopier::Reap(Direction& direction) {
-  for (Lane& lane : direction.lanes) {
-    while (!lane.flights.empty()) {
-      Flight& flight = *lane.flights.front();
-      std::string error;
-      CudaDriver::State state = CudaDriver::State::kFailed;
-      if (flight.end != nullptr) {
-        state = cuda_->QueryEvent(flight.end, &error);
-        if (state == CudaDriver::State::kPending) break;
-        direction.events.push_back(std::exchange(flight.end, nullptr));
-        if (flight.error.empty()) flight.error = error;
-      }
-      // Without an event, or one that cannot be asked: when the stream is idle. If that cannot be asked either,
-      // the device is lost, and nothing on it runs any more.
-      if (state == CudaDriver::State::kFailed) state = cuda_->QueryStream(lane.stream, &error);
-      if (state == CudaDriver::State::kPending) break;
+  while (!direction.flights.empty()) {
+    Flight& flight = *direction.flights.front();
+    std::string error;
+    CudaDriver::State state = CudaDriver::State::kFailed;
+    if (flight.end != nullptr) {
+      state = cuda_->QueryEvent(flight.end.get(), &error);
+      if (state == CudaDriver::State::kPending) return;
       if (flight.error.empty()) flight.error = error;
-      if (flight.described) kernel_path_->Release(*flight.described);
-      lane.num_commands -= flight.num_commands;
-      const std::unique_ptr<Flight> ended = std::move(lane.flights.front());
-      lane.flights.pop_front();
-      for (Submission& submission : ended->submissions) End(submission, ended->error);
     }
-    lane.waits = lane.waits && std::any_of(lane.flights.begin(), lane.flights.end(), [&](const auto& flight) {
-                   return StateOfEvents(*flight) != CudaDriver::State::kDone;
-                 });
-    for (const auto& flight : lane.flights) {
-      for (Submission& submission : flight->submissions) GiveUpIfLate(submission);
+    // Without an event, or one that cannot be asked: when the stream is idle. If that cannot be asked either,
+    // the device is lost, and nothing on it runs any more.
+    if (state == CudaDriver::State::kFailed) state = cuda_->QueryStream(direction.stream->get(), &error);
+    if (state == CudaDriver::State::kPending) return;
+    if (flight.error.empty()) flight.error = error;
+    if (flight.described) kernel_path_->Release(*flight.described);
+    if (flight.error.empty() && flight.start != nullptr && flight.end != nullptr) {
+      direction.busy_s.fetch_add(cuda_->SecondsBetween(flight.start.get(), flight.end.get()));
     }
+    const std::unique_ptr<Flight> ended = std::move(direction.flights.front());
+    direction.flights.pop_front();
+    for (Submission& submission : ended->submissions) End(submission, ended->error);
   }
-}
-
-void CudaCopier::GiveUpIfLate(Submission& submission) {
-  if (submission.late || !submission.copy.gate || Clock::now() - submission.since < kLate) return;
-  submission.late = true;
-  submission.error = "the copy has not ended after 30 s, and nobody waited for it any longer";
-  submission.copy.on_late();
 }
 
 void CudaCopier::End(Submission& submission, const std::string& flight_error) {

@@ -1,10 +1,9 @@
 // Copies between the host pool and a device pool on a CUDA GPU, in the order of streams: the host queues them
 // and looks now and then which have ended. It waits for none.
 //
-// Nothing is ever queued where it could block what it depends on. A copy waits for events of the caller's, work
-// on streams that may in turn wait for the gate of an earlier batch, whose last layers may still be on their way
-// from SSD. So a stream of ours that waits for an event is left to the one gate (batch) that it waits for, and one
-// stream for loads never waits at all: what is late always finds a way.
+// Loads have one stream, stores another, each with a thread that queues. Nothing is ever queued behind what has yet to
+// be queued: the events that a copy waits for are recorded, and what waits for a copy waits for an event behind it. So
+// what is on a stream always comes to its end.
 //
 // A gate opens a layer when the last load of its batch has it. So the loads of a gate are copied as one: some layers
 // of all of them, then the next. They are submitted one after the other, and the first ones wait for the last, which
@@ -27,9 +26,9 @@
 
 #include "block_layout.hpp"
 #include "cuda_paths.hpp"
+#include "cuda_stream.hpp"
 #include "host_pool.hpp"
 #include "layer_gate.hpp"
-#include "stream_flags.hpp"
 #include "types.hpp"
 
 namespace flexkv {
@@ -39,14 +38,13 @@ struct DeviceCopy {
   CopiedBlocks blocks;
   int layer_begin = 0;
   int layer_end = 0;
-  // Told of every layer that is queued, or, of stores, of its only one. The owner of the copy tells it the rest.
-  std::shared_ptr<LayerGate> gate;
+  std::shared_ptr<LayerGate> gate;  // whose loads are copied as one
   bool follows_read = false;  // some layers of a load, as they come from SSD: not to be held back
   const std::vector<uint64_t>* wait_events = nullptr;  // CUDA events before which nothing is touched
   const std::atomic<bool>* cancelled = nullptr;
-  // Called from a thread of the copier, at most once and before on_end: nobody is to wait for this copy any
-  // longer. It ends as failed, whenever that is.
-  std::function<void()> on_late;
+  // With a gate, from a thread of the copier, before on_end: the copies of these layers are on a stream, and the
+  // event behind them. Not called for layers that could not be queued.
+  std::function<void(int layer_begin, int layer_end, const StreamEvent& event)> on_queued;
   // Called once, from a thread of the copier, when nothing of this copy touches memory any more.
   std::function<void(OpStatus status, std::string error)> on_end;
 };
@@ -63,21 +61,19 @@ class CudaCopier {
   // go that were held back for it.
   void LoadsSubmitted(LayerGate& gate, int loads);
 
-  // What gates need so that streams can wait for them; nullptr where the host has to.
-  const std::shared_ptr<StreamFlags>& flags() const { return flags_; }
+  const std::shared_ptr<CudaDriver>& cuda() const { return cuda_; }
+  // For how long the device has copied in one direction, so far, by its own clock.
+  double busy_s(bool to_device) const { return (to_device ? loads_ : stores_).busy_s.load(); }
   // The host's time for queueing the copies of one direction, so far.
   double queue_s(bool to_device) const { return (to_device ? loads_ : stores_).queue_s.load(); }
-  // What this device cannot do, in words; empty if it can do everything.
+  // Which ways copies take here, and what the device cannot do, in words.
   const std::string& note() const { return note_; }
 
  private:
-  using Clock = std::chrono::steady_clock;
   // A copy, from Submit to its end.
   struct Submission {
     DeviceCopy copy;
-    Clock::time_point since;
     bool held_back = false;
-    bool late = false;
     std::string error = {};
   };
   // What goes to a stream as one: a copy, or loads of one gate and the same layers.
@@ -88,29 +84,22 @@ class CudaCopier {
     std::vector<uint64_t> wait_events;
     size_t events_seen = 0;  // of wait_events, that have happened
     bool by_kernel = false, pinned = false;
-    size_t num_commands = 0;
     std::optional<KernelPath::Descriptors> described;
-    CudaDriver::Event end = nullptr;  // nullptr: it ends when its stream is idle
+    StreamEvent start, end;  // timed; without `end` it ends when its stream is idle
     std::string error;
 
     bool waits() const { return events_seen < wait_events.size(); }
     // For what is the same in all submissions.
     const DeviceCopy& copy() const { return submissions.front().copy; }
   };
-  struct Lane {
-    CudaDriver::Stream stream = nullptr;
-    std::deque<std::unique_ptr<Flight>> flights;  // in stream order
-    bool waits = false;                           // an event that its flights wait for may be yet to happen
-    size_t num_commands = 0;                      // of its flights
-  };
   struct Direction {
     bool to_device = false;
-    std::vector<Lane> lanes;
-    std::deque<Submission> submitted;       // under mutex_
-    bool complete = false;                  // under mutex_: a gate has been given all of its loads
-    std::deque<Submission> waiting;         // for events, for a lane, or for other loads
-    std::vector<CudaDriver::Event> events;  // to be used again
-    std::atomic<double> queue_s{0};
+    std::unique_ptr<CopyStream> stream;
+    std::deque<std::unique_ptr<Flight>> flights;  // in stream order
+    std::deque<Submission> submitted;             // under mutex_
+    bool complete = false;                        // under mutex_: a gate has been given all of its loads
+    std::deque<Submission> waiting;               // for events, for descriptors, or for other loads
+    std::atomic<double> queue_s{0}, busy_s{0};
     std::thread thread;
   };
 
@@ -121,26 +110,29 @@ class CudaCopier {
   // Whether more loads of its gate will be here in a moment.
   static bool IsHeldBack(const DeviceCopy& copy);
   bool IsPinned(const CopiedBlocks& blocks) const;
+  bool GoesByKernel(const CopiedBlocks& blocks, bool pinned) const;
   // Takes the first of `ready`, and the other loads that can go with it.
   std::unique_ptr<Flight> TakeFlight(std::deque<Submission>& ready) const;
   // True if the flight is on a stream or has ended, false if its time has not come.
   bool Start(Direction& direction, std::unique_ptr<Flight>& flight);
   CudaDriver::State StateOfEvents(Flight& flight);
-  Lane* FindLane(Direction& direction, const Flight& flight);
   void JoinArrays(Flight& flight) const;
-  void Queue(Direction& direction, Lane& lane, std::unique_ptr<Flight> flight);
-  bool QueueLayers(Flight& flight, void* stream);
+  void Queue(Direction& direction, std::unique_ptr<Flight> flight);
+  bool QueueLoad(Flight& flight, CopyStream& stream);
+  bool QueueStore(Flight& flight, CopyStream& stream);
+  // Tells all of the flight that these layers are on the stream.
+  bool TellQueued(Flight& flight, int layer_begin, int layer_end, CopyStream& stream);
   void Reap(Direction& direction);
-  void GiveUpIfLate(Submission& submission);
   void End(Submission& submission, const std::string& flight_error);
 
   const std::shared_ptr<CudaDriver> cuda_;
   const BlockLayout& layout_;
   const std::shared_ptr<HostPool> host_;
-  std::shared_ptr<StreamFlags> flags_;
   std::string note_;
   EnginePath engine_path_;
   std::unique_ptr<KernelPath> kernel_path_;
+  size_t engine_piece_bytes_ = 0;  // pieces of this size and more go by the copy engines
+  std::shared_ptr<EventPool> timed_events_;
   std::mutex mutex_;
   std::condition_variable wake_;
   Direction loads_, stores_;

@@ -9,9 +9,8 @@ namespace flexkv {
 namespace {
 // Values of cuda.h, where each has the name in the comment.
 constexpr unsigned kStreamNonBlocking = 1;            // CU_STREAM_NON_BLOCKING
+constexpr unsigned kEventDefault = 0;                 // CU_EVENT_DEFAULT
 constexpr unsigned kEventDisableTiming = 2;           // CU_EVENT_DISABLE_TIMING
-constexpr unsigned kWaitGreaterOrEqual = 0;           // CU_STREAM_WAIT_VALUE_GEQ
-constexpr unsigned kWriteDefault = 0;                 // CU_STREAM_WRITE_VALUE_DEFAULT: with a memory barrier
 constexpr unsigned kHostPortable = 1;                 // CU_MEMHOST{REGISTER,ALLOC}_PORTABLE
 constexpr unsigned kHostDeviceMap = 2;                // CU_MEMHOST{REGISTER,ALLOC}_DEVICEMAP
 constexpr int kSourceInStreamOrder = 1;               // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
@@ -61,13 +60,13 @@ std::shared_ptr<CudaDriver> CudaDriver::Load(int device, const std::string& libr
   Resolve(d->library_, "cuEventDestroy_v2", &d->event_destroy_);
   Resolve(d->library_, "cuEventRecord", &d->event_record_);
   Resolve(d->library_, "cuEventQuery", &d->event_query_);
+  Resolve(d->library_, "cuEventElapsedTime", &d->event_elapsed_);
   Resolve(d->library_, "cuMemcpyHtoDAsync_v2", &d->copy_htod_);
   Resolve(d->library_, "cuMemcpyDtoHAsync_v2", &d->copy_dtoh_);
   Resolve(d->library_, "cuMemHostRegister_v2", &d->host_register_);
   Resolve(d->library_, "cuMemHostUnregister", &d->host_unregister_);
   Resolve(d->library_, "cuMemHostAlloc", &d->host_alloc_);
   Resolve(d->library_, "cuMemFreeHost", &d->host_free_);
-  Resolve(d->library_, "cuMemHostGetDevicePointer_v2", &d->host_device_pointer_);
   Resolve(d->library_, "cuMemAlloc_v2", &d->device_alloc_);
   Resolve(d->library_, "cuMemFree_v2", &d->device_free_);
   Resolve(d->library_, "cuModuleLoadData", &d->module_load_);
@@ -77,8 +76,6 @@ std::shared_ptr<CudaDriver> CudaDriver::Load(int device, const std::string& libr
   Resolve(d->library_, "cuGetErrorName", &d->error_name_);
   // What a driver may lack. A symbol keeps its arguments for good: cuMemcpyBatchAsync is that of CUDA 12.8 in
   // later drivers, too, where _v2 is the one without the index of the copy that failed.
-  Find(d->library_, "cuStreamWaitValue32_v2", &d->wait_value_);
-  Find(d->library_, "cuStreamWriteValue32_v2", &d->write_value_);
   d->batch_copies_.store(Find(d->library_, "cuMemcpyBatchAsync_v2", &d->copy_batch_) ||
                          Find(d->library_, "cuMemcpyBatchAsync", &d->copy_batch_12_));
   std::string error;
@@ -145,17 +142,10 @@ bool CudaDriver::Synchronize(Stream stream, std::string* error) {
   return Ok(stream_synchronize_(stream), "cuStreamSynchronize", error);
 }
 
-bool CudaDriver::StreamWaitValue(Stream stream, uint64_t address, uint32_t value, std::string* error) {
-  return Ok(wait_value_(stream, address, value, kWaitGreaterOrEqual), "cuStreamWaitValue32", error);
-}
-
-bool CudaDriver::StreamWriteValue(Stream stream, uint64_t address, uint32_t value, std::string* error) {
-  return Ok(write_value_(stream, address, value, kWriteDefault), "cuStreamWriteValue32", error);
-}
-
-CudaDriver::Event CudaDriver::CreateEvent(std::string* error) {
+CudaDriver::Event CudaDriver::CreateEvent(bool timed, std::string* error) {
   void* event = nullptr;
-  return Ok(event_create_(&event, kEventDisableTiming), "cuEventCreate", error) ? event : nullptr;
+  return Ok(event_create_(&event, timed ? kEventDefault : kEventDisableTiming), "cuEventCreate", error) ? event
+                                                                                                        : nullptr;
 }
 
 void CudaDriver::DestroyEvent(Event event) { event_destroy_(event); }
@@ -166,6 +156,11 @@ bool CudaDriver::RecordEvent(Event event, Stream stream, std::string* error) {
 
 CudaDriver::State CudaDriver::QueryEvent(Event event, std::string* error) {
   return StateOf(event_query_(event), "cuEventQuery", error);
+}
+
+double CudaDriver::SecondsBetween(Event start, Event end) {
+  float milliseconds = 0;
+  return event_elapsed_(&milliseconds, start, end) == 0 ? static_cast<double>(milliseconds) / 1e3 : 0;
 }
 
 bool CudaDriver::CopyToDevice(uint64_t dst, const void* src, size_t bytes, Stream stream, std::string* error) {
@@ -203,11 +198,6 @@ void CudaDriver::HostUnregister(void* ptr) {
 void* CudaDriver::AllocatePinned(size_t bytes) {
   void* memory = nullptr;
   return host_alloc_(&memory, bytes, kHostPortable | kHostDeviceMap) == 0 ? memory : nullptr;
-}
-
-uint64_t CudaDriver::DeviceAddress(void* pinned) {
-  uint64_t address = 0;
-  return host_device_pointer_(&address, pinned, 0) == 0 ? address : 0;
 }
 
 void CudaDriver::FreePinned(void* pinned) { host_free_(pinned); }

@@ -34,7 +34,6 @@ class CudaDriver {
   int num_multiprocessors() const { return num_multiprocessors_; }
   // Registered host memory has the same address on the device. True on every 64-bit Linux with a current GPU.
   bool same_host_addresses() const { return same_host_addresses_; }
-  bool has_stream_values() const { return wait_value_ != nullptr && write_value_ != nullptr; }
   bool has_batch_copies() const { return batch_copies_.load(std::memory_order_relaxed); }
 
   // Throws SystemError. An urgent stream's work goes before that of others.
@@ -43,15 +42,14 @@ class CudaDriver {
   bool StreamWaitEvent(Stream stream, uint64_t event, std::string* error);
   State QueryStream(Stream stream, std::string* error);
   bool Synchronize(Stream stream, std::string* error);
-  // The stream stops until the word at this address, as the device sees it, has reached `value` (modulo 2^32).
-  bool StreamWaitValue(Stream stream, uint64_t address, uint32_t value, std::string* error);
-  // Everything that is on the stream already is visible to who sees the value.
-  bool StreamWriteValue(Stream stream, uint64_t address, uint32_t value, std::string* error);
 
-  Event CreateEvent(std::string* error);  // nullptr on failure
+  // nullptr on failure. Only timed events can be asked for the time between them; others cost less to wait for.
+  Event CreateEvent(bool timed, std::string* error);
   void DestroyEvent(Event event);
   bool RecordEvent(Event event, Stream stream, std::string* error);
   State QueryEvent(Event event, std::string* error);
+  // Seconds between two timed events that have happened; 0 if they cannot be asked.
+  double SecondsBetween(Event start, Event end);
 
   bool CopyToDevice(uint64_t dst, const void* src, size_t bytes, Stream stream, std::string* error);
   bool CopyToHost(void* dst, uint64_t src, size_t bytes, Stream stream, std::string* error);
@@ -62,9 +60,8 @@ class CudaDriver {
   // Registers memory for DMA and for access by kernels.
   bool HostRegister(void* ptr, size_t bytes);
   void HostUnregister(void* ptr);
-  // Pinned memory that kernels and streams can reach; nullptr and 0 on failure.
+  // Pinned memory; nullptr on failure.
   void* AllocatePinned(size_t bytes);
-  uint64_t DeviceAddress(void* pinned);
   void FreePinned(void* pinned);
   uint64_t AllocateDevice(size_t bytes, std::string* error);
   void FreeDevice(uint64_t memory);
@@ -108,12 +105,11 @@ class CudaDriver {
   int (*stream_wait_event_)(void*, void*, unsigned) = nullptr;
   int (*stream_query_)(void*) = nullptr;
   int (*stream_synchronize_)(void*) = nullptr;
-  int (*wait_value_)(void*, uint64_t, uint32_t, unsigned) = nullptr;
-  int (*write_value_)(void*, uint64_t, uint32_t, unsigned) = nullptr;
   int (*event_create_)(void**, unsigned) = nullptr;
   int (*event_destroy_)(void*) = nullptr;
   int (*event_record_)(void*, void*) = nullptr;
   int (*event_query_)(void*) = nullptr;
+  int (*event_elapsed_)(float*, void*, void*) = nullptr;
   int (*copy_htod_)(uint64_t, const void*, size_t, void*) = nullptr;
   int (*copy_dtoh_)(void*, uint64_t, size_t, void*) = nullptr;
   int (*copy_batch_)(uint64_t*, uint64_t*, size_t*, size_t, CopyAttributes*, size_t*, size_t, void*) = nullptr;
@@ -123,7 +119,6 @@ class CudaDriver {
   int (*host_unregister_)(void*) = nullptr;
   int (*host_alloc_)(void**, size_t, unsigned) = nullptr;
   int (*host_free_)(void*) = nullptr;
-  int (*host_device_pointer_)(uint64_t*, void*, unsigned) = nullptr;
   int (*device_alloc_)(uint64_t*, size_t) = nullptr;
   int (*device_free_)(uint64_t) = nullptr;
   int (*module_load_)(void**, const void*) = nullptr;

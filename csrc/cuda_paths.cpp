@@ -15,18 +15,18 @@ const char* const kKernelPtx =
 #include "cuda/copy_kernel_ptx.inc"
     ;
 
-// Copies of one call to the driver: enough that the call costs nothing per copy.
-constexpr size_t kBatchMax = 1024;
+// Copies of one call to the driver: enough that the call costs little per copy, a part of what its queue holds.
+constexpr size_t kBatchMax = 128;
 
 // Descriptors of a copy are 4 bytes per block and 4 per block or row: room for half a million tokens on their
 // way in pages of one token.
 constexpr size_t kRingWords = size_t{1} << 20;
 
-// How much of the GPU's processors a copy takes, as attention may lose no more: 3 of the 132 of an H100. That fills
-// the link to the host (copy_kernel.hpp); more than 4 would take from attention and bring nothing.
-constexpr int kProcessorPercent = 3;
-constexpr int kCtasMax = 4;
+// Room on the device for blocks that are being stored: gathering them takes a fraction of the time that the link
+// takes, so there is no need for a second one.
+constexpr size_t kSlotsBytes = size_t{16} << 20;
 
+constexpr uint64_t kRunsMax = uint64_t{1} << 31;
 constexpr uint64_t kMax32 = std::numeric_limits<uint32_t>::max();
 
 }  // namespace
@@ -52,14 +52,13 @@ EnginePath::EnginePath(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layo
     ++num_pieces_;
     return true;
   });
-  piece_bytes_ = layout_.block_bytes() / num_pieces_;
   for (int layer = 0; layer < layout_.num_layers(); ++layer) {
     num_row_pieces_ += layout_.buffers(layer).size() * static_cast<size_t>(layout_.rows_per_block());
   }
 }
 
-size_t EnginePath::pieces_per_block(bool rows_in_sequence) const {
-  return rows_in_sequence ? num_pieces_ : num_row_pieces_;
+size_t EnginePath::piece_bytes(bool rows_in_sequence) const {
+  return layout_.block_bytes() / (rows_in_sequence ? num_pieces_ : num_row_pieces_);
 }
 
 // Calls take(piece) until it returns false. `rows` are the block's rows unless they follow first_row >= 0.
@@ -89,32 +88,51 @@ void EnginePath::ForEachPiece(char* slot, const int64_t* rows, int64_t first_row
   take(piece);
 }
 
-bool EnginePath::Queue(const CopiedBlocks& blocks, int layer_begin, int layer_end, bool pinned, void* stream,
+bool EnginePath::Queue(const CopiedBlocks& blocks, int layer_begin, int layer_end, bool pinned, CopyStream& stream,
                        std::string* error) {
   const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
-  std::vector<Piece> pieces;
-  pieces.reserve(std::min(kBatchMax, blocks.count * num_pieces_));
+  Batch batch{stream, blocks.to_device, pinned, error};
   bool good = true;
   for (size_t b = 0; b < blocks.count && good; ++b) {
     ForEachPiece(host_.Slot(blocks.host_slots[b]), blocks.token_slots + b * per_block, blocks.first_rows[b],
-                 layer_begin, layer_end, [&](Piece piece) {
-                   // The driver refuses a copy that spans two registrations.
-                   while (piece.bytes > 0 && good) {
-                     const size_t at = static_cast<size_t>(piece.host - host_.base());
-                     const size_t in_chunk = HostPool::kPinChunkBytes - at % HostPool::kPinChunkBytes;
-                     const size_t bytes = std::min(piece.bytes, in_chunk);
-                     pieces.push_back({piece.host, piece.device, bytes});
-                     piece = {piece.host + bytes, piece.device + bytes, piece.bytes - bytes};
-                     if (pieces.size() == kBatchMax) good = Flush(pieces, blocks.to_device, pinned, stream, error);
-                   }
-                   return good;
-                 });
+                 layer_begin, layer_end, [&](const Piece& piece) { return good = Add(batch, piece); });
   }
-  return good && Flush(pieces, blocks.to_device, pinned, stream, error);
+  return good && Flush(batch);
 }
 
-bool EnginePath::Flush(std::vector<Piece>& pieces, bool to_device, bool pinned, void* stream, std::string* error) {
-  if (pinned && pieces.size() > 1 && cuda_->has_batch_copies()) {
+bool EnginePath::QueueFromSlots(const CopiedBlocks& blocks, size_t first, size_t count, int layer_begin,
+                                int layer_end, uint64_t slots, bool pinned, CopyStream& stream,
+                                std::string* error) {
+  const size_t offset = layout_.layer_offset(layer_begin);
+  const size_t bytes = layout_.layer_offset(layer_end - 1) + layout_.layer_bytes(layer_end - 1) - offset;
+  Batch batch{stream, false, pinned, error};
+  for (size_t i = 0; i < count; ++i) {
+    if (!Add(batch, {host_.Slot(blocks.host_slots[first + i]) + offset, slots + i * host_.slot_bytes() + offset,
+                     bytes})) {
+      return false;
+    }
+  }
+  return Flush(batch);
+}
+
+bool EnginePath::Add(Batch& batch, Piece piece) {
+  // The driver refuses a copy that spans two registrations.
+  while (piece.bytes > 0) {
+    const size_t at = static_cast<size_t>(piece.host - host_.base());
+    const size_t in_chunk = HostPool::kPinChunkBytes - at % HostPool::kPinChunkBytes;
+    const size_t bytes = std::min(piece.bytes, in_chunk);
+    batch.pieces.push_back({piece.host, piece.device, bytes});
+    piece = {piece.host + bytes, piece.device + bytes, piece.bytes - bytes};
+    if (batch.pieces.size() == kBatchMax && !Flush(batch)) return false;
+  }
+  return true;
+}
+
+bool EnginePath::Flush(Batch& batch) {
+  std::vector<Piece>& pieces = batch.pieces;
+  if (pieces.empty()) return true;
+  batch.stream.MakeRoom(pieces.size());
+  if (batch.pinned && pieces.size() > 1 && cuda_->has_batch_copies()) {
     std::vector<uint64_t> from(pieces.size()), to(pieces.size());
     std::vector<size_t> sizes(pieces.size());
     for (size_t i = 0; i < pieces.size(); ++i) {
@@ -122,16 +140,17 @@ bool EnginePath::Flush(std::vector<Piece>& pieces, bool to_device, bool pinned, 
       to[i] = pieces[i].device;
       sizes[i] = pieces[i].bytes;
     }
-    if (!to_device) from.swap(to);
-    if (cuda_->CopyBatch(to.data(), from.data(), sizes.data(), pieces.size(), stream, error)) {
+    if (!batch.to_device) from.swap(to);
+    if (cuda_->CopyBatch(to.data(), from.data(), sizes.data(), pieces.size(), batch.stream.get(), batch.error)) {
       pieces.clear();
       return true;
     }
-    if (!error->empty()) return false;
+    if (!batch.error->empty()) return false;
   }
   for (const Piece& piece : pieces) {
-    if (!(to_device ? cuda_->CopyToDevice(piece.device, piece.host, piece.bytes, stream, error)
-                    : cuda_->CopyToHost(piece.host, piece.device, piece.bytes, stream, error))) {
+    if (!(batch.to_device
+              ? cuda_->CopyToDevice(piece.device, piece.host, piece.bytes, batch.stream.get(), batch.error)
+              : cuda_->CopyToHost(piece.host, piece.device, piece.bytes, batch.stream.get(), batch.error))) {
       return false;
     }
   }
@@ -142,7 +161,7 @@ bool EnginePath::Flush(std::vector<Piece>& pieces, bool to_device, bool pinned, 
 // ---- kernel ------------------------------------------------------------------------------------
 
 KernelPath::KernelPath(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout, const HostPool& host,
-                       void* stream)
+                       CopyStream& stream)
     : cuda_(std::move(cuda)), layout_(layout), host_(host) {
   if (!SetUp(stream)) kernel_ = nullptr;
 }
@@ -151,10 +170,11 @@ KernelPath::~KernelPath() {
   if (module_ != nullptr) cuda_->UnloadModule(module_);
   if (table_ != 0) cuda_->FreeDevice(table_);
   if (device_ring_ != 0) cuda_->FreeDevice(device_ring_);
+  if (slots_ != 0) cuda_->FreeDevice(slots_);
   if (ring_ != nullptr) cuda_->FreePinned(ring_);
 }
 
-bool KernelPath::SetUp(void* stream) {
+bool KernelPath::SetUp(CopyStream& stream) {
   if (!cuda_->same_host_addresses()) {
     note_ = "pinned memory has other addresses on this device";
     return false;
@@ -173,6 +193,7 @@ bool KernelPath::SetUp(void* stream) {
       }
       table.push_back({buffer.base, stride, offset, bytes});
       bits |= buffer.base | stride | offset | bytes;
+      whole_buffers_ = whole_buffers_ && stride == bytes;
       offset += bytes * static_cast<uint64_t>(layout_.rows_per_block());
     }
   }
@@ -186,19 +207,20 @@ bool KernelPath::SetUp(void* stream) {
     name = kernel;
     if (bits % unit == 0) break;
   }
-  ctas_ = static_cast<unsigned>(std::clamp(cuda_->num_multiprocessors() * kProcessorPercent / 100, 1, kCtasMax));
   ring_ = static_cast<uint32_t*>(cuda_->AllocatePinned(kRingWords * sizeof(uint32_t)));
   if (ring_ == nullptr) {
     note_ = "no pinned memory for the kernel's descriptors";
     return false;
   }
   const size_t table_bytes = table.size() * sizeof(CopyBuffer);
+  num_slots_ = std::max<size_t>(1, kSlotsBytes / host_.slot_bytes());
   device_ring_ = cuda_->AllocateDevice(kRingWords * sizeof(uint32_t), &note_);
   table_ = device_ring_ != 0 ? cuda_->AllocateDevice(table_bytes, &note_) : 0;
-  module_ = table_ != 0 ? cuda_->LoadModule(kKernelPtx, &note_) : nullptr;
+  slots_ = table_ != 0 ? cuda_->AllocateDevice(num_slots_ * host_.slot_bytes(), &note_) : 0;
+  module_ = slots_ != 0 ? cuda_->LoadModule(kKernelPtx, &note_) : nullptr;
   kernel_ = module_ != nullptr ? cuda_->FindKernel(module_, name, &note_) : nullptr;
-  return kernel_ != nullptr && cuda_->CopyToDevice(table_, table.data(), table_bytes, stream, &note_) &&
-         cuda_->Synchronize(stream, &note_);
+  return kernel_ != nullptr && cuda_->CopyToDevice(table_, table.data(), table_bytes, stream.get(), &note_) &&
+         cuda_->Synchronize(stream.get(), &note_);
 }
 
 size_t KernelPath::WordsOf(const CopiedBlocks& blocks) const {
@@ -206,22 +228,9 @@ size_t KernelPath::WordsOf(const CopiedBlocks& blocks) const {
   return blocks.count * (1 + rows);
 }
 
-int KernelPath::LayersAtOnce(const CopiedBlocks& blocks, int layer, int layer_end) const {
-  const uint64_t bytes_max = kMax32 / blocks.count * unit_bytes_;
-  int end = layer;
-  while (end < layer_end &&
-         layout_.layer_offset(end) + layout_.layer_bytes(end) - layout_.layer_offset(layer) <= bytes_max) {
-    ++end;
-  }
-  return end - layer;
-}
-
 bool KernelPath::Takes(const CopiedBlocks& blocks) const {
-  if (!usable() || WordsOf(blocks) > kRingWords) return false;
-  for (int layer = 0; layer < layout_.num_layers(); ++layer) {
-    if (LayersAtOnce(blocks, layer, layer + 1) == 0) return false;
-  }
-  return true;
+  const uint64_t rows = first_buffer_.back() * static_cast<uint64_t>(layout_.rows_per_block());
+  return usable() && WordsOf(blocks) <= kRingWords && rows * blocks.count < kRunsMax;
 }
 
 std::optional<KernelPath::Descriptors> KernelPath::Describe(const CopiedBlocks& blocks) {
@@ -241,7 +250,9 @@ std::optional<KernelPath::Descriptors> KernelPath::Describe(const CopiedBlocks& 
   lock.unlock();
   Descriptors described{at, blocks.in_sequence ? 0 : static_cast<size_t>(layout_.rows_per_block())};
   uint32_t* out = ring_ + at;
-  for (size_t b = 0; b < blocks.count; ++b) *out++ = static_cast<uint32_t>(blocks.host_slots[b]);
+  for (size_t b = 0; b < blocks.count; ++b) {
+    *out++ = static_cast<uint32_t>(blocks.to_device ? static_cast<size_t>(blocks.host_slots[b]) : b % num_slots_);
+  }
   for (size_t b = 0; b < blocks.count; ++b) {
     if (described.listed_rows == 0) {
       *out++ = static_cast<uint32_t>(blocks.first_rows[b]);
@@ -255,35 +266,57 @@ std::optional<KernelPath::Descriptors> KernelPath::Describe(const CopiedBlocks& 
   return described;
 }
 
-bool KernelPath::QueueDescriptors(const CopiedBlocks& blocks, const Descriptors& described, void* stream,
+bool KernelPath::QueueDescriptors(const CopiedBlocks& blocks, const Descriptors& described, CopyStream& stream,
                                   std::string* error) {
   // Copied once: the kernel would fetch them over the link again and again, each time before it knows an address.
   const size_t words = blocks.count * (1 + std::max<size_t>(1, described.listed_rows));
+  stream.MakeRoom(1);
   return cuda_->CopyToDevice(device_ring_ + described.at * sizeof(uint32_t), ring_ + described.at,
-                             words * sizeof(uint32_t), stream, error);
+                             words * sizeof(uint32_t), stream.get(), error);
 }
 
-bool KernelPath::Queue(const CopiedBlocks& blocks, const Descriptors& described, int layer_begin, int layer_end,
-                       void* stream, std::string* error) {
-  const uint64_t slots = device_ring_ + described.at * sizeof(uint32_t);
-  const size_t bytes = layout_.layer_offset(layer_end - 1) + layout_.layer_bytes(layer_end - 1) -
-                       layout_.layer_offset(layer_begin);
+bool KernelPath::QueueLoad(const CopiedBlocks& blocks, const Descriptors& described, int layer_begin,
+                           int layer_end, CopyStream& stream, std::string* error) {
+  return Launch(blocks, described, 0, blocks.count, layer_begin, layer_end,
+                reinterpret_cast<uint64_t>(host_.base()), stream, error);
+}
+
+bool KernelPath::QueueGather(const CopiedBlocks& blocks, const Descriptors& described, size_t first, size_t count,
+                             int layer_begin, int layer_end, CopyStream& stream, std::string* error) {
+  return Launch(blocks, described, first, count, layer_begin, layer_end, slots_, stream, error);
+}
+
+bool KernelPath::Launch(const CopiedBlocks& blocks, const Descriptors& described, size_t first, size_t count,
+                        int layer_begin, int layer_end, uint64_t base, CopyStream& stream, std::string* error) {
+  const size_t rows_per_block = static_cast<size_t>(layout_.rows_per_block());
+  const bool by_row = described.listed_rows != 0 || !whole_buffers_;
+  uint64_t run_bytes = 0;
+  for (int layer = layer_begin; layer < layer_end; ++layer) {
+    for (const DeviceBuffer& buffer : layout_.buffers(layer)) {
+      run_bytes = std::max(run_bytes, static_cast<uint64_t>(buffer.row_bytes) * (by_row ? 1 : rows_per_block));
+    }
+  }
+  const uint32_t* slots = reinterpret_cast<const uint32_t*>(device_ring_ + described.at * sizeof(uint32_t));
   CopyGroup group{};
   group.buffers = reinterpret_cast<const CopyBuffer*>(table_) + first_buffer_[layer_begin];
-  group.slots = reinterpret_cast<const uint32_t*>(slots);
-  group.rows = group.slots + blocks.count;
-  group.host = reinterpret_cast<uint64_t>(host_.base());
+  group.slots = slots + first;
+  group.rows = slots + blocks.count + first * std::max<size_t>(1, described.listed_rows);
+  group.base = base;
   group.slot_bytes = host_.slot_bytes();
-  group.offset = layout_.layer_offset(layer_begin);
-  group.num_buffers = static_cast<uint32_t>(first_buffer_[layer_end] - first_buffer_[layer_begin]);
-  group.num_blocks = static_cast<uint32_t>(blocks.count);
-  group.units_per_block = static_cast<uint32_t>(bytes / unit_bytes_);
+  group.runs_per_buffer = static_cast<uint32_t>(by_row ? rows_per_block : 1);
+  group.runs_per_block =
+      group.runs_per_buffer * static_cast<uint32_t>(first_buffer_[layer_end] - first_buffer_[layer_begin]);
+  group.num_runs = static_cast<uint32_t>(count) * group.runs_per_block;
+  group.rows_per_run = static_cast<uint32_t>(by_row ? 1 : rows_per_block);
   group.listed_rows = static_cast<uint32_t>(described.listed_rows);
+  while (group.team_log2 < kTeamLog2Max && uint64_t{1} << group.team_log2 < run_bytes / unit_bytes_) {
+    ++group.team_log2;
+  }
   group.to_device = blocks.to_device;
-  const uint64_t units = uint64_t{group.num_blocks} * group.units_per_block;
-  const uint64_t ctas = (units + kCopyThreads * kUnitsInFlight - 1) / (kCopyThreads * kUnitsInFlight);
-  return cuda_->Launch(kernel_, static_cast<unsigned>(std::min<uint64_t>(ctas_, ctas)), kCopyThreads, &group, stream,
-                       error);
+  const uint64_t threads = uint64_t{group.num_runs} << group.team_log2;
+  const uint64_t ctas = std::min<uint64_t>(kCopyCtas, (threads + kCopyThreads - 1) / kCopyThreads);
+  stream.MakeRoom(1);
+  return cuda_->Launch(kernel_, static_cast<unsigned>(ctas), kCopyThreads, &group, stream.get(), error);
 }
 
 void KernelPath::Release(const Descriptors& described) {

@@ -6,23 +6,17 @@
 
 namespace flexkv {
 
-LayerGate::LayerGate(int num_layers, std::shared_ptr<StreamFlags> flags)
-    : num_layers_(num_layers),
-      flags_(std::move(flags)),
-      row_(flags_ && num_layers > 0 ? flags_->Take(num_layers) : StreamFlags::Row{}),
-      left_(num_layers, 0),
-      left_queued_(num_layers, 0) {
+LayerGate::LayerGate(int num_layers, std::shared_ptr<CudaDriver> cuda)
+    : num_layers_(num_layers), cuda_(std::move(cuda)), layers_(static_cast<size_t>(num_layers)) {
   Require(num_layers > 0, "a gate needs at least one layer");
-}
-
-LayerGate::~LayerGate() {
-  if (flags_) flags_->GiveBack(row_);
 }
 
 void LayerGate::Expect(int loads) {
   std::lock_guard<std::mutex> lock(mutex_);
-  for (int& left : left_) left += loads;
-  for (int& left : left_queued_) left += loads;
+  for (Layer& layer : layers_) {
+    layer.left += loads;
+    layer.left_queued += loads;
+  }
   unsubmitted_ += loads;
   submitted_ = std::chrono::steady_clock::now();
 }
@@ -39,27 +33,38 @@ bool LayerGate::AwaitsLoads(std::chrono::steady_clock::duration max) const {
   return unsubmitted_ > 0 && std::chrono::steady_clock::now() - submitted_ < max;
 }
 
-void LayerGate::Pass(int layer) {
+void LayerGate::Queued(int layer_begin, int layer_end, const StreamEvent& event) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    left_[layer]--;
-    int open = open_.load(std::memory_order_relaxed);
-    for (; open < num_layers_ && left_[open] <= 0; ++open) {
-      if (row_.words != nullptr) StreamFlags::Raise(row_, open);
+    ++last_number_;
+    for (int at = layer_begin; at < layer_end; ++at) {
+      Layer& queued = layers_[static_cast<size_t>(at)];
+      queued.left_queued--;
+      queued.event = event;
+      queued.number = last_number_;
     }
-    open_.store(open, std::memory_order_release);
+    Open();
   }
   changed_.notify_all();
 }
 
-bool LayerGate::Queued(int layer, int loads, void* stream, std::string* error) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  left_queued_[layer] -= loads;
-  bool good = true;
-  for (; open_queued_ < num_layers_ && left_queued_[open_queued_] <= 0; ++open_queued_) {
-    good = good && (row_.words == nullptr || flags_->QueueRaise(row_, open_queued_, stream, error));
+void LayerGate::Pass(int layer, bool was_queued) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    Layer& passed = layers_[static_cast<size_t>(layer)];
+    passed.left--;
+    if (!was_queued) passed.left_queued--;
+    Open();
   }
-  return good;
+  changed_.notify_all();
+}
+
+// With the mutex held.
+void LayerGate::Open() {
+  while (open_queued_ < num_layers_ && layers_[static_cast<size_t>(open_queued_)].left_queued <= 0) ++open_queued_;
+  int open = open_.load(std::memory_order_relaxed);
+  while (open < num_layers_ && layers_[static_cast<size_t>(open)].left <= 0) ++open;
+  open_.store(open, std::memory_order_release);
 }
 
 int LayerGate::Wait(int layer, double timeout_s) {
@@ -72,23 +77,34 @@ int LayerGate::Wait(int layer, double timeout_s) {
 
 bool LayerGate::StreamWait(int layer, uint64_t stream, double timeout_s) {
   Require(layer >= 0 && layer < num_layers_, "the gate has no such layer");
-  if (row_.words == nullptr) return Wait(layer, timeout_s) > 0;
-  if (StreamFlags::IsRaised(row_, layer)) return true;
+  if (open_layers() > layer) return true;
+  if (!cuda_) return Wait(layer, timeout_s) > 0;
+  StreamEvent event;
+  uint64_t number = 0;
   {
-    // Attention asks twice per layer, for K and for V, and a layer is never open before those below it.
-    std::lock_guard<std::mutex> lock(mutex_);
-    if (waiting_layer_ >= layer && waiting_stream_ == stream) return true;
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (!changed_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return open_queued_ > layer; })) {
+      return false;
+    }
+    // Not open before those below it. What was queued last lands last.
+    for (int at = 0; at <= layer; ++at) {
+      const Layer& below = layers_[static_cast<size_t>(at)];
+      if (below.number > number) {
+        number = below.number;
+        event = below.event;
+      }
+    }
+    // Attention asks twice per layer, for K and for V, and layers are copied in groups.
+    if (number == 0 || (waiting_stream_ == stream && waiting_number_ >= number)) return true;
   }
-  // Without the lock: on a stream whose queue is full this call waits for the stream to move on, which may be
-  // waiting for a copy that takes the lock.
   std::string error;
-  if (flags_->QueueWait(row_, layer, reinterpret_cast<void*>(stream), &error)) {
-    std::lock_guard<std::mutex> lock(mutex_);
-    waiting_stream_ = stream;
-    waiting_layer_ = layer;
-    return true;
+  if (!cuda_->StreamWaitEvent(reinterpret_cast<void*>(stream), reinterpret_cast<uint64_t>(event.get()), &error)) {
+    return Wait(layer, timeout_s) > 0;
   }
-  return Wait(layer, timeout_s) > 0;
+  std::lock_guard<std::mutex> lock(mutex_);
+  waiting_stream_ = stream;
+  waiting_number_ = number;
+  return true;
 }
 
 int LayerGate::open_layers() const { return open_.load(std::memory_order_acquire); }

@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "stream_flags.hpp"
+#include "cuda_stream.hpp"
 
 namespace flexkv {
 
@@ -18,12 +18,12 @@ namespace flexkv {
 // passes what it has left, too: the gate says when to go on, not which loads are good. A gate with one layer
 // serves a store: it is open when the device's slots may be written again.
 //
-// On a GPU a gate has a flag per layer, which the copying stream raises and StreamWait makes another stream
-// wait for. What no stream raises the host does, when the layer opens or the gate goes: no stream waits for ever.
+// On a GPU nobody need wait for that. Once the copies of a layer are on a stream, another stream can wait for the
+// event behind them (StreamWait). Until then the host waits: no stream ever waits for what is not on a stream yet.
 class LayerGate {
  public:
-  explicit LayerGate(int num_layers, std::shared_ptr<StreamFlags> flags = nullptr);
-  ~LayerGate();
+  // `cuda`: whose streams copy; nullptr where the device pool is CPU memory.
+  explicit LayerGate(int num_layers, std::shared_ptr<CudaDriver> cuda = nullptr);
   LayerGate(const LayerGate&) = delete;
   LayerGate& operator=(const LayerGate&) = delete;
 
@@ -33,9 +33,8 @@ class LayerGate {
   // Waits until `layer` is open. Returns how many layers are, counted from the first, so that who goes through
   // them in order need not ask for each; 0 if the time is up.
   int Wait(int layer, double timeout_s);
-  // Makes what is queued on `stream` (a CUstream) from now on wait until `layer` is open, and returns at once;
-  // the copy need not have been queued yet. Waits here, like Wait, where streams cannot wait for memory. False
-  // if the time is up. Whatever opens the gate must not be queued behind this wait.
+  // Makes what is queued on `stream` (a CUstream) from now on wait until `layer` is open. Waits here, outside the
+  // driver and without a lock, until all copies of it are on a stream. False if the time is up.
   bool StreamWait(int layer, uint64_t stream, double timeout_s);
   // Open layers, counted from the first, without waiting.
   int open_layers() const;
@@ -45,28 +44,32 @@ class LayerGate {
   // Whether more of the expected loads are to come, and the last one came less than `max` ago.
   bool AwaitsLoads(std::chrono::steady_clock::duration max) const;
 
+  // A load's copies of these layers are on the stream of copies, and the event behind them. A Pass follows for each.
+  void Queued(int layer_begin, int layer_end, const StreamEvent& event);
   // A load's bytes of this layer are on the device, or never will be.
-  void Pass(int layer);
-
-  // The copies of this layer for so many loads are on a stream, behind all other copies for this gate that have
-  // not ended: raises the flags of the layers that are open by then. A Pass per load follows when they have. Of a
-  // load that passes a layer without having queued it no stream can tell: from there on the host raises the flags.
-  bool Queued(int layer, int loads, void* stream, std::string* error);
+  void Pass(int layer, bool was_queued = false);
 
  private:
+  struct Layer {
+    int left = 0;         // loads that have not passed
+    int left_queued = 0;  // loads that are not even on a stream
+    StreamEvent event;    // behind the copy that was queued last
+    uint64_t number = 0;  // of that event
+  };
+  void Open();
+
   const int num_layers_;
-  const std::shared_ptr<StreamFlags> flags_;
-  const StreamFlags::Row row_;  // without words where the host has to wait
+  const std::shared_ptr<CudaDriver> cuda_;
   std::atomic<int> open_{0};
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  std::vector<int> left_;         // loads that have not passed, per layer
-  std::vector<int> left_queued_;  // loads that are not even on a stream
-  int open_queued_ = 0;           // layers that will be open when the stream gets there
+  std::vector<Layer> layers_;
+  int open_queued_ = 0;           // layers that will be open when the stream of copies gets there
+  uint64_t last_number_ = 0;      // events have running numbers: all copies of a gate are on one stream
   int unsubmitted_ = 0;           // loads that are expected and not even known to the engine
   std::chrono::steady_clock::time_point submitted_;  // when the last one came
   uint64_t waiting_stream_ = 0;   // the last one that was told to wait,
-  int waiting_layer_ = -1;        // and for what
+  uint64_t waiting_number_ = 0;   // and for which event
 };
 
 }  // namespace flexkv

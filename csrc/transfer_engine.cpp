@@ -41,6 +41,8 @@ bool IsDeviceCopy(TransferType type) {
 
 // ---- graphs ------------------------------------------------------------------------------------
 
+enum class LayerState : uint8_t { kUnknown, kQueued, kPassed };
+
 struct TransferEngine::Op {
   Graph* graph = nullptr;
   OpSpec spec;
@@ -57,9 +59,9 @@ struct TransferEngine::Op {
   int layers_left = 0;
   bool more_pieces = false;           // what it follows by layers has not ended
   std::string error;
-  // Of the gate's layers, those that it has passed. Each is written by one thread at a time, and the op's end
-  // comes after all of them, so without a lock.
-  std::vector<uint8_t> passed;
+  // What the gate knows of each of its layers. Each is written by one thread at a time, and the op's end comes after
+  // all of them, so without a lock.
+  std::vector<LayerState> at_gate;
 };
 
 struct TransferEngine::Graph {
@@ -112,7 +114,7 @@ TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> hos
 }
 
 std::shared_ptr<LayerGate> TransferEngine::MakeGate(int num_layers) const {
-  return std::make_shared<LayerGate>(num_layers, copier_ ? copier_->flags() : nullptr);
+  return std::make_shared<LayerGate>(num_layers, copier_ ? copier_->cuda() : nullptr);
 }
 
 const std::string& TransferEngine::cuda_note() const {
@@ -211,7 +213,7 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
       Require(far_side.size() == op.num_blocks * per_block,
               "a device copy needs tokens_per_block token slots for each block");
       op.first_rows = layout_.FirstRows(far_side.data(), op.num_blocks);
-      if (graph->gate) op.passed.resize(static_cast<size_t>(layout_.num_layers()));
+      if (graph->gate) op.at_gate.resize(static_cast<size_t>(layout_.num_layers()));
     } else {
       Require(far_side.size() == op.num_blocks && s.keys.size() == op.num_blocks,
               "a disk op needs one SSD slot and one key for each block");
@@ -325,7 +327,10 @@ TransferStats TransferEngine::Stats() const {
   std::lock_guard<std::mutex> lock(mutex_);
   TransferStats stats = stats_;
   for (TransferType type : {TransferType::kH2D, TransferType::kD2H}) {
-    if (copier_) stats.queue_s[static_cast<int>(type)] = copier_->queue_s(type == TransferType::kH2D);
+    if (!copier_) continue;
+    // On a GPU a copy that is submitted may wait for a forward first: the device's own clock tells.
+    stats.busy_s[static_cast<int>(type)] = copier_->busy_s(type == TransferType::kH2D);
+    stats.queue_s[static_cast<int>(type)] = copier_->queue_s(type == TransferType::kH2D);
   }
   return stats;
 }
@@ -457,7 +462,8 @@ void TransferEngine::FinishCopy(Op* op) {
 void TransferEngine::Pass(Op* op, int layer_begin, int layer_end) {
   if (op->graph->gate == nullptr) return;
   for (int layer = layer_begin; layer < layer_end; ++layer) {
-    if (!std::exchange(op->passed[layer], 1)) op->graph->gate->Pass(layer);
+    const LayerState before = std::exchange(op->at_gate[layer], LayerState::kPassed);
+    if (before != LayerState::kPassed) op->graph->gate->Pass(layer, before == LayerState::kQueued);
   }
 }
 
@@ -623,7 +629,12 @@ void TransferEngine::StartCudaCopy(Op* op, int layer_begin, int layer_end) {
   copy.follows_read = s.after_layers >= 0;
   copy.wait_events = &op->graph->wait_events;
   copy.cancelled = &op->graph->cancelled;
-  copy.on_late = [this, op] { PassRest(op); };
+  copy.on_queued = [op](int begin, int end, const StreamEvent& event) {
+    // Where a piece before has failed, all layers have been passed.
+    if (op->at_gate[begin] != LayerState::kUnknown) return;
+    std::fill(op->at_gate.begin() + begin, op->at_gate.begin() + end, LayerState::kQueued);
+    op->graph->gate->Queued(begin, end, event);
+  };
   copy.on_end = [this, op, layer_begin, layer_end](OpStatus status, std::string error) {
     const bool done = status == OpStatus::kDone;
     if (done && op->spec.type == TransferType::kH2D) Pass(op, layer_begin, layer_end);

@@ -15,7 +15,7 @@ struct Streaming {
 }  // namespace flexkv
 
 #define FLEXKV_COPY_KERNEL(bytes, type)                                                               \
-  extern "C" __global__ void __launch_bounds__(flexkv::kCopyThreads)                                  \
+  extern "C" __global__ void __launch_bounds__(flexkv::kCopyThreads, flexkv::kCopyCtasPerProcessor)   \
       flexkv_copy_##bytes(const flexkv::CopyGroup group) {                                            \
     flexkv::CopyAsThread<flexkv::Streaming<type>>(group, blockIdx.x * blockDim.x + threadIdx.x,       \
                                                   gridDim.x * blockDim.x);                            \

@@ -1,12 +1,16 @@
 // A stand-in for libcuda.so.1 in which tests run the engine's CUDA path on a CPU. It keeps what the real one
-// promises and no more: streams are threads that run late, and in a random order among each other; a full queue
-// makes the caller wait; copies in a batch have no order; memory that is not pinned is copied by a call that waits.
+// promises and no more. Streams run late, and share hardware queues: what is in one queue runs in the order in which
+// it came, so a stream may stand behind another one's wait. One lock is held for as long as a call takes, and some
+// calls take until the device has nothing left to do: the first launch of a kernel, which loads it; giving memory
+// back. A full queue makes the caller wait, too, and so does a copy of memory that is not pinned. Copies in a batch
+// have no order.
+//
 // What the real one punishes with wrong bytes or a broken context is noted as a violation: kernels or streams that
 // touch memory which is not theirs, copies from or to memory that is gone.
 //
 //     g++ -std=c++20 -shared -fPIC -Icsrc csrc/tests/fake_cuda.cpp -o libcuda.so.1 -pthread
 //
-// FAKE_CUDA=11 leaves out what CUDA 12.8 brought and stream memory operations, =12 what CUDA 13 brought.
+// FAKE_CUDA=11 leaves out what CUDA 12.8 brought, =12 what CUDA 13 brought.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -21,6 +25,7 @@
 #include <memory>
 #include <mutex>
 #include <random>
+#include <set>
 #include <string>
 #include <thread>
 #include <utility>
@@ -35,7 +40,7 @@
 namespace {
 
 constexpr int kInvalidValue = 1, kInvalidPtx = 218, kNotFound = 500, kNotReady = 600, kIllegalAddress = 700;
-constexpr size_t kQueueMax = 1024;
+constexpr size_t kQueueMax = 1024, kPageBytes = 4096;
 
 enum class Kind { kDevice, kPinned };
 struct Region {
@@ -43,22 +48,37 @@ struct Region {
   Kind kind;
 };
 
-struct Stream {
+struct Stream;
+struct Command {
+  Stream* stream;
+  std::function<void()> run;
+};
+
+// What streams are mapped to.
+struct Queue {
   std::mutex mutex;
   std::condition_variable changed;
-  std::deque<std::function<void()>> commands;
-  bool running = false, stop = false;
-  std::thread thread;
+  std::deque<Command> commands;
+  bool running = false;
+};
+
+struct Stream {
+  Queue* queue = nullptr;
+  size_t unfinished = 0;   // its commands, under the queue's mutex
+  double model_us = 0;     // how long a GPU would have taken for them, touched by the queue's thread alone
 };
 
 struct Event {
+  bool timed = false;
   std::mutex mutex;
   std::condition_variable changed;
   uint64_t recorded = 0, reached = 0;
+  double model_us = 0;
 };
 
 // All that the "device" knows. Never freed: threads of a test that hangs may still look at it.
 struct Device {
+  std::recursive_mutex lock;  // what the real one calls the context's
   std::mutex mutex;
   std::map<uint64_t, Region> regions;
   std::map<std::string, std::pair<int64_t, int>> faults;  // call -> how many calls from now, with what code
@@ -69,6 +89,13 @@ struct Device {
   std::atomic<int> broken{0};
   std::mt19937 random{1};
   int delay_us_max = 0;
+  std::vector<Queue*> queues;
+  size_t num_queues = 32, next_queue = 0;
+  std::set<const void*> loaded_kernels;
+  // How long a GPU would take, for events that are asked for the time between them: a piece for a copy engine, and
+  // the bytes of both paths.
+  std::atomic<double> piece_us{2}, kernel_bytes_per_us{36e3};
+  static constexpr double engine_bytes_per_us = 55e3;
 
   // The region that holds these bytes whole; nullptr if none does.
   const Region* Find(uint64_t address, size_t bytes, uint64_t* begin = nullptr) {
@@ -103,6 +130,31 @@ Device& device() {
   return *the_device;
 }
 
+void RunQueue(Queue* queue);
+
+Queue* NextQueue() {
+  Device& d = device();
+  std::lock_guard<std::mutex> lock(d.mutex);
+  while (d.queues.size() < d.num_queues) {
+    d.queues.push_back(new Queue());
+    std::thread(RunQueue, d.queues.back()).detach();
+  }
+  return d.queues[d.next_queue++ % d.num_queues];
+}
+
+// Returns when the device has nothing left to do.
+void Drain() {
+  std::vector<Queue*> queues;
+  {
+    std::lock_guard<std::mutex> lock(device().mutex);
+    queues = device().queues;
+  }
+  for (Queue* queue : queues) {
+    std::unique_lock<std::mutex> lock(queue->mutex);
+    queue->changed.wait(lock, [&] { return queue->commands.empty() && !queue->running; });
+  }
+}
+
 // What a call returns before it does anything: an injected fault, or what broke the context.
 int Enter(const char* call) {
   Device& d = device();
@@ -116,42 +168,50 @@ int Enter(const char* call) {
   return d.broken.load();
 }
 
-#define ENTER() \
+#define ENTER()                                             \
+  std::lock_guard<std::recursive_mutex> in(device().lock);  \
   if (const int code = Enter(__func__); code != 0) return code
 
-void RunStream(Stream* stream) {
-  std::unique_lock<std::mutex> lock(stream->mutex);
+void RunQueue(Queue* queue) {
+  std::unique_lock<std::mutex> lock(queue->mutex);
   for (;;) {
-    stream->changed.wait(lock, [&] { return stream->stop || !stream->commands.empty(); });
-    if (stream->commands.empty()) return;
-    std::function<void()> command = std::move(stream->commands.front());
-    stream->commands.pop_front();
-    stream->running = true;
+    queue->changed.wait(lock, [&] { return !queue->commands.empty(); });
+    Command command = std::move(queue->commands.front());
+    queue->commands.pop_front();
+    queue->running = true;
     lock.unlock();
     if (const int delay = device().Delay(); delay > 0) {
       std::this_thread::sleep_for(std::chrono::microseconds(delay));
     }
-    command();
+    command.run();
+    command.run = nullptr;
     lock.lock();
-    stream->running = false;
-    stream->changed.notify_all();
+    queue->running = false;
+    --command.stream->unfinished;
+    queue->changed.notify_all();
   }
 }
 
 void Push(void* handle, std::function<void()> command) {
   Stream* stream = static_cast<Stream*>(handle);
-  std::unique_lock<std::mutex> lock(stream->mutex);
-  stream->changed.wait(lock, [&] { return stream->commands.size() < kQueueMax; });
-  stream->commands.push_back(std::move(command));
-  stream->changed.notify_all();
+  Queue* queue = stream->queue;
+  std::unique_lock<std::mutex> lock(queue->mutex);
+  queue->changed.wait(lock, [&] { return queue->commands.size() < kQueueMax; });
+  queue->commands.push_back({stream, std::move(command)});
+  ++stream->unfinished;
+  queue->changed.notify_all();
 }
-
-bool Idle(Stream* stream) { return stream->commands.empty() && !stream->running; }
 
 void Join(void* handle) {
   Stream* stream = static_cast<Stream*>(handle);
-  std::unique_lock<std::mutex> lock(stream->mutex);
-  stream->changed.wait(lock, [&] { return Idle(stream); });
+  std::unique_lock<std::mutex> lock(stream->queue->mutex);
+  stream->queue->changed.wait(lock, [&] { return stream->unfinished == 0; });
+}
+
+bool Idle(void* handle) {
+  Stream* stream = static_cast<Stream*>(handle);
+  std::lock_guard<std::mutex> lock(stream->queue->mutex);
+  return stream->unfinished == 0;
 }
 
 void CopyNow(uint64_t to, uint64_t from, uint64_t device_side, size_t bytes) {
@@ -189,6 +249,8 @@ int Copy(uint64_t to, uint64_t from, uint64_t device_side, uint64_t host_side, s
       }
     }
     CopyNow(to, from, device_side, bytes);
+    static_cast<Stream*>(stream)->model_us +=
+        device().piece_us + static_cast<double>(bytes) / device().engine_bytes_per_us;
   });
   if (!pinned) Join(stream);
   return 0;
@@ -201,8 +263,10 @@ void Record(Event* event, void* stream) {
     number = ++event->recorded;
   }
   Push(stream, [=] {
+    if (!event->timed) device().Trace(0);
     std::lock_guard<std::mutex> lock(event->mutex);
     event->reached = std::max(event->reached, number);
+    event->model_us = static_cast<Stream*>(stream)->model_us;
     event->changed.notify_all();
   });
 }
@@ -213,26 +277,28 @@ uint64_t Address(const void* pointer) { return reinterpret_cast<uint64_t>(pointe
 template <typename T>
 struct Checked {
   using Unit = T;
-  static void Check(uint64_t address) {
+  static void Check(uint64_t address, bool stores) {
     thread_local uint64_t begin = 1, end = 0;
+    thread_local Kind kind = Kind::kDevice;
     if (address % sizeof(T) != 0) device().Violation("a kernel's access is not aligned");
-    if (address >= begin && address + sizeof(T) <= end) return;
-    const Region* region;
-    {
+    if (address < begin || address + sizeof(T) > end) {
       std::lock_guard<std::mutex> lock(device().mutex);
-      region = device().Find(address, sizeof(T), &begin);
+      const Region* region = device().Find(address, sizeof(T), &begin);
       end = region != nullptr ? begin + region->bytes : 0;
+      if (region != nullptr) kind = region->kind;
     }
-    if (region == nullptr) device().Violation("a kernel touched memory that is not on the device nor pinned");
+    if (end == 0) device().Violation("a kernel touched memory that is not on the device nor pinned");
+    // It may, but beside attention it is reported to fault.
+    if (stores && kind == Kind::kPinned) device().Violation("a kernel stored to the host's memory");
   }
   static T Load(uint64_t from) {
     T unit{};
-    Check(from);
+    Check(from, false);
     if (device().broken.load() == 0) std::memcpy(&unit, reinterpret_cast<const void*>(from), sizeof unit);
     return unit;
   }
   static void Store(uint64_t to, T unit) {
-    Check(to);
+    Check(to, true);
     if (device().broken.load() == 0) std::memcpy(reinterpret_cast<void*>(to), &unit, sizeof unit);
   }
 };
@@ -243,7 +309,8 @@ struct Unit16 {
 
 template <typename T>
 void RunKernel(const flexkv::CopyGroup& group, uint32_t num_threads) {
-  for (uint32_t buffer = 0; group.to_device != 0 && buffer < group.num_buffers; ++buffer) {
+  const uint32_t num_buffers = group.runs_per_block / group.runs_per_buffer;
+  for (uint32_t buffer = 0; group.to_device != 0 && buffer < num_buffers; ++buffer) {
     device().Trace(group.buffers[buffer].base);
   }
   for (uint32_t thread = 0; thread < num_threads && device().broken.load() == 0; ++thread) {
@@ -256,15 +323,6 @@ const std::map<std::string, Kernel> kKernels{{"flexkv_copy_16", RunKernel<Unit16
                                              {"flexkv_copy_8", RunKernel<uint64_t>},
                                              {"flexkv_copy_4", RunKernel<uint32_t>},
                                              {"flexkv_copy_1", RunKernel<uint8_t>}};
-
-bool IsWord(uint64_t address) {
-  std::lock_guard<std::mutex> lock(device().mutex);
-  return device().Find(address, sizeof(uint32_t)) != nullptr;
-}
-
-std::atomic_ref<uint32_t> Word(uint64_t address) {
-  return std::atomic_ref<uint32_t>(*reinterpret_cast<uint32_t*>(address));
-}
 
 void* Map(size_t bytes, Kind kind) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -301,6 +359,38 @@ void fake_reset(unsigned seed, int delay_us_max) {
   d.attributes = {{16, 132}, {91, 1}};
   d.random.seed(seed);
   d.delay_us_max = delay_us_max;
+  d.piece_us = 2;
+  d.kernel_bytes_per_us = 36e3;
+  d.num_queues = 32;
+}
+
+// Streams that are created from now on share so many hardware queues.
+void fake_queues(int count) {
+  std::lock_guard<std::mutex> lock(device().mutex);
+  device().num_queues = static_cast<size_t>(count);
+}
+
+// What a piece costs a copy engine, and how fast the kernel is (bytes per us), as events measure it.
+void fake_speeds(double piece_us, double kernel_bytes_per_us) {
+  std::lock_guard<std::mutex> lock(device().mutex);
+  device().piece_us = piece_us;
+  device().kernel_bytes_per_us = kernel_bytes_per_us;
+}
+
+// A forward's launch of a kernel that nobody has launched before.
+void fake_first_launch(void* stream) {
+  std::lock_guard<std::recursive_mutex> in(device().lock);
+  Drain();
+  Push(stream, [] {});
+}
+
+// Holds a stream up until the word is no longer 0.
+void fake_hold(void* stream, const uint32_t* word) {
+  Push(stream, [=] {
+    while (std::atomic_ref<const uint32_t>(*word).load() == 0) {
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
+    }
+  });
 }
 
 // The call fails with this code when it has been made `after` more times; < 0: from now on always.
@@ -309,13 +399,18 @@ void fake_fail(const char* call, int64_t after, int code) {
   device().faults[call] = {after, code};
 }
 
+void fake_forget_calls() {
+  std::lock_guard<std::mutex> lock(device().mutex);
+  device().calls.clear();
+}
+
 int64_t fake_calls(const char* call) {
   std::lock_guard<std::mutex> lock(device().mutex);
   return device().calls[call];
 }
 
 // What streams have done since the last fake_reset, in order, up to `size` of it: the beginning of each piece of the
-// device's memory that a copy wrote to, and 0 for a flag that was raised. Returns how much it was.
+// device's memory that a copy wrote to, and 0 for an event that others wait for. Returns how much it was.
 size_t fake_trace(uint64_t* out, size_t size) {
   std::lock_guard<std::mutex> lock(device().mutex);
   std::copy_n(device().trace.begin(), std::min(size, device().trace.size()), out);
@@ -337,13 +432,12 @@ int fake_violations(char* out, size_t size) {
 
 // A caller that no injected fault meets.
 int fake_is_idle(void* handle) {
-  Stream* stream = static_cast<Stream*>(handle);
-  std::lock_guard<std::mutex> lock(stream->mutex);
-  return Idle(stream);
+  return Idle(handle);
 }
 
 void* fake_record(void* stream) {
   Event* event = new Event();
+  event->timed = true;
   Record(event, stream);
   return event;
 }
@@ -416,27 +510,19 @@ int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 int cuStreamCreateWithPriority(void** out, unsigned, int) {
   ENTER();
   Stream* stream = new Stream();
-  stream->thread = std::thread(RunStream, stream);
+  stream->queue = NextQueue();
   *out = stream;
   return 0;
 }
 
-int cuStreamDestroy_v2(void* handle) {
-  Stream* stream = static_cast<Stream*>(handle);
-  {
-    std::lock_guard<std::mutex> lock(stream->mutex);
-    stream->stop = true;
-  }
-  stream->changed.notify_all();
-  stream->thread.join();
-  delete stream;
+int cuStreamDestroy_v2(void* stream) {
+  Join(stream);
+  delete static_cast<Stream*>(stream);
   return 0;
 }
 
-int cuStreamQuery(void* handle) {
+int cuStreamQuery(void* stream) {
   ENTER();
-  Stream* stream = static_cast<Stream*>(handle);
-  std::lock_guard<std::mutex> lock(stream->mutex);
   return Idle(stream) ? 0 : kNotReady;
 }
 
@@ -446,9 +532,11 @@ int cuStreamSynchronize(void* stream) {
   return device().broken.load();
 }
 
-int cuEventCreate(void** event, unsigned) {
+int cuEventCreate(void** out, unsigned flags) {
   ENTER();
-  *event = new Event();
+  Event* event = new Event();
+  event->timed = (flags & 2) == 0;
+  *out = event;
   return 0;
 }
 
@@ -468,6 +556,20 @@ int cuEventQuery(void* handle) {
   return event->reached >= event->recorded ? 0 : kNotReady;
 }
 
+int cuEventElapsedTime(float* milliseconds, void* from, void* to) {
+  ENTER();
+  double model_us[2];
+  for (int i = 0; i < 2; ++i) {
+    Event* event = static_cast<Event*>(i == 0 ? from : to);
+    std::lock_guard<std::mutex> lock(event->mutex);
+    if (!event->timed || event->recorded == 0) return kInvalidValue;
+    if (event->reached < event->recorded) return kNotReady;
+    model_us[i] = event->model_us;
+  }
+  *milliseconds = static_cast<float>((model_us[1] - model_us[0]) / 1e3);
+  return 0;
+}
+
 int cuStreamWaitEvent(void* stream, void* handle, unsigned) {
   ENTER();
   Event* event = static_cast<Event*>(handle);
@@ -483,28 +585,23 @@ int cuStreamWaitEvent(void* stream, void* handle, unsigned) {
   return 0;
 }
 
-#if FAKE_CUDA >= 12
+// What the engine does without: for programs that ask what becomes of a stream that waits for a word.
 int cuStreamWaitValue32_v2(void* stream, uint64_t address, uint32_t value, unsigned) {
   ENTER();
-  if (!IsWord(address)) return kInvalidValue;
   Push(stream, [=] {
-    while (static_cast<int32_t>(Word(address).load() - value) < 0) {
-      std::this_thread::sleep_for(std::chrono::microseconds(20));
-    }
+    const std::atomic_ref<uint32_t> word(*reinterpret_cast<uint32_t*>(address));
+    while (static_cast<int32_t>(word.load() - value) < 0) std::this_thread::sleep_for(std::chrono::microseconds(20));
   });
   return 0;
 }
 
 int cuStreamWriteValue32_v2(void* stream, uint64_t address, uint32_t value, unsigned) {
   ENTER();
-  if (!IsWord(address)) return kInvalidValue;
-  Push(stream, [=] {
-    device().Trace(0);
-    Word(address).store(value);
-  });
+  Push(stream, [=] { std::atomic_ref<uint32_t>(*reinterpret_cast<uint32_t*>(address)).store(value); });
   return 0;
 }
 
+#if FAKE_CUDA >= 12
 struct CopyAttributes {
   int source_order;
   int locations[4];
@@ -560,10 +657,15 @@ int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
   return Copy(Address(to), from, from, Address(to), bytes, stream);
 }
 
+// The real one brings pages that are not there, one by one, and nobody else gets anything done meanwhile.
 int cuMemHostRegister_v2(void* memory, size_t bytes, unsigned) {
   ENTER();
   Device& d = device();
+  std::vector<unsigned char> pages(bytes / kPageBytes);
+  const bool all_there = mincore(memory, bytes, pages.data()) == 0 &&
+                         std::all_of(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
   std::lock_guard<std::mutex> lock(d.mutex);
+  if (!all_there) d.violations.push_back("memory was registered before it had pages");
   if (d.Touches(Address(memory), bytes)) return kInvalidValue;
   d.regions[Address(memory)] = {bytes, Kind::kPinned};
   return 0;
@@ -580,12 +682,10 @@ int cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
   return 0;
 }
 
-int cuMemFreeHost(void* memory) { return Forget(Address(memory), true); }
-
-int cuMemHostGetDevicePointer_v2(uint64_t* address, void* memory, unsigned) {
-  ENTER();
-  *address = Address(memory);
-  return 0;
+int cuMemFreeHost(void* memory) {
+  std::lock_guard<std::recursive_mutex> in(device().lock);
+  Drain();
+  return Forget(Address(memory), true);
 }
 
 int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
@@ -594,7 +694,11 @@ int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   return 0;
 }
 
-int cuMemFree_v2(uint64_t address) { return Forget(address, true); }
+int cuMemFree_v2(uint64_t address) {
+  std::lock_guard<std::recursive_mutex> in(device().lock);
+  Drain();
+  return Forget(address, true);
+}
 
 int cuModuleLoadData(void** module, const void* image) {
   ENTER();
@@ -621,7 +725,21 @@ int cuLaunchKernel(void* function, unsigned ctas, unsigned, unsigned, unsigned t
                    unsigned, void* stream, void** arguments, void**) {
   ENTER();
   const flexkv::CopyGroup group = *static_cast<const flexkv::CopyGroup*>(arguments[0]);
-  Push(stream, [=] { reinterpret_cast<Kernel>(function)(group, ctas * threads); });
+  bool loaded;
+  {
+    std::lock_guard<std::mutex> lock(device().mutex);
+    loaded = !device().loaded_kernels.insert(function).second;
+  }
+  if (!loaded) Drain();
+  if (ctas > flexkv::kCopyCtas || threads > flexkv::kCopyThreads) return kInvalidValue;
+  Push(stream, [=] {
+    reinterpret_cast<Kernel>(function)(group, ctas * threads);
+    double bytes = 0;
+    for (uint32_t run = 0; run < group.num_runs && device().broken.load() == 0; ++run) {
+      bytes += flexkv::PlaceOfRun(group, run).bytes;
+    }
+    static_cast<Stream*>(stream)->model_us += bytes / device().kernel_bytes_per_us;
+  });
   return 0;
 }
 

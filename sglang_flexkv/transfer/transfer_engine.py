@@ -128,7 +128,7 @@ class TransferEngine:
 
     @property
     def cuda_note(self) -> str:
-        """What the GPU or its driver cannot do and is done in a slower way; empty if nothing."""
+        """Which ways copies take on this GPU, and what cannot be done in the best one; empty on a CPU."""
         return self._core.cuda_note
 
     @property

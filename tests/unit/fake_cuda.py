@@ -44,6 +44,7 @@ class FakeCuda:
         self._c.fake_calls.restype = ctypes.c_int64
         self._c.fake_record.restype = ctypes.c_void_p
         self._c.fake_trace.restype = ctypes.c_size_t
+        self.dams: list[Dam] = []
 
     def _call(self, name: str, *arguments: object) -> None:
         assert getattr(self._c, name)(*arguments) == 0, name
@@ -55,15 +56,30 @@ class FakeCuda:
         """The call fails when it has been made ``after`` more times, and from then on."""
         self._c.fake_fail(call.encode(), ctypes.c_int64(after), ctypes.c_int(code))
 
+    def queues(self, count: int) -> None:
+        """Streams that are created from now on share so many hardware queues."""
+        self._c.fake_queues(count)
+
+    def speeds(self, piece_us: float, kernel_bytes_per_us: float) -> None:
+        """How fast copies are for who measures them: a piece's price for a copy engine, and the kernel."""
+        self._c.fake_speeds(ctypes.c_double(piece_us), ctypes.c_double(kernel_bytes_per_us))
+
+    def first_launch(self, stream: int) -> None:
+        """Launches a kernel that has to be loaded first, which takes until the device has nothing to do."""
+        self._c.fake_first_launch(ctypes.c_void_p(stream))
+
     def calls(self, call: str) -> int:
         return self._c.fake_calls(call.encode())
+
+    def forget_calls(self) -> None:
+        self._c.fake_forget_calls()
 
     def attribute(self, attribute: int, value: int) -> None:
         self._c.fake_attribute(attribute, value)
 
     def trace(self) -> list[int]:
         """What streams have done since the last reset: the address of each buffer that a copy wrote to, and 0
-        for a flag that was raised."""
+        for an event that others wait for."""
         out = (ctypes.c_uint64 * (1 << 16))()
         count = self._c.fake_trace(out, ctypes.c_size_t(len(out)))
         assert count <= len(out)
@@ -126,12 +142,9 @@ class Dam:
     """Holds a stream up until it is opened."""
 
     def __init__(self, cuda: FakeCuda, stream: int) -> None:
-        word = ctypes.c_void_p()
-        cuda._call("cuMemHostAlloc", ctypes.byref(word), ctypes.c_size_t(64), 3)
-        assert word.value is not None
-        self._word = ctypes.c_uint32.from_address(word.value)
-        address = ctypes.c_uint64(word.value)
-        cuda._call("cuStreamWaitValue32_v2", ctypes.c_void_p(stream), address, ctypes.c_uint32(1), 0)
+        self._word = ctypes.c_uint32(0)
+        cuda._c.fake_hold(ctypes.c_void_p(stream), ctypes.byref(self._word))
+        cuda.dams.append(self)  # the stream looks at the word for as long as it likes
 
     def open(self) -> None:
         self._word.value = 1
@@ -206,6 +219,7 @@ class Rig:
         while pinned and self.host.pinned_bytes < to_pin:
             assert time.monotonic() < deadline, "the pool was never pinned"
             time.sleep(0.001)
+        cuda.forget_calls()  # of setting up
 
     def token_slots(self, *blocks: int) -> np.ndarray:
         per_block = self.tokens_per_block

@@ -57,3 +57,6 @@ def test_the_ptx_assembles(tmp_path: Path, architecture: str) -> None:
     kernels = done.stderr.count("Compiling entry function")
     assert kernels == 4
     assert done.stderr.count("0 bytes spill stores, 0 bytes spill loads") == kernels
+    # So small that it runs beside a kernel that fills the GPU.
+    assert all(int(count) <= 40 for count in re.findall(r"Used (\d+) registers", done.stderr))
+    assert ptx.count(".maxntid 128, 1, 1") == kernels

@@ -5,10 +5,16 @@ What this cannot show is in docs/verification.md: that a GPU does what the stand
 
 from __future__ import annotations
 
+import functools
+import os
+import queue
 import shutil
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -27,14 +33,15 @@ BIG_ROW = 300 << 10  # a page of this size goes by the copy engines
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The stand-in of a driver of some CUDA version, compiled when it is first asked for."""
     directory = tmp_path_factory.mktemp("fake_cuda")
-    return {version: build(directory, version) for version in (11, 12, 13)}
+    return functools.cache(lambda version: build(directory, version))
 
 
 @pytest.fixture(params=[13])
-def cuda(request: pytest.FixtureRequest, libraries: dict[int, Path]) -> Iterator[FakeCuda]:
-    fake = FakeCuda(libraries[request.param], request.param)
+def cuda(request: pytest.FixtureRequest, library_of: Callable[[int], Path]) -> Iterator[FakeCuda]:
+    fake = FakeCuda(library_of(request.param), request.param)
     fake.reset()
     yield fake
     assert fake.violations == ""
@@ -49,6 +56,8 @@ def make_rig(cuda: FakeCuda) -> Iterator[MakeRig]:
         return rigs[-1]
 
     yield make
+    for dam in cuda.dams:
+        dam.open()  # of a test that failed
     for rig in rigs:
         rig.close()
 
@@ -139,7 +148,7 @@ def test_memory_that_is_not_pinned_goes_by_the_copy_engines(
     make_rig: MakeRig, cuda: FakeCuda, tokens: int
 ) -> None:
     check_round_trip(make_rig(tokens=tokens, pinned=False))
-    assert cuda.calls("cuLaunchKernel") == 0
+    assert cuda.calls("cuLaunchKernel") == 1  # which gathers what is stored, on the device
     assert cuda.calls("cuMemcpyBatchAsync_v2") == 0
 
 
@@ -147,8 +156,10 @@ def test_a_batch_that_the_driver_does_not_support_is_copied_one_by_one(
     make_rig: MakeRig, cuda: FakeCuda
 ) -> None:
     cuda.fail("cuMemcpyBatchAsync_v2", ALWAYS, 801)
-    check_round_trip(make_rig(tokens=1, row_bytes=(BIG_ROW, BIG_ROW), layers=2))
-    assert cuda.calls("cuMemcpyBatchAsync_v2") == 1
+    rig = make_rig(tokens=1, row_bytes=(BIG_ROW, BIG_ROW), layers=2)
+    check_round_trip(rig)
+    assert cuda.calls("cuMemcpyBatchAsync_v2") == 0  # it was tried when copies were measured
+    assert cuda.calls("cuMemcpyHtoDAsync_v2") > 0
 
 
 @pytest.mark.parametrize("row_bytes", [(96, 96), (40 << 10, 40 << 10)], ids=["kernel", "engine"])
@@ -178,25 +189,54 @@ def test_a_slot_in_two_registrations(make_rig: MakeRig, row_bytes: tuple[int, in
     assert np.array_equal(rig.bytes_of(rig.rows(9)), rig.slot(slot))
 
 
-def test_many_copies_at_once(make_rig: MakeRig, cuda: FakeCuda) -> None:
+def test_many_copies_at_once(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
     """More descriptors than the ring holds, in both directions."""
-    cuda.reset(seed=3, delay_us=300)
-    rig = make_rig(tokens=1, layers=1, row_bytes=(16,), device_blocks=40_000, host_slots=20_000)
+    rig = make_rig(tokens=8, layers=1, row_bytes=(16,), device_blocks=5_000, host_slots=2_500)
+    rows = np.arange(20_000).reshape(-1, 8)[:, ::-1].ravel()  # none follows the one before: all are listed
+    dam = Dam(cuda, stream)
+    events = [cuda.record(stream)]
     store = [
-        rig.engine.submit([_core.OpSpec(T.D2H, np.arange(20_000), np.arange(20_000))]) for _ in range(20)
+        rig.engine.submit([_core.OpSpec(T.D2H, rows, np.arange(2_500))], wait_events=events)
+        for _ in range(60)
     ]
+    dam.open()
     for graph in store:
         assert rig.engine.wait(graph, 60.0)
     assert all(result.done for result in rig.engine.poll())
-    load = [
-        rig.engine.submit([_core.OpSpec(T.H2D, np.arange(20_000), np.arange(20_000, 40_000))])
-        for _ in range(40)
-    ]
+    load = [rig.engine.submit([_core.OpSpec(T.H2D, np.arange(2_500), rows + 20_000)]) for _ in range(100)]
     for graph in load:
         assert rig.engine.wait(graph, 60.0)
     assert all(result.done for result in rig.engine.poll())
     pool = rig.device[0][0]
     assert np.array_equal(pool[:20_000], pool[20_000:])
+
+
+# ---- pinning ----
+
+
+def test_memory_is_populated_before_it_is_registered(make_rig: MakeRig, cuda: FakeCuda) -> None:
+    """Or the driver does it, under its locks, which is a violation. Huge pages need an address that fits."""
+    rig = make_rig(host_slots=4)
+    assert rig.host.slot_view(0).ctypes.data % (2 << 20) == 0
+    assert rig.host.pinned_bytes == rig.host.total_bytes
+    assert cuda.violations == ""
+
+
+def test_one_process_pins_at_a_time(cuda: FakeCuda) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as another_process:
+        another_process.bind(f"\0sglang-flexkv-pins-{os.getuid()}")
+        host = _core.HostPool(8, 4096)
+        layout = _core.BlockLayout(
+            [[_core.DeviceBuffer(base=1 << 20, num_rows=1, row_bytes=64, row_stride=64)]], 1, 1
+        )
+        engine = _core.TransferEngine(layout, host, copy_threads=1, cuda_device=0, cuda_library=cuda.library)
+        time.sleep(0.05)
+        assert host.pinned_bytes == 0
+    deadline = time.monotonic() + 20
+    while host.pinned_bytes < host.total_bytes:
+        assert time.monotonic() < deadline, "its turn never comes"
+        time.sleep(0.001)
+    del engine
 
 
 # ---- stream order ------------------------------------------------------------------------------
@@ -215,6 +255,25 @@ def read_layers(rig: Rig, stream: int, gate: _core.LayerGate, block: int) -> lis
     return reads
 
 
+class Forward:
+    """A forward that a thread of its own queues, while its loads come or do not come."""
+
+    def __init__(self, read: Callable[[], Any]) -> None:
+        self._reads: Any = None
+        self._thread = threading.Thread(target=self._run, args=(read,), daemon=True)
+        self._thread.start()
+
+    def _run(self, read: Callable[[], Any]) -> None:
+        self._reads = read()
+
+    def reads(self) -> Any:
+        """What it reads, when all of it has been queued."""
+        self._thread.join(30.0)
+        assert not self._thread.is_alive(), "a forward is never queued"
+        assert self._reads is not None, "a forward failed"
+        return self._reads
+
+
 def check_reads(rig: Rig, reads: list[list[np.ndarray]], block: int) -> None:
     for layer, buffers in enumerate(reads):
         for got, buffer in zip(buffers, rig.device[layer], strict=True):
@@ -230,13 +289,13 @@ def test_a_forward_waits_on_its_stream_for_each_layer(
         rig = make_rig(tokens=1, layers=6, row_bytes=row_bytes)
         gate = rig.engine.make_gate(6)
         gate.expect(2)
-        started = time.monotonic()
-        reads = read_layers(rig, stream, gate, 9)  # nothing has been queued yet
-        assert time.monotonic() - started < 10, "it waited here"
+        assert not gate.stream_wait(0, stream, 0.001)  # nothing has been queued yet
+        forward = Forward(lambda rig=rig, gate=gate: read_layers(rig, stream, gate, 9))
         graphs = [
             rig.engine.submit([_core.OpSpec(T.H2D, ints(slot), rig.token_slots(block))], gate=gate)
             for slot, block in ((1, 8), (2, 9))
         ]
+        reads = forward.reads()
         cuda.synchronize(stream)
         assert rig.engine.drain(20.0)
         assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
@@ -245,17 +304,47 @@ def test_a_forward_waits_on_its_stream_for_each_layer(
         assert gate.open_layers == 6
 
 
-def test_waiting_twice_for_a_layer_is_one_wait(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+def test_the_host_does_not_wait_for_a_copy_that_is_queued(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int
+) -> None:
     rig = make_rig()
+    before = cuda.stream()
+    dam = Dam(cuda, before)
     gate = rig.engine.make_gate(rig.num_layers)
     gate.expect(1)
-    before = cuda.calls("cuStreamWaitValue32_v2")
+    graph = rig.engine.submit(
+        [_core.OpSpec(T.H2D, ints(1), rig.token_slots(9))], gate=gate, wait_events=[cuda.record(before)]
+    )
+    reads = read_layers(rig, stream, gate, 9)
+    assert gate.open_layers == 0
+    dam.open()
+    assert rig.finish(graph).done
+    cuda.synchronize(stream)
+    check_reads(rig, reads, 9)
+    cuda.synchronize(before)
+    cuda.end_stream(before)
+
+
+def test_a_stream_waits_once_for_the_layers_of_a_group(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int
+) -> None:
+    rig = make_rig()  # with layers so small that they are copied together
+    before = cuda.stream()
+    dam = Dam(cuda, before)
+    gate = rig.engine.make_gate(rig.num_layers)
+    gate.expect(1)
+    graph = rig.engine.submit(
+        [_core.OpSpec(T.H2D, ints(1), rig.token_slots(2))], gate=gate, wait_events=[cuda.record(before)]
+    )
     for layer in (0, 0, 1, 1, 0, 2):
-        assert gate.stream_wait(layer, stream, 1.0)
-    assert cuda.calls("cuStreamWaitValue32_v2") - before == 3
-    assert rig.run(_core.OpSpec(T.H2D, ints(1), rig.token_slots(2)), gate=gate).done
+        assert gate.stream_wait(layer, stream, 20.0)
+    assert cuda.calls("cuStreamWaitEvent") == 1 + 1
+    dam.open()
+    assert rig.finish(graph).done
     assert gate.stream_wait(2, cuda.stream(), 1.0)  # open: nothing to wait for
-    assert cuda.calls("cuStreamWaitValue32_v2") - before == 3
+    assert cuda.calls("cuStreamWaitEvent") == 1 + 1
+    cuda.synchronize(before)
+    cuda.end_stream(before)
 
 
 @pytest.mark.parametrize(
@@ -270,15 +359,16 @@ def test_waiting_twice_for_a_layer_is_one_wait(make_rig: MakeRig, cuda: FakeCuda
 def test_layers_that_come_late_find_a_way(
     make_rig: MakeRig, cuda: FakeCuda, stream: int, pool: dict[str, object], num_loads: int
 ) -> None:
-    """The layers of batch A come late, from SSD. The loads of the batches behind it wait for the forward of
-    A, which waits for those layers: none of them may stand in their way."""
+    """The layers of batch A come late, from SSD. The loads of the batches behind it wait for what is on the
+    stream of A's forward by then, which waits for those layers: none of them may stand in their way."""
     cuda.reset(seed=1, delay_us=10)
+    cuda.queues(2)
     rig = make_rig(**pool)
     late = rig.engine.make_gate(rig.num_layers)
     late.expect(1)
     early = [_core.OpSpec(T.H2D, ints(1), rig.token_slots(0), layer_begin=0, layer_end=2)]
     rig.engine.submit(early, gate=late, wait_events=[cuda.record(stream)])
-    reads = read_layers(rig, stream, late, 0)
+    forward = Forward(lambda: read_layers(rig, stream, late, 0))
     batches = []
     for block in range(1, 6):
         gate = rig.engine.make_gate(rig.num_layers)
@@ -293,12 +383,13 @@ def test_layers_that_come_late_find_a_way(
             ]
             rig.engine.submit(ops, gate=gate, wait_events=events)
         batches.append(read_layers(rig, stream, gate, block))
-    time.sleep(0.05)
     rest = _core.OpSpec(T.H2D, ints(1), rig.token_slots(0), layer_begin=2, layer_end=rig.num_layers)
     rig.engine.submit([rest], gate=late)
     assert rig.engine.drain(20.0), "a load hangs"
     cuda.synchronize(stream)
     assert all(result.done for result in rig.engine.poll())
+    reads = forward.reads()
+    cuda.synchronize(stream)
     for block, seen in enumerate([reads, *batches]):
         assert np.array_equal(rig.bytes_of(rig.rows(block)), rig.slot(1 + block))
         check_reads(rig, seen, block)
@@ -308,17 +399,15 @@ def test_memory_that_is_not_pinned_blocks_nobody_behind_an_event(
     make_rig: MakeRig, cuda: FakeCuda, stream: int
 ) -> None:
     rig = make_rig(pinned=False)
-    gate = rig.engine.make_gate(rig.num_layers)
-    gate.expect(1)
-    reads = read_layers(rig, stream, gate, 3)
+    dam = Dam(cuda, stream)
     behind = rig.engine.submit(
         [_core.OpSpec(T.H2D, ints(5), rig.token_slots(4))], wait_events=[cuda.record(stream)]
     )
     assert not rig.engine.wait(behind, 0.02)
-    assert rig.run(_core.OpSpec(T.H2D, ints(2), rig.token_slots(3)), gate=gate).done
+    assert rig.run(_core.OpSpec(T.H2D, ints(2), rig.token_slots(3))).done  # and no call into the driver waits
+    dam.open()
     assert rig.finish(behind).done
-    cuda.synchronize(stream)
-    check_reads(rig, reads, 3)
+    assert np.array_equal(rig.bytes_of(rig.rows(4)), rig.slot(5))
 
 
 def test_copies_wait_for_the_callers_events(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
@@ -362,28 +451,14 @@ def test_slots_are_reused_in_stream_order_behind_a_store(
     cuda.end_stream(held_up)
 
 
-@pytest.mark.parametrize("cuda", [11], indirect=True)
-def test_without_stream_memory_operations_the_host_waits(
-    make_rig: MakeRig, cuda: FakeCuda, stream: int
-) -> None:
-    rig = make_rig()
-    assert "stream memory operations" in rig.engine.cuda_note
-    gate = rig.engine.make_gate(rig.num_layers)
-    gate.expect(1)
-    assert not gate.stream_wait(0, stream, 0.01)
-    assert rig.run(_core.OpSpec(T.H2D, ints(2), rig.token_slots(3)), gate=gate).done
-    assert gate.stream_wait(2, stream, 1.0)
-
-
 def test_a_load_of_64_layers_takes_few_calls(make_rig: MakeRig, cuda: FakeCuda) -> None:
     """Time is measured on a GPU; how many calls it takes can be counted here."""
     rig = make_rig(tokens=64, layers=64, row_bytes=(2048, 2048), host_slots=6, device_blocks=9)
     gate = rig.engine.make_gate(64)
     gate.expect(1)
-    flags = cuda.calls("cuStreamWriteValue32_v2")
     assert rig.run(_core.OpSpec(T.H2D, ints(*range(6)), rig.token_slots(*range(6))), gate=gate).done
     assert cuda.calls("cuLaunchKernel") == 22
-    assert cuda.calls("cuStreamWriteValue32_v2") - flags == 64
+    assert cuda.calls("cuEventRecord") <= 22 + 8  # and behind parts of the queue, and at both ends
     assert gate.open_layers == 64
 
 
@@ -393,17 +468,26 @@ def test_the_layer_counter_makes_the_current_stream_wait(
     from sglang_flexkv.integration.layer_counter import LayerLoadCounter
 
     rig = make_rig()
+    before = cuda.stream()
+    dam = Dam(cuda, before)
     counter = LayerLoadCounter(rig.num_layers, rig.engine.make_gate, lambda: None, lambda: stream)
     index, gate = counter.open_batch()
     gate.expect(1)
-    before = cuda.calls("cuStreamWaitValue32_v2")
+    graph = rig.engine.submit(
+        [_core.OpSpec(T.H2D, ints(2), rig.token_slots(3))], gate=gate, wait_events=[cuda.record(before)]
+    )
+    while cuda.calls("cuEventRecord") < 3:  # at both ends, and behind the layers, which are small
+        time.sleep(0.001)
     counter.wait_until(0)  # no batch is loading, as while a CUDA graph is captured: nothing is issued
-    assert cuda.calls("cuStreamWaitValue32_v2") == before
+    assert cuda.calls("cuStreamWaitEvent") == 1
     counter.set_consumer(index)
     for layer in (0, 0, 1, 1, 2, 2):
         counter.wait_until(layer)
-    assert cuda.calls("cuStreamWaitValue32_v2") == before + 3
-    assert rig.run(_core.OpSpec(T.H2D, ints(2), rig.token_slots(3)), gate=gate).done
+    assert cuda.calls("cuStreamWaitEvent") == 1 + 1
+    dam.open()
+    assert rig.finish(graph).done
+    cuda.synchronize(before)
+    cuda.end_stream(before)
 
 
 NAMES = np.array([(1, 1), (2, 2)], np.uint64)  # of two blocks in SSD slots 3 and 4
@@ -438,7 +522,7 @@ def test_a_forwards_stream_waits_for_layers_that_come_from_ssd(
     store_on_ssd(rig, tmp_path)
     gate = rig.engine.make_gate(6)
     gate.expect(2)
-    reads = read_layers(rig, stream, gate, 9)
+    forward = Forward(lambda: read_layers(rig, stream, gate, 9))
     before = rig.copy_of_device()
     rig.expect_loaded(before, ints(0, 1, 2), [rig.rows(8), rig.rows(9), rig.rows(10)])
     graphs = [
@@ -453,6 +537,7 @@ def test_a_forwards_stream_waits_for_layers_that_come_from_ssd(
     ]
     assert all(rig.engine.wait(graph, 20.0) for graph in graphs)
     assert all(result.done for result in rig.engine.poll())
+    reads = forward.reads()
     cuda.synchronize(stream)
     check_reads(rig, reads, 9)
     for layer, buffers in enumerate(before):
@@ -461,29 +546,116 @@ def test_a_forwards_stream_waits_for_layers_that_come_from_ssd(
     rig.engine.detach_ssd()
 
 
-def test_flags_are_used_again_and_again(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+def test_events_are_used_again_and_again(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
     cuda.reset(seed=1, delay_us=50)
     rig = make_rig()
     for turn in range(200):
         slot, block = turn % 16, turn % 24
         gate = rig.engine.make_gate(rig.num_layers)
         gate.expect(1)
-        reads = read_layers(rig, stream, gate, block)
         rig.engine.submit([_core.OpSpec(T.H2D, ints(slot), rig.token_slots(block))], gate=gate)
+        reads = read_layers(rig, stream, gate, block)
         del gate  # the engine holds it until the load has ended
         cuda.synchronize(stream)
         check_reads(rig, reads, block)
     assert rig.engine.drain(20.0)
-    assert cuda.calls("cuMemHostAlloc") <= 3
+    assert cuda.calls("cuEventCreate") <= 12
 
 
-def test_a_gate_that_goes_lets_go(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+def test_speeds_are_of_the_copies_not_of_what_they_wait_for(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int
+) -> None:
+    cuda.speeds(0.25, 36e3)
+    rig = make_rig(tokens=64, row_bytes=(2048, 2048), layers=6)  # pieces of 128 KiB
+    dam = Dam(cuda, stream)
+    blocks = ints(*range(8))
+    graphs = [
+        rig.engine.submit([op], wait_events=[cuda.record(stream)])
+        for op in (
+            _core.OpSpec(T.H2D, blocks, rig.token_slots(*blocks)),
+            _core.OpSpec(T.D2H, rig.token_slots(*blocks), blocks),
+        )
+    ]
+    assert not rig.engine.wait(graphs[0], 0.2)
+    dam.open()
+    assert all(rig.engine.wait(graph, 20.0) for graph in graphs)
+    for name, stats in rig.engine.stats().items():
+        if name in ("H2D", "D2H"):
+            # By the device's clock, which knows what copies take and nothing else: 96 pieces.
+            assert stats["busy_s"] == pytest.approx(96 * (0.25e-6 + (128 << 10) / 55e9), rel=1e-3)
+            assert stats["bytes"] == 8 * rig.block_bytes
+
+
+@pytest.mark.parametrize(
+    ("piece_us", "kernel_bytes_per_us", "kib"),
+    [(0.25, 36e3, 32), (0.25, 1e3, 8), (2.0, 36e3, 256), (0.25, 80e3, 512)],
+)
+def test_from_which_size_on_copy_engines_are_used_is_measured(
+    make_rig: MakeRig, cuda: FakeCuda, piece_us: float, kernel_bytes_per_us: float, kib: int
+) -> None:
+    cuda.speeds(piece_us, kernel_bytes_per_us)
+    rig = make_rig(tokens=16, row_bytes=(2048,), layers=2)  # pieces of 32 KiB
+    assert f"copy engines from {kib} KiB a piece (measured)" in rig.engine.cuda_note
+    check_round_trip(rig)
+    assert cuda.calls("cuLaunchKernel") == (0 if kib <= 32 else 3)
+
+
+@pytest.mark.parametrize("call", ["cuEventElapsedTime", "cuLaunchKernel", "cuMemcpyBatchAsync_v2"])
+def test_what_cannot_be_measured_is_assumed(make_rig: MakeRig, cuda: FakeCuda, call: str) -> None:
+    cuda.fail(call, 0)
     rig = make_rig()
-    gate = rig.engine.make_gate(rig.num_layers)
-    gate.expect(1)
-    assert gate.stream_wait(2, stream, 1.0)
-    del gate
-    cuda.synchronize(stream)
+    assert "copy engines from 32 KiB a piece (not measured: " in rig.engine.cuda_note
+    cuda.fail(call, NEVER)
+    check_round_trip(rig)
+
+
+# ---- what a driver and a device may do to who waits --------------------------------------------
+
+
+@pytest.mark.parametrize("queues", [1, 2, 8])
+@pytest.mark.parametrize("meanwhile", ["a first launch", "memory is freed", "a full queue", "nothing"])
+def test_no_stream_waits_for_what_is_not_on_a_stream(
+    make_rig: MakeRig, cuda: FakeCuda, meanwhile: str, queues: int
+) -> None:
+    """A forward is queued before its loads are, and its thread is in a driver call that takes until the
+    device has nothing left to do, or that waits for room in a queue: with a lock that the loads need. Or the
+    loads share the forward's hardware queue and come behind it."""
+    cuda.reset(seed=queues, delay_us=100)
+    cuda.queues(queues)
+    rig = make_rig(layers=4)
+    stream = cuda.stream()
+    for turn in range(6):
+        gate = rig.engine.make_gate(4)
+        gate.expect(1)
+        began = threading.Event()
+
+        def forward(
+            gate: _core.LayerGate = gate, began: threading.Event = began, first: bool = turn == 0
+        ) -> list[list[np.ndarray]]:
+            began.set()
+            reads: list[list[np.ndarray]] = []
+            for layer, addresses in enumerate(rig.addresses):
+                assert gate.stream_wait(layer, stream, 20.0)
+                reads.append([rig.cuda.read(stream, address + 9 * 384, 384) for address in addresses])
+                if meanwhile == "a first launch":
+                    cuda.first_launch(stream)
+                elif meanwhile == "memory is freed":
+                    cuda.free(cuda.allocate(64)[0])
+                elif meanwhile == "a full queue":
+                    for _ in range(1100 if layer == 0 and first else 10):
+                        cuda.fill(stream, addresses[0], 0, 1)
+            return reads
+
+        running = Forward(forward)
+        assert began.wait(20.0)
+        for begin, end in ((0, 2), (2, 4)):
+            op = _core.OpSpec(T.H2D, ints(turn), rig.token_slots(9), layer_begin=begin, layer_end=end)
+            rig.engine.submit([op], gate=gate, wait_events=[cuda.record(stream)])
+        reads = running.reads()
+        assert rig.engine.drain(20.0), "a load hangs"
+        cuda.synchronize(stream)
+        assert np.array_equal(np.concatenate([x for layer in reads for x in layer]), rig.slot(turn))
+    cuda.end_stream(stream)
 
 
 # ---- the loads of a batch ----------------------------------------------------------------------
@@ -546,22 +718,22 @@ def submit_batch(
     pytest.skip("the machine is too busy to submit a batch at once")
 
 
-def layers_and_flags(rig: Rig) -> list[int | None]:
-    """The layers that copies wrote to, in order, and None for a flag."""
+def layers_and_events(rig: Rig) -> list[int | None]:
+    """The layers that copies wrote to, in order, and None for an event that others may wait for."""
     layer_of = {address: layer for layer, addresses in enumerate(rig.addresses) for address in addresses}
     trace = rig.cuda.trace()
     return [layer_of.get(address) for address in trace if address == 0 or address in layer_of]
 
 
 def check_order(rig: Rig) -> None:
-    """Every layer of all loads comes before the next layer of any, and its flag between the two."""
-    seen = layers_and_flags(rig)
-    copies = seen.count(0)
+    """Every layer of all loads comes before the next layer of any, events behind the first and the last."""
+    seen = layers_and_events(rig)
+    layers = [layer for layer in seen if layer is not None]
+    copies = layers.count(0)
     assert copies > 0
-    want: list[int | None] = []
-    for layer in range(rig.num_layers):
-        want += [layer] * copies + [None]
-    assert seen == want
+    assert layers == [layer for layer in range(rig.num_layers) for _ in range(copies)]
+    assert None in seen[seen.index(0) : seen.index(1)]
+    assert seen[-1] is None
 
 
 @pytest.mark.parametrize("pool", [LARGE_LAYERS, ENGINE_LAYERS], ids=["kernel", "engine"])
@@ -592,7 +764,6 @@ def test_the_loads_of_a_batch_take_the_calls_of_one(make_rig: MakeRig, cuda: Fak
     submit_batch(rig, [[0, 1, 2, 3, 4], [5], [6, 7, 8, 9], [10]])
     assert rig.engine.drain(20.0)
     assert cuda.calls("cuLaunchKernel") == rig.num_layers
-    assert cuda.calls("cuStreamWriteValue32_v2") == rig.num_layers
 
 
 def test_a_batch_behind_the_forward_before_goes_layer_by_layer(
@@ -636,7 +807,7 @@ def test_a_load_that_does_not_come_holds_up_nobody(make_rig: MakeRig, cuda: Fake
     rig = make_rig(**LARGE_LAYERS)
     gate = rig.engine.make_gate(6)
     gate.expect(3)
-    reads = read_layers(rig, stream, gate, 4)
+    forward = Forward(lambda: read_layers(rig, stream, gate, 4))
     graphs = [
         rig.engine.submit([_core.OpSpec(T.H2D, ints(block), rig.token_slots(block))], gate=gate)
         for block in (3, 4)
@@ -646,6 +817,7 @@ def test_a_load_that_does_not_come_holds_up_nobody(make_rig: MakeRig, cuda: Fake
     assert gate.open_layers == 0
     assert rig.run(_core.OpSpec(T.H2D, ints(5), rig.token_slots(5)), gate=gate).done
     assert gate.open_layers == 6
+    reads = forward.reads()
     cuda.synchronize(stream)
     check_reads(rig, reads, 4)
 
@@ -674,7 +846,7 @@ def test_one_load_of_a_batch_is_cancelled(make_rig: MakeRig, cuda: FakeCuda, str
         cuda.end_stream(held_up)
 
 
-@pytest.mark.parametrize("call", ["cuLaunchKernel", "cuStreamWriteValue32_v2", "cuMemcpyHtoDAsync_v2"])
+@pytest.mark.parametrize("call", ["cuLaunchKernel", "cuEventRecord", "cuMemcpyHtoDAsync_v2"])
 @pytest.mark.parametrize("after", [0, 3])
 def test_a_failure_in_the_middle_of_a_batch_ends_each_load_once(
     make_rig: MakeRig, cuda: FakeCuda, stream: int, call: str, after: int
@@ -682,7 +854,7 @@ def test_a_failure_in_the_middle_of_a_batch_ends_each_load_once(
     rig = make_rig(**LARGE_LAYERS)
     gate = rig.engine.make_gate(6)
     gate.expect(3)
-    assert gate.stream_wait(5, stream, 20.0)
+    forward = Forward(lambda: gate.stream_wait(5, stream, 20.0))
     calls = cuda.calls(call)
     cuda.fail(call, after)
     ops = [
@@ -692,8 +864,9 @@ def test_a_failure_in_the_middle_of_a_batch_ends_each_load_once(
     assert rig.engine.drain(20.0)
     results = rig.engine.poll()
     assert sorted(result.graph for result in results) == graphs
+    assert forward.reads()
     cuda.synchronize(stream)
-    if cuda.calls(call) - calls > after:
+    if cuda.calls(call) - calls > after + (call == "cuEventRecord"):  # the first one is for measuring only
         assert S.FAILED in [result.ops[0].status for result in results]
         assert all(call.removesuffix("_v2") in result.error for result in results if not result.done)
     else:
@@ -706,7 +879,7 @@ def test_a_failure_in_the_middle_of_a_batch_ends_each_load_once(
 def test_memory_that_is_not_pinned_raises_no_flag_for_others(
     make_rig: MakeRig, cuda: FakeCuda, stream: int
 ) -> None:
-    """While the pool is being pinned a batch has loads of both kinds, which go to different streams."""
+    """While the pool is being pinned a batch has loads of both kinds."""
     rig = make_rig(**HALF_PINNED)
     for seed in range(10):
         cuda.reset(seed=seed, delay_us=2000)
@@ -715,7 +888,7 @@ def test_memory_that_is_not_pinned_raises_no_flag_for_others(
         events = [cuda.record(before)]
         gate = rig.engine.make_gate(4)
         gate.expect(2)
-        reads = read_layers(rig, stream, gate, 0)
+        forward = Forward(lambda gate=gate: read_layers(rig, stream, gate, 0))
         for buffer in (buffer for layer in rig.device for buffer in layer):
             buffer[:] = 0
         graphs = [
@@ -729,6 +902,7 @@ def test_memory_that_is_not_pinned_raises_no_flag_for_others(
         dam.open()
         assert rig.engine.drain(20.0)
         assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
+        reads = forward.reads()
         cuda.synchronize(stream)
         check_reads(rig, reads, 0)
         assert np.array_equal(rig.bytes_of(rig.rows(19)), rig.slot(19))
@@ -739,13 +913,13 @@ def test_memory_that_is_not_pinned_raises_no_flag_for_others(
 def test_memory_that_is_not_pinned_is_copied_after_the_others_of_its_gate(
     make_rig: MakeRig, cuda: FakeCuda, stream: int
 ) -> None:
-    """It waits for no event itself. Copied at once it would raise flags for a load that has yet to land."""
+    """It waits for no event itself. Copied at once, its call into the driver would wait for the others."""
     rig = make_rig(**HALF_PINNED)
     before = cuda.stream()
     dam = Dam(cuda, before)
     gate = rig.engine.make_gate(4)
     gate.expect(2)
-    reads = read_layers(rig, stream, gate, 0)
+    forward = Forward(lambda: read_layers(rig, stream, gate, 0))
     graphs = [
         rig.engine.submit(
             [_core.OpSpec(T.H2D, ints(block), rig.token_slots(block))], gate=gate, wait_events=events
@@ -756,6 +930,7 @@ def test_memory_that_is_not_pinned_is_copied_after_the_others_of_its_gate(
     dam.open()
     assert rig.engine.drain(20.0)
     assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
+    reads = forward.reads()
     cuda.synchronize(stream)
     check_reads(rig, reads, 0)
     cuda.synchronize(before)
@@ -787,8 +962,10 @@ def test_random_batches(make_rig: MakeRig, cuda: FakeCuda, stream: int, seed: in
         gate.expect(num_loads)
         blocks = [int(block) for block in rng.permutation(24)]
         read_block, read_slot = blocks[0], 0
-        reads = read_layers(rig, stream, gate, read_block) if rng.random() < 0.5 else None
-        events = [cuda.record(stream)] if rng.random() < 0.7 and reads is None else []
+        early = None
+        if rng.random() < 0.5:
+            early = Forward(lambda gate=gate, block=read_block: read_layers(rig, stream, gate, block))
+        events = [cuda.record(stream)] if rng.random() < 0.7 else []
         rest: list[tuple[list[int], list[int]]] = []
         read_by: list[int] = []  # graphs that bring what the forward looks at
         for load in range(num_loads):
@@ -814,8 +991,7 @@ def test_random_batches(make_rig: MakeRig, cuda: FakeCuda, stream: int, seed: in
             running[graph] = False
             if read_block in to:
                 read_by.append(graph)
-        if reads is None:
-            reads = read_layers(rig, stream, gate, read_block)
+        reads = early.reads() if early else read_layers(rig, stream, gate, read_block)
         assert read_by
         forwards.append((read_by, reads, read_slot))
         cuda.synchronize(stream)
@@ -832,6 +1008,111 @@ def test_random_batches(make_rig: MakeRig, cuda: FakeCuda, stream: int, seed: in
         assert np.array_equal(got, rig.slot(slot))
 
 
+class Late:
+    """Submits by a thread of its own, as the ends of reads from SSD do."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._engine = rig.engine
+        self._work: queue.SimpleQueue[tuple[list[_core.OpSpec], dict[str, Any]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def submit(self, ops: list[_core.OpSpec], **options: Any) -> None:
+        self._work.put((ops, options))
+
+    def _run(self) -> None:
+        while (work := self._work.get()) is not None:
+            self._engine.submit(work[0], **work[1])
+
+    def close(self) -> None:
+        self._work.put(None)
+        self._thread.join(20.0)
+        assert not self._thread.is_alive(), "a submission hangs"
+
+
+def test_ten_thousand_loads_and_spills(make_rig: MakeRig, cuda: FakeCuda) -> None:
+    """As a scheduler's thread does it: loads of a batch, some of them late and in parts; nodes that leave,
+    whose slots the next forward overwrites; forwards that read layer by layer. Streams share three hardware
+    queues, and calls come between that take until the device has nothing left to do."""
+    cuda.queues(3)
+    rng = np.random.default_rng(11)
+    rig = make_rig(layers=4, tokens=2, row_bytes=(48, 16), device_blocks=24, host_slots=80)
+    stream = cuda.stream()
+    late = Late(rig)
+    held = [rig.bytes_of(rig.rows(block)) for block in range(24)]  # by each block, in the order of the stream
+    sources = {slot: rig.slot(slot).copy() for slot in range(16)}
+    copies, spill_slot, value = 0, 16, 0
+    stored: dict[int, np.ndarray] = {}
+    found: list[tuple[list[np.ndarray], np.ndarray]] = []
+
+    def settle() -> None:
+        nonlocal spill_slot
+        late.close()
+        assert rig.engine.drain(60.0), "a copy hangs"
+        cuda.synchronize(stream, 60.0)
+        assert all(result.done for result in rig.engine.poll())
+        for slot, expected in stored.items():
+            assert np.array_equal(rig.slot(slot), expected), "stored after it was overwritten"
+        for reads, expected in found:
+            assert np.array_equal(np.concatenate(reads), expected), "read before its layer"
+        stored.clear()
+        found.clear()
+        spill_slot = 16
+
+    while copies < 10_000:
+        if spill_slot > 76:
+            settle()
+            late = Late(rig)
+        blocks = [int(block) for block in rng.permutation(24)]
+        spills = []
+        for _ in range(int(rng.integers(0, 4))):
+            block, gate = blocks.pop(), rig.engine.make_gate(1)
+            gate.expect(1)
+            op = _core.OpSpec(T.D2H, rig.token_slots(block), ints(spill_slot))
+            rig.engine.submit([op], gate=gate, wait_events=[cuda.record(stream)])
+            stored[spill_slot] = held[block]
+            spills.append((block, gate))
+            spill_slot += 1
+        for _, gate in spills:
+            assert gate.stream_wait(0, stream, 60.0)
+        events = [cuda.record(stream)]
+        gate, loads = rig.engine.make_gate(4), int(rng.integers(1, 6))
+        gate.expect(loads)
+        for block in [block for block, _ in spills][:loads] + blocks[: max(0, loads - len(spills))]:
+            slot = int(rng.integers(16))
+            held[block] = sources[slot]
+            cut = int(rng.integers(1, 4)) if rng.random() < 0.4 else 4
+            ops = [
+                _core.OpSpec(T.H2D, ints(slot), rig.token_slots(block), layer_begin=begin, layer_end=end)
+                for begin, end in ((0, cut), (cut, 4))
+                if begin < end
+            ]
+            for op in ops:
+                submit = late.submit if rng.random() < 0.4 else rig.engine.submit
+                submit([op], gate=gate, wait_events=events)
+        read_block = int(rng.integers(24))
+        reads: list[np.ndarray] = []
+        for layer, addresses in enumerate(rig.addresses):
+            assert gate.stream_wait(layer, stream, 60.0), "a layer is never queued"
+            for address, size in zip(addresses, rig.row_bytes, strict=True):
+                reads.append(cuda.read(stream, address + 2 * read_block * size, 2 * size))
+            kind = rng.random()
+            if kind < 0.02:
+                cuda.first_launch(stream)
+            elif kind < 0.04:
+                cuda.free(cuda.allocate(64)[0])
+        found.append((reads, held[read_block]))
+        for block, _ in spills:  # the forward writes to what was given back
+            value = (value + 1) % 251
+            held[block] = np.full(rig.block_bytes, value, np.uint8)
+            for addresses in rig.addresses:
+                for address, size in zip(addresses, rig.row_bytes, strict=True):
+                    cuda.fill(stream, address + 2 * block * size, value, 2 * size)
+        copies += loads + len(spills)
+    settle()
+    cuda.end_stream(stream)
+
+
 # ---- faults ------------------------------------------------------------------------------------
 
 # What runs while a copy is queued and followed; in words what becomes of the copy if it fails once.
@@ -839,10 +1120,10 @@ RUNTIME_CALLS = {
     "cuLaunchKernel": "fails",
     "cuMemcpyHtoDAsync_v2": "fails",  # of the kernel's descriptors
     "cuStreamWaitEvent": "fails",
-    "cuStreamWriteValue32_v2": "fails",
     "cuEventQuery": "fails",
-    "cuEventCreate": "is followed by its stream",
-    "cuEventRecord": "is followed by its stream",
+    # At the ends of a copy they only measure it, or its stream is followed; behind layers they are needed.
+    "cuEventCreate": "may fail",
+    "cuEventRecord": "may fail",
 }
 
 
@@ -858,7 +1139,7 @@ def test_a_failure_of_the_driver_ends_the_copy_and_holds_nobody_up(
     event = cuda.record(held_up)
     gate = rig.engine.make_gate(8)
     gate.expect(1)
-    assert gate.stream_wait(7, stream, 1.0)
+    forward = Forward(lambda: gate.stream_wait(7, stream, 20.0))
     calls = cuda.calls(call)
     cuda.fail(call, after)
     graph = rig.engine.submit([_core.OpSpec(T.H2D, slots, tokens)], gate=gate, wait_events=[event])
@@ -869,11 +1150,12 @@ def test_a_failure_of_the_driver_ends_the_copy_and_holds_nobody_up(
     if happened and RUNTIME_CALLS[call] == "fails":
         assert out.ops[0].status == S.FAILED
         assert call.removesuffix("_v2") in out.error
-    else:
+    elif not happened or RUNTIME_CALLS[call] == "fails":
         assert out.done, out.error
     assert gate.open_layers == 8
     assert happened or after > 0
-    cuda.synchronize(stream)  # all flags are raised
+    assert forward.reads()
+    cuda.synchronize(stream)
     cuda.reset()
     assert rig.run(_core.OpSpec(T.H2D, slots, tokens)).done  # and the engine goes on
     assert np.array_equal(rig.bytes_of(rig.rows(3)), rig.slot(3))
@@ -893,20 +1175,10 @@ def read_gate(rig: Rig, stream: int, gate: _core.LayerGate, blocks: list[int]) -
     return found
 
 
-@pytest.mark.parametrize(
-    ("call", "flags"),
-    [
-        *((call, True) for call in RUNTIME_CALLS),
-        ("a cancel", True),
-        ("a cancel", False),
-        ("cuEventQuery", False),
-    ],
-)
+@pytest.mark.parametrize("call", [*RUNTIME_CALLS, "a cancel"])
 def test_loads_that_fail_spoil_no_other_of_their_gate(
-    make_rig: MakeRig, cuda: FakeCuda, stream: int, call: str, flags: bool
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, call: str
 ) -> None:
-    if not flags:
-        cuda.fail("cuMemHostAlloc", ALWAYS)
     rig = make_rig(layers=4, tokens=2)
     outcomes: set[int] = set()
     for turn in range(24):
@@ -915,9 +1187,10 @@ def test_loads_that_fail_spoil_no_other_of_their_gate(
         gate.expect(3)
         slots, blocks = [(3 * turn + i) % 16 for i in range(3)], [(3 * turn + i) % 24 for i in range(3)]
         events = [cuda.record(stream)]
-        # Before its loads are queued, or when some may have failed. Where the host waits it cannot be before.
-        first = flags and turn % 2 == 0
-        found = read_gate(rig, stream, gate, blocks) if first else []
+        # Before its loads are queued, or when some may have failed.
+        early = None
+        if turn % 2 == 0:
+            early = Forward(lambda gate=gate, blocks=blocks: read_gate(rig, stream, gate, blocks))
         graphs = []
         for i, (slot, block) in enumerate(zip(slots, blocks, strict=True)):
             calls, after = cuda.calls(call), turn % 4
@@ -933,7 +1206,7 @@ def test_loads_that_fail_spoil_no_other_of_their_gate(
                 cuda.fail(call, NEVER)
             elif call not in RUNTIME_CALLS and i == turn % 3:
                 rig.engine.cancel(graphs[-1])
-        found = found or read_gate(rig, stream, gate, blocks)
+        found = early.reads() if early else read_gate(rig, stream, gate, blocks)
         assert rig.engine.drain(20.0)
         cuda.synchronize(stream)
         assert gate.open_layers == 4
@@ -960,7 +1233,7 @@ def test_a_read_that_is_damaged_spoils_no_other_load_of_its_gate(
         file.write(b"\xff\x00" * 64)
     gate = rig.engine.make_gate(6)
     gate.expect(3)
-    found = read_gate(rig, stream, gate, [9, 10])
+    forward = Forward(lambda: read_gate(rig, stream, gate, [9, 10]))
     from_ssd = [
         [
             _core.OpSpec(T.DISK2H, ints(at), ints(5 + i), keys=NAMES[i : i + 1]),
@@ -971,6 +1244,7 @@ def test_a_read_that_is_damaged_spoils_no_other_load_of_its_gate(
     specs = [*from_ssd, [_core.OpSpec(T.H2D, ints(2), rig.token_slots(10))]]
     graphs = {i: rig.engine.submit(specs[i], gate=gate) for i in ((0, 1, 2) if damaged_first else (2, 1, 0))}
     assert rig.engine.drain(20.0)
+    found = forward.reads()
     cuda.synchronize(stream)
     done = {result.graph: result.done for result in rig.engine.poll()}
     assert [done[graphs[i]] for i in range(3)] == [False, True, True]
@@ -1025,8 +1299,6 @@ def test_what_a_device_cannot_do_is_done_otherwise(make_rig: MakeRig, cuda: Fake
     assert "copy engines" in rig.engine.cuda_note
     check_round_trip(rig)
     assert cuda.calls("cuLaunchKernel") == 0
-    if call == "cuMemHostAlloc":
-        assert "host waits" in rig.engine.cuda_note
 
 
 def test_everything_fails(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
@@ -1034,7 +1306,7 @@ def test_everything_fails(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> Non
     rig = make_rig()
     gate = rig.engine.make_gate(rig.num_layers)
     gate.expect(1)
-    assert gate.stream_wait(1, stream, 1.0)
+    forward = Forward(lambda: gate.stream_wait(1, stream, 20.0))
     event = cuda.record(stream)
     for call in RUNTIME_CALLS:
         cuda.fail(call, ALWAYS)
@@ -1046,6 +1318,7 @@ def test_everything_fails(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> Non
     results = rig.engine.poll()
     assert sorted(result.graph for result in results) == graphs
     assert all(result.ops[0].status == S.FAILED for result in results)
+    assert forward.reads()
     cuda.synchronize(stream)
 
 
@@ -1061,8 +1334,8 @@ def test_a_cancelled_load_lets_the_forward_go(
     graph = rig.engine.submit(
         [_core.OpSpec(T.H2D, ints(2), rig.token_slots(3))], gate=gate, wait_events=[cuda.record(held_up)]
     )
-    assert gate.stream_wait(0, stream, 1.0)
-    while pinned and not cuda.calls("cuStreamWaitEvent"):
+    forward = Forward(lambda: gate.stream_wait(0, stream, 20.0))
+    while pinned and cuda.calls("cuEventRecord") < 3:
         time.sleep(0.001)
     assert rig.engine.cancel(graph)
     if pinned:  # it is on its way: it ends by itself, and nobody gets its slots before
@@ -1070,6 +1343,7 @@ def test_a_cancelled_load_lets_the_forward_go(
         dam.open()
     assert rig.finish(graph).ops[0].status == S.CANCELLED
     assert gate.open_layers == rig.num_layers
+    assert forward.reads()
     cuda.synchronize(stream)
     dam.open()
     cuda.synchronize(held_up)
