@@ -19,9 +19,11 @@ class LayerLoadCounter:
     """One gate per batch that loads. The pool's accessors ask for the layer they are about to read.
 
     On a GPU the stream that is going to read it is told to wait for the layer, and the host goes on: by the
-    time the copy lands, the whole forward may be queued. On a CPU the accessor waits, with the GIL released,
-    so that the rest of the scheduler's threads go on. It remembers how many layers it found open and does not
-    ask for those: with KV running through the caches, asking costs more than it seems.
+    time the copy lands, the whole forward may be queued. A stream never waits for a copy that is not on a
+    stream itself, so the host waits for that: for a layer that is yet to come from SSD. On a CPU the accessor
+    waits for the layer. Both with the GIL released, so that the rest of the scheduler's threads go on. A CPU
+    remembers how many layers it found open and does not ask for those: with KV running through the caches,
+    asking costs more than it seems.
 
     While SGLang captures a CUDA graph nothing is issued: no batch is loading then and ``consumer_index`` is
     -1. A captured wait would wait for a gate of the past at every replay. Prefill graphs are replayed after a
@@ -32,6 +34,7 @@ class LayerLoadCounter:
         look_after: called now and then while a forward waits on the host: nobody else looks after the tiers
             meanwhile, and a disk that hangs must be noticed.
         current_stream: the CUstream on which the caller of ``wait_until`` queues work; None on a CPU.
+        before_forward: called before each forward, by the thread that is about to queue it.
     """
 
     def __init__(
@@ -40,12 +43,14 @@ class LayerLoadCounter:
         make_gate: Callable[[int], _core.LayerGate],
         look_after: Callable[[], object],
         current_stream: Callable[[], int] | None = None,
+        before_forward: Callable[[], object] = lambda: None,
     ) -> None:
         self.num_layers = num_layers
         self._look_after = look_after
         self.consumer_index = -1
         self._make_gate = make_gate
         self._current_stream = current_stream
+        self._before_forward = before_forward
         self._gates: dict[int, _core.LayerGate] = {}
         self._next_index = 0
         self._went_on: set[int] = set()
@@ -68,6 +73,10 @@ class LayerLoadCounter:
 
     def set_consumer(self, index: int) -> None:
         """SGLang's call before each forward: the batch whose loads it depends on, -1 for none."""
+        self._before_forward()
+        self._use(index)
+
+    def _use(self, index: int) -> None:
         self.consumer_index = index
         self._open_layers = 0
 
@@ -97,4 +106,4 @@ class LayerLoadCounter:
 
     def reset(self) -> None:
         self._gates.clear()
-        self.set_consumer(-1)
+        self._use(-1)

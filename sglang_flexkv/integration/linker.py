@@ -109,23 +109,21 @@ class FlexKVLinker(UnifiedCacheLinker):
         namespace: Namespace,
         *,
         num_layers: int,
-        forward_stream: Any,
         single_rank: bool,
         metrics: Metrics,
     ) -> None:
         self.engine = engine
         self.config = config
         self.namespace = namespace
-        self.forward_stream = forward_stream
         device = engine.device
-        self._on_gpu = device.device.type != "cpu"
-        self.gpu_stream = forward_stream if self._on_gpu else None
+        self.on_gpu = device.device.type != "cpu"
         self.layer_done_counter = LayerLoadCounter(
             num_layers,
             engine.make_gate,
             engine.poll,
             # torch.cuda.current_stream() takes ten times as long, and this is asked twice per layer.
-            partial(torch._C._cuda_getCurrentRawStream, device.cuda_device) if self._on_gpu else None,
+            partial(torch._C._cuda_getCurrentRawStream, device.cuda_device) if self.on_gpu else None,
+            self.order_spills,
         )
         self.pools = {PoolName.KV: device}
         self._single_rank = single_rank
@@ -146,8 +144,15 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._queued: OrderedDict[str, _QueuedLoad] = OrderedDict()
         self._loading: dict[int, dict[str, _QueuedLoad]] = {}
         self._offloads: deque[KVTask] = deque()
+        # Nodes that left the device, and whose slots no stream has been told to leave alone yet.
+        self._spills: list[tuple[_core.LayerGate, KVTask]] = []
         self._closed = False
         self._summary = "in what state is not known"
+
+    def attach_scheduler(self, scheduler: Any) -> None:
+        """Asks SGLang where forwards run: with overlap (``event_loop_overlap``) on a stream of their own,
+        without on the stream on which batches are scheduled, which is the current one at any call here."""
+        self.forward_stream = scheduler.forward_stream if scheduler.enable_overlap else None
 
     # ---- lookup ----
 
@@ -371,13 +376,14 @@ class FlexKVLinker(UnifiedCacheLinker):
         return True
 
     def start_layer_wise_loading(self) -> int:
+        self.order_spills()  # what is loaded may go to slots of a node that left
         if not self._queued:
             return -1
         batch, self._queued = self._queued, OrderedDict()
         loads = batch.values()
         index, gate = self.layer_done_counter.open_batch()
         # On a GPU work queued before may still use the slots: stream order, not a host wait.
-        events = self.record_offload_ready() if self._on_gpu else []
+        events = self.record_offload_ready() if self.on_gpu else []
         # Announced before the first one starts: one that lands before the next is announced would open the
         # gate for both.
         for load in loads:
@@ -443,17 +449,31 @@ class FlexKVLinker(UnifiedCacheLinker):
         return True
 
     def spill(self, transfers: list[PoolTransfer], parent_hash: str | None) -> None:
-        """Stores a node that is about to leave the device, and returns when its slots may be reused.
+        """Stores a node that is about to leave the device, and returns when its slots may be given to others.
 
-        On a GPU that is at once: the forward's stream, which alone writes to them, waits for the copy. Loads
-        into them wait for what is on that stream."""
-        gate = self.engine.make_gate(1) if self._on_gpu else None
+        On a GPU that is at once. Before the next forward is queued, or the next load, the stream of
+        forwards, which alone writes to the slots, is told to wait for the copy; loads wait for what is on
+        that stream."""
+        gate = self.engine.make_gate(1) if self.on_gpu else None
         task = self._start_put(transfers, parent_hash, gate=gate)
         if gate is not None and not task.ended:
-            stream = self.forward_stream or torch.cuda.current_stream()
+            self._spills.append((gate, task))
+            return
+        self._end_spill(task)
+
+    def order_spills(self) -> None:
+        """Puts what comes next on the stream of forwards behind the copies of nodes that have left."""
+        if not self._spills:
+            return
+        spills, self._spills = self._spills, []
+        stream = self.forward_stream or torch.cuda.current_stream()
+        for gate, task in spills:
             if gate.stream_wait(0, stream.cuda_stream, _SPILL_TIMEOUT_S):
                 self.engine.forget(task)
-                return
+            else:
+                self._end_spill(task)
+
+    def _end_spill(self, task: KVTask) -> None:
         if not task.ended and not self.engine.wait([task], _SPILL_TIMEOUT_S):
             logger.error("a spill has not ended after %.0f s; its node is dropped", _SPILL_TIMEOUT_S)
             self.engine.cancel(task)
@@ -478,7 +498,7 @@ class FlexKVLinker(UnifiedCacheLinker):
             return task
         # Asking a GPU tensor for its values waits for the stream that computed them, so only where needed.
         slots = as_token_slots(transfer.device_indices) if task.plan.graph.ops else None
-        events = self.record_offload_ready() if self._on_gpu and slots is not None else []
+        events = self.record_offload_ready() if self.on_gpu and slots is not None else []
         if gate is not None:
             gate.expect(1)
         self.engine.launch(task, slots, gate=gate, wait_events=events)
@@ -565,6 +585,7 @@ class FlexKVLinker(UnifiedCacheLinker):
             self.cancel_queued_load(rid)
         self._loading.clear()
         self._offloads.clear()
+        self._spills.clear()
         self.layer_done_counter.reset()
 
     def check_idle(self) -> None:

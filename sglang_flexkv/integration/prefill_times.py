@@ -16,11 +16,13 @@ class PrefillTimes:
     they have happened: nothing waits for them.
 
     Args:
-        forward_stream: where forwards run; None on a CPU.
+        on_gpu: whether forwards run on a stream.
+        forward_stream: which; None: the current one.
     """
 
-    def __init__(self, cost: PrefillCost, forward_stream: Any | None) -> None:
+    def __init__(self, cost: PrefillCost, on_gpu: bool, forward_stream: Any | None = None) -> None:
         self._cost = cost
+        self._on_gpu = on_gpu
         self._stream = forward_stream
         self._start: Any = None
         self._running: deque[tuple[Any, Any, Spans]] = deque()
@@ -46,13 +48,13 @@ class PrefillTimes:
         start, self._start = self._start, None
         if any(begin >= end for begin, end in spans):
             return
-        if self._stream is None:
+        if not self._on_gpu:
             self._cost.observe(spans, time.perf_counter() - start)
         else:
             self._running.append((start, self._mark(), spans))
 
     def _mark(self) -> Any:
-        if self._stream is None:
+        if not self._on_gpu:
             return time.perf_counter()
         import torch
 

@@ -208,9 +208,14 @@ class FlexKVRadixCache(UnifiedRadixCache):
     def attach_scheduler(self, scheduler: Any) -> None:
         """Called when the scheduler is complete."""
         self._scheduler = scheduler
-        if self.linker is not None and not scheduler.is_mixed_chunk:  # no forwards of prefills alone there
-            linker = self.linker.cache_linker
-            self._prefill_times = PrefillTimes(linker.load_or_recompute.prefill, linker.gpu_stream)
+        if self.linker is None:
+            return
+        linker = self.linker.cache_linker
+        linker.attach_scheduler(scheduler)
+        if not scheduler.is_mixed_chunk:  # no forwards of prefills alone there
+            self._prefill_times = PrefillTimes(
+                linker.load_or_recompute.prefill, linker.on_gpu, linker.forward_stream
+            )
 
     def insert(self, params: Any) -> Any:
         if self._by_priority:
@@ -558,7 +563,6 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         config,
         identity.namespace,
         num_layers=layout.num_layers,
-        forward_stream=ctx.tp_worker.model_runner.forward_stream,
         single_rank=parallel.tp_size == 1,
         metrics=Metrics(
             {"dp_rank": str(parallel.dp_rank or 0), "tp_rank": str(parallel.tp_rank)}
@@ -584,5 +588,5 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         else "off",
     )
     if engine.cuda_note:
-        logger.warning("sglang-flexkv: %s", engine.cuda_note)
+        logger.info("sglang-flexkv copies: %s", engine.cuda_note)
     return cache

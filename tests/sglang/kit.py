@@ -205,7 +205,6 @@ class Rig:
             FlexKVConfig(write_policy=policy, prefetch_policy=prefetch_policy, load_policy=load_policy),
             namespace,
             num_layers=self.pool.layer_num,
-            forward_stream=None,
             single_rank=single_rank,
             metrics=Metrics(),
         )

@@ -17,6 +17,7 @@ import torch
 from closing_steps import StepFailedError, one_fails, steps_of
 from kit import TIMEOUT_S, Rig, assert_same, build_small_cache, cut, make_pool, radix_key
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome, EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
@@ -208,7 +209,11 @@ def test_a_spilled_node_is_copied_before_its_slots_are_free(make_rig: MakeRig) -
     rig.finish(req, slots)
 
 
-def test_on_a_gpu_the_forwards_stream_waits_for_a_spill(make_rig: MakeRig) -> None:
+@pytest.mark.parametrize("before", ["a forward", "loads"])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_on_a_gpu_the_forwards_stream_waits_for_a_spill(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, overlap: bool, before: str
+) -> None:
     """The linker's side of it; what streams do is in tests/unit/test_cuda_path.py."""
     rig = make_rig(policy=WritePolicy.WRITE_BACK)
     tokens = sequence(1)
@@ -220,20 +225,73 @@ def test_on_a_gpu_the_forwards_stream_waits_for_a_spill(make_rig: MakeRig) -> No
             told.append((layer, stream))
             return super().stream_wait(layer, stream, timeout_s)  # which the host does, for a pool on the CPU
 
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))
+    rig.linker.attach_scheduler(
+        SimpleNamespace(enable_overlap=overlap, forward_stream=SimpleNamespace(cuda_stream=77))
+    )
     with (
-        mock.patch.object(rig.linker, "_on_gpu", True),
-        mock.patch.object(rig.linker, "forward_stream", SimpleNamespace(cuda_stream=77)),
+        mock.patch.object(rig.linker, "on_gpu", True),
         mock.patch.object(rig.linker, "record_offload_ready", list),
         mock.patch.object(rig.engine, "make_gate", Gate),
         mock.patch.object(rig.engine, "wait", side_effect=AssertionError("the host waits")),
     ):
-        rig.evict_all()
-    assert told == [(0, 77)]
+        rig.settle()
+        rig.cache.evict(EvictParams(num_tokens=rig.cache.full_evictable_size()))
+        assert not told  # eviction waits for nothing
+        if before == "loads":
+            rig.linker.start_layer_wise_loading()
+        else:
+            rig.linker.layer_done_counter.set_consumer(-1)
+    assert told == [(0, 77 if overlap else 5)]
     rig.scribble()
     req = rig.request(tokens)
     (slots,) = rig.restore(req)
     assert_same(rig.read(slots), expected)
     rig.finish(req, slots)
+
+
+@pytest.mark.parametrize("generates", [True, False], ids=["generates", "embeds"])
+@pytest.mark.parametrize("overlap", [True, False], ids=["overlap", "no overlap"])
+def test_forwards_run_on_the_stream_that_the_linker_was_told(
+    make_rig: MakeRig, overlap: bool, generates: bool
+) -> None:
+    """SGLang decides where forwards run: its own run_batch, over stand-ins for all that it calls."""
+    schedules, forwards = mock.MagicMock(), mock.MagicMock()
+    current = [schedules]
+    ran_on: list[Any] = []
+
+    @contextmanager
+    def on_forward_stream() -> Iterator[None]:
+        current.append(forwards)
+        yield
+        current.pop()
+
+    def forward(*_args: Any, **_kwargs: Any) -> Any:
+        ran_on.append(current[-1])
+        return mock.MagicMock() if generates else (mock.MagicMock(), False)
+
+    scheduler = mock.MagicMock(
+        enable_overlap=overlap,
+        is_generation=generates,
+        forward_stream=forwards,
+        forward_stream_ctx=on_forward_stream(),
+        forward_sleep_time=None,
+        enable_pdmux=False,
+        enable_unified_memory=False,
+        enable_unified_cache_external_linker=False,
+        forward_ct=0,
+        processed_tokens_counter=0,
+    )
+    scheduler.model_worker.forward_batch_generation.side_effect = forward
+    scheduler.tp_worker.forward_batch_embedding.side_effect = forward
+    batch = mock.MagicMock(extend_num_tokens=0, return_logprob=False, return_hidden_states=False)
+    batch.forward_mode.is_prebuilt.return_value = False
+    batch.forward_mode.is_split_prefill.return_value = False
+    with mock.patch("sglang.srt.managers.scheduler.resolve_forward_inputs"):
+        Scheduler.run_batch(scheduler, batch)
+    linker = make_rig().linker
+    linker.attach_scheduler(scheduler)
+    assert ran_on == [linker.forward_stream or schedules]
 
 
 def test_a_node_stays_on_the_device_until_its_copy_is_done(make_rig: MakeRig) -> None:
