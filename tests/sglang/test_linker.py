@@ -287,7 +287,10 @@ def test_forwards_run_on_the_stream_that_the_linker_was_told(
     batch = mock.MagicMock(extend_num_tokens=0, return_logprob=False, return_hidden_states=False)
     batch.forward_mode.is_prebuilt.return_value = False
     batch.forward_mode.is_split_prefill.return_value = False
-    with mock.patch("sglang.srt.managers.scheduler.resolve_forward_inputs"):
+    with (
+        mock.patch("sglang.srt.managers.scheduler.resolve_forward_inputs"),
+        mock.patch("sglang.srt.managers.scheduler.EmbeddingBatchResult"),
+    ):
         Scheduler.run_batch(scheduler, batch)
     linker = make_rig().linker
     linker.attach_scheduler(scheduler)
