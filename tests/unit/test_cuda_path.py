@@ -1147,7 +1147,8 @@ def test_a_failure_of_the_driver_ends_the_copy_and_holds_nobody_up(
     dam.open()
     out = rig.finish(graph)
     happened = cuda.calls(call) - calls > after
-    if happened and RUNTIME_CALLS[call] == "fails":
+    of_the_forward = call == "cuStreamWaitEvent" and after > 0  # whose host waits instead
+    if happened and RUNTIME_CALLS[call] == "fails" and not of_the_forward:
         assert out.ops[0].status == S.FAILED
         assert call.removesuffix("_v2") in out.error
     elif not happened or RUNTIME_CALLS[call] == "fails":
