@@ -1105,6 +1105,7 @@ def test_who_waits_for_ssd_in_the_queue(
             else SimpleNamespace(reqs=[SimpleNamespace(finished=lambda: running == "ended")]),
             enable_priority_preemption=False,
             is_mixed_chunk=False,
+            enable_overlap=False,
             chunked_prefill_size=PAGE,
             _engine_paused=False,
         )
@@ -1144,6 +1145,7 @@ def nobody_else() -> SimpleNamespace:
         last_batch=None,
         enable_priority_preemption=False,
         is_mixed_chunk=False,
+        enable_overlap=False,
         chunked_prefill_size=PAGE,
         _engine_paused=False,
     )

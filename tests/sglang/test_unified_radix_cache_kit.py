@@ -362,7 +362,9 @@ def test_a_flush_takes_a_sessions_memory_from_a_turn_that_waits(core: str) -> No
         _, turn = SessionSteps()._later_turn(rig.cache, rig.allocator, rig.requests)
         other = rig.request([*range(50, 60)])
         rig.cache.attach_scheduler(
-            SimpleNamespace(waiting_queue=[other, turn], is_mixed_chunk=True, _engine_paused=False)
+            SimpleNamespace(
+                waiting_queue=[other, turn], is_mixed_chunk=True, enable_overlap=False, _engine_paused=False
+            )
         )
         assert turn.kv.holds_kv
         rig.cache.reset()
