@@ -1,6 +1,6 @@
 """SSD tier against fio: whole blocks, layer slices, and a mix of reads and writes, with O_DIRECT.
 
-    python benchmarks/bench_ssd.py [--smoke] [--json FILE|-] [--dir DIRECTORY]
+    python benchmarks/bench_ssd.py [--smoke | --long] [--json FILE|-] [--dir DIRECTORY]
 
 Blocks go from the CPU tier's slots to random slots of the SSD tier's file and back (H2DISK, DISK2H) through
 the engine as it runs in production, checksums, verification and journal included, in graphs as large as those
@@ -11,6 +11,9 @@ buffers does not count. Ratios are of neighbours in time. Every byte is compared
 
 In the mixed run 70 % of the blocks are read and 30 % written at the same time; fio mixes the same shares, and
 the bandwidths of reading are compared. CPU is user and system time of the process per GB moved.
+
+It takes less than two minutes. ``--long`` measures threads instead of io_uring as well, on a larger file and
+in more rounds.
 """
 
 from __future__ import annotations
@@ -56,6 +59,8 @@ _FIO_LOOPS = 3
 _READ_SHARE = 0.7
 _TIMEOUT_S = 300.0
 _ENGINES = (IoEngine.IO_URING, IoEngine.THREADS)
+_MIB, _MIB_LONG = 512, 1024
+_REPEATS, _REPEATS_LONG = 3, 5
 
 Job = tuple[TransferType, Slots, Slots, int]  # host slots, SSD slots, layer (-1: whole blocks)
 
@@ -295,22 +300,34 @@ def main(
     directory: Annotated[
         Path | None, typer.Option("--dir", help="Where the file goes, on a disk; default: build/ here.")
     ] = None,
-    mib: Annotated[int, typer.Option(help="MiB of the file.")] = 1024,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 5,
+    long: Annotated[
+        bool, typer.Option("--long", help="Both I/O engines, a larger file, more rounds: several minutes.")
+    ] = False,
+    mib: Annotated[
+        int | None, typer.Option(help=f"MiB of the file; default: {_MIB}, {_MIB_LONG} with --long.")
+    ] = None,
+    repeats: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"Measured rounds; default: {_REPEATS}, {_REPEATS_LONG} with --long."),
+    ] = None,
     io_depth: Annotated[int, typer.Option(min=1, help="I/Os in flight, ours and fio's.")] = 64,
     flip_a_byte: FlipOption = False,
 ) -> None:
     """The SSD tier against fio."""
     if shutil.which("fio") is None:
         raise typer.BadParameter("this compares with fio, which is not installed: apt-get install fio")
-    cases = _CASES
+    if smoke and long:
+        raise typer.BadParameter("--smoke and --long exclude each other")
+    cases, engines = _CASES, _ENGINES if smoke or long else _ENGINES[:1]
     if smoke:
         mib, repeats, cases = 16, 1, (_CASES[0], _CASES[2])
+    mib = mib or (_MIB_LONG if long else _MIB)
+    repeats = repeats or (_REPEATS_LONG if long else _REPEATS)
     with disk_directory(directory, "bench-ssd") as scratch:
         report = Report(
             "ssd", smoke, Machine.here(scratch), {"mib": mib, "repeats": repeats, "io_depth": io_depth}
         )
-        for (slot_kib, layers), engine in itertools.product(cases, _ENGINES):
+        for (slot_kib, layers), engine in itertools.product(cases, engines):
             console.print(f"slots of {slot_kib} KiB, {layers} I/Os each, {engine.value} ...")
             bench = Bench(scratch, slot_kib * 1024, layers, mib * MIB, engine, io_depth)
             try:
