@@ -5,12 +5,13 @@
 The engine copies a LAYERWISE pool, pages in random order, into BLOCKWISE slots and back, through tasks of
 ``KVTaskEngine``: plan, graph, copy threads, completion, all of it on the clock.
 
-The yardstick is plain ``memcpy``: the same number of bytes, between the same two memories, by as many
-threads. It need not gather: each thread copies its share in straight pieces as long as the pool's buffers
-(several MiB). Source and destination are larger than the caches. Both are run in turn, ratios are of
-neighbours in time, and the result is the worst shape's. A second yardstick, for information, is the engine's
-own copy routine over the same straight pieces: it writes past the cache, as memcpy does only for larger
-copies.
+The yardstick is plain ``memcpy``: the same bytes, between the same two memories, by as many threads. It need
+not gather: each thread copies its share in straight pieces as long as the pool's buffers (several MiB).
+Ratios are of neighbours in time, in changing order, and before each the destination is overwritten, so that
+all find the processor's caches in the same state. The result is the worst shape's.
+
+Whether memcpy goes past the caches depends on their size, so a second yardstick is the engine's own routine
+over the same straight pieces, which always does: what that is ahead of us is the price of small rows.
 
 The device is CPU memory here. Every byte is verified after every copy.
 """
@@ -18,6 +19,7 @@ The device is CPU memory here. Every byte is verified after every copy.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -221,23 +223,35 @@ class Bench:
 
 
 def measure(bench: Bench, report: Report, repeats: int, flip: bool) -> dict[str, Any]:
-    """Copies there and back ``repeats`` times, next to memcpy. Returns a row of the report."""
+    """Copies there and back ``repeats`` times, next to the yardsticks. Returns a row of the report."""
     times: dict[str, list[float]] = {}
+    ways = [*_YARDSTICKS, "engine"]
     for repeat in range(repeats + 1):
         keys, device_slots = bench.new_keys(), bench.new_slots()
+        taken: dict[str, float] = {}
+        order = ways[repeat % len(ways) :] + ways[: repeat % len(ways)]
         bench.fill_device(device_slots)
-        taken = {f"gather_{name}": bench.linear(copy, to_host=True) for name, copy in _YARDSTICKS.items()}
+        for way in order:
+            bench.host.fill(0xEE)
+            if way != "engine":
+                taken[f"gather_{way}"] = bench.linear(_YARDSTICKS[way], to_host=True)
+                continue
+            taken["gather"] = bench.gather(keys, device_slots)
+            if flip and repeat == 1:
+                bench.host[bench.num_blocks // 2, 0] ^= 1
+            bench.check_host(report)
+        # The yardsticks' straight copies left other bytes in the slots than the index believes.
+        bench.engine.clear()
         bench.host.fill(0xEE)
-        taken["gather"] = bench.gather(keys, device_slots)
-        if flip and repeat == 1:
-            bench.host[bench.num_blocks // 2, 0] ^= 1
-        bench.check_host(report)
-        for name, copy in _YARDSTICKS.items():
-            taken[f"scatter_{name}"] = bench.linear(copy, to_host=False)
-        bench.fill_device(None)
+        bench.gather(keys, device_slots)
         device_slots = bench.new_slots()
-        taken["scatter"] = bench.scatter(keys, device_slots)
-        bench.check_device(report, device_slots)
+        for way in order:
+            bench.fill_device(None)
+            if way != "engine":
+                taken[f"scatter_{way}"] = bench.linear(_YARDSTICKS[way], to_host=False)
+                continue
+            taken["scatter"] = bench.scatter(keys, device_slots)
+            bench.check_device(report, device_slots)
         bench.engine.clear()
         if repeat > 0:  # the first one warms up: page faults, first use of threads
             for name, copy_s in taken.items():
@@ -261,7 +275,7 @@ def main(
     smoke: SmokeOption = False,
     json_to: JsonOption = None,
     mib: Annotated[int, typer.Option(help="MiB in one copy; at least 256 to be larger than caches.")] = 512,
-    repeats: Annotated[int, typer.Option(min=1, help="Measured copies of each kind.")] = 9,
+    repeats: Annotated[int, typer.Option(min=1, help="Measured copies of each kind.")] = 7,
     threads: Annotated[int, typer.Option(min=1, help="Threads that copy, ours and memcpy's.")] = 2,
     flip_a_byte: FlipOption = False,
 ) -> None:
@@ -282,10 +296,11 @@ def main(
         columns = ["shape", "page_size", f"{way}_gib_s", f"{way}_memcpy_gib_s", f"{way}_stream_gib_s"]
         columns += [f"{way}_ratio_memcpy", f"{way}_ratio_stream", f"{way}_memcpy_spread"]
         print_table(f"{way}: GiB/s and ratios (medians)", report.rows, columns)
-    for name in ("gather_ratio_memcpy", "scatter_ratio_memcpy"):
+    for way, yardstick in itertools.product(("gather", "scatter"), _YARDSTICKS):
+        name = f"{way}_ratio_{yardstick}"
         report.results[name] = min(row[name] for row in report.rows)
         report.results[f"{name}_median"] = median([row[name] for row in report.rows])
-        report.goals[name] = "≥ 0.90"
+    report.goals.update(gather_ratio_memcpy="≥ 0.90", scatter_ratio_memcpy="≥ 0.90")
     report.finish(json_to)
 
 
