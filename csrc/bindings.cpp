@@ -646,12 +646,13 @@ PYBIND11_MODULE(_core, m) {
   m.def(
       "stream_copy",
       [](py::array_t<uint8_t, py::array::c_style>& dst,
-         const py::array_t<uint8_t, py::array::c_style>& src) {
+         const py::array_t<uint8_t, py::array::c_style>& src, size_t way) {
         if (dst.size() != src.size()) throw UsageError("stream_copy: sizes differ");
         char* to = reinterpret_cast<char*>(dst.mutable_data());
         const char* from = reinterpret_cast<const char*>(src.data());
         py::gil_scoped_release nogil;
-        StreamCopy(to, from, static_cast<size_t>(src.size()));
+        StreamCopy(to, from, static_cast<size_t>(src.size()), way);
       },
-      py::arg("dst"), py::arg("src"));
+      py::arg("dst"), py::arg("src"), py::arg("way") = 0);
+  m.def("stream_ways", &StreamWays);
 }

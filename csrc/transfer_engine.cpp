@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <span>
 #include <utility>
 
 #include "cuda_copier.hpp"
@@ -17,21 +18,6 @@ namespace {
 // One unit of work of a copy thread: large enough to hide the queue, small enough that a load that
 // arrives behind a large store waits for well under a millisecond.
 constexpr size_t kCopyChunkBytes = size_t{512} << 10;
-// A load reads about so much of a block at a time, if necessary of several layers: small rows a slot apart
-// are fetched with the few requests that a core can have in flight, while the processor's prefetcher,
-// which has more, needs a run of lines to start.
-constexpr size_t kReadRunBytes = 4096;
-// So many blocks ahead a load fetches the start of what it reads of a block. The processor's own prefetcher
-// follows from there; what it cannot know is where the next block is.
-constexpr size_t kPrefetchBlocks = 2;
-constexpr size_t kPrefetchBytes = 4096;
-
-// Into the second cache: the first one's few line buffers are what streamed stores need at the same time.
-// Never faults. Inlined always: GCC takes a function that does nothing but prefetch for one without effect,
-// and drops the call.
-[[gnu::always_inline]] inline void Prefetch(const char* source, size_t bytes) {
-  for (size_t at = 0; at < bytes; at += 64) __builtin_prefetch(source + at, 0, 2);
-}
 
 bool IsDeviceCopy(TransferType type) {
   return type == TransferType::kH2D || type == TransferType::kD2H;
@@ -89,7 +75,7 @@ struct TransferEngine::CopyJob {
   std::atomic<bool> incomplete{false};          // some of its chunks were not copied: it was cancelled
   std::vector<std::atomic<size_t>> group_left;  // chunks that are missing per group
   std::once_flag ordered;
-  std::vector<uint32_t> order;                  // in which blocks are copied; empty: as they come
+  std::vector<BlockCopy> blocks;                // in the order of their rows
 
   int next_layer() const { return layer_begin + static_cast<int>(next / chunks_per_group) * layers_per_chunk; }
 };
@@ -404,10 +390,8 @@ void TransferEngine::StartPiece(Op* op, int layer_begin, int layer_end) {
   job->layer_end = layer_end;
   const int layers = layer_end - layer_begin;
   const size_t layer_bytes = layout_.layer_bytes(layer_begin);
-  if (op->spec.type == TransferType::kH2D) {
-    job->layers_per_chunk =
-        static_cast<int>(std::clamp<size_t>(kReadRunBytes / layer_bytes, 1, static_cast<size_t>(layers)));
-  }
+  job->layers_per_chunk =
+      static_cast<int>(std::clamp<size_t>(kCopyRunBytes / layer_bytes, 1, static_cast<size_t>(layers)));
   const size_t slice = layer_bytes * static_cast<size_t>(job->layers_per_chunk);
   const size_t groups = static_cast<size_t>((layers + job->layers_per_chunk - 1) / job->layers_per_chunk);
   // Several threads share even a small layer: a forward waits for the first one.
@@ -547,48 +531,39 @@ void TransferEngine::CopyLoop() {
 }
 
 void TransferEngine::OrderByRow(CopyJob& job) const {
-  const Op& op = *job.op;
+  const OpSpec& s = job.op->spec;
+  const bool to_device = s.type == TransferType::kH2D;
+  const std::vector<int64_t>& host_slots = to_device ? s.src : s.dst;
+  const std::vector<int64_t>& token_slots = to_device ? s.dst : s.src;
   const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
-  std::vector<std::pair<int64_t, uint32_t>> rows(op.num_blocks);
-  for (size_t b = 0; b < op.num_blocks; ++b) {
-    const int64_t first = op.first_rows[b];
-    rows[b] = {first >= 0 ? first : op.spec.src[b * per_block], static_cast<uint32_t>(b)};
+  std::vector<std::pair<int64_t, size_t>> rows(job.op->num_blocks);
+  for (size_t b = 0; b < rows.size(); ++b) {
+    const int64_t first = job.op->first_rows[b];
+    rows[b] = {first >= 0 ? first : token_slots[b * per_block], b};
   }
-  if (std::is_sorted(rows.begin(), rows.end())) return;
   std::sort(rows.begin(), rows.end());
-  job.order.reserve(rows.size());
-  for (const auto& [row, block] : rows) job.order.push_back(block);
+  job.blocks.reserve(rows.size());
+  for (const auto& [row, b] : rows) {
+    job.blocks.push_back(
+        {host_->Slot(host_slots[b]), token_slots.data() + b * per_block, job.op->first_rows[b]});
+  }
 }
 
 void TransferEngine::CopyChunk(CopyJob& job, size_t chunk) {
   Op* op = job.op;
-  const OpSpec& s = op->spec;
-  const bool to_device = s.type == TransferType::kH2D;
+  const bool to_device = op->spec.type == TransferType::kH2D;
   const size_t group = chunk / job.chunks_per_group;
   const int layer_begin = job.layer_begin + static_cast<int>(group) * job.layers_per_chunk;
   const int layer_end = std::min(job.layer_end, layer_begin + job.layers_per_chunk);
   const size_t first = chunk % job.chunks_per_group * job.blocks_per_chunk;
   const size_t last = std::min(op->num_blocks, first + job.blocks_per_chunk);
-  const std::vector<int64_t>& host_slots = to_device ? s.src : s.dst;
-  const std::vector<int64_t>& token_slots = to_device ? s.dst : s.src;
-  const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
   // A cancelled job still counts its chunks down, so that it ends once, but moves nothing more.
   if (op->graph->cancelled.load(std::memory_order_relaxed)) {
     job.incomplete.store(true);
   } else {
-    // Reads are what a copy waits for, and rows that are read in order are fetched ahead by the
-    // processor. Where they are written to makes no difference.
-    if (!to_device) std::call_once(job.ordered, [&] { OrderByRow(job); });
-    const size_t host_begin = layout_.layer_offset(layer_begin);
-    const size_t ahead_bytes = std::min(kPrefetchBytes, layout_.layer_offset(layer_end) - host_begin);
-    for (size_t i = first; i < last; ++i) {
-      if (to_device && i + kPrefetchBlocks < last) {
-        Prefetch(host_->Slot(host_slots[i + kPrefetchBlocks]) + host_begin, ahead_bytes);
-      }
-      const size_t b = job.order.empty() ? i : job.order[i];
-      CopyLayersCpu(layout_, layer_begin, layer_end, host_->Slot(host_slots[b]),
-                    token_slots.data() + b * per_block, op->first_rows[b], to_device);
-    }
+    std::call_once(job.ordered, [&] { OrderByRow(job); });
+    const auto blocks = std::span(job.blocks).subspan(first, last - first);
+    CopyLayersCpu(layout_, layer_begin, layer_end, blocks, to_device);
     FenceCopies();
   }
   if (job.group_left[group].fetch_sub(1) == 1 && to_device && !job.incomplete.load()) {
@@ -605,8 +580,9 @@ void TransferEngine::ForwardBlock(Op* op, size_t block, int layer_begin, int lay
   for (uint32_t next : op->successors) {
     Op& load = op->graph->ops[next];
     if (load.spec.after_layers < 0 || !BeginPiece(&load)) continue;
-    CopyLayersCpu(layout_, layer_begin, layer_end, host_->Slot(load.spec.src[block]),
-                  load.spec.dst.data() + block * per_block, load.first_rows[block], true);
+    const BlockCopy one{host_->Slot(load.spec.src[block]), load.spec.dst.data() + block * per_block,
+                        load.first_rows[block]};
+    CopyLayersCpu(layout_, layer_begin, layer_end, {&one, 1}, true);
     FenceCopies();
     EndPiece(&load, 0, "");
   }

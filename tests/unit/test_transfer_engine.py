@@ -278,14 +278,16 @@ def test_rows_of_any_size_in_any_order_arrive_whole_and_nothing_beside_them(
             assert all(torch.equal(buffer, want) for buffer, want in zip(layer, wanted, strict=True))
 
 
+@pytest.mark.parametrize("way", range(len(_core.stream_ways())), ids=_core.stream_ways())
 @pytest.mark.parametrize("size", [0, 1, 63, 255, 256, 257, 300, 319, 320, 640, 1000, 4097])
-def test_a_streamed_copy_writes_what_it_was_asked_to_and_no_more(size: int) -> None:
+def test_a_streamed_copy_writes_what_it_was_asked_to_and_no_more(size: int, way: int) -> None:
+    """Each way that this processor has, not only the one it would choose."""
     rng = np.random.default_rng(size)
     source = rng.integers(0, 256, size + 64, dtype=np.uint8)
     for to in (0, 1, 31, 32, 33, 63):
         for start in (0, 1, 32, 63):
             target = np.full(size + 256, 0xEE, dtype=np.uint8)
-            _core.stream_copy(target[64 + to :][:size], source[start:][:size])
+            _core.stream_copy(target[64 + to :][:size], source[start:][:size], way)
             expected = np.full_like(target, 0xEE)
             expected[64 + to :][:size] = source[start:][:size]
             assert np.array_equal(target, expected)
