@@ -1,0 +1,161 @@
+"""SGLang's sessions over our tiers: streaming ones, which keep their KV out of the tree, and joined ones.
+
+What is expected is what the server answers to the same tokens under a salt that nobody else has, uncached.
+"""
+
+from __future__ import annotations
+
+import random
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server import SGLangServer
+from test_damaged_blocks import damage
+from workload import VOCABULARY
+
+ROOT = Path(__file__).parents[2]
+POOL_TOKENS = 2048
+NEW_TOKENS = 6
+TURNS = 5
+
+# By their tree core: the Rust core is SGLang's default; session radix takes the Python core.
+SERVERS: dict[str, dict[str, Any]] = {"rust": {}, "python": {"enable-session-radix-cache": True}}
+
+
+@pytest.fixture(scope="module", params=SERVERS)
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[SGLangServer]:
+    base = tmp_path_factory.mktemp(request.param)
+    (base / "ssd").mkdir()
+    config = base / "flexkv.yaml"
+    # A CPU tier of 1,300 tokens: most of what comes back comes from SSD.
+    config.write_text(
+        f"cpu_cache_gb: 0.005\nssd_cache_gb: 0.5\nssd_cache_dir: {base / 'ssd'}\nload_policy: load\n"
+    )
+    flags: dict[str, Any] = {
+        "enable-flexkv": True,
+        "flexkv-config-file": str(config),
+        "enable-streaming-session": True,
+        "max-total-tokens": POOL_TOKENS,
+        "chunked-prefill-size": 256,
+        "log-level": "info",
+        **SERVERS[request.param],
+    }
+    with SGLangServer(ROOT / "models" / "tiny-gqa", flags, log_path=base / "server.log") as server:
+        yield server
+    log = server.log()
+    assert "hit an exception" not in log
+    assert "sglang-flexkv closed: nothing left held" in log, server.log_tail()
+
+
+def some(rng: random.Random, length: int) -> list[int]:
+    return [rng.choice(VOCABULARY) for _ in range(length)]
+
+
+def uncached(server: SGLangServer, tokens: list[int]) -> list[int]:
+    answer = server.generate(tokens, NEW_TOKENS, cache_salt=uuid.uuid4().hex)
+    assert answer["meta_info"]["cached_tokens"] == 0
+    return list(answer["output_ids"])
+
+
+def drive_out(server: SGLangServer, rng: random.Random) -> None:
+    """Fills the device and the CPU tier with something else."""
+    server.generate_many([some(rng, POOL_TOKENS - 700) for _ in range(2)], 1, concurrency=1)
+
+
+@dataclass
+class Session:
+    """A client's side of a session."""
+
+    server: SGLangServer
+    mode: str
+    id: str = ""
+    tokens: list[int] = field(default_factory=list)  # all so far
+    last_rid: str | None = None
+    asked: list[tuple[list[int], list[int]]] = field(default_factory=list)  # prompts, and their answers
+
+    def __post_init__(self) -> None:
+        body = {"capacity_of_str_len": 100000, "streaming": self.mode == "streaming"}
+        self.id = self.server.request("POST", "/open_session", json=body).json()
+
+    def ask(self, tokens: list[int]) -> dict[str, Any]:
+        """The next turn; returns SGLang's ``meta_info``."""
+        prompt = self.tokens + tokens
+        params: dict[str, Any] = {"id": self.id}
+        if self.mode == "joined" and self.last_rid:
+            params["rid"] = self.last_rid
+        answer = self.server.generate(tokens, NEW_TOKENS, session_params=params)
+        meta: dict[str, Any] = answer["meta_info"]
+        assert meta["prompt_tokens"] == len(prompt)
+        assert meta["finish_reason"]["type"] == "length"
+        self.last_rid = meta["id"]
+        self.asked.append((prompt, answer["output_ids"]))
+        self.tokens = prompt + answer["output_ids"]
+        return meta
+
+    def close(self) -> None:
+        self.server.request("POST", "/close_session", json={"session_id": self.id})
+
+    def check(self) -> None:
+        """That every turn was answered as if nothing were cached."""
+        with ThreadPoolExecutor(4) as pool:
+            expected = list(pool.map(lambda asked: uncached(self.server, asked[0]), self.asked))
+        assert [answer for _, answer in self.asked] == expected
+
+
+def test_sessions_answer_as_if_nothing_were_cached(server: SGLangServer) -> None:
+    """Several at once, five turns each, beside others that push everything off the device."""
+    rng = random.Random(1)
+    for mode in ("streaming", "joined"):
+        prompts = [some(rng, 150), some(rng, 170)]
+        for prompt in prompts:
+            server.generate(prompt, 1)
+        drive_out(server, rng)
+
+        def converse(
+            number: int, mode: str = mode, prompts: list[list[int]] = prompts
+        ) -> tuple[Session, int]:
+            own, session = random.Random(number), Session(server, mode)
+            loaded = 0
+            for turn in range(TURNS):
+                meta = session.ask(prompts[number % 2] if turn == 0 else some(own, own.randint(20, 50)))
+                details = meta["cached_tokens_details"] or {}
+                loaded += details.get("host", 0) + details.get("storage", 0)
+                if mode == "streaming" and turn > 0:
+                    # All but what is new, and the last token of the answer before, which nobody has read.
+                    assert meta["cached_tokens"] >= len(session.asked[-2][0]) + NEW_TOKENS - 1
+            return session, loaded
+
+        with ThreadPoolExecutor(8) as pool:
+            conversations = [pool.submit(converse, number) for number in range(4)]
+            others = [pool.submit(server.generate, some(rng, 400), 4) for _ in range(4)]
+            sessions = [each.result()[0] for each in conversations]
+            assert sum(each.result()[1] for each in conversations) > 0
+            for each in others:
+                each.result()
+        for session in sessions:
+            session.check()
+            session.close()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_turn_whose_blocks_are_damaged_is_computed(server: SGLangServer, streaming: bool) -> None:
+    rng = random.Random(2 + streaming)
+    prompt = some(rng, 400)
+    server.generate(prompt, 1)
+    drive_out(server, rng)
+    config = Path(str(server.flags["flexkv-config-file"]))
+    before = server.metric("flexkv_failed_loads_total")
+    assert damage(config.parent / "ssd", "tp0", every=8) > 10
+    session = Session(server, "streaming" if streaming else "joined")
+    session.ask(prompt)
+    assert server.metric("flexkv_failed_loads_total") > before, server.log_tail()
+    session.ask(some(rng, 50))
+    session.check()
+    session.close()
