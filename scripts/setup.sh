@@ -150,7 +150,7 @@ environment_hash() {
 # Native sources by content. Python sources by name only: an editable install reads them where
 # they are, but has to be told about new ones.
 project_hash() {
-    local prune=(-name .venv -o -name .git -o -path "$ROOT/build" -o -path "$ROOT/models"
+    local prune=(-name .venv -o -name .git -o -name .gpu -o -path "$ROOT/build" -o -path "$ROOT/models"
         -o -name node_modules)
     {
         cat "$STAMP"
