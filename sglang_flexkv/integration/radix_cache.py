@@ -382,6 +382,11 @@ class FlexKVRadixCache(UnifiedRadixCache):
         """Ends what the next steps of the scheduler would find ended. Called on every rank alike when SGLang
         is about to do what wants it idle."""
         self.failed_loads.run_again(scheduler)
+        # A session's turn borrows the session's record when it enters the queue, and again when it is
+        # scheduled. SGLang flushes while it waits in a pause, but not while it holds memory.
+        for req in scheduler.waiting_queue:
+            if self.session.borrowed_slot(req) is not None:
+                req.detach_kv()
         if self.linker is not None and self.linker.pending_offloads:
             self.linker.cache_linker.wait_for_offloads()
             self.check_hicache_events()
@@ -475,11 +480,6 @@ class FlexKVRadixCache(UnifiedRadixCache):
 
     def reset(self) -> None:
         self._waiting.clear()
-        # A session's turn has borrowed the session's memory when it entered the queue, and SGLang may flush
-        # while it waits there.
-        for req in self._scheduler.waiting_queue if self._scheduler is not None else ():
-            if self.session.borrowed_slot(req) is not None:
-                req.detach_kv()
         super().reset()
 
     def weights_changed(self) -> None:

@@ -311,7 +311,7 @@ def test_a_scheduler_that_wants_to_be_idle_waits_for_no_step(make_rig: MakeRig) 
     rig = make_rig()
     rig.insert(sequence(1), seed=1)
     assert rig.cache.has_pending_cache_operations()
-    rig.cache.settle(SimpleNamespace())  # before a flush, before memory is released
+    rig.cache.settle(SimpleNamespace(waiting_queue=[]))  # before a flush, before memory is released
     assert not rig.cache.has_pending_cache_operations()
     assert rig.cache.evict(EvictParams(num_tokens=PAGES * PAGE)).num_tokens_evicted == PAGES * PAGE
     assert rig.stats("CPU")["ready"] == PAGES

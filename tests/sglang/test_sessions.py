@@ -1,18 +1,21 @@
-"""SGLang's sessions over our tiers: streaming ones, which keep their KV out of the tree, and joined ones.
+"""SGLang's sessions over our tiers: streaming ones, which keep their KV out of the tree, those whose turns
+SGLang joins, and those that only hold their part of the tree.
 
 What is expected is what the server answers to the same tokens under a salt that nobody else has, uncached.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from server import SGLangServer
 from test_damaged_blocks import damage
@@ -23,8 +26,12 @@ POOL_TOKENS = 2048
 NEW_TOKENS = 6
 TURNS = 5
 
-# By their tree core: the Rust core is SGLang's default; session radix takes the Python core.
-SERVERS: dict[str, dict[str, Any]] = {"rust": {}, "python": {"enable-session-radix-cache": True}}
+# By their tree core: the Rust core is SGLang's default; session radix needs the Python core.
+SERVERS: dict[str, dict[str, Any]] = {
+    "rust": {},
+    "python": {"enable-session-radix-cache": True},
+}
+MODES = {"rust": ("streaming", "joined"), "python": ("streaming", "joined", "radix")}
 
 
 @pytest.fixture(scope="module", params=SERVERS)
@@ -71,7 +78,7 @@ def drive_out(server: SGLangServer, rng: random.Random) -> None:
 
 @dataclass
 class Session:
-    """A client's side of a session."""
+    """A client's side of a session, one of three modes."""
 
     server: SGLangServer
     mode: str
@@ -84,13 +91,16 @@ class Session:
         body = {"capacity_of_str_len": 100000, "streaming": self.mode == "streaming"}
         self.id = self.server.request("POST", "/open_session", json=body).json()
 
-    def ask(self, tokens: list[int]) -> dict[str, Any]:
+    def ask(self, tokens: list[int], **fields: Any) -> dict[str, Any]:
         """The next turn; returns SGLang's ``meta_info``."""
         prompt = self.tokens + tokens
-        params: dict[str, Any] = {"id": self.id}
-        if self.mode == "joined" and self.last_rid:
-            params["rid"] = self.last_rid
-        answer = self.server.generate(tokens, NEW_TOKENS, session_params=params)
+        if self.mode == "radix":
+            answer = self.server.generate(prompt, NEW_TOKENS, session_id=self.id, **fields)
+        else:
+            params: dict[str, Any] = {"id": self.id}
+            if self.mode == "joined" and self.last_rid:
+                params["rid"] = self.last_rid
+            answer = self.server.generate(tokens, NEW_TOKENS, session_params=params, **fields)
         meta: dict[str, Any] = answer["meta_info"]
         assert meta["prompt_tokens"] == len(prompt)
         assert meta["finish_reason"]["type"] == "length"
@@ -109,10 +119,14 @@ class Session:
         assert [answer for _, answer in self.asked] == expected
 
 
+def modes(server: SGLangServer) -> tuple[str, ...]:
+    return MODES["python" if "enable-session-radix-cache" in server.flags else "rust"]
+
+
 def test_sessions_answer_as_if_nothing_were_cached(server: SGLangServer) -> None:
     """Several at once, five turns each, beside others that push everything off the device."""
     rng = random.Random(1)
-    for mode in ("streaming", "joined"):
+    for mode in modes(server):
         prompts = [some(rng, 150), some(rng, 170)]
         for prompt in prompts:
             server.generate(prompt, 1)
@@ -157,5 +171,68 @@ def test_a_turn_whose_blocks_are_damaged_is_computed(server: SGLangServer, strea
     session.ask(prompt)
     assert server.metric("flexkv_failed_loads_total") > before, server.log_tail()
     session.ask(some(rng, 50))
+    session.check()
+    session.close()
+
+
+def begin(server: SGLangServer, body: dict[str, Any], then: Callable[[], None]) -> dict[str, Any]:
+    """Streams an answer, and calls ``then`` when its first piece has come. Returns the last piece."""
+    pieces = []
+    with httpx.stream(
+        "POST", f"{server.url}/generate", json={**body, "stream": True}, timeout=120
+    ) as response:
+        for line in response.iter_lines():
+            if not line.startswith("data: {"):
+                continue
+            pieces.append(json.loads(line.removeprefix("data: ")))
+            if len(pieces) == 1:
+                then()
+    assert len(pieces) > 1  # it had begun, and had not ended
+    return dict(pieces[-1])
+
+
+def turn(session: Session, tokens: list[int], max_new_tokens: int, rid: str | None = None) -> dict[str, Any]:
+    return {
+        "input_ids": tokens,
+        "sampling_params": {"temperature": 0.0, "max_new_tokens": max_new_tokens},
+        "session_params": {"id": session.id},
+        "rid": rid or uuid.uuid4().hex,
+    }
+
+
+def test_a_flush_between_two_turns_and_while_one_waits(server: SGLangServer) -> None:
+    rng = random.Random(4)
+    session = Session(server, "streaming")
+    session.ask(some(rng, 200))
+    server.flush_cache()
+    session.ask(some(rng, 40))
+    tokens = some(rng, 40)
+
+    def pause_and_flush() -> None:
+        # The turn goes back into the queue, and waits there.
+        server.request("POST", "/pause_generation", json={"mode": "retract"})
+        server.flush_cache(timeout_s=0)  # with a timeout SGLang waits for the queue to empty
+        server.request("POST", "/continue_generation", json={})
+
+    answer = begin(server, turn(session, tokens, 300), pause_and_flush)
+    assert answer["meta_info"]["completion_tokens"] == 300
+    alone = server.generate(session.tokens + tokens, 300, cache_salt=uuid.uuid4().hex)
+    assert answer["output_ids"] == alone["output_ids"]
+    session.tokens += tokens + answer["output_ids"]
+    session.ask(some(rng, 40))
+    session.check()
+    session.close()
+
+
+def test_a_session_goes_on_after_a_turn_that_was_given_up(server: SGLangServer) -> None:
+    rng = random.Random(5)
+    session = Session(server, "streaming")
+    session.ask(some(rng, 200))
+    for number in range(2):
+        rid = f"given-up-{number}"
+        answer = begin(server, turn(session, some(rng, 100), 1000, rid), lambda rid=rid: server.abort(rid))
+        assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+        drive_out(server, rng)
+        session.ask(some(rng, 40))
     session.check()
     session.close()
