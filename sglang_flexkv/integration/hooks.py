@@ -133,6 +133,13 @@ def around_stream_output(
     original(streamer, without_failed(reqs) if get_memory().enable_flexkv else reqs, *args, **kwargs)
 
 
+def before_embedding(worker: Any, batch: Any) -> None:
+    from sglang.srt.runtime_context import get_memory
+
+    if get_memory().enable_flexkv:
+        worker.set_hicache_consumer(batch.hicache_consumer_index)
+
+
 def before_flush(scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
     from sglang.srt.runtime_context import get_memory
 

@@ -186,6 +186,16 @@ PATCHES = (
         "in progress, which copies to the CPU tier are until its next step.",
         "With settle-before-flush.",
     ),
+    Patch(
+        "embeddings-wait",
+        "sglang.srt.managers.tp_worker.BaseTpWorker.forward_batch_embedding",
+        "before",
+        hooks.before_embedding,
+        ("self", "batch"),
+        "SGLang tells the KV pool which loads a forward depends on when it generates, not when it embeds: "
+        "the forward reads layers that have not arrived, and the embedding is wrong.",
+        "SGLang calls set_hicache_consumer in forward_batch_embedding as in forward_batch_generation.",
+    ),
 )
 
 
