@@ -66,6 +66,8 @@ class Ledger:
         # From here on the files hold what was found; the rest was rejected and may be written at will.
         self.current = {slot: rig.found[slot] for slot in served}
         self.durable = dict(self.current)
+        # A clear that was not synced may not have happened; the next sync says nothing about it.
+        self._cleared_at = self.oldest_allowed
         return len(served)
 
 
