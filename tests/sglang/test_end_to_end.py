@@ -126,7 +126,7 @@ def abort_some(server: SGLangServer, turns: list[Turn], stop: threading.Event) -
 
         def victim(rid: str = rid, tokens: tuple[int, ...] = turn.tokens) -> None:
             with contextlib.suppress(ServerError):
-                server.generate(tokens, 200, rid=rid)
+                server.generate(tokens, 50, rid=rid)
 
         thread = threading.Thread(target=victim)
         thread.start()
