@@ -292,8 +292,9 @@ class FlexKVConfig(_Settings):
         self.check_memory()
         num_cpu_blocks = cpu_bytes // num_ranks // block_bytes
         if num_cpu_blocks == 0:
+            asked = f"{self.cpu_cache_gb:g}" if self.cpu_cache_gb else f"{cpu_bytes / GIB:g} (the default)"
             raise ConfigError(
-                f"cpu_cache_gb={cpu_bytes / GIB:g} holds no block of {block_bytes} bytes per rank; raise it"
+                f"cpu_cache_gb={asked} holds no block of {block_bytes} bytes per rank; raise it"
             )
         num_ssd_blocks = int(self.ssd_cache_gb * GIB) // num_ranks // block_bytes
         if self.ssd_cache_gb > 0 and num_ssd_blocks < len(self.ssd_cache_dir):
