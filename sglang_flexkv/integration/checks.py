@@ -126,8 +126,8 @@ def check_model(model: Any) -> None:
 
 
 def check_ssd(config: FlexKVConfig, view: Any, model: Any) -> None:
-    """Raises ConfigError if SSD directories are one, or their files belong to a running server or hold the
-    cache of another model or setting.
+    """Raises ConfigError if files in the SSD directories belong to a running server or hold the cache of
+    another model or setting. ``check_machine`` has looked at the directories themselves.
 
     What the device pool adds to the setting is not known yet, and files can come and go, so it is looked at
     again when they are opened.
@@ -141,7 +141,6 @@ def check_ssd(config: FlexKVConfig, view: Any, model: Any) -> None:
     from sglang_flexkv.storage import ssd_identity, ssd_tools
     from sglang_flexkv.storage.ssd_store import mismatch
 
-    check_directories(config.ssd_cache_dir)
     ranks = {f"dp{dp}-tp{tp}" for dp in range(max(1, view.dp_size)) for tp in range(view.tp_size)}
     shards = [files for d in config.ssd_cache_dir for files in shards_in(d) if files.rank_tag in ranks]
     for files in shards:
