@@ -20,7 +20,7 @@ import httpx
 import psutil
 from common import ROOT
 
-sys.path.append(str(ROOT / "tests" / "sglang"))
+sys.path.append(str(ROOT / "tests" / "support"))
 _server: Any = importlib.import_module("server")
 _answers: Any = importlib.import_module("answers")
 SGLangServer: Any = _server.SGLangServer

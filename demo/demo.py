@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests" / "sglang"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from answers import ASK, EXACT, difference  # noqa: E402
 from server import DTYPE, SGLangServer  # noqa: E402

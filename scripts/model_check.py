@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs the index side by side with a naive model (tests/unit/index_model.py), for as long as one likes.
+"""Runs the index side by side with a naive model (tests/support/index_model.py), for as long as one likes.
 
     scripts/model_check.py --operations 1000000 --seed 0
 
@@ -14,7 +14,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "unit"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "support"))
 from index_model import Divergence, Policy, run_episodes
 
 

@@ -54,7 +54,7 @@ LADDER: list[dict[str, Any]] = [
 
 def server_class(root: Path) -> Any:
     """The project's own server helper, from its tests."""
-    path = root / "tests" / "sglang" / "server.py"
+    path = root / "tests" / "support" / "server.py"
     spec = importlib.util.spec_from_file_location("sglang_server", path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""Judging answers in bfloat16 (tests/sglang/answers.py): a tie may go either way, nothing else may differ."""
+"""Judging answers in bfloat16 (tests/support/answers.py): a tie may go either way, nothing else may."""
 
 from __future__ import annotations
 

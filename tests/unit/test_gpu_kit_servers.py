@@ -79,8 +79,8 @@ class SGLangServer:
 
 
 def run(folder: Path, **environment: str) -> tuple[int, dict]:
-    (folder / "tests" / "sglang").mkdir(parents=True)
-    (folder / "tests" / "sglang" / "server.py").write_text(textwrap.dedent(FAKE))
+    (folder / "tests" / "support").mkdir(parents=True)
+    (folder / "tests" / "support" / "server.py").write_text(textwrap.dedent(FAKE))
     model = folder / "model"
     model.mkdir()
     fields = {

@@ -319,7 +319,7 @@ def test_what_a_killed_process_had_synced_is_found(make, tmp_path) -> None:
     program = """
         import sys
         from pathlib import Path
-        sys.path.insert(0, sys.argv[2])
+        sys.path += sys.argv[2:]
         import torch
         from test_kvmanager import SLOTS, Pool, tokens
         torch.manual_seed(9)
@@ -327,7 +327,8 @@ def test_what_a_killed_process_had_synced_is_found(make, tmp_path) -> None:
         pool.put(tokens(1000, 64), SLOTS)
         print(pool.manager.engine.sync(20.0), flush=True)
     """
-    run_until_killed(program, str(tmp_path), str(Path(__file__).parent))
+    here = Path(__file__).parent
+    run_until_killed(program, str(tmp_path), str(here), str(here.with_name("support")))
     torch.manual_seed(9)
     pool = make(ssd_blocks=64)
     before = pool.bytes_at(SLOTS)  # by the same seed
