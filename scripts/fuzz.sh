@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Fuzz the code that reads the SSD tier's files (csrc/fuzz). Exit status 1: there is a finding.
+# Fuzz the code that reads the SSD tier's files (csrc/testing/fuzz). Exit status 1: there is a finding.
 #
 #     scripts/fuzz.sh [SECONDS]                      libFuzzer, needs clang; 600 seconds
 #     scripts/fuzz.sh --smoke [SECONDS] [OPTION ...] g++ and a driver of our own; 5 seconds
@@ -10,10 +10,11 @@ set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly ROOT BUILD=$ROOT/build/fuzz CSRC=$ROOT/csrc
-# What csrc/fuzz links: the store and what is under it.
-readonly SOURCES=(fuzz/fuzz_ssd_files ssd_store ssd_format disk io_engine checksum)
+# What csrc/testing/fuzz links: the store and what is under it.
+readonly SOURCES=(testing/fuzz/fuzz_ssd_files ssd/{ssd_store,ssd_format,disk,io_engine,checksum})
 # A finding must end the run. Memory is a matter of the invariants: see Load.
-readonly FLAGS=(-std=c++20 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -Wall -Wextra -Wshadow)
+readonly FLAGS=(-std=c++20 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -Wall -Wextra -Wshadow
+    "-I$CSRC")
 readonly MEMORY_MB=256
 
 die() {
@@ -27,7 +28,7 @@ build() {
     shift 3
     local sources=("${SOURCES[@]}") objects=()
     [[ -z $main ]] || sources+=("$main")
-    [[ $(uname -m) != x86_64 ]] || sources+=(checksum_avx2)
+    [[ $(uname -m) != x86_64 ]] || sources+=(ssd/checksum_avx2)
     if [[ -x $BUILD/$binary && -z $(find "$CSRC" "${BASH_SOURCE[0]}" -name '*.?pp' -newer "$BUILD/$binary" -print \
         -o -name fuzz.sh -newer "$BUILD/$binary" -print) ]]; then
         return
@@ -38,7 +39,7 @@ build() {
         object=$BUILD/$binary.o/${name//\//_}.o
         objects+=("$object")
         local extra=()
-        [[ $name != checksum_avx2 ]] || extra=(-mavx2)
+        [[ $name != ssd/checksum_avx2 ]] || extra=(-mavx2)
         "$compiler" "${FLAGS[@]}" "$@" ${extra[@]+"${extra[@]}"} -c "$CSRC/$name.cpp" -o "$object" &
         running+=($!)
         if ((${#running[@]} >= $(nproc))); then
@@ -78,7 +79,7 @@ export UBSAN_OPTIONS=print_stacktrace=1:abort_on_error=1
 if [[ ${1:-} == --smoke ]]; then
     shift
     [[ ! ${1:-} =~ ^[0-9]+$ ]] || set -- --seconds "$@"
-    build smoke fuzz/driver g++ -fsanitize=address,undefined
+    build smoke testing/fuzz/driver g++ -fsanitize=address,undefined
     flock -u 9
     if "$BUILD/smoke" --crash "$BUILD/findings/smoke-$$" "$@" 9>&-; then
         exit 0
@@ -93,7 +94,7 @@ fi
 seconds=${1:-600}
 [[ $seconds =~ ^[0-9]+$ ]] || die "usage: scripts/fuzz.sh [--smoke] [SECONDS]"
 find_clang
-build seeds fuzz/driver clang++ # of clang as well: who has it need not have g++
+build seeds testing/fuzz/driver clang++ # of clang as well: who has it need not have g++
 build libfuzzer "" clang++ -fsanitize=fuzzer,address,undefined
 "$BUILD/seeds" --write-seeds "$BUILD/corpus"
 flock -u 9

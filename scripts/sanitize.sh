@@ -27,7 +27,7 @@ build() {
     shift
     mkdir -p "$ROOT/build/sanitize-$sanitizer"
     # Two at once would write the same objects.
-    flock "$ROOT/build/sanitize-$sanitizer/lock" make -s -C "$ROOT/csrc/tests" -j "$(nproc)" \
+    flock "$ROOT/build/sanitize-$sanitizer/lock" make -s -C "$ROOT/csrc/testing" -j "$(nproc)" \
         SANITIZER="$sanitizer" PYTHON="$PYTHON" "$@" || {
         echo "sanitize.sh: it does not build" >&2
         exit 2
@@ -65,7 +65,7 @@ with_core() {
     # The CUDA driver's stand-in is built with the same sanitizer: it orders what the core's threads do.
     (cd "$ROOT" && env LD_PRELOAD="${preload[*]}" ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0" \
         FAKE_CUDA_FLAGS="-O1 -g1 -fsanitize=$sanitizer" "$PYTHON" \
-        csrc/tests/pytest_with_core.py "build/sanitize-$sanitizer/_core.so" -q -p no:cacheprovider "$@")
+        csrc/testing/pytest_with_core.py "build/sanitize-$sanitizer/_core.so" -q -p no:cacheprovider "$@")
 }
 
 self_test() {
@@ -90,7 +90,7 @@ case ${1:-} in
         check "$sanitizer: transfer engine" with_core "$sanitizer" "$ENGINE" -k "not $MEMORY and not $SHARED"
         check "$sanitizer: CUDA path" with_core "$sanitizer" tests/unit/test_cuda_path.py
     done
-    TSAN_OPTIONS+=":suppressions=$ROOT/csrc/tests/shared_slots.supp"
+    TSAN_OPTIONS+=":suppressions=$ROOT/csrc/testing/shared_slots.supp"
     for sanitizer in address thread; do
         check "$sanitizer: random graphs" with_core "$sanitizer" "$ENGINE" -k "$SHARED"
     done

@@ -1,4 +1,4 @@
-"""A CUDA driver made of threads (csrc/tests/fake_cuda.cpp), and a rig that runs the real engine on it."""
+"""A CUDA driver made of threads (csrc/testing/fake_cuda.cpp), and a rig that runs the real engine on it."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build(directory: Path, version: int) -> Path:
     library = directory / f"libcuda-{version}.so.1"
     # A sanitized core needs a driver that is sanitized, too, or it does not see what the driver orders.
     flags = os.environ.get("FAKE_CUDA_FLAGS", "-O2").split()
-    source = ROOT / "csrc" / "tests" / "fake_cuda.cpp"
+    source = ROOT / "csrc" / "testing" / "fake_cuda.cpp"
     command = [compiler, "-std=c++20", *flags, f"-DFAKE_CUDA={version}", "-shared", "-fPIC", "-pthread"]
     subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)], check=True)
     return library

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKED_IN = ROOT / "csrc" / "cuda" / "copy_kernel_ptx.inc"
+CHECKED_IN = ROOT / "csrc" / "copy" / "copy_kernel_ptx.inc"
 
 
 def tool(name: str) -> str:

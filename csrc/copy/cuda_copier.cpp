@@ -1,0 +1,349 @@
+#include "copy/cuda_copier.hpp"
+
+#include <algorithm>
+#include <iterator>
+#include <utility>
+
+#include "copy/cuda_measure.hpp"
+#include "cuda/cuda_driver.hpp"
+
+namespace flexkv {
+
+namespace {
+
+// A launch or a copy costs the host about 3 us and the device a little less. Neighbouring layers go together until
+// they are worth it (1 MiB is 20 us on a fast link), and the loads of a batch together take no more than this many
+// groups, each with an event behind it: 64 layers are to cost the host 200 us at most.
+constexpr size_t kGroupBytesMin = size_t{1} << 20;
+constexpr int kGroupsMax = 32;
+
+// How often the ends of copies are looked for. Nobody's forward waits for this, as that is what events are for.
+constexpr auto kPollInterval = std::chrono::microseconds(100);
+
+// The loads of a batch are submitted some tens of microseconds apart. One that has not come for so long is not
+// waited for: its caller was held up, and the link is not to be idle for that.
+constexpr auto kNextLoadMax = std::chrono::milliseconds(5);
+
+// Where it could not be measured: copy engines reach most of a link's speed with pieces of 28 to 64 KiB.
+constexpr size_t kEnginePieceBytes = size_t{32} << 10;
+
+}  // namespace
+
+CudaCopier::CudaCopier(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout,
+                       std::shared_ptr<HostPool> host)
+    : cuda_(std::move(cuda)),
+      layout_(layout),
+      host_(std::move(host)),
+      engine_path_(cuda_, layout_, *host_),
+      timed_events_(std::make_shared<EventPool>(cuda_, true)) {
+  const CudaContext context(*cuda_);
+  // Loads go first: a forward waits for them, and for nobody's stores.
+  loads_.to_device = true;
+  for (Direction* direction : {&loads_, &stores_}) {
+    direction->stream = std::make_unique<CopyStream>(cuda_, direction->to_device);
+  }
+  kernel_path_ = std::make_unique<KernelPath>(cuda_, layout_, *host_, *loads_.stream);
+  if (kernel_path_->usable()) {
+    std::string problem;
+    engine_piece_bytes_ = MeasureEnginePieceBytes(*cuda_, *kernel_path_, *timed_events_, *loads_.stream, &problem);
+    note_ = "copy engines from " + std::to_string((problem.empty() ? engine_piece_bytes_ : kEnginePieceBytes) >> 10) +
+            " KiB a piece (" + (problem.empty() ? "measured" : "not measured: " + problem) + "), below by kernel; here " +
+            std::to_string(engine_path_.piece_bytes(true) >> 10) + " KiB";
+    if (!problem.empty()) engine_piece_bytes_ = kEnginePieceBytes;
+  } else {
+    note_ = "copy engines alone: " + kernel_path_->note();
+  }
+  for (Direction* direction : {&loads_, &stores_}) {
+    direction->thread = std::thread([this, direction] { Loop(*direction); });
+  }
+}
+
+CudaCopier::~CudaCopier() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    stop_ = true;
+  }
+  wake_.notify_all();
+  for (Direction* direction : {&loads_, &stores_}) direction->thread.join();
+  const CudaContext context(*cuda_);
+  for (Direction* direction : {&loads_, &stores_}) direction->stream.reset();
+  kernel_path_.reset();
+}
+
+void CudaCopier::Submit(DeviceCopy copy) {
+  Submission submission{std::move(copy)};
+  submission.copy.blocks.Summarize();
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    (submission.copy.blocks.to_device ? loads_ : stores_).submitted.push_back(std::move(submission));
+  }
+  wake_.notify_all();
+}
+
+void CudaCopier::LoadsSubmitted(LayerGate& gate, int loads) {
+  if (!gate.Submitted(loads)) return;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    loads_.complete = true;
+  }
+  wake_.notify_all();
+}
+
+void CudaCopier::Loop(Direction& direction) {
+  std::string error;
+  const bool current = cuda_->MakeCurrent(&error);
+  std::unique_lock<std::mutex> lock(mutex_);
+  for (;;) {
+    const auto wanted = [&] { return stop_ || direction.complete || !direction.submitted.empty(); };
+    if (!direction.waiting.empty() || !direction.flights.empty()) {
+      wake_.wait_for(lock, kPollInterval, wanted);
+    } else {
+      wake_.wait(lock, wanted);
+    }
+    if (stop_) return;
+    for (Submission& submission : direction.submitted) {
+      if (!current) submission.error = error;
+      direction.waiting.push_back(std::move(submission));
+    }
+    direction.submitted.clear();
+    direction.complete = false;
+    // Under the mutex: a gate that has all of its loads by now has them all in `waiting`.
+    for (Submission& submission : direction.waiting) submission.held_back = IsHeldBack(submission.copy);
+    lock.unlock();
+    Reap(direction);
+    StartWaiting(direction);
+    lock.lock();
+  }
+}
+
+void CudaCopier::StartWaiting(Direction& direction) {
+  std::deque<Submission> ready, held_back;
+  for (Submission& submission : direction.waiting) {
+    if (EndedWaiting(submission)) continue;
+    (submission.held_back ? held_back : ready).push_back(std::move(submission));
+  }
+  direction.waiting.swap(held_back);
+  // What comes first in the model goes first, whatever request it belongs to.
+  if (direction.to_device) {
+    std::stable_sort(ready.begin(), ready.end(), [](const Submission& a, const Submission& b) {
+      return a.copy.layer_begin < b.copy.layer_begin;
+    });
+  }
+  while (!ready.empty()) {
+    std::unique_ptr<Flight> flight = TakeFlight(ready);
+    // Loads may overtake each other. Stores keep their order: it is the order of the forwards they wait for.
+    const bool blocked = !direction.to_device && !direction.waiting.empty();
+    if (!blocked && Start(direction, flight)) continue;
+    std::move(flight->submissions.begin(), flight->submissions.end(), std::back_inserter(direction.waiting));
+  }
+}
+
+bool CudaCopier::EndedWaiting(Submission& submission) {
+  if (submission.error.empty() && !submission.copy.cancelled->load()) return false;
+  End(submission, "");
+  return true;
+}
+
+bool CudaCopier::IsHeldBack(const DeviceCopy& copy) {
+  return copy.blocks.to_device && copy.gate && !copy.follows_read && copy.gate->AwaitsLoads(kNextLoadMax);
+}
+
+bool CudaCopier::IsPinned(const CopiedBlocks& blocks) const {
+  return (static_cast<size_t>(blocks.last_host_slot) + 1) * host_->slot_bytes() <= host_->pinned_bytes();
+}
+
+bool CudaCopier::GoesByKernel(const CopiedBlocks& blocks, bool pinned) const {
+  // What is stored leaves the device by the copy engines, so where it goes need not be pinned.
+  return (pinned || !blocks.to_device) && engine_path_.piece_bytes(blocks.in_sequence) < engine_piece_bytes_ &&
+         kernel_path_->Takes(blocks);
+}
+
+std::unique_ptr<CudaCopier::Flight> CudaCopier::TakeFlight(std::deque<Submission>& ready) const {
+  auto flight = std::make_unique<Flight>();
+  flight->blocks = ready.front().copy.blocks;
+  flight->pinned = IsPinned(flight->blocks);
+  flight->submissions.push_back(std::move(ready.front()));
+  ready.pop_front();
+  // Memory that is not pinned is copied by a call that waits for the end: such a copy goes alone.
+  if (!flight->blocks.to_device || !flight->copy().gate || !flight->pinned) return flight;
+  std::deque<Submission> others;
+  for (Submission& other : ready) {
+    const DeviceCopy &first = flight->copy(), &copy = other.copy;
+    const CopiedBlocks together = flight->blocks.With(copy.blocks);
+    if (copy.gate == first.gate && copy.layer_begin == first.layer_begin && copy.layer_end == first.layer_end &&
+        IsPinned(copy.blocks) && kernel_path_->Takes(together) == kernel_path_->Takes(flight->blocks)) {
+      flight->blocks = together;
+      flight->submissions.push_back(std::move(other));
+    } else {
+      others.push_back(std::move(other));
+    }
+  }
+  ready.swap(others);
+  return flight;
+}
+
+bool CudaCopier::Start(Direction& direction, std::unique_ptr<Flight>& flight) {
+  for (const Submission& submission : flight->submissions) {
+    for (uint64_t event : *submission.copy.wait_events) {
+      std::vector<uint64_t>& events = flight->wait_events;
+      if (std::find(events.begin(), events.end(), event) == events.end()) events.push_back(event);
+    }
+  }
+  if (StateOfEvents(*flight) == CudaDriver::State::kFailed) {
+    for (Submission& submission : flight->submissions) End(submission, flight->error);
+    return true;
+  }
+  // The driver copies memory that is not pinned by way of a buffer of its own, and its call returns only when the
+  // stream has got that far. Nobody who needs the driver meanwhile should wait for a forward.
+  if (!flight->pinned && (flight->waits() || !direction.flights.empty())) return false;
+  flight->by_kernel = GoesByKernel(flight->blocks, flight->pinned);
+  JoinArrays(*flight);
+  if (flight->by_kernel) {
+    flight->described = kernel_path_->Describe(flight->blocks);
+    if (!flight->described) return false;
+  }
+  Queue(direction, std::move(flight));
+  return true;
+}
+
+CudaDriver::State CudaCopier::StateOfEvents(Flight& flight) {
+  for (; flight.waits(); ++flight.events_seen) {
+    const auto event = reinterpret_cast<CudaDriver::Event>(flight.wait_events[flight.events_seen]);
+    const CudaDriver::State state = cuda_->QueryEvent(event, &flight.error);
+    if (state != CudaDriver::State::kDone) return state;
+  }
+  return CudaDriver::State::kDone;
+}
+
+void CudaCopier::JoinArrays(Flight& flight) const {
+  if (flight.submissions.size() == 1) return;
+  const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
+  flight.host_slots.reserve(flight.blocks.count);
+  flight.first_rows.reserve(flight.blocks.count);
+  flight.token_slots.reserve(flight.blocks.count * per_block);
+  for (const Submission& submission : flight.submissions) {
+    const CopiedBlocks& part = submission.copy.blocks;
+    flight.host_slots.insert(flight.host_slots.end(), part.host_slots, part.host_slots + part.count);
+    flight.first_rows.insert(flight.first_rows.end(), part.first_rows, part.first_rows + part.count);
+    flight.token_slots.insert(flight.token_slots.end(), part.token_slots,
+                              part.token_slots + part.count * per_block);
+  }
+  flight.blocks.host_slots = flight.host_slots.data();
+  flight.blocks.first_rows = flight.first_rows.data();
+  flight.blocks.token_slots = flight.token_slots.data();
+}
+
+void CudaCopier::Queue(Direction& direction, std::unique_ptr<Flight> flight) {
+  const auto start = std::chrono::steady_clock::now();
+  CopyStream& stream = *direction.stream;
+  bool good = true;
+  if (flight->waits()) {
+    stream.MakeRoom(flight->wait_events.size());
+    for (uint64_t event : flight->wait_events) {
+      good = good && cuda_->StreamWaitEvent(stream.get(), event, &flight->error);
+    }
+  }
+  std::string ignored;
+  flight->start = timed_events_->Record(stream.get(), &ignored);
+  good = good && (!flight->described || kernel_path_->QueueDescriptors(flight->blocks, *flight->described, stream,
+                                                                       &flight->error));
+  if (good) direction.to_device ? QueueLoad(*flight, stream) : QueueStore(*flight, stream);
+  // Whatever was queued must have left the pools before the slots are given to somebody else, so one that failed
+  // half-way is followed to its end, too; without an event, to the end of its stream.
+  flight->end = timed_events_->Record(stream.get(), &ignored);
+  direction.flights.push_back(std::move(flight));
+  direction.queue_s.fetch_add(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+}
+
+bool CudaCopier::QueueLoad(Flight& flight, CopyStream& stream) {
+  const DeviceCopy& copy = flight.copy();
+  const CopiedBlocks& blocks = flight.blocks;
+  const int layers = copy.layer_end - copy.layer_begin;
+  // The first layer goes alone: a forward waits for it.
+  const int layers_min = copy.gate ? std::max(1, (layers + kGroupsMax - 3) / (kGroupsMax - 1)) : layers;
+  for (int begin = copy.layer_begin; begin < copy.layer_end;) {
+    if (std::all_of(flight.submissions.begin(), flight.submissions.end(),
+                    [](const Submission& submission) { return submission.copy.cancelled->load(); })) {
+      return true;
+    }
+    int end = begin;
+    size_t bytes = 0;
+    while (end < copy.layer_end &&
+           (end - begin < (copy.gate && begin == copy.layer_begin ? 1 : layers_min) || bytes < kGroupBytesMin)) {
+      bytes += layout_.layer_bytes(end) * blocks.count;
+      ++end;
+    }
+    if (!(flight.by_kernel
+              ? kernel_path_->QueueLoad(blocks, *flight.described, begin, end, stream, &flight.error)
+              : engine_path_.Queue(blocks, begin, end, flight.pinned, stream, &flight.error)) ||
+        !TellQueued(flight, begin, end, stream)) {
+      return false;
+    }
+    begin = end;
+  }
+  return true;
+}
+
+bool CudaCopier::QueueStore(Flight& flight, CopyStream& stream) {
+  const DeviceCopy& copy = flight.copy();
+  const CopiedBlocks& blocks = flight.blocks;
+  if (!flight.by_kernel) {
+    return engine_path_.Queue(blocks, copy.layer_begin, copy.layer_end, flight.pinned, stream, &flight.error) &&
+           TellQueued(flight, 0, 1, stream);
+  }
+  for (size_t first = 0; first < blocks.count; first += kernel_path_->slots_on_device()) {
+    const size_t count = std::min(blocks.count - first, kernel_path_->slots_on_device());
+    // The slots are free: what was in them has been queued to leave before.
+    if (!kernel_path_->QueueGather(blocks, *flight.described, first, count, copy.layer_begin, copy.layer_end,
+                                   stream, &flight.error) ||
+        !engine_path_.QueueFromSlots(blocks, first, count, copy.layer_begin, copy.layer_end,
+                                     kernel_path_->address_of_slots(), flight.pinned, stream, &flight.error)) {
+      return false;
+    }
+  }
+  return TellQueued(flight, 0, 1, stream);
+}
+
+bool CudaCopier::TellQueued(Flight& flight, int layer_begin, int layer_end, CopyStream& stream) {
+  if (!flight.copy().gate) return true;
+  const StreamEvent event = stream.Record(&flight.error);
+  if (event == nullptr) return false;
+  for (Submission& submission : flight.submissions) submission.copy.on_queued(layer_begin, layer_end, event);
+  return true;
+}
+
+void CudaCopier::Reap(Direction& direction) {
+  while (!direction.flights.empty()) {
+    Flight& flight = *direction.flights.front();
+    std::string error;
+    CudaDriver::State state = CudaDriver::State::kFailed;
+    if (flight.end != nullptr) {
+      state = cuda_->QueryEvent(flight.end.get(), &error);
+      if (state == CudaDriver::State::kPending) return;
+      if (flight.error.empty()) flight.error = error;
+    }
+    // Without an event, or one that cannot be asked: when the stream is idle. If that cannot be asked either,
+    // the device is lost, and nothing on it runs any more.
+    if (state == CudaDriver::State::kFailed) state = cuda_->QueryStream(direction.stream->get(), &error);
+    if (state == CudaDriver::State::kPending) return;
+    if (flight.error.empty()) flight.error = error;
+    if (flight.described) kernel_path_->Release(*flight.described);
+    if (flight.error.empty() && flight.start != nullptr && flight.end != nullptr) {
+      direction.busy_s.fetch_add(cuda_->SecondsBetween(flight.start.get(), flight.end.get()));
+    }
+    const std::unique_ptr<Flight> ended = std::move(direction.flights.front());
+    direction.flights.pop_front();
+    for (Submission& submission : ended->submissions) End(submission, ended->error);
+  }
+}
+
+void CudaCopier::End(Submission& submission, const std::string& flight_error) {
+  const DeviceCopy& copy = submission.copy;
+  const std::string& error = flight_error.empty() ? submission.error : flight_error;
+  const OpStatus status = !error.empty()           ? OpStatus::kFailed
+                          : copy.cancelled->load() ? OpStatus::kCancelled
+                                                   : OpStatus::kDone;
+  copy.on_end(status, error);
+}
+
+}  // namespace flexkv

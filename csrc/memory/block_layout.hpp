@@ -1,0 +1,91 @@
+// Where a block's bytes are on both sides of a copy.
+//
+// Device side (LAYERWISE): one or two buffers per layer (K and V, or MLA's latent), each a matrix of
+// rows. A row holds one token, or a whole page where the pool is laid out by page.
+// Host side (BLOCKWISE): one slot per block, [layer][buffer][row in block][row bytes], so one layer
+// of a block is contiguous and a whole block is one I/O.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "base/types.hpp"
+
+namespace flexkv {
+
+struct DeviceBuffer {
+  uint64_t base = 0;          // address of row 0, on the CPU or on the GPU
+  int64_t num_rows = 0;
+  int64_t row_bytes = 0;      // bytes of a row that are copied
+  int64_t row_stride = 0;     // bytes from one row to the next
+};
+
+class BlockLayout {
+ public:
+  // layers[l] lists the buffers of layer l. tokens_per_row divides tokens_per_block.
+  BlockLayout(std::vector<std::vector<DeviceBuffer>> layers, int64_t tokens_per_block,
+              int64_t tokens_per_row);
+
+  int num_layers() const { return static_cast<int>(layers_.size()); }
+  int64_t tokens_per_block() const { return tokens_per_block_; }
+  int64_t tokens_per_row() const { return tokens_per_row_; }
+  int64_t rows_per_block() const { return tokens_per_block_ / tokens_per_row_; }
+  const std::vector<DeviceBuffer>& buffers(int layer) const { return layers_[layer]; }
+  // Offset and size of a layer within a block. The offset after the last one is block_bytes().
+  size_t layer_offset(int layer) const { return layer_offset_[layer]; }
+  size_t layer_bytes(int layer) const { return layer_offset_[layer + 1] - layer_offset_[layer]; }
+  size_t block_bytes() const { return layer_offset_.back(); }
+
+  // First row of each block for the token slots of `count` blocks (count * tokens_per_block values).
+  // A block whose rows are not consecutive gets -1: it is copied row by row.
+  // Throws UsageError for a slot outside the pool.
+  std::vector<int64_t> FirstRows(const int64_t* token_slots, size_t count) const;
+
+ private:
+  std::vector<std::vector<DeviceBuffer>> layers_;
+  std::vector<size_t> layer_offset_;
+  int64_t tokens_per_block_;
+  int64_t tokens_per_row_;
+  int64_t num_rows_ = 0;
+};
+
+// A piece of a slot that the SSD tier reads, writes and verifies by itself: one layer, or as few
+// neighbouring layers as fill whole pages.
+struct Slice {
+  size_t offset = 0;
+  size_t bytes = 0;      // a multiple of kIoAlignment; the last slice takes the slot's padding
+  int layer_begin = 0;
+  int layer_end = 0;
+};
+// At most `max` slices that cover a slot.
+std::vector<Slice> SlicesOf(const BlockLayout& layout, size_t slot_bytes, size_t max);
+
+// Memory is fast where it is read and written in runs of about so many bytes. So blocks with less per layer
+// are copied several layers at a time.
+constexpr size_t kCopyRunBytes = 4096;
+
+// One block of a copy. `token_slots` are its own, `first_row` is what FirstRows said.
+struct BlockCopy {
+  char* host = nullptr;
+  const int64_t* token_slots = nullptr;
+  int64_t first_row = 0;
+};
+
+// Copies layers [layer_begin, layer_end) of blocks between host slots and CPU memory that plays the device.
+// Fastest with blocks in the order of their rows. FenceCopies() has to come before anyone is told of the
+// bytes; one for many blocks, because each waits for all stores to drain.
+void CopyLayersCpu(const BlockLayout& layout, int layer_begin, int layer_end,
+                   std::span<const BlockCopy> blocks, bool to_device);
+void FenceCopies();
+
+// memcpy that bypasses the cache on the way out: what is copied here is read next by another
+// thread, a disk or much later, and pulling the destination into the cache first would cost a third
+// of the bandwidth.
+// `way` is one of StreamWays(), by default the best.
+void StreamCopy(char* dst, const char* src, size_t bytes, size_t way = 0);
+// The ways to do that which this processor has, the best first.
+std::vector<std::string> StreamWays();
+
+}  // namespace flexkv
