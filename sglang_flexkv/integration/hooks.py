@@ -140,6 +140,16 @@ def before_embedding(worker: Any, batch: Any) -> None:
         worker.set_hicache_consumer(batch.hicache_consumer_index)
 
 
+def around_get_hash_str(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    from sglang.srt.runtime_context import get_memory
+
+    from sglang_flexkv.integration.sglang_hashes import hash_tokens, native_works
+
+    if get_memory().enable_flexkv and not native_works():
+        return hash_tokens(*args, **kwargs)
+    return original(*args, **kwargs)
+
+
 def before_flush(scheduler: Any, *_args: Any, **_kwargs: Any) -> None:
     from sglang.srt.runtime_context import get_memory
 

@@ -196,6 +196,16 @@ PATCHES = (
         "the forward reads layers that have not arrived, and the embedding is wrong.",
         "SGLang calls set_hicache_consumer in forward_batch_embedding as in forward_batch_generation.",
     ),
+    Patch(
+        "hashes-without-a-compiler",
+        "sglang.srt.mem_cache.utils.get_hash_str",
+        "around",
+        hooks.around_get_hash_str,
+        ("token_ids", "prior_hash", "page_size"),
+        "SGLang compiles its hashing of pages when a cache with a store below it first needs it. Where it "
+        "finds no compiler, no headers of OpenSSL or nowhere to write, the first request ends the server.",
+        "SGLang ships its hashing compiled, or hashes without it.",
+    ),
 )
 
 

@@ -34,6 +34,7 @@ from sglang_flexkv.integration.metrics import Metrics
 from sglang_flexkv.integration.model_identity import Settings, describe, model_identity, notes
 from sglang_flexkv.integration.prefill_times import PrefillTimes
 from sglang_flexkv.integration.request_names import NamedHandle, by_name, name_of
+from sglang_flexkv.integration.sglang_hashes import native_works
 from sglang_flexkv.kvtask import KVTaskEngine
 from sglang_flexkv.storage.storage_engine import slot_bytes_for
 
@@ -548,6 +549,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     if cache_config.enable_ssd:
         for note in notes(identity):
             logger.warning("sglang-flexkv: %s", note)
+    native_works()  # what SGLang has to compile is compiled before the first request comes
     engine = KVTaskEngine(
         cache_config,
         device,

@@ -7,10 +7,14 @@ from array import array
 
 import numpy as np
 import pytest
+from sglang.srt.mem_cache.cpp_utils import native_hash
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.utils import get_hash_str
 
 from sglang_flexkv.common.block import Namespace, keys_from_page_hashes
 from sglang_flexkv.integration import page_hashes
 from sglang_flexkv.integration.page_hashes import PageHashes
+from sglang_flexkv.integration.sglang_hashes import hash_tokens, native_works
 
 PAGE = 4
 NAMESPACE = Namespace(bytes(range(16)))
@@ -179,3 +183,46 @@ def test_elements_of_a_token_and_the_one_behind_it_make_one_less(hashes: PageHas
     ids[pages * PAGE] += 1  # behind the last page
     ask_for(ids)
     assert hashed == [(0, pages)] * 2
+
+
+PLAIN = [5, 7, 11, 0, 2**32 - 1, 3, 9, 1, 4, 4, 4]
+WIDE = [*PLAIN[:5], 2**32, *PLAIN[6:], 2**40]
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 3, 4, 100])
+@pytest.mark.parametrize("before", [None, hashlib.sha256(b"before").hexdigest()])
+@pytest.mark.parametrize(
+    "key",
+    [
+        array("q", PLAIN),
+        PLAIN,
+        array("q", WIDE),
+        list(zip(PLAIN, WIDE, strict=False)),
+        RadixKey(array("q", PLAIN)),
+        RadixKey(array("q", WIDE)),
+        RadixKey(array("q", PLAIN), is_bigram=True),
+        RadixKey(array("q", WIDE), is_bigram=True),
+        array("q"),
+    ],
+    ids=lambda key: type(key).__name__,
+)
+def test_python_hashes_as_sglang_does(key: object, before: str | None, page_size: int | None) -> None:
+    assert native_works(), "SGLang compiles its own here"
+    assert hash_tokens(key, before, page_size) == get_hash_str(key, before, page_size)
+
+
+def test_what_sglang_cannot_compile_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def cannot(*_args: object) -> None:
+        raise RuntimeError("Failed to load HiCache native hash extension") from OSError("not here")
+
+    monkeypatch.setattr(native_hash, "get_native_hash", cannot)
+    native_works.cache_clear()
+    try:
+        assert not native_works()
+        assert not native_works()
+    finally:
+        native_works.cache_clear()
+    (message,) = caplog.messages
+    assert "OSError: not here" in message
