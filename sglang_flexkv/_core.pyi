@@ -71,6 +71,7 @@ class EvictionPolicy(Enum):
 IMPORTANCE_MAX: int
 
 def hash_tokens(tokens: _Tokens, tokens_per_block: int, namespace: bytes) -> _Keys: ...
+def keys_of_page_hashes(page_hashes: Sequence[str], namespace: bytes) -> _Keys: ...
 
 class PrefixIndex:
     def __init__(

@@ -199,6 +199,18 @@ PYBIND11_MODULE(_core, m) {
         return keys;
       },
       py::arg("tokens"), py::arg("tokens_per_block"), py::arg("namespace"));
+  m.def(
+      "keys_of_page_hashes",
+      [](const py::sequence& page_hashes, const std::string& name_space) {
+        const BlockKey id = ToId(name_space);
+        Keys keys({page_hashes.size(), size_t{2}});
+        BlockKey* out = reinterpret_cast<BlockKey*>(keys.mutable_data());
+        for (const py::handle page_hash : page_hashes) {
+          *out++ = KeyOfPageHash(page_hash.cast<std::string_view>(), id);
+        }
+        return keys;
+      },
+      py::arg("page_hashes"), py::arg("namespace"));
 
   py::class_<PrefixIndex>(m, "PrefixIndex")
       .def(py::init([](uint32_t cpu_slots, uint32_t ssd_slots, EvictionPolicyKind cpu_policy,

@@ -3,10 +3,28 @@
 #define XXH_INLINE_ALL
 #include <xxhash.h>
 
+#include <array>
 #include <cstring>
+#include <string>
 #include <vector>
 
 namespace flexkv {
+
+namespace {
+
+constexpr uint8_t kNoDigit = 0xff;
+
+constexpr std::array<uint8_t, 256> HexDigits() {
+  std::array<uint8_t, 256> values{};
+  for (auto& value : values) value = kNoDigit;
+  for (uint8_t i = 0; i < 10; ++i) values['0' + i] = i;
+  for (uint8_t i = 0; i < 6; ++i) values['a' + i] = values['A' + i] = 10 + i;
+  return values;
+}
+
+constexpr std::array<uint8_t, 256> kHexDigits = HexDigits();
+
+}  // namespace
 
 void TokenView::RequireFit(size_t blocks) const {
   if (!wide) return;
@@ -63,6 +81,25 @@ BlockKey HashBlock(const BlockKey& parent, const TokenView& tokens, size_t block
   link[0] = {parent.lo, parent.hi};
   const XXH128_hash_t hash = XXH3_128bits(link, sizeof link);
   return {hash.low64, hash.high64};
+}
+
+BlockKey KeyOfPageHash(std::string_view hex, const BlockKey& name_space) {
+  std::array<uint8_t, sizeof(BlockKey)> bytes;
+  uint8_t seen = 0;
+  if (hex.size() >= 2 * bytes.size()) {
+    for (size_t i = 0; i < bytes.size(); ++i) {
+      const uint8_t high = kHexDigits[static_cast<uint8_t>(hex[2 * i])];
+      const uint8_t low = kHexDigits[static_cast<uint8_t>(hex[2 * i + 1])];
+      seen |= high | low;
+      bytes[i] = static_cast<uint8_t>(high << 4 | low);
+    }
+  }
+  if (hex.size() < 2 * bytes.size() || seen >= 16) {
+    throw UsageError("the hash of a page begins with 32 hexadecimal digits, unlike '" + std::string(hex) + "'");
+  }
+  BlockKey key;
+  std::memcpy(&key, bytes.data(), sizeof key);
+  return {key.lo ^ name_space.lo, key.hi ^ name_space.hi};
 }
 
 }  // namespace flexkv

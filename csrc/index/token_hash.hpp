@@ -1,11 +1,13 @@
 // Keys from token ids, for the library's path: XXH3-128 of the parent's key and the XXH3-128 of the
-// block's tokens (32 bits each, little-endian). SGLang hashes its pages itself.
+// block's tokens (32 bits each, little-endian).
 //
 // It is fast, not cryptographic: whoever looks a block up by such a key compares its tokens, too.
+// SGLang hashes its pages itself, and its keys come from the names that it gives them.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "base/types.hpp"
 
@@ -25,5 +27,9 @@ struct TokenView {
 
 // Key of the block with these tokens after the block `parent`, or after the namespace's digest.
 BlockKey HashBlock(const BlockKey& parent, const TokenView& tokens, size_t block);
+
+// Key of a page that SGLang has hashed: the first 128 bits of the hash, folded with the namespace's
+// digest. Throws UsageError unless `hex` begins with 32 hexadecimal digits.
+BlockKey KeyOfPageHash(std::string_view hex, const BlockKey& name_space);
 
 }  // namespace flexkv

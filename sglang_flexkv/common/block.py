@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import NewType
 
@@ -36,14 +36,16 @@ def make_namespace(fields: Mapping[str, object]) -> Namespace:
     return Namespace(hashlib.blake2b(text.encode(), digest_size=KEY_BYTES, person=b"flexkv-ns-v1").digest())
 
 
-def keys_from_page_hashes(page_hashes: Iterable[str], namespace: Namespace) -> BlockKeys:
+def keys_from_page_hashes(page_hashes: Sequence[str], namespace: Namespace) -> BlockKeys:
     """Keys of SGLang's pages: the first 128 bits of each chained SHA-256 (hex), folded with the namespace.
 
-    Returns uint64 of shape [pages, 2].
+    Returns:
+        uint64 of shape [pages, 2].
+
+    Raises:
+        ValueError: a hash does not begin with 32 hexadecimal digits.
     """
-    raw = bytes.fromhex("".join([h[: 2 * KEY_BYTES] for h in page_hashes]))
-    keys = np.frombuffer(raw, dtype=np.uint64).reshape(-1, 2)
-    return keys ^ np.frombuffer(namespace, dtype=np.uint64)
+    return _core.keys_of_page_hashes(page_hashes, namespace)
 
 
 class SequenceMeta:

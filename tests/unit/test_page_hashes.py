@@ -226,3 +226,18 @@ def test_what_sglang_cannot_compile_is_said_once(
         native_works.cache_clear()
     (message,) = caplog.messages
     assert "OSError: not here" in message
+
+
+def test_keys_are_the_first_128_bits_of_the_hashes() -> None:
+    hashes = [hashlib.sha256(bytes([i])).hexdigest() for i in range(5)]
+    keys = keys_from_page_hashes(hashes, NAMESPACE)
+    raw = np.frombuffer(bytes.fromhex("".join(each[:32] for each in hashes)), np.uint64).reshape(-1, 2)
+    assert np.array_equal(keys, raw ^ np.frombuffer(NAMESPACE, np.uint64))
+    assert np.array_equal(keys_from_page_hashes([each.upper() for each in hashes], NAMESPACE), keys)
+    assert keys_from_page_hashes((), NAMESPACE).shape == (0, 2)
+
+
+@pytest.mark.parametrize("name", ["", "a" * 31, "g" * 32, "a" * 31 + "-", "é" * 32])
+def test_what_is_no_hash_has_no_key(name: str) -> None:
+    with pytest.raises(ValueError, match="begins with 32 hexadecimal digits"):
+        keys_from_page_hashes([name], NAMESPACE)
