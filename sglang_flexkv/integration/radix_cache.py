@@ -154,7 +154,9 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
         lock_params = cache.inc_lock_ref(node_id).to_dec_params()
         try:
             self.cache_linker.offload(
-                transfers, parent_hash=self._parent_hash(node_id), importance=cache.insert_importance
+                transfers,
+                parent_hash=self._parent_hash(node_id, transfers),
+                importance=cache.insert_importance,
             )
         except BaseException:
             cache.dec_lock_ref(node_id, lock_params)
@@ -166,11 +168,13 @@ class FlexKVLinkerWrapper(UnifiedCacheLinkerWrapper):
         """Stores a node that is about to be evicted, unless it is stored or on its way already."""
         transfers = self.cache.tree_core.build_external_linker_offload_transfers(node_id)
         if transfers:
-            self.cache_linker.spill(transfers, self._parent_hash(node_id))
+            self.cache_linker.spill(transfers, self._parent_hash(node_id, transfers))
 
-    def _parent_hash(self, node_id: int) -> str | None:
+    def _parent_hash(self, node_id: int, transfers: list[Any]) -> str | None:
         """Hash of the page before the node's first; None at the start of a sequence."""
-        node = self.cache.tree_core.snapshot_buffer_backup(node_id, False)
+        # Of the two calls that know it, this one copies neither the node's tokens nor its hashes.
+        (transfer,) = transfers
+        node = self.cache.tree_core.validate_buffer_backup(node_id, len(transfer.device_indices))
         return None if node is None else node.parent_last_hash
 
     def release_request(self, rid: str) -> None:
