@@ -38,6 +38,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool,
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.rust_tree_core.adapter import RustUnifiedTreeCore
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
+from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.server_args import ServerArgs, set_global_server_args_for_scheduler
 from sglang.test.kits.unified_radix_cache import fixtures
@@ -130,9 +131,14 @@ def make_pool(
 
 
 def build_small_cache(
-    pool: MHATokenToKVPool | MLATokenToKVPool, page_size: int, core: str = "rust", **options: Any
-) -> tuple[FlexKVRadixCache, TokenToKVPoolAllocator, ReqToTokenPool]:
-    """Our cache over a pool that the kit's factory does not make (MLA, fp8, fp32)."""
+    pool: MHATokenToKVPool | MLATokenToKVPool,
+    page_size: int,
+    core: str = "rust",
+    *,
+    cache_class: type[UnifiedRadixCache] = FlexKVRadixCache,
+    **options: Any,
+) -> tuple[Any, TokenToKVPoolAllocator, ReqToTokenPool]:
+    """A cache over a pool that the kit's factory does not make (MLA, fp8, fp32)."""
     set_global_server_args_for_scheduler(ServerArgs(model_path="dummy", page_size=page_size))
     requests = ReqToTokenPool(size=16, max_context_len=pool.size, device="cpu", enable_memory_saver=False)
     allocator = TokenToKVPoolAllocator(
@@ -148,7 +154,7 @@ def build_small_cache(
         **options,
     )
     with envs.SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND.override(core):
-        cache = FlexKVRadixCache(params)
+        cache = cache_class(params)
     assert cache._tree_core_backend == core
     return cache, allocator, requests
 

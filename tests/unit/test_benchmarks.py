@@ -109,6 +109,18 @@ def test_index_compares_calls_with_what_the_processor_can_do() -> None:
     assert checked(report, "matched prompts") == 3 * report["settings"]["repeats"]
 
 
+def test_what_the_scheduler_spends_is_compared_with_stock() -> None:
+    report = any_report_of("bench_scheduler.py")
+    assert set(report["goals"]) <= set(report["results"])
+    prompts = ("8k", "32k", "128k")
+    assert [(row["prompt"], row["way"]) for row in report["rows"]] == [
+        (prompt, way) for prompt in prompts for way in ("new", "hit", "stock")
+    ]
+    # One prompt of each length to warm up, and one per repeat.
+    for what in ("new prompts without a hit", "prompts that came back from the CPU tier"):
+        assert checked(report, what) == len(prompts) * (report["settings"]["repeats"] + 1)
+
+
 def test_recovery_finds_every_key() -> None:
     report = report_of("bench_recovery.py")
     assert report["results"]["recovery_s"] > 0
