@@ -149,7 +149,7 @@ class KVTaskEngine:
         # Tasks that read from SSD, READY or RUNNING, by the transaction that brings it to the CPU tier.
         self._reads: dict[int, KVTask] = {}
         self._ids = itertools.count(1)
-        self._holds: set[int] = set()
+        self._leases: set[int] = set()
         self._spills_running = 0
         self._waiting_puts: OrderedDict[int, _WaitingPut] = OrderedDict()  # CREATED tasks, the oldest first
         self._closed = False
@@ -218,18 +218,18 @@ class KVTaskEngine:
             self.poll()
             return self._cache.match(keys)
 
-    def hold(self, keys: BlockKeys, tier: _core.Tier | None = None) -> tuple[int, npt.NDArray[np.uint8]]:
-        """Pins the leading held blocks for a reader that comes later: those that ``tier`` holds, or any.
+    def pin(self, keys: BlockKeys) -> tuple[int, npt.NDArray[np.uint8]]:
+        """Pins the leading held blocks for a reader that comes later.
 
         Returns:
-            The lease (to be given back with ``unhold``; 0 if there is nothing) and of each block the tier
+            The lease (to be given back with ``unpin``; 0 if there is nothing) and of each block the tier
             that it is pinned in, uint8 [blocks].
         """
         with self._lock:
             self.poll()
-            lease, tiers, _ = self._cache.index.acquire(keys, tier)
+            lease, tiers, _ = self._cache.index.acquire(keys, None)
             if lease:
-                self._holds.add(lease)
+                self._leases.add(lease)
             return lease, tiers
 
     @property
@@ -271,9 +271,9 @@ class KVTaskEngine:
             task = self._reads.get(self._cache.index.writer(_core.Tier.CPU, key))
             return None if task is None or task.plan is None or task.plan.discarded else task
 
-    def unhold(self, lease: int) -> None:
+    def unpin(self, lease: int) -> None:
         with self._lock:
-            self._holds.discard(lease)
+            self._leases.discard(lease)
             self._cache.index.release(lease)
 
     # ---- creating ----
@@ -634,7 +634,7 @@ class KVTaskEngine:
             known = {**self._tasks, **{task.task_id: task for task in self._by_graph.values()}}
             live = [task for task in known.values() if not task.ended and task.plan is not None]
             index = self._cache.index
-            leases = sum(len(task.plan.leases) for task in live if task.plan) + len(self._holds)
+            leases = sum(len(task.plan.leases) for task in live if task.plan) + len(self._leases)
             leases += self._cache.num_waiting_leases
             reservations = sum(bool(task.plan.txn) for task in live if task.plan)
             assert index.num_leases == leases, f"{index.num_leases} leases, {leases} of them with an owner"

@@ -15,80 +15,16 @@ from sglang_flexkv.storage.ssd_files import (
     shards_in,
 )
 
-# Flag, whether it is set in a way we cannot serve, and what to do. Fields are SGLang's own names.
-_CONFLICTS = (
-    ("enable_hierarchical_cache", bool, "--enable-hierarchical-cache, another host cache; drop it"),
-    ("enable_lmcache", bool, "--enable-lmcache, another external cache; drop it"),
-    (
-        "enable_unified_cache_external_linker",
-        bool,
-        "--enable-unified-cache-external-linker, which selects another external cache; drop it",
-    ),
-    ("radix_cache_backend", bool, "--radix-cache-backend, which selects another cache; drop it"),
-    ("disable_radix_cache", bool, "--disable-radix-cache, which leaves nothing to extend; drop it"),
-    (
-        "enable_unified_memory",
-        bool,
-        "--enable-unified-memory, which moves KV between slots on its own; drop it",
-    ),
-    ("enable_hisparse", bool, "--enable-hisparse, which keeps KV on the host on its own; drop it"),
-    (
-        "speculative_algorithm",
-        bool,
-        "--speculative-algorithm, which keeps KV of a draft model that is not cached yet; drop it",
-    ),
-    (
-        "kv_cache_dtype",
-        lambda v: v in ("nvfp4", "fp4_mx_block16", "mxfp8"),
-        "--kv-cache-dtype {value}, which keeps scales beside the KV; use auto, bfloat16 or an fp8",
-    ),
-    (
-        "enable_kv_cache_sharding",
-        bool,
-        "--enable-kv-cache-sharding, which spreads pages over the ranks; drop it",
-    ),
-    (
-        "prefill_only_disable_kv_cache",
-        bool,
-        "--prefill-only-disable-kv-cache, which leaves nothing to cache; drop it",
-    ),
-    ("enable_pdmux", bool, "--enable-pdmux, which computes prefills on streams of its own; drop it"),
-    ("pp_size", lambda v: v > 1, "--pp-size above 1 yet; use --tp-size"),
-    ("dcp_size", lambda v: v > 1, "--dcp-size above 1 yet; leave it at 1"),
-    ("attn_cp_size", lambda v: v > 1, "--attn-cp-size above 1 yet; leave it at 1"),
-    (
-        "disaggregation_mode",
-        lambda v: v not in (None, "null"),
-        "--disaggregation-mode yet; run prefill and decode in one server",
-    ),
-)
 
-_DEVICES = ("cpu", "cuda")
-
-
-def check_flags(view: Any, given: Any) -> None:
-    """Raises IncompatibleError if flags of SGLang cannot be combined with --enable-flexkv.
-
-    Args:
-        view: SGLang's resolved arguments.
-        given: the same as the user gave them.
-    """
-    for name, refused, remedy in _CONFLICTS:
-        value = getattr(view, name)
-        if not refused(value):
-            continue
-        remedy = remedy.format(value=value)
-        if refused(getattr(given, name)):
-            raise IncompatibleError(f"--enable-flexkv does not work with {remedy}")
-        what, _, _ = remedy.partition("; ")
+def check_core() -> None:
+    """Raises IncompatibleError if the compiled part of this package cannot be loaded."""
+    try:
+        from sglang_flexkv import _core  # noqa: F401
+    except ImportError as error:
         raise IncompatibleError(
-            f"--enable-flexkv does not work with {what}. You have not given it: SGLang set it for this "
-            "model, or for another flag that its log names above; drop that flag, or --enable-flexkv"
-        )
-    if view.device not in _DEVICES:
-        raise IncompatibleError(
-            f"--device {view.device} is not supported: sglang-flexkv copies from and to {', '.join(_DEVICES)}"
-        )
+            f"the compiled core of sglang-flexkv cannot be loaded ({error}): build it for this interpreter "
+            "with pip install --force-reinstall --no-deps sglang-flexkv"
+        ) from None
 
 
 def check_machine(config: FlexKVConfig) -> None:
@@ -100,29 +36,6 @@ def check_machine(config: FlexKVConfig) -> None:
     if config.ssd_cache_dir:
         share = int(config.ssd_cache_gb * GIB) // len(config.ssd_cache_dir)
         check_free_space({directory: share for directory in config.ssd_cache_dir})
-
-
-def check_model(model: Any) -> None:
-    """Raises IncompatibleError for models whose state is more than full-attention KV, before they are loaded.
-
-    Args:
-        model: SGLang's ModelConfig.
-    """
-    from sglang.srt.configs.hybrid_arch import mambaish_config
-    from sglang.srt.configs.model_config import is_deepseek_dsa, is_minimax_sparse
-
-    others = {
-        "sliding windows": model.is_hybrid_swa,
-        "Mamba or linear-attention state": mambaish_config(model) is not None,
-        "the index keys of sparse attention": is_deepseek_dsa(model.hf_config)
-        or is_minimax_sparse(model.hf_config),
-    }
-    found = [name for name, there in others.items() if there]
-    if found:
-        raise IncompatibleError(
-            f"the model {model.model_path} keeps {', '.join(found)} beside full-attention KV, which "
-            "sglang-flexkv does not store yet; start without --enable-flexkv"
-        )
 
 
 def check_ssd(config: FlexKVConfig, view: Any, model: Any) -> None:
@@ -166,13 +79,3 @@ def check_ssd(config: FlexKVConfig, view: Any, model: Any) -> None:
             continue  # said better where they are opened
         if found is not None and not found.worth_nothing:
             raise mismatch(str(found))
-
-
-def check_components(tree_components: tuple[Any, ...]) -> None:
-    """Raises IncompatibleError for models whose state is more than full-attention KV."""
-    others = [str(component) for component in tree_components if component.name != "FULL"]
-    if others:
-        raise IncompatibleError(
-            f"this model keeps {', '.join(others)} state beside full-attention KV (sliding windows or Mamba "
-            "hybrids), which sglang-flexkv does not store yet; start without --enable-flexkv"
-        )

@@ -43,7 +43,7 @@ def prerequisites() -> list[Finding]:
     if python.level is Level.PROBLEM:
         return [python]  # nothing else of this package can be imported then
     try:
-        from sglang_flexkv.integration import patches  # noqa: F401
+        from sglang_flexkv.integration.compat import patches  # noqa: F401
     except ImportError as error:
         remedy = "install what it needs: pip install sglang-flexkv"
         return [python, Finding("dependencies", Level.PROBLEM, str(error), remedy)]
@@ -80,12 +80,9 @@ def why_no_entry_point() -> str | None:
     ours = [point for point in metadata.entry_points(group=_GROUP) if point.value == _ENTRY_POINT]
     if not ours:
         return f"no installed package brings the entry point of group {_GROUP}"
-    try:
-        from sglang.srt.environ import envs
+    from sglang_flexkv.integration.compat.version import plugins_named
 
-        listed = envs.SGLANG_PLUGINS.get() or ""
-    except ImportError:  # reported by prerequisites()
-        return None
+    listed = plugins_named()
     allowed = {name.strip() for name in listed.split(",") if name.strip()}
     if allowed and ours[0].name not in allowed:
         return f"SGLANG_PLUGINS={listed} leaves out {ours[0].name!r}"
@@ -102,9 +99,9 @@ def _interpreter() -> Finding:
 
 
 def _core() -> list[Finding]:
-    from sglang_flexkv.integration import patches
+    from sglang_flexkv.integration import checks
 
-    problem = _problem("compiled core", patches.check_core)
+    problem = _problem("compiled core", checks.check_core)
     if problem:
         return [problem]
     from sglang_flexkv import _core as core
@@ -123,24 +120,25 @@ def _core() -> list[Finding]:
 
 
 def _sglang() -> list[Finding]:
-    from sglang_flexkv.integration import patches
+    from sglang_flexkv.integration.compat import hooking, version
+    from sglang_flexkv.integration.compat.patches import PATCHES
 
-    version = _problem("SGLang", patches.check_version)
-    installed = patches.installed_sglang()
+    wrong = _problem("SGLang", version.check_version)
+    installed = version.installed_sglang()
     if installed is None:
-        return [version] if version else []
-    supported = ", ".join(patches.SUPPORTED_SGLANG)
-    findings = [version or Finding("SGLang", Level.OK, f"{installed} (supported: {supported})")]
-    for patch in patches.PATCHES:
+        return [wrong] if wrong else []
+    supported = ", ".join(version.SUPPORTED_SGLANG)
+    findings = [wrong or Finding("SGLang", Level.OK, f"{installed} (supported: {supported})")]
+    for patch in PATCHES:
         what = f"patch {patch.name}"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # SGLang warns about hardware that is not there
-                problem = patches.problem_with(patch)
+                problem = hooking.problem_with(patch)
         except Exception as error:  # importing an SGLang we do not know can end in anything
             problem = f"{patch.target} cannot be imported ({type(error).__name__}: {error})"
         if problem:
-            remedy = f"install an unmodified SGLang: pip install sglang=={patches.SUPPORTED_SGLANG[-1]}"
+            remedy = f"install an unmodified SGLang: pip install sglang=={version.SUPPORTED_SGLANG[-1]}"
             findings.append(Finding(what, Level.PROBLEM, problem, remedy))
         else:
             findings.append(Finding(what, Level.OK, patch.target.removeprefix("sglang.srt.")))

@@ -16,114 +16,21 @@ import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from importlib import metadata, resources
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from sglang_flexkv.common.config import environment
+from sglang_flexkv.integration.compat.arguments import (
+    ARGUMENTS,
+    FILE_FORMATS,
+    PATH_ARGUMENTS,
+    declared_variables,
+    variables,
+)
 from sglang_flexkv.storage.ssd_identity import Identity, digest
-
-# Resolved arguments of SGLang, by the names of its own fields.
-ARGUMENTS = (
-    # What is loaded, and as what.
-    "model_path",
-    "revision",
-    "load_format",
-    "model_loader_extra_config",
-    "model_impl",
-    "model_config_parser",
-    "json_model_override_args",  # rope scaling and theta among others
-    "context_length",  # some rope variants choose their factors by it
-    "is_embedding",
-    "enable_multimodal",
-    "language_model_only",
-    "language_only",
-    "custom_weight_loader",
-    "weight_version",  # the operator's own word for which weights these are
-    # Precision.
-    "dtype",
-    "quantization",
-    "quantization_param_path",  # scales of the KV itself
-    "kv_cache_dtype",
-    "modelopt_quant",
-    "modelopt_checkpoint_restore_path",
-    "enable_tf32_matmul",
-    "enable_quant_communications",
-    "prefill_kv_cache_dequant_dtype",
-    "triton_attention_reduce_in_fp32",
-    "deepep_dispatcher_output_dtype",
-    "enable_w4a4_mxfp4_megamoe",
-    "flashinfer_mxfp4_moe_precision",
-    "kt_weight_path",
-    "kt_method",
-    "kt_num_gpu_experts",
-    # Kernels. They compute the same up to rounding, but whoever leaves one because it is wrong must not find
-    # its KV again, and bitwise reproducible runs cannot mix them.
-    "device",
-    "attention_backend",
-    "prefill_attention_backend",
-    "decode_attention_backend",
-    "mm_attention_backend",
-    "fp8_gemm_runner_backend",
-    "fp4_gemm_runner_backend",
-    "bf16_gemm_backend",
-    "moe_runner_backend",
-    "moe_a2a_backend",
-    "lora_backend",
-    "enable_fused_qk_norm_rope",
-    "enable_torch_compile",
-    "enable_deterministic_inference",
-    "rl_on_policy_target",
-    # What else takes part in the forward pass.
-    "forward_hooks",
-    "debug_tensor_dump_input_file",
-    "dllm_algorithm",
-    "dllm_algorithm_config",
-    "enable_precise_embedding_interpolation",
-    "mm_process_config",
-    "image_processor_backend",
-    "disable_fast_image_processor",
-    "experts_shared_outer_loras",
-    "lora_use_virtual_experts",
-)
-# Arguments that name more files to read.
-PATH_ARGUMENTS = (
-    "quantization_param_path",
-    "modelopt_checkpoint_restore_path",
-    "decrypted_config_file",
-    "kt_weight_path",
-    "dllm_algorithm_config",
-)
-# Arguments that are looked at here for what makes the weights unknowable.
-_SOURCE_ARGUMENTS = (
-    "download_dir",
-    "lora_paths",
-    "weight_cache_mode",
-    "checkpoint_engine_wait_weights_before_ready",
-    "quantize_and_serve",
-)
-
-# Formats whose weights are exactly what the model's own files hold. Not here: dummy (the seed is fixed, but
-# only floating-point parameters are filled, and others keep what was in memory), and formats that take
-# weights from another process, a bucket, or files elsewhere.
-_FILE_FORMATS = frozenset(
-    {
-        "auto",
-        "bitsandbytes",
-        "fastsafetensors",
-        "gguf",
-        "instanttensor",
-        "layered",
-        "mistral",
-        "npcache",
-        "pt",
-        "runai_streamer",
-        "safetensors",
-        "sharded_state",
-    }
-)
 
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
 _HASHED_SUFFIXES = frozenset({".json", ".py"})
@@ -134,8 +41,6 @@ _IRRELEVANT_SUFFIXES = frozenset(
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
 
-# What SGLang's environment variables are about, judged one by one.
-_VARIABLES_FILE = "sglang_variables.txt"
 # Kubernetes adds these for a service whose name begins with sglang.
 _SERVICE_ADDRESS = re.compile(
     r"_(SERVICE_(HOST|PORT(_\w+)?)|PORT(_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)?)$"
@@ -257,13 +162,6 @@ def notes(identity: Identity) -> list[str]:
     return found
 
 
-def variables() -> dict[str, bool]:
-    """The environment variables of the SGLang that is supported: whether they change KV."""
-    text = resources.files(__package__).joinpath(_VARIABLES_FILE).read_text(encoding="utf-8")
-    judged = (line.split() for line in text.splitlines() if line.startswith(("yes ", "no ")))
-    return {name: verdict == "yes" for verdict, name in judged}
-
-
 def describe(model_path: str, dtype: object, tokens_per_block: int, tp_rank: int, tp_size: int) -> str:
     """One line for people about whose KV a store holds."""
     kind = str(dtype).removeprefix("torch.")
@@ -293,7 +191,7 @@ def _unknowable(read: Callable[[str], Any]) -> list[str]:
     """Why the weights of this process are not, or not only, what the model's files hold."""
     load_format = getattr(read("load_format"), "value", read("load_format"))
     reasons = []
-    if load_format not in _FILE_FORMATS:
+    if load_format not in FILE_FORMATS:
         reasons.append(f"--load-format {load_format}")
     if read("weight_cache_mode") != "off":
         reasons.append("--weight-cache-mode: the weights are another process's")
@@ -355,9 +253,7 @@ def _sample(path: Path, size: int) -> str:
 
 def _environment() -> tuple[dict[str, str], dict[str, str]]:
     """The variables that are set and change KV, and those that nobody has classified."""
-    from sglang.srt.environ import EnvField, envs
-
-    declared = {name: field for name, field in vars(type(envs)).items() if isinstance(field, EnvField)}
+    declared = declared_variables()
     judged = variables()
     counting, unclassified = {}, {}
     for name, text in sorted(environment().items()):

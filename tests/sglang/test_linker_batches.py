@@ -12,7 +12,7 @@ from kit import TIMEOUT_S, assert_same
 from linker_steps import MakeRig, sequence
 
 from sglang_flexkv import _core
-from sglang_flexkv.integration.request_names import name_of
+from sglang_flexkv.integration.compat.requests import name_of
 
 
 def test_every_load_of_a_batch_is_waited_for(make_rig: MakeRig) -> None:

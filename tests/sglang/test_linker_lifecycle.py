@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -22,8 +21,8 @@ from linker_steps import (
 )
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
+from sglang_flexkv.integration.compat.requests import name_of
 from sglang_flexkv.integration.linker import FlexKVLinker
-from sglang_flexkv.integration.request_names import name_of
 from sglang_flexkv.kvtask import TaskStatus
 
 # ---- flush ----
@@ -74,7 +73,7 @@ def test_a_flush_while_a_request_waits_for_ssd_leaves_no_task(make_rig: MakeRig,
     invalidate_cpu_tier(rig)
     req = rig.request(sequence(1))
     prefetch(rig, req)
-    task = rig.cache._waiting[req.cache_request_handle].prefetch.task
+    task = rig.cache.prefetches._waits[name_of(req)].own
     assert task is not None
     rig.cache.reset()
     rig.allocator.clear()
@@ -92,17 +91,17 @@ def test_a_pause_does_not_hold_up_a_flush(make_rig: MakeRig, tmp_path: Path) -> 
     rig.cache.attach_scheduler(scheduler)
     store_on_ssd_alone(rig, sequence(1))
     waiting, failed = rig.request(sequence(1)), rig.request(sequence(5000))
-    rig.cache.attach_scheduler(SimpleNamespace(**{**vars(scheduler), "waiting_queue": [waiting]}))
+    scheduler.waiting_queue.append(waiting)
     prefetch(rig, waiting)
-    assert rig.cache._waiting
+    assert rig.cache.prefetches
     rig.insert(sequence(9000), seed=1)
     failed.finished_reason = FINISH_ABORT("External KV cache load failed", 503)
     rig.cache.failed_loads.take(failed, skip_insert=False)
     assert rig.engine.drain(TIMEOUT_S)
     assert rig.cache.has_pending_cache_operations()
-    rig.cache._scheduler._engine_paused = True
+    scheduler._engine_paused = True
     assert not rig.cache.has_pending_cache_operations()
-    assert rig.cache._scheduler.waiting_queue == [failed, waiting]
+    assert scheduler.waiting_queue == [failed, waiting]
     rig.cache.reset()
     rig.allocator.clear()
 

@@ -77,8 +77,7 @@ def test_pressure_takes_the_end_of_a_conversation_before_its_start(make_rig: Mak
 def test_priorities_decide_what_goes_first_where_sglang_takes_them_so(
     make_rig: MakeRig, honoured: bool
 ) -> None:
-    rig = make_rig(num_cpu_blocks=2 * PAGES)
-    rig.cache._by_priority = honoured
+    rig = make_rig(num_cpu_blocks=2 * PAGES, by_priority=honoured)
     for number, priority in ((1, 5), (2, 0), (3, 5)):
         rig.insert(sequence(1000 * number), seed=number, priority=priority)
         rig.evict_all()

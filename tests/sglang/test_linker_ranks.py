@@ -90,7 +90,7 @@ def test_ranks_wait_for_others_together(make_rig: MakeRig, tmp_path: Path) -> No
     rig = make_rig(ssd_dir=tmp_path, single_rank=False)
     rig.insert(sequence(1), seed=1)
     rig.evict_all()
-    rig.cache.reads_may_run = True
+    rig.cache.ranks.reads_may_run = True
     req = rig.request(sequence(1))
     rig.match(req)
 

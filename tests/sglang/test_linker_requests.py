@@ -24,7 +24,7 @@ from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
-from sglang_flexkv.integration.request_names import name_of
+from sglang_flexkv.integration.compat.requests import name_of
 
 # ---- requests that do not go the whole way ----
 
@@ -79,7 +79,7 @@ def test_a_request_that_has_ended_leaves_no_notes(
     rig.evict_all()
     for req in (rig.request(tokens), rig.request(sequence(7000))):
         rig.match(req)
-        assert rig.linker._lookups
+        assert rig.linker.states.known(name_of(req)).total_tokens
         with pytest.raises(AssertionError, match="left"):
             rig.linker.check_idle()
         if end == "released":
@@ -207,9 +207,9 @@ def test_requests_of_one_id_wait_for_ssd_each_for_itself(make_rig: MakeRig, tmp_
     reqs = [rig.request(tokens, rid="same") for tokens in prompts]
     for req in reqs:
         prefetch(rig, req)
-    assert len(rig.cache._waiting) == 2
+    assert len(rig.cache.prefetches) == 2
     rig.abort(reqs[0])
-    assert len(rig.cache._waiting) == 1
+    assert len(rig.cache.prefetches) == 1
     wait_until_ready(rig, reqs[1])
     (slots,) = rig.restore(reqs[1])
     assert len(slots) == len(prompts[1])
@@ -238,7 +238,7 @@ def test_pages_are_hashed_once_however_often_a_request_is_matched(make_rig: Make
     rig.evict_all()
     req = rig.request(sequence(1, pages=PAGES + 3))
     hashed = mock.Mock(wraps=get_storage_hash_str)
-    with mock.patch("sglang_flexkv.integration.radix_cache.get_storage_hash_str", hashed):
+    with mock.patch("sglang_flexkv.integration.compat.tree.get_storage_hash_str", hashed):
         for _ in range(3):
             assert rig.match(req).host_hit_length == PAGES * PAGE
         slots = rig.admit(req)

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 from kit import assert_same, cut
-from linker_steps import PAGE, PAGES, MakeRig, device_node, page_hashes, sequence
+from linker_steps import PAGE, PAGES, MakeRig, device_node, nobody_else, page_hashes, sequence
 from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 
@@ -122,9 +122,9 @@ def test_nothing_is_stored_before_the_policy_says_so(make_rig: MakeRig, policy: 
     assert rig.stats("D2H")["ops_done"] == (1 if policy is WritePolicy.WRITE_BACK else 0)
 
 
-def test_a_spilled_node_is_copied_before_its_slots_are_free(make_rig: MakeRig) -> None:
-    # On the CPU nothing orders the copy before the next forward's writes but the spill itself. Large enough
-    # for a copy that nobody waits for to be seen.
+def test_a_written_back_node_is_copied_before_its_slots_are_free(make_rig: MakeRig) -> None:
+    # On the CPU nothing orders the copy before the next forward's writes but the write-back itself. Large
+    # enough for a copy that nobody waits for to be seen.
     rig = make_rig(
         dtype=torch.float32,
         policy=WritePolicy.WRITE_BACK,
@@ -136,13 +136,13 @@ def test_a_spilled_node_is_copied_before_its_slots_are_free(make_rig: MakeRig) -
     tokens = sequence(1, 700)
     expected = rig.insert(tokens, seed=1)
     running = []
-    spill = rig.cache.linker.spill_node
+    write_back = rig.cache.linker.write_back
 
-    def spill_and_look(node_id: int) -> None:
-        spill(node_id)
+    def write_back_and_look(node_id: int) -> None:
+        write_back(node_id)
         running.append(rig.engine.num_running)
 
-    with mock.patch.object(rig.cache.linker, "spill_node", spill_and_look):
+    with mock.patch.object(rig.cache.linker, "write_back", write_back_and_look):
         rig.cache.evict(EvictParams(num_tokens=len(tokens)))
     assert running == [0]
     rig.scribble()
@@ -154,7 +154,7 @@ def test_a_spilled_node_is_copied_before_its_slots_are_free(make_rig: MakeRig) -
 
 @pytest.mark.parametrize("before", ["a forward", "loads"])
 @pytest.mark.parametrize("overlap", [True, False])
-def test_on_a_gpu_the_forwards_stream_waits_for_a_spill(
+def test_on_a_gpu_the_forwards_stream_waits_for_a_write_back(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, overlap: bool, before: str
 ) -> None:
     """The linker's side of it; what streams do is in tests/unit/test_cuda_path.py."""
@@ -169,9 +169,9 @@ def test_on_a_gpu_the_forwards_stream_waits_for_a_spill(
             return super().stream_wait(layer, stream, timeout_s)  # which the host does, for a pool on the CPU
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=5))
-    rig.linker.attach_scheduler(
-        SimpleNamespace(enable_overlap=overlap, forward_stream=SimpleNamespace(cuda_stream=77))
-    )
+    scheduler = nobody_else()
+    scheduler.enable_overlap, scheduler.forward_stream = overlap, SimpleNamespace(cuda_stream=77)
+    rig.cache.attach_scheduler(scheduler)
     with (
         mock.patch.object(rig.linker, "on_gpu", True),
         mock.patch.object(rig.linker, "record_offload_ready", list),
@@ -235,9 +235,9 @@ def test_forwards_run_on_the_stream_that_the_linker_was_told(
         mock.patch("sglang.srt.managers.scheduler.EmbeddingBatchResult"),
     ):
         Scheduler.run_batch(scheduler, batch)
-    linker = make_rig().linker
-    linker.attach_scheduler(scheduler)
-    assert ran_on == [linker.forward_stream or schedules]
+    rig = make_rig()
+    rig.cache.attach_scheduler(scheduler)
+    assert ran_on == [rig.linker.forward_stream or schedules]
 
 
 def test_a_node_stays_on_the_device_until_its_copy_is_done(make_rig: MakeRig) -> None:

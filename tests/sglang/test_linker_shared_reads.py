@@ -27,7 +27,7 @@ from linker_steps import (
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import keys_from_page_hashes
 from sglang_flexkv.common.config import LoadPolicy, PrefetchPolicy
-from sglang_flexkv.integration.request_names import name_of
+from sglang_flexkv.integration.compat.requests import name_of
 
 
 @pytest.mark.parametrize("in_memory", [0, 1], ids=lambda n: f"{n}_pages_in_memory")
@@ -180,7 +180,7 @@ def test_who_waits_for_a_read_that_fails_computes(make_rig: MakeRig, tmp_path: P
     rig.cache.failed_loads.clear()
     assert may_run(rig, second)
     assert rig.match(second).host_hit_length < len(tokens)
-    assert not rig.linker.may_wait(name_of(first), None)  # the one that failed loads nothing any more
+    assert rig.linker.states.of(name_of(first)).gave_up  # the one that failed loads nothing any more
     rig.abort(first, slots)
     rig.abort(second)
 
@@ -232,16 +232,16 @@ def test_nobody_waits_for_others_for_ever(make_rig: MakeRig, tmp_path: Path) -> 
     ended = rig.engine.create_get(keys_from_page_hashes(page_hashes(rig, tokens), rig.linker.namespace))
     rig.engine.cancel(ended)
     rig.engine.forget(ended)
-    rig.cache.reads_may_run = True
+    rig.cache.ranks.reads_may_run = True
     with (
-        mock.patch.object(rig.linker, "read_to_join", return_value=ended),
+        mock.patch.object(rig.cache.prefetches, "_read_to_join", return_value=ended),
         mock.patch.object(rig.engine, "start_prefetch", return_value=None),
     ):
         turns = [may_run(rig, req) for _ in range(20)]
     assert turns[0] is False
     assert turns[-1] is True
     rig.abort(req)
-    assert not rig.linker._waits
+    rig.linker.states.check_empty()
 
 
 def test_nobody_waits_for_what_is_computed_faster(make_rig: MakeRig, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from server import FlagValue, ServerStartError, SGLangServer
 import sglang_flexkv
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.errors import IncompatibleError
-from sglang_flexkv.integration import checks
+from sglang_flexkv.integration.compat import refused
 from sglang_flexkv.storage.ssd_store import SsdStore
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-gqa"
@@ -192,7 +192,7 @@ def test_a_model_with_other_state_is_known_by_its_configuration(case: str, tmp_p
     from sglang.srt.configs.model_config import ModelConfig
 
     changes, expected = OTHER_STATE[case]
-    checks.check_model(ModelConfig(str(MODEL)))
+    refused.check_model(ModelConfig(str(MODEL)))
     if case == "sparse attention":
         # SGLang looks at a plain configuration for that; ModelConfig would ask for all of DeepSeek's fields.
         model = ModelConfig(str(MODEL))
@@ -200,7 +200,7 @@ def test_a_model_with_other_state_is_known_by_its_configuration(case: str, tmp_p
     else:
         model = ModelConfig(str(variant(tmp_path, **changes)))
     with pytest.raises(IncompatibleError) as caught:
-        checks.check_model(model)
+        refused.check_model(model)
     assert f"the model {model.model_path} keeps {expected} beside" in str(caught.value)
     assert "start without --enable-flexkv" in str(caught.value)
 
@@ -359,19 +359,19 @@ def resolved(**changes: object) -> Any:
 
 
 def test_plain_flags_are_accepted() -> None:
-    checks.check_flags(resolved(), resolved())
-    checks.check_flags(resolved(device="cuda"), resolved(device=None))
+    refused.check_flags(resolved(), resolved())
+    refused.check_flags(resolved(device="cuda"), resolved(device=None))
 
 
 def test_every_conflict_has_a_case_here() -> None:
-    assert [name for name, _, _ in checks._CONFLICTS] == list(REFUSED_VALUES)
+    assert [name for name, _, _ in refused._CONFLICTS] == list(REFUSED_VALUES)
 
 
 @pytest.mark.parametrize("name", REFUSED_VALUES)
 def test_a_conflicting_flag_is_named(name: str) -> None:
     flags = resolved(**{name: REFUSED_VALUES[name]})
     with pytest.raises(IncompatibleError) as caught:
-        checks.check_flags(flags, flags)
+        refused.check_flags(flags, flags)
     message = str(caught.value)
     assert f"--enable-flexkv does not work with --{name.replace('_', '-')}" in message
     assert re.search(r"; (drop it|use |run |leave )", message), "no remedy"
@@ -381,7 +381,7 @@ def test_a_conflicting_flag_is_named(name: str) -> None:
 def test_kv_dtypes_with_scales_are_named(dtype: str) -> None:
     flags = resolved(kv_cache_dtype=dtype)
     with pytest.raises(IncompatibleError, match=f"--kv-cache-dtype {dtype}, which keeps scales .*use auto"):
-        checks.check_flags(flags, flags)
+        refused.check_flags(flags, flags)
 
 
 def test_every_kv_dtype_of_sglang_is_judged() -> None:
@@ -395,7 +395,7 @@ def test_every_kv_dtype_of_sglang_is_judged() -> None:
 @pytest.mark.parametrize("name", REFUSED_VALUES)
 def test_a_flag_that_sglang_has_set_is_not_called_given(name: str) -> None:
     with pytest.raises(IncompatibleError, match=r"You have not given it: SGLang set .* drop that flag, or"):
-        checks.check_flags(resolved(**{name: REFUSED_VALUES[name]}), resolved())
+        refused.check_flags(resolved(**{name: REFUSED_VALUES[name]}), resolved())
 
 
 @pytest.mark.parametrize("name", REFUSED_VALUES)
@@ -407,7 +407,7 @@ def test_flags_are_known_to_sglang(name: str) -> None:
 
 def test_other_devices_are_refused() -> None:
     with pytest.raises(IncompatibleError, match=r"--device xpu is not supported: .* cpu, cuda"):
-        checks.check_flags(resolved(device="xpu"), resolved(device=None))
+        refused.check_flags(resolved(device="xpu"), resolved(device=None))
 
 
 # ---- models ----
@@ -426,12 +426,12 @@ def test_components_are_those_of_sglang() -> None:
 
     for component in Component:
         assert component.name in ComponentType.__members__
-    checks.check_components((ComponentType.FULL,))
+    refused.check_components((ComponentType.FULL,))
 
 
 @pytest.mark.parametrize("component", [Component.SWA, Component.MAMBA])
 def test_models_with_other_state_are_refused(component: Component) -> None:
     with pytest.raises(IncompatibleError) as caught:
-        checks.check_components((Component.FULL, component))
+        refused.check_components((Component.FULL, component))
     assert component.name in str(caught.value)
     assert "start without --enable-flexkv" in str(caught.value)

@@ -42,9 +42,9 @@ from sglang.test.mem_cache_utils import finish_req
 
 from sglang_flexkv.common.config import WritePolicy
 from sglang_flexkv.common.errors import IncompatibleError
-from sglang_flexkv.integration import checks
-from sglang_flexkv.integration.kv_pool import device_buffers
-from sglang_flexkv.integration.request_names import name_of
+from sglang_flexkv.integration.compat import refused
+from sglang_flexkv.integration.compat.kv_pool import device_buffers
+from sglang_flexkv.integration.compat.requests import name_of
 
 FULL = [cfg for cfg in CONFIGS if not cfg.has_swa and not cfg.has_mamba and not cfg.is_eagle]
 OTHERS = [cfg for cfg in CONFIGS if cfg not in FULL]
@@ -134,12 +134,12 @@ def test_the_pool_of_such_a_model_is_refused_as_well(cfg: KitConfig) -> None:
 
 
 def test_speculative_decoding_is_refused_at_the_command_line() -> None:
-    view = SimpleNamespace(**{name: None for name, _, _ in checks._CONFLICTS}, device="cpu")
+    view = SimpleNamespace(**{name: None for name, _, _ in refused._CONFLICTS}, device="cpu")
     view.pp_size = view.dcp_size = view.attn_cp_size = 1
-    checks.check_flags(view, view)
+    refused.check_flags(view, view)
     view.speculative_algorithm = "EAGLE"
     with pytest.raises(IncompatibleError, match="--speculative-algorithm"):
-        checks.check_flags(view, view)
+        refused.check_flags(view, view)
 
 
 @on_both_cores
@@ -188,7 +188,7 @@ def test_pages_of_a_bigram_key_are_hashed_as_the_tree_hashes_them(
             req = rig.request(tokens)
             assert rig.match(req).host_hit_length == pages * cfg.page_size
             assert asked.pop()[-1] == stored
-            assert len(rig.linker._lookups[name_of(req)].keys) == pages
+            assert len(rig.linker.states.known(name_of(req)).found.keys) == pages
             # The same request, had its prompt another token behind its last page: another page.
             req.origin_input_ids = array("q", other)
             assert rig.match(req).host_hit_length == (pages - 1) * cfg.page_size
@@ -321,8 +321,7 @@ def test_a_streaming_session_keeps_its_turns_to_itself_beside_a_linker(core: str
         steps = SessionSteps()
         slot, _ = steps._later_turn(rig.cache, rig.allocator, rig.requests)
         # The slot holds the session's KV, so no lookup is made for it and nothing is promised.
-        assert not rig.linker._lookups
-        assert not rig.linker._holds
+        rig.linker.states.check_empty()
         assert rig.engine.stats()["H2D"]["ops_done"] == 0
         assert slot is rig.cache.session.slots["s"]
         rig.cache.release_session("s")
@@ -472,7 +471,7 @@ def test_the_copy_of_a_page_cannot_be_mistaken_for_that_of_its_neighbour(core: s
         drive_out(rig)
         req = rig.request(tokens)
         slots = rig.admit(req)
-        (load,) = rig.linker._queued.values()
+        (load,) = rig.linker._next_batch.values()
         with mock.patch.object(load, "token_slots", load.token_slots[::-1].copy()):
             rig.start_batch()
             rig.forward()

@@ -51,7 +51,7 @@ from sglang.test.kits.unified_radix_cache.unified_tree_core_inspection_interface
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import CacheConfig, FlexKVConfig, LoadPolicy, PrefetchPolicy, WritePolicy
-from sglang_flexkv.integration.kv_pool import device_buffers
+from sglang_flexkv.integration.compat.kv_pool import device_buffers
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.metrics import Metrics
 from sglang_flexkv.integration.radix_cache import FlexKVRadixCache
@@ -180,6 +180,7 @@ class Rig:
         single_rank: bool = True,
         load_policy: LoadPolicy = LoadPolicy.AUTO,
         disk: _core.Disk | None = None,
+        by_priority: bool = False,
     ) -> None:
         self.cache, self.allocator, self.requests = parts
         self.pool = self.allocator.get_kvcache()
@@ -214,7 +215,7 @@ class Rig:
             single_rank=single_rank,
             metrics=Metrics(),
         )
-        self.cache.attach(self.linker, policy)
+        self.cache.attach(self.linker, policy, by_priority=by_priority)
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)
         self._rid = 0
 

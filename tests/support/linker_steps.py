@@ -16,7 +16,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import keys_from_page_hashes
-from sglang_flexkv.integration.request_names import name_of
+from sglang_flexkv.integration.compat.requests import name_of
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
 
 PAGES = 4  # of the sequences below
@@ -47,7 +47,7 @@ def admit_with_a_broken_promise(rig: Rig, req: Req) -> torch.Tensor:
     """Admits a request whose blocks went away after its match. No lease allows that; it stands for the day
     one fails, and for a rank that lost its blocks where the others did not."""
     match = rig.match(req)
-    rig.linker.release_hold(name_of(req))
+    rig.linker.states.end_lease(name_of(req))
     invalidate_cpu_tier(rig)
     return rig.admit(req, match)
 

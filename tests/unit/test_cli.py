@@ -21,7 +21,9 @@ from typer.testing import CliRunner, Result
 
 import sglang_flexkv
 from sglang_flexkv import _core, cli
-from sglang_flexkv.integration import diagnosis, patches, startup
+from sglang_flexkv.integration import diagnosis, startup
+from sglang_flexkv.integration.compat import hooking, version
+from sglang_flexkv.integration.compat.patches import PATCHES
 
 runner = CliRunner()
 PATCH_FILES = ["_sglang_flexkv_startup.py", "sglang_flexkv_startup.pth"]
@@ -57,7 +59,7 @@ def no_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_status_of_a_machine_where_all_is_well(site: Path) -> None:
     result = run("status")
     assert result.exit_code == 0, result.output
-    for patch in patches.PATCHES:
+    for patch in PATCHES:
         assert patch.name in result.output
     for part in (
         "Python",
@@ -101,7 +103,7 @@ def test_status_of_no_sglang(site: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "version", missing)
-    monkeypatch.setattr(patches.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(version.importlib.util, "find_spec", lambda _: None)
     result = run("status")
     assert result.exit_code == 1
     assert "SGLang is not installed in this environment. To do: pip install sglang==" in result.output
@@ -110,8 +112,8 @@ def test_status_of_no_sglang(site: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture
 def changed_target(monkeypatch: pytest.MonkeyPatch) -> str:
     """A patch whose target takes something else than it was written for."""
-    changed = replace(patches.PATCHES[2], parameters=("ctx", "new"))
-    monkeypatch.setattr(patches, "PATCHES", (*patches.PATCHES[:2], changed))
+    changed = replace(PATCHES[2], parameters=("ctx", "new"))
+    monkeypatch.setattr("sglang_flexkv.integration.compat.patches.PATCHES", (*PATCHES[:2], changed))
     return "create_tree_cache takes (ctx), expected (ctx, new). To do: install an unmodified SGLang"
 
 
@@ -127,7 +129,7 @@ def test_status_of_a_target_whose_module_cannot_be_imported(
     def fail(patch: object) -> None:
         raise RuntimeError("no GPU")
 
-    monkeypatch.setattr(patches, "problem_with", fail)
+    monkeypatch.setattr(hooking, "problem_with", fail)
     result = run("status")
     assert result.exit_code == 1
     assert "cannot be imported (RuntimeError: no GPU)" in result.output
@@ -303,7 +305,8 @@ def count(queue=None):
     load_plugins()
     load_plugins()
     from sglang.srt.plugins.hook_registry import HookRegistry
-    from sglang_flexkv.integration.patches import PATCHES, check_applied
+    from sglang_flexkv.integration.compat.hooking import check_applied
+    from sglang_flexkv.integration.compat.patches import PATCHES
     check_applied()
     counts = {patch.name: len(HookRegistry._hooks[patch.target]) for patch in PATCHES}
     queue.put(counts) if queue else print(json.dumps(counts))
@@ -325,7 +328,7 @@ def test_every_process_is_patched_once(interpreter: Interpreter, tmp_path: Path)
     program.write_text(COUNT_HOOKS)
     done = interpreter.run(str(program), path=interpreter.checkout)
     assert done.returncode == 0, done.stderr
-    once = {patch.name: 1 for patch in patches.PATCHES}
+    once = {patch.name: 1 for patch in PATCHES}
     assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == [once, once]
 
 
@@ -344,7 +347,7 @@ def test_together_with_the_entry_point_it_is_patched_once(interpreter: Interpret
     assert done.returncode == 0, done.stderr
     assert "Executed general plugin: flexkv" in done.stdout
     counts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert counts == [{patch.name: 1 for patch in patches.PATCHES}]
+    assert counts == [{patch.name: 1 for patch in PATCHES}]
 
 
 MODULES = "import sys; print(*sorted(sys.modules))"

@@ -11,7 +11,7 @@ from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ReqKvInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.session.session_controller import Session
 
-from sglang_flexkv.integration.failed_loads import FailedLoads, keep_session, without_failed
+from sglang_flexkv.integration.compat.failed_loads import FailedLoads, keep_session, without_failed
 
 
 def make_request(rid: str = "a") -> Req:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,11 +38,15 @@ HEIGHT["sglang_flexkv"] = HEIGHT["kvmanager"]
 # Reads of files and of the environment that are no settings; everything else belongs into common/config.py.
 OPENS_FILES = {
     "common/config.py": "the configuration file, the container's memory limit",
-    "integration/model_identity.py": "what a model's own files hold, as digests; the table of variables",
+    "integration/compat/arguments.py": "the table of variables",
+    "integration/model_identity.py": "what a model's own files hold, as digests",
     "integration/startup.py": "the monkey-patch it compares and writes",
     "storage/ssd_identity.py": "the fields of an identity beside the SSD tier's files",
     "replay/planner.py": "a model's config.json, for the size of its KV",
 }
+
+
+ROOM = "integration/compat/"
 
 
 def modules() -> list[Path]:
@@ -110,9 +116,10 @@ def test_arrows_point_down(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
-def test_only_the_integration_knows_sglang(path: Path) -> None:
+def test_only_one_room_knows_sglang(path: Path) -> None:
+    """What depends on SGLang's version is in it, so that another version can stand beside this one."""
     known = any(name.split(".")[0] == "sglang" for name in imports(ast.parse(path.read_text())))
-    assert not known or part_of(path) == "integration"
+    assert not known or name_of(path).startswith(ROOM)
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
@@ -152,12 +159,126 @@ def test_the_command_line_is_read_by_the_plugin_only(path: Path) -> None:
         ("cache/cache_engine.py", "from sglang_flexkv.replay import trace"),
         ("kvtask.py", "from sglang_flexkv import KVManager"),
         ("kvmanager.py", "def f():\n    from sglang_flexkv.integration import hooks"),
-        ("integration/hooks.py", "from sglang_flexkv import cli"),
+        ("integration/compat/hooks.py", "from sglang_flexkv import cli"),
         ("__init__.py", "from sglang_flexkv.integration import hooks"),
     ],
 )
 def test_an_arrow_that_points_up_is_found(module: str, line: str) -> None:
     assert arrows(PACKAGE / module, line)
+
+
+# ---- what SGLang calls private ----
+
+
+def private_names(source: str) -> list[str]:
+    """Attributes with a leading underscore of anything but ``self`` and ``cls``, and private names that are
+    imported."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and re.fullmatch("_[^_].*", node.attr):
+            owner = node.value
+            if not (isinstance(owner, ast.Name) and owner.id in ("self", "cls")):
+                found.append(f"line {node.lineno}: {ast.unparse(node)}")
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("sglang."):
+            found += [f"line {node.lineno}: {a.name}" for a in node.names if a.name.startswith("_")]
+    return found
+
+
+def outside_the_room() -> list[Path]:
+    return [path for path in modules() if name_of(path).startswith("integration/") and ROOM not in str(path)]
+
+
+@pytest.mark.parametrize("path", outside_the_room(), ids=name_of)
+def test_nothing_private_of_others_is_used(path: Path) -> None:
+    allowed = ("torch._C._cuda_getCurrentRawStream", "torch._C")
+    assert [use for use in private_names(path.read_text()) if not use.endswith(allowed)] == []
+
+
+def test_our_classes_neither_override_nor_use_what_is_private_in_those_of_sglang() -> None:
+    """Through ``self`` as well: only the classes of the room do, on which ours are built."""
+    pytest.importorskip("sglang")
+    from sglang_flexkv.integration import linker, radix_cache
+
+    for module in (linker, radix_cache):
+        tree = ast.parse(Path(module.__file__).read_text())
+        for definition in (node for node in tree.body if isinstance(node, ast.ClassDef)):
+            ours = getattr(module, definition.name)
+            inherited = {
+                name
+                for base in ours.__mro__
+                if base.__module__.startswith("sglang.")
+                for name in (*vars(base), *vars_set_in(base))
+                if re.fullmatch("_[^_].*", name)
+            }
+            used = {node.attr for node in ast.walk(definition) if isinstance(node, ast.Attribute)}
+            used |= {node.name for node in ast.walk(definition) if isinstance(node, ast.FunctionDef)}
+            assert used & inherited == set(), definition.name
+
+
+def vars_set_in(base: type) -> set[str]:
+    """Attributes that a class gives its objects."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+    return {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "scheduler._engine_paused",
+        "self.cache._reduce(x)",
+        "from sglang.srt.mem_cache.x import _PendingOffload",
+    ],
+)
+def test_what_is_private_is_found(line: str) -> None:
+    assert private_names(line)
+
+
+# ---- no circles ----
+
+
+def dependencies() -> dict[str, set[str]]:
+    """Of each module the modules of this package that it imports, inside functions, too."""
+    paths = {
+        f"sglang_flexkv.{name_of(path)}".removesuffix(".py").replace("/", "."): path for path in modules()
+    }
+    found: dict[str, set[str]] = {}
+    for name, path in paths.items():
+        wanted = set(imports(ast.parse(path.read_text())))
+        # `from module import name` is an import of the module; what names packages only is none of a module.
+        found[name] = ({w for w in wanted} | {w.rpartition(".")[0] for w in wanted}) & set(paths) - {name}
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle; empty if none do."""
+    done: set[str] = set()
+
+    def walk(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name not in done:
+            for other in sorted(graph[name]):
+                if found := walk(other, [*path, name]):
+                    return found
+            done.add(name)
+        return []
+
+    for name in graph:
+        if found := walk(name, []):
+            return found
+    return []
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    assert circle(dependencies()) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
 
 
 # ---- one door to the engine ----
@@ -213,5 +334,7 @@ def test_a_door_that_is_passed_by_is_found(line: str) -> None:
 
 def test_the_patches_load_without_the_compiled_core() -> None:
     """Only so can a core that does not load be reported in our own words."""
-    code = "import sys, sglang_flexkv.integration.patches; sys.exit('sglang_flexkv._core' in sys.modules)"
+    code = (
+        "import sys, sglang_flexkv.integration.compat.patches; sys.exit('sglang_flexkv._core' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

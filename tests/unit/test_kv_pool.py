@@ -38,7 +38,7 @@ from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.runtime_context import get_parallel
 
 from sglang_flexkv.common.errors import IncompatibleError
-from sglang_flexkv.integration.kv_pool import device_buffers
+from sglang_flexkv.integration.compat.kv_pool import device_buffers
 
 TOKENS, PAGE, LAYERS = 60, 4, 2
 SIZE: dict[str, Any] = {

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from sglang_flexkv.integration import model_identity as identity_module
+from sglang_flexkv.integration.compat.arguments import ARGUMENTS, PATH_ARGUMENTS
 from sglang_flexkv.integration.model_identity import describe, find_local, model_identity, notes
 from sglang_flexkv.storage.ssd_identity import Identity
 
@@ -24,9 +25,13 @@ WEIGHTS = "model-00002-of-00002.safetensors"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 DEFAULTS: dict[str, Any] = {
-    **dict.fromkeys(identity_module.ARGUMENTS),
-    **dict.fromkeys(identity_module.PATH_ARGUMENTS),
-    **dict.fromkeys(identity_module._SOURCE_ARGUMENTS),
+    **dict.fromkeys(ARGUMENTS),
+    **dict.fromkeys(PATH_ARGUMENTS),
+    # Those that say whether files tell the weights at all.
+    "download_dir": None,
+    "lora_paths": None,
+    "checkpoint_engine_wait_weights_before_ready": None,
+    "quantize_and_serve": None,
     "load_format": "auto",
     "weight_cache_mode": "off",
     "page_size": 16,

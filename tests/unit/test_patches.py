@@ -23,12 +23,15 @@ import pytest
 
 import sglang_flexkv
 from sglang_flexkv.common.errors import ConfigError, FlexKVError, IncompatibleError
-from sglang_flexkv.integration import hooks, patches, plugin
-from sglang_flexkv.integration.patches import PATCHES, SUPPORTED_SGLANG, Patch
+from sglang_flexkv.integration import plugin
+from sglang_flexkv.integration.compat import hooking, hooks, version
+from sglang_flexkv.integration.compat.hooking import Patch
+from sglang_flexkv.integration.compat.patches import PATCHES
+from sglang_flexkv.integration.compat.version import SUPPORTED_SGLANG
 
 ROOT = Path(__file__).parents[2]
 PAGES = ROOT / "patches"
-CHECK_APPLIED = patches.check_applied
+CHECK_APPLIED = hooking.check_applied
 
 
 @pytest.fixture
@@ -49,7 +52,7 @@ def target_in(module: ModuleType, function: object) -> Patch:
 
 @pytest.mark.parametrize("patch", PATCHES, ids=lambda patch: patch.name)
 def test_target_of_the_installed_sglang_fits(patch: Patch) -> None:
-    assert patches.problem_with(patch) is None
+    assert hooking.problem_with(patch) is None
 
 
 def test_names_and_targets_are_unique() -> None:
@@ -58,16 +61,16 @@ def test_names_and_targets_are_unique() -> None:
 
 
 def test_a_changed_signature_is_found(fake_module: ModuleType) -> None:
-    assert patches.problem_with(target_in(fake_module, lambda self, ctx: None)) is None
-    problem = patches.problem_with(target_in(fake_module, lambda self, ctx, more=None: None))
+    assert hooking.problem_with(target_in(fake_module, lambda self, ctx: None)) is None
+    problem = hooking.problem_with(target_in(fake_module, lambda self, ctx, more=None: None))
     assert problem == "fake_sglang.target takes (self, ctx, more), expected (self, ctx)"
 
 
 def test_a_target_that_is_gone_is_found(fake_module: ModuleType) -> None:
     patch = target_in(fake_module, 3)
-    assert "fake_sglang.target is not a function any more" in str(patches.problem_with(patch))
+    assert "fake_sglang.target is not a function any more" in str(hooking.problem_with(patch))
     for target in ("fake_sglang.other", "no_such_module.target"):
-        assert f"{target} does not exist" in str(patches.problem_with(replace(patch, target=target)))
+        assert f"{target} does not exist" in str(hooking.problem_with(replace(patch, target=target)))
 
 
 def test_nothing_is_patched_if_one_target_does_not_fit(
@@ -78,14 +81,13 @@ def test_nothing_is_patched_if_one_target_does_not_fit(
     registered: list[object] = []
     monkeypatch.setattr(HookRegistry, "register", lambda *args, **_: registered.append(args))
     wrong = target_in(fake_module, lambda other: None)
-    monkeypatch.setattr(patches, "PATCHES", (*PATCHES, wrong))
+    monkeypatch.setattr(hooking, "_registered", [])
     with pytest.raises(IncompatibleError) as caught:
-        patches.apply_all()
+        hooking.apply((*PATCHES, wrong))
     assert "fake_sglang.target takes (other), expected (self, ctx)" in str(caught.value)
     assert f"Install an unmodified sglang=={SUPPORTED_SGLANG[-1]}" in str(caught.value)
     assert registered == []
-    monkeypatch.setattr(patches, "PATCHES", PATCHES)
-    patches.apply_all()
+    hooking.apply(PATCHES)
     assert len(registered) == len(PATCHES)
 
 
@@ -97,13 +99,13 @@ def test_the_patches_are_in_effect_in_a_process_of_sglang() -> None:
         load_plugins()
         import pkgutil
         from sglang.srt.plugins.hook_registry import HookRegistry
-        from sglang_flexkv.integration.patches import PATCHES
+        from sglang_flexkv.integration.compat.patches import PATCHES
         found = {}
         for patch in PATCHES:
             parent, _, name = patch.target.rpartition(".")
             wrapped = hasattr(getattr(pkgutil.resolve_name(parent), name), "__wrapped__")
             found[patch.name] = [wrapped, len(HookRegistry._hooks[patch.target])]
-        from sglang_flexkv.integration.patches import check_applied
+        from sglang_flexkv.integration.compat.hooking import check_applied
         check_applied()
         print(json.dumps(found))
     """
@@ -120,18 +122,18 @@ def test_the_patches_are_in_effect_in_a_process_of_sglang() -> None:
 # ---- versions ----
 
 
-@pytest.mark.parametrize("version", [*SUPPORTED_SGLANG, f"{SUPPORTED_SGLANG[-1]}+cpu"])
-def test_a_supported_version(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", lambda _: version)
-    patches.check_version()
+@pytest.mark.parametrize("number", [*SUPPORTED_SGLANG, f"{SUPPORTED_SGLANG[-1]}+cpu"])
+def test_a_supported_version(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: number)
+    version.check_version()
 
 
-@pytest.mark.parametrize("version", ["0.5.10", "0.5.22", "0.5.24", "0.5.23rc1", "1.0.0"])
-def test_another_version_is_refused_by_name(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metadata, "version", lambda _: version)
+@pytest.mark.parametrize("number", ["0.5.10", "0.5.22", "0.5.24", "0.5.23rc1", "1.0.0"])
+def test_another_version_is_refused_by_name(number: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metadata, "version", lambda _: number)
     with pytest.raises(IncompatibleError) as caught:
-        patches.check_version()
-    assert f"supports SGLang {', '.join(SUPPORTED_SGLANG)}, not {version}" in str(caught.value)
+        version.check_version()
+    assert f"supports SGLang {', '.join(SUPPORTED_SGLANG)}, not {number}" in str(caught.value)
     assert f"pip install sglang=={SUPPORTED_SGLANG[-1]}" in str(caught.value)
 
 
@@ -141,16 +143,16 @@ def no_metadata(_: str) -> str:
 
 def test_no_sglang_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", no_metadata)
-    monkeypatch.setattr(patches.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(version.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(IncompatibleError, match=r"SGLang is not installed .* pip install sglang=="):
-        patches.check_version()
+        version.check_version()
 
 
 def test_a_source_checkout_has_a_version_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metadata, "version", no_metadata)
     monkeypatch.setattr("sglang.version.__version__", "0.5.99.dev1")
     with pytest.raises(IncompatibleError, match=r"not 0\.5\.99\.dev1"):
-        patches.check_version()
+        version.check_version()
 
 
 # ---- when something is wrong ----
@@ -196,18 +198,18 @@ def test_with_the_flag_from_elsewhere_building_a_cache_ends(
 def test_whatever_goes_wrong_is_not_left_to_sglang(
     error: Exception, unusable: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail() -> None:
+    def fail(_: object) -> None:
         raise error
 
-    monkeypatch.setattr(patches, "check_version", lambda: None)
-    monkeypatch.setattr(patches, "apply_all", fail)
+    monkeypatch.setattr(version, "check_version", lambda: None)
+    monkeypatch.setattr(hooking, "apply", fail)
     monkeypatch.setattr(sys, "argv", ["launch_server.py", "--enable-flexkv"])
     with pytest.raises(SystemExit, match=str(error)):
         plugin.register()
 
 
 def test_a_missing_core_is_said(unusable: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(patches, "check_version", lambda: None)
+    monkeypatch.setattr(version, "check_version", lambda: None)
     monkeypatch.setattr(sys, "argv", ["launch_server.py", "--enable-flexkv"])
     monkeypatch.delattr(sglang_flexkv, "_core")
     monkeypatch.setitem(sys.modules, "sglang_flexkv._core", None)
@@ -218,7 +220,7 @@ def test_a_missing_core_is_said(unusable: ModuleType, monkeypatch: pytest.Monkey
 def test_register_works_once(monkeypatch: pytest.MonkeyPatch) -> None:
     applied: list[int] = []
     monkeypatch.setattr(plugin, "_done", False)
-    monkeypatch.setattr(patches, "apply_all", lambda: applied.append(1))
+    monkeypatch.setattr(hooking, "apply", lambda _: applied.append(1))
     plugin.register()
     plugin.register()
     assert applied == [1]
@@ -229,7 +231,7 @@ def test_register_works_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def flag(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    monkeypatch.setattr(patches, "check_applied", lambda: None)  # nothing is patched in this process
+    monkeypatch.setattr(hooking, "check_applied", lambda: None)  # nothing is patched in this process
 
     def set_flag(enabled: bool) -> None:
         memory = SimpleNamespace(enable_flexkv=enabled)
@@ -289,7 +291,7 @@ def test_building_a_cache(
         raise ConfigError("ssd_cache_dir: /a is in use")
 
     flag(True)
-    monkeypatch.setattr("sglang_flexkv.integration.radix_cache.build_radix_cache", fail)
+    monkeypatch.setattr("sglang_flexkv.integration.build.build_radix_cache", fail)
     with pytest.raises(ConfigError):
         hooks.around_create_unified_radix_cache(print, "ctx")
     assert "sglang-flexkv cannot start: ssd_cache_dir: /a is in use" in caplog.text
@@ -505,7 +507,8 @@ def test_a_patch_that_was_not_applied_is_named(
 
     monkeypatch.setattr(HookRegistry, "_patched", {patch.target for patch in PATCHES} - {missing.target})
     flag(True)
-    monkeypatch.setattr(patches, "check_applied", CHECK_APPLIED)
+    monkeypatch.setattr(hooking, "_registered", list(PATCHES))
+    monkeypatch.setattr(hooking, "check_applied", CHECK_APPLIED)
     for call in (
         lambda: hooks.around_scheduler_init(lambda *_: None, SimpleNamespace()),
         lambda: hooks.after_create_tree_cache("cache", "ctx"),
@@ -518,7 +521,8 @@ def test_all_patches_applied_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
     monkeypatch.setattr(HookRegistry, "_patched", {patch.target for patch in PATCHES})
-    patches.check_applied()
+    monkeypatch.setattr(hooking, "_registered", list(PATCHES))
+    hooking.check_applied()
 
 
 # ---- the pages ----

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from sglang_flexkv.integration.model_identity import variables
+from sglang_flexkv.integration.compat.arguments import variables
 
 sglang = pytest.importorskip("sglang")
 
 # In the text of SGLang's documentation only.
 NOT_VARIABLES = {"SGLANG_OLD_NAME", "SGLANG_"}
-CHANGED = "judge it by where SGLang reads it, and write it into integration/sglang_variables.txt"
+CHANGED = "judge it by where SGLang reads it, and write it into integration/compat/sglang_variables.txt"
 
 
 def declared() -> set[str]:
@@ -37,11 +37,13 @@ def test_every_variable_of_sglang_is_judged_and_no_other() -> None:
     known, there = set(variables()), declared() | read_directly()
     assert len(declared()) > 700
     assert there - known == set(), f"new in SGLang: {CHANGED}"
-    assert known - there == set(), "gone from SGLang: remove them from integration/sglang_variables.txt"
+    assert known - there == set(), (
+        "gone from SGLang: remove them from integration/compat/sglang_variables.txt"
+    )
 
 
 def test_the_table_can_be_read() -> None:
-    text = resources.files("sglang_flexkv.integration").joinpath("sglang_variables.txt").read_text()
+    text = resources.files("sglang_flexkv.integration.compat").joinpath("sglang_variables.txt").read_text()
     lines = [line for line in text.splitlines() if line and line[0] not in "#["]
     assert all(re.fullmatch(r"(yes|no ) [A-Za-z0-9_]+", line) for line in lines)
     assert len({line.split()[1] for line in lines}) == len(lines), "a variable is judged twice"

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sglang_flexkv.common.config import FlexKVConfig
 from sglang_flexkv.common.errors import FlexKVError
 from sglang_flexkv.integration import checks
+from sglang_flexkv.integration.compat import hooking, refused
 
 if TYPE_CHECKING:
     from sglang_flexkv.integration.model_identity import Settings
@@ -63,7 +64,7 @@ def around_create_unified_radix_cache(original: Callable[..., Any], ctx: Any, **
 
     if not get_memory().enable_flexkv:
         return original(ctx, **kwargs)
-    from sglang_flexkv.integration.radix_cache import build_radix_cache
+    from sglang_flexkv.integration.build import build_radix_cache
 
     try:
         return build_radix_cache(original, ctx, _at_start)
@@ -128,7 +129,7 @@ def around_stream_output(
 ) -> None:
     from sglang.srt.runtime_context import get_memory
 
-    from sglang_flexkv.integration.failed_loads import without_failed
+    from sglang_flexkv.integration.compat.failed_loads import without_failed
 
     original(streamer, without_failed(reqs) if get_memory().enable_flexkv else reqs, *args, **kwargs)
 
@@ -143,7 +144,7 @@ def before_embedding(worker: Any, batch: Any) -> None:
 def around_get_hash_str(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     from sglang.srt.runtime_context import get_memory
 
-    from sglang_flexkv.integration.sglang_hashes import hash_tokens, native_works
+    from sglang_flexkv.integration.compat.sglang_hashes import hash_tokens, native_works
 
     if get_memory().enable_flexkv and not native_works():
         return hash_tokens(*args, **kwargs)
@@ -191,11 +192,11 @@ def after_check_server_args(_result: Any, server_args: Any) -> None:
     if not view.enable_flexkv:
         return
     try:
-        checks.check_flags(view, server_args)
+        refused.check_flags(view, server_args)
         config = FlexKVConfig.load(view.flexkv_config_file)
         checks.check_machine(config)
         model = model_config_of(server_args)
-        checks.check_model(model)
+        refused.check_model(model)
         checks.check_ssd(config, view, model)
     except FlexKVError as error:
         if _is_command_line():
@@ -206,10 +207,8 @@ def after_check_server_args(_result: Any, server_args: Any) -> None:
 
 
 def _check_applied() -> None:
-    from sglang_flexkv.integration import patches  # which imports this module for its table
-
     try:
-        patches.check_applied()
+        hooking.check_applied()
     except FlexKVError as error:
         logger.error("sglang-flexkv cannot start: %s", error)
         raise

@@ -1,4 +1,4 @@
-"""A name of its own for every request.
+"""SGLang's requests: a name of its own for every one of them, and what they report.
 
 SGLang's unified cache files what it knows of a request under the request's id. A client chooses that id, and
 nothing keeps two requests that run at the same time from having the same one: each tokenizer worker knows its
@@ -9,7 +9,7 @@ cache first sees it; its own id stays what the client knows it by.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -45,3 +45,26 @@ def by_name(*reqs: Any) -> Iterator[None]:
     finally:
         for req, rid in zip(reqs, rids, strict=True):
             req.rid = rid
+
+
+def report_ssd_part(req: Any, first_token: int, num_tokens: int) -> None:
+    """For what a request reports about its cached tokens: a load of its own reads these from SSD."""
+    if req.storage_hit_length and req.storage_hit_start is not None:
+        first_token = min(first_token, req.storage_hit_start)
+    req.storage_hit_length += num_tokens
+    req.storage_hit_start = first_token
+    req.host_hit_is_storage = False
+
+
+def release_borrowed_rows(waiting: Iterable[Any], sessions: Any) -> None:
+    """Takes their sessions' records from turns that wait.
+
+    A turn borrows its session's record when it enters the queue, and again when it is scheduled. In between
+    SGLang may flush in a pause, but not while a request holds memory.
+
+    Args:
+        sessions: SGLang's, of the cache.
+    """
+    for req in waiting:
+        if sessions.borrowed_slot(req) is not None:
+            req.detach_kv()

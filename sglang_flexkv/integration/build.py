@@ -1,0 +1,119 @@
+"""Builds the cache of one rank and everything under it."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+from sglang_flexkv import __version__
+from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
+from sglang_flexkv.common.storage import DeviceBuffers
+from sglang_flexkv.integration.compat import server
+from sglang_flexkv.integration.compat.kv_pool import device_buffers
+from sglang_flexkv.integration.compat.sglang_hashes import native_works
+from sglang_flexkv.integration.linker import FlexKVLinker
+from sglang_flexkv.integration.metrics import Metrics
+from sglang_flexkv.integration.model_identity import Settings, describe, model_identity, notes
+from sglang_flexkv.integration.radix_cache import FlexKVRadixCache
+from sglang_flexkv.kvtask import KVTaskEngine
+from sglang_flexkv.storage.ssd_identity import Identity
+from sglang_flexkv.storage.storage_engine import slot_bytes_for
+
+logger = logging.getLogger(__name__)
+
+
+def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings | None) -> FlexKVRadixCache:
+    """Builds the cache and everything under it.
+
+    Args:
+        create: SGLang's ``create_unified_radix_cache``.
+        ctx: its TreeCacheBuildContext.
+        at_start: the settings of this process before it loaded the model.
+
+    Raises:
+        ConfigError, IncompatibleError: with the setting and the remedy.
+    """
+    with server.external_linker_off():
+        cache: FlexKVRadixCache = create(ctx, cache_class=FlexKVRadixCache)
+    config = FlexKVConfig.load(server.config_file())
+    place = server.place()
+    pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
+    device = device_buffers(pool)
+    layout = device.block_layout(ctx.params.page_size)
+    cache_config = config.cache_config(
+        block_bytes=slot_bytes_for(layout.block_bytes),
+        tokens_per_block=ctx.params.page_size,
+        num_ranks=place.num_ranks,
+    )
+    identity = _identity(ctx, pool, device, place, at_start)
+    if cache_config.enable_ssd:
+        for note in notes(identity):
+            logger.warning("sglang-flexkv: %s", note)
+    native_works()  # what SGLang has to compile is compiled before the first request comes
+    engine = KVTaskEngine(
+        cache_config,
+        device,
+        namespace=identity.namespace,
+        label=describe(
+            ctx.model_config.model_path, pool.dtype, ctx.params.page_size, place.tp_rank, place.tp_size
+        ),
+        identity=identity,
+        rank_tag=f"dp{place.dp_rank}-tp{place.tp_rank}",
+    )
+    labels = {"dp_rank": str(place.dp_rank), "tp_rank": str(place.tp_rank)}
+    linker = FlexKVLinker(
+        engine,
+        config,
+        identity.namespace,
+        num_layers=layout.num_layers,
+        single_rank=place.tp_size == 1,
+        metrics=Metrics(labels if server.exports_metrics() else None),
+    )
+    atexit.register(linker.close)
+    cache.attach(linker, config.write_policy, by_priority=server.evicts_by_priority())
+    pool.register_layer_transfer_counter(linker.layer_done_counter)
+    ctx.tp_worker.register_hicache_layer_transfer_counter(linker.layer_done_counter)
+    _log(engine, config.write_policy)
+    return cache
+
+
+def _identity(
+    ctx: Any, pool: Any, device: DeviceBuffers, place: server.Place, at_start: Settings | None
+) -> Identity:
+    """Whose KV this is, with what the device pool adds."""
+    return model_identity(
+        server.reader(),
+        ctx.model_config.model_path,
+        ctx.model_config.revision,
+        at_start=at_start,
+        pool={
+            "dtype of the KV": str(pool.dtype),
+            "layout of the KV": str([(t.dtype, tuple(t.shape[1:])) for t in chain(*device.tensors)]),
+            "tokens per row": str(device.tokens_per_row),
+            "tokens per block": str(ctx.params.page_size),
+            "TP rank": f"{place.tp_rank} of {place.tp_size}",
+            "attention TP rank": f"{place.attn_tp_rank} of {place.attn_tp_size}",
+            "format": "2",
+        },
+    )
+
+
+def _log(engine: KVTaskEngine, policy: WritePolicy) -> None:
+    config, slot_bytes = engine.config, engine.slot_bytes
+    logger.info(
+        "sglang-flexkv %s: %s, block %d tokens (%.1f KiB); CPU tier %.2f GiB (%d blocks); SSD tier %s",
+        __version__,
+        policy.value,
+        config.tokens_per_block,
+        slot_bytes / 1024,
+        config.num_cpu_blocks * slot_bytes / GIB,
+        config.num_cpu_blocks,
+        f"{config.num_ssd_blocks * slot_bytes / GIB:.2f} GiB through {engine.io_engine}"
+        if config.enable_ssd
+        else "off",
+    )
+    if engine.cuda_note:
+        logger.info("sglang-flexkv copies: %s", engine.cuda_note)

@@ -1,0 +1,79 @@
+"""What the ranks of a server agree on, and why that is enough.
+
+Every rank runs the same scheduler over the same requests in the same order. So what follows from requests,
+settings and SGLang's own state is the same everywhere, and nobody asks. What a rank knows from its own tiers
+and copies is not: a block may be gone on one rank alone, a read may end a step later. All of that is reduced
+here, before anything depends on it.
+
+========================  =========  =======================================================================
+What                      Reduced    Why that is enough
+========================  =========  =======================================================================
+length of a hit           least      of a prefix that a rank holds it holds every shorter one
+wait for SSD at all       any        whether to wait is one decision; which blocks to bring is each rank's own
+a wait is over            all        a request is scheduled by all ranks in the same step
+wait again, or join       any        as above
+somebody may be reading   any        begins with a load or a wait, of which all know; says itself when it ends
+a load has landed         all        the ranks compute one forward, so a load that failed anywhere failed
+an offload has ended      all        SGLang does it (``check_hicache_events``): how many have ended, and which
+                                     of them well. Nodes are offered in the same order and always accepted,
+                                     so where no offload is on its way none is anywhere, and nobody asks
+========================  =========  =======================================================================
+
+Not agreed on, and no need to: what is evicted from the tiers, what is spilled to SSD, measured speeds. They
+change how long a hit is, and that is agreed on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+
+class Ranks:
+    """Those of one server.
+
+    Args:
+        reduce: reduces a tensor over all ranks, in place. Called on all ranks in the same order.
+    """
+
+    def __init__(self, reduce: Callable[[torch.Tensor, Any], None]) -> None:
+        self._reduce = reduce
+        # Whether any rank may be reading from SSD. While it is not set the ranks need not ask each other.
+        self.reads_may_run = False
+
+    def shortest_hit(self, num_blocks: int) -> int:
+        """Blocks of a prefix that all ranks can load."""
+        return self._common([num_blocks], torch.distributed.ReduceOp.MIN)[0]
+
+    def any_would_wait(self, num_ssd_blocks: int) -> bool:
+        """Whether a rank has blocks to bring from SSD for a request that enters the queue. It waits then."""
+        wanted = self._common([num_ssd_blocks], torch.distributed.ReduceOp.MAX)[0] > 0
+        self.reads_may_run = self.reads_may_run or wanted
+        return wanted
+
+    def all_may_go_on(self, ready: bool) -> bool:
+        """Whether a request that waits has waited for long enough on all ranks."""
+        return bool(self._common([ready], torch.distributed.ReduceOp.MIN)[0])
+
+    def any_waits_again(self, waits: bool, num_reads: int) -> bool:
+        """Whether a request waits (again) because of what one rank found. Tells as well whether anybody still
+        reads (``num_reads`` of this rank)."""
+        waiting, reads = self._common([waits, num_reads], torch.distributed.ReduceOp.MAX)
+        self.reads_may_run = bool(waiting or reads)
+        return bool(waiting)
+
+    def loads_begin(self) -> None:
+        """All ranks load for a request, and may read from SSD for it."""
+        self.reads_may_run = True
+
+    def landed_everywhere(self, landed: Sequence[bool]) -> list[bool]:
+        """A verdict for each load of a batch, in the order of admission."""
+        return [bool(ok) for ok in self._common(landed, torch.distributed.ReduceOp.MIN)]
+
+    def _common(self, values: Sequence[int], op: Any) -> list[int]:
+        tensor = torch.tensor(values, dtype=torch.int64)
+        self._reduce(tensor, op)
+        reduced: list[int] = tensor.tolist()
+        return reduced
