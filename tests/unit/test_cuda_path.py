@@ -427,7 +427,7 @@ def test_copies_wait_for_the_callers_events(make_rig: MakeRig, cuda: FakeCuda, s
 def test_slots_are_reused_in_stream_order_behind_a_store(
     make_rig: MakeRig, cuda: FakeCuda, stream: int, row_bytes: tuple[int, ...]
 ) -> None:
-    """A spill: the forward may overwrite the node's slots only when the copy has read them; no host waits."""
+    """A write-back: the forward may overwrite the slots only when the copy has read them; no host waits."""
     rig = make_rig(tokens=1, row_bytes=row_bytes)
     held_up = cuda.stream()
     dam = Dam(cuda, held_up)
@@ -1030,7 +1030,7 @@ class Late:
         assert not self._thread.is_alive(), "a submission hangs"
 
 
-def test_ten_thousand_loads_and_spills(make_rig: MakeRig, cuda: FakeCuda) -> None:
+def test_ten_thousand_loads_and_write_backs(make_rig: MakeRig, cuda: FakeCuda) -> None:
     """As a scheduler's thread does it: loads of a batch, some of them late and in parts; nodes that leave,
     whose slots the next forward overwrites; forwards that read layer by layer. Streams share three hardware
     queues, and calls come between that take until the device has nothing left to do."""
@@ -1041,12 +1041,12 @@ def test_ten_thousand_loads_and_spills(make_rig: MakeRig, cuda: FakeCuda) -> Non
     late = Late(rig)
     held = [rig.bytes_of(rig.rows(block)) for block in range(24)]  # by each block, in the order of the stream
     sources = {slot: rig.slot(slot).copy() for slot in range(16)}
-    copies, spill_slot, value = 0, 16, 0
+    copies, stored_slot, value = 0, 16, 0
     stored: dict[int, np.ndarray] = {}
     found: list[tuple[list[np.ndarray], np.ndarray]] = []
 
     def settle() -> None:
-        nonlocal spill_slot
+        nonlocal stored_slot
         late.close()
         assert rig.engine.drain(60.0), "a copy hangs"
         cuda.synchronize(stream, 60.0)
@@ -1057,28 +1057,28 @@ def test_ten_thousand_loads_and_spills(make_rig: MakeRig, cuda: FakeCuda) -> Non
             assert np.array_equal(np.concatenate(reads), expected), "read before its layer"
         stored.clear()
         found.clear()
-        spill_slot = 16
+        stored_slot = 16
 
     while copies < 10_000:
-        if spill_slot > 76:
+        if stored_slot > 76:
             settle()
             late = Late(rig)
         blocks = [int(block) for block in rng.permutation(24)]
-        spills = []
+        leaving = []
         for _ in range(int(rng.integers(0, 4))):
             block, gate = blocks.pop(), rig.engine.make_gate(1)
             gate.expect(1)
-            op = _core.OpSpec(T.D2H, rig.token_slots(block), ints(spill_slot))
+            op = _core.OpSpec(T.D2H, rig.token_slots(block), ints(stored_slot))
             rig.engine.submit([op], gate=gate, wait_events=[cuda.record(stream)])
-            stored[spill_slot] = held[block]
-            spills.append((block, gate))
-            spill_slot += 1
-        for _, gate in spills:
+            stored[stored_slot] = held[block]
+            leaving.append((block, gate))
+            stored_slot += 1
+        for _, gate in leaving:
             assert gate.stream_wait(0, stream, 60.0)
         events = [cuda.record(stream)]
         gate, loads = rig.engine.make_gate(4), int(rng.integers(1, 6))
         gate.expect(loads)
-        for block in [block for block, _ in spills][:loads] + blocks[: max(0, loads - len(spills))]:
+        for block in [block for block, _ in leaving][:loads] + blocks[: max(0, loads - len(leaving))]:
             slot = int(rng.integers(16))
             held[block] = sources[slot]
             cut = int(rng.integers(1, 4)) if rng.random() < 0.4 else 4
@@ -1102,13 +1102,13 @@ def test_ten_thousand_loads_and_spills(make_rig: MakeRig, cuda: FakeCuda) -> Non
             elif kind < 0.04:
                 cuda.free(cuda.allocate(64)[0])
         found.append((reads, held[read_block]))
-        for block, _ in spills:  # the forward writes to what was given back
+        for block, _ in leaving:  # the forward writes to what was given back
             value = (value + 1) % 251
             held[block] = np.full(rig.block_bytes, value, np.uint8)
             for addresses in rig.addresses:
                 for address, size in zip(addresses, rig.row_bytes, strict=True):
                     cuda.fill(stream, address + 2 * block * size, value, 2 * size)
-        copies += loads + len(spills)
+        copies += loads + len(leaving)
     settle()
     cuda.end_stream(stream)
 
