@@ -42,7 +42,7 @@ _WAIT_DEFAULT_S = 60.0
 
 class KVResponseStatus(Enum):
     SUCCESS = "success"
-    FAILED = "failed"  # what the mask promised did not arrive: treat it as a miss
+    FAILED = "failed"  # what the mask says did not arrive: treat it as a miss
     CANCELLED = "cancelled"
     TIMEOUT = "timeout"  # still running when the wait was over
 
@@ -184,7 +184,7 @@ class KVManager:
     def get_match(
         self, token_ids: npt.ArrayLike, token_mask: npt.ArrayLike | None = None
     ) -> tuple[int, Mask]:
-        """Finds out what is held and promises it to a task.
+        """Finds out what is held and pins it for a task.
 
         Args:
             token_ids: int [tokens].

@@ -1,6 +1,6 @@
 """The control plane: what is where, what may go, and which copies a request needs. Moves no byte.
 
-A plan holds what it was promised (a lease on what it reads, reserved slots for what it writes) until
+A plan keeps a lease on what it reads, and the slots that were reserved for what it writes, until
 ``finish`` is called with the outcome of its graph, whatever that is.
 """
 

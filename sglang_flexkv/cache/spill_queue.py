@@ -16,7 +16,7 @@ from sglang_flexkv import _core
 from sglang_flexkv.common.block import BlockKeys
 from sglang_flexkv.common.transfer import Slots
 
-# Promises to waiting requests may pin half of the CPU tier, this a quarter; the rest is free to move.
+# Leases of waiting requests may pin half of the CPU tier, this a quarter; the rest is free to move.
 _PINNED_SHARE = 0.25
 
 

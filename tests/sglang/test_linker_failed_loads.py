@@ -14,7 +14,7 @@ from linker_steps import (
     PAGE,
     PAGES,
     MakeRig,
-    admit_with_a_broken_promise,
+    admit_without_its_lease,
     check_landed,
     check_runs_again,
     invalidate_cpu_tier,
@@ -25,13 +25,13 @@ from linker_steps import (
 from sglang_flexkv import _core
 
 
-def test_a_broken_promise_is_recomputed(make_rig: MakeRig) -> None:
+def test_what_is_gone_before_it_is_loaded_is_recomputed(make_rig: MakeRig) -> None:
     rig = make_rig()
     rig.insert(sequence(1), seed=1)
     rig.evict_all()
     req = rig.request(sequence(1))
     free = rig.allocator.available_size()
-    assert len(admit_with_a_broken_promise(rig, req)) == 0
+    assert len(admit_without_its_lease(rig, req)) == 0
     assert rig.allocator.available_size() == free
     rig.abort(req)
 
@@ -73,7 +73,7 @@ def test_what_cannot_run_again_is_left_to_sglang(make_rig: MakeRig) -> None:
     rig.insert(sequence(1), seed=1)
     rig.evict_all()
     req = rig.request(sequence(1))
-    slots = admit_with_a_broken_promise(rig, req)
+    slots = admit_without_its_lease(rig, req)
     req.beam_group = mock.Mock()
     rig.start_batch()
     rig.forward()

@@ -35,8 +35,8 @@ def test_a_flush_empties_every_tier_and_ends_everything_under_way(make_rig: Make
     rig.evict_all()
     assert rig.engine.flush_spills(TIMEOUT_S)
     assert rig.stats("SSD")["ready"] == 3 * PAGES
-    promised, queued = rig.request(sequence(0)), rig.request(sequence(10000))
-    rig.match(promised)
+    pinned, queued = rig.request(sequence(0)), rig.request(sequence(10000))
+    rig.match(pinned)
     slots = rig.admit(queued)
     rig.insert(sequence(50000), seed=7)  # its copy is under way
 
@@ -153,7 +153,7 @@ def test_clearing_the_storage_never_passes_off_an_unfinished_load_as_finished(
         rig.finish(req, slots)
     else:
         rig.abort(req, slots)
-    # What the other request was promised is gone, so it must not be counted on.
+    # What was pinned for the other request is gone, so it must not be counted on.
     assert not rig.cache.linker.has_hit(name_of(late))
     rig.abort(late)
 

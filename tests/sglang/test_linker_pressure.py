@@ -1,4 +1,4 @@
-"""A CPU tier that is too small for everything: what is promised stays, what goes is a miss."""
+"""A CPU tier that is too small for everything: what is pinned stays, what goes is a miss."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from kit import assert_same, cut
 from linker_steps import PAGE, PAGES, MakeRig, sequence
 
 
-def test_a_promise_survives_pressure_on_the_cpu_tier(make_rig: MakeRig) -> None:
+def test_a_lease_survives_pressure_on_the_cpu_tier(make_rig: MakeRig) -> None:
     rig = make_rig(num_cpu_blocks=2 * PAGES)
     tokens = sequence(1)
     expected = rig.insert(tokens, seed=1)
@@ -48,7 +48,7 @@ def test_a_full_tier_refuses_and_the_tree_offers_the_node_again(make_rig: MakeRi
     tokens = sequence(5000)
     expected = rig.insert(tokens, seed=2)
     rig.settle()
-    assert rig.stats("CPU")["ready"] == PAGES  # still the first sequence: it is promised
+    assert rig.stats("CPU")["ready"] == PAGES  # still the first sequence: it is pinned
     rig.abort(pinning)
     rig.insert(tokens, seed=3)  # the next use
     rig.evict_all()

@@ -15,7 +15,7 @@ from linker_steps import (
     PAGE,
     PAGES,
     MakeRig,
-    admit_with_a_broken_promise,
+    admit_without_its_lease,
     check_landed,
     check_runs_again,
     collectives_of,
@@ -34,7 +34,7 @@ def test_a_rank_that_cannot_load_what_the_others_load_fails_that_load_and_blocks
     rig.insert(sequence(1), seed=1)
     rig.evict_all()
     req = rig.request(sequence(1))
-    slots = admit_with_a_broken_promise(rig, req)
+    slots = admit_without_its_lease(rig, req)
     assert len(slots) == PAGES * PAGE  # the other ranks load, so this one goes along
     reqs = [req]
     if with_another:

@@ -52,7 +52,7 @@ def test_an_abort_between_match_and_load_unpins(make_rig: MakeRig) -> None:
     assert rig.stats("CPU")["ready"] == PAGES
 
 
-def test_a_match_that_the_device_answers_lets_go_of_the_promise(make_rig: MakeRig) -> None:
+def test_a_match_that_the_device_answers_ends_the_lease(make_rig: MakeRig) -> None:
     rig = make_rig()
     tokens = sequence(1)
     rig.insert(tokens, seed=1)
@@ -158,7 +158,7 @@ def test_requests_of_one_id_load_side_by_side(make_rig: MakeRig, failing: int | 
 
 
 @pytest.mark.parametrize("aborted", [0, 1])
-@pytest.mark.parametrize("when", ["promised", "queued"])
+@pytest.mark.parametrize("when", ["pinned", "queued"])
 def test_the_end_of_one_request_is_not_that_of_another_with_its_id(
     make_rig: MakeRig, aborted: int, when: str
 ) -> None:

@@ -320,7 +320,7 @@ def test_a_streaming_session_keeps_its_turns_to_itself_beside_a_linker(core: str
     with Rig(build_kit_cache(FULL[0], core)) as rig:
         steps = SessionSteps()
         slot, _ = steps._later_turn(rig.cache, rig.allocator, rig.requests)
-        # The slot holds the session's KV, so no lookup is made for it and nothing is promised.
+        # The slot holds the session's KV, so no lookup is made for it and nothing is pinned.
         rig.linker.states.check_empty()
         assert rig.engine.stats()["H2D"]["ops_done"] == 0
         assert slot is rig.cache.session.slots["s"]

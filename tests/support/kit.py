@@ -375,7 +375,7 @@ class Rig:
     # ---- what must hold at the end of every test ----
 
     def check_nothing_is_left(self) -> None:
-        """No promise, lease, reservation or transfer; and every slot of the device pool is accounted for."""
+        """No lease, reservation or transfer; and every slot of the device pool is accounted for."""
         self.settle()
         assert not self.cache.has_pending_cache_operations()
         self.linker.check_idle()

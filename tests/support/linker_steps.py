@@ -43,7 +43,7 @@ def invalidate_cpu_tier(rig: Rig) -> None:
     rig.engine.clear_tiers(_core.Tier.CPU)
 
 
-def admit_with_a_broken_promise(rig: Rig, req: Req) -> torch.Tensor:
+def admit_without_its_lease(rig: Rig, req: Req) -> torch.Tensor:
     """Admits a request whose blocks went away after its match. No lease allows that; it stands for the day
     one fails, and for a rank that lost its blocks where the others did not."""
     match = rig.match(req)

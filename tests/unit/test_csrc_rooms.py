@@ -38,7 +38,7 @@ def includes(source: str) -> Iterator[str]:
 
 def wrong_arrows(name: str, source: str) -> list[str]:
     """What is wrong with the includes of the file of this name."""
-    room = name.split("/")[0]
+    room = name.split("/", maxsplit=1)[0]
     wrong = []
     for included in includes(source):
         if not (CSRC / included).is_file():
