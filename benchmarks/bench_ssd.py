@@ -49,7 +49,7 @@ from sglang_flexkv import _core
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import CacheConfig, IoEngine
 from sglang_flexkv.common.storage import DeviceBuffers
-from sglang_flexkv.common.transfer import Slots, TransferOp, TransferOpGraph, TransferType
+from sglang_flexkv.common.transfer import Slots, TransferType
 from sglang_flexkv.kvtask import _SPILL_BYTES_MAX, _SPILLS_MAX
 from sglang_flexkv.storage.storage_engine import StorageEngine
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
@@ -125,12 +125,10 @@ class Bench:
     def _submit(self, job: Job) -> int:
         kind, host, ssd, layer = job
         src, dst = (host, ssd) if kind is TransferType.H2DISK else (ssd, host)
-        op = TransferOp(kind, np.arange(len(host)), src, dst, np.ascontiguousarray(self.keys[host]))
-        if layer >= 0:
-            op.layer_id, op.layer_granularity = layer, 1
-        graph = TransferOpGraph()
-        graph.add_transfer_op(op)
-        return self.transfer.submit(graph)
+        # As one op of the core: the engine itself asks for no single layers.
+        layers = (layer, layer + 1) if layer >= 0 else (0, 0)
+        keys = np.ascontiguousarray(self.keys[host])
+        return self.transfer._core.submit([_core.OpSpec(kind.value, src, dst, *layers, keys=keys)])
 
     def _run(self, *queues: list[Job]) -> list[float]:
         """Runs queues of jobs side by side, a few jobs of each at a time. Returns when each had ended."""

@@ -33,7 +33,7 @@ from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import CacheConfig, SsdAdmission
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, TransferType
-from sglang_flexkv.ssdtier import SsdState, SsdTier
+from sglang_flexkv.ssdtier import SsdTier
 from sglang_flexkv.storage.ssd_identity import Identity
 from sglang_flexkv.storage.storage_engine import StorageEngine
 from sglang_flexkv.transfer.trace import TransferTrace
@@ -202,11 +202,6 @@ class KVTaskEngine:
         """What the GPU or its driver cannot do and is done in a slower way; empty if nothing."""
         return self._transfer.cuda_note
 
-    @property
-    def ssd_state(self) -> SsdState | None:
-        """Whether the SSD tier takes part; None if there is none."""
-        return self._ssd.state if self._ssd is not None else None
-
     def make_gate(self, num_layers: int) -> _core.LayerGate:
         """A gate for tasks of this engine, see ``launch``. On a GPU streams can be told to wait for it."""
         return self._transfer.make_gate(num_layers)
@@ -231,16 +226,6 @@ class KVTaskEngine:
             if lease:
                 self._leases.add(lease)
             return lease, tiers
-
-    @property
-    def num_tasks(self) -> int:
-        """Tasks whose record is kept: nobody has forgotten them yet."""
-        return len(self._tasks)
-
-    @property
-    def num_running(self) -> int:
-        """Tasks that have been launched and whose outcome has not been taken in."""
-        return len(self._by_graph)
 
     @property
     def queued_ssd_read_bytes(self) -> int:
@@ -525,14 +510,6 @@ class KVTaskEngine:
         with self._lock:
             self._tasks.pop(task.task_id, None)
 
-    def task(self, task_id: int) -> KVTask:
-        try:
-            return self._tasks[task_id]
-        except KeyError:
-            raise KeyError(
-                f"no task {task_id}: it was never created, or its result was taken already"
-            ) from None
-
     # ---- all at once ----
 
     def drain(self, timeout_s: float) -> bool:
@@ -649,9 +626,11 @@ class KVTaskEngine:
         return self._transfer.stats()
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Tiers (slots, free, ready, writing, pinned, evicted) and transfers (see TransferEngine.stats)."""
+        """Tiers (slots, free, ready, writing, pinned, evicted), transfers (see TransferEngine.stats), and
+        tasks: how many are kept, because nobody has forgotten them yet, and how many run."""
         with self._lock:
             out: dict[str, dict[str, float]] = {}
+            out["tasks"] = {"kept": len(self._tasks), "running": len(self._by_graph)}
             for tier in (_core.Tier.CPU, _core.Tier.SSD):
                 s = self._cache.index.stats(tier)
                 out[tier.name] = {

@@ -179,6 +179,7 @@ class SsdTier:
     def stats(self) -> dict[str, float]:
         out: dict[str, float] = {
             "online": float(self.state is SsdState.ONLINE),
+            "leaving": float(self.state is SsdState.LEAVING),  # out, and transfers of it have yet to end
             "times_out": self.times_out,
             "recovered": self.num_recovered,
         }

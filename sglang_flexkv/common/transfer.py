@@ -52,8 +52,6 @@ class TransferOp:
     src_block_ids: Slots | None = None
     dst_block_ids: Slots | None = None
     keys: BlockKeys | None = None  # disk ops: what the slots hold, or are to hold
-    layer_id: int = 0
-    layer_granularity: int = -1  # layers from layer_id on; -1: all
     op_id: int = -1
     follows_layers_of: int = -1  # H2D: the DISK2H op whose layers it copies as they come
 

@@ -36,7 +36,6 @@ class TransferEngine:
             queue_bytes=_QUEUE_BYTES,
         )
         self._config = config
-        self.num_layers = storage.layout.num_layers
 
     def attach_ssd(self, store: SsdStore) -> None:
         """Puts an SSD tier under the engine.
@@ -89,14 +88,11 @@ class TransferEngine:
         for op in graph.ops:
             if op.src_block_ids is None or op.dst_block_ids is None:
                 raise ValueError(f"op {op.op_id} of graph {graph.graph_id} has no device slots yet")
-            layers = self.num_layers if op.layer_granularity < 0 else op.layer_granularity
             ops.append(
                 _core.OpSpec(
                     op.transfer_type.value,
                     np.ascontiguousarray(op.src_block_ids, dtype=np.int64),
                     np.ascontiguousarray(op.dst_block_ids, dtype=np.int64),
-                    layer_begin=op.layer_id,
-                    layer_end=min(self.num_layers, op.layer_id + layers),
                     keys=op.keys,
                     after_layers=op.follows_layers_of,
                 )
@@ -121,10 +117,6 @@ class TransferEngine:
     def drain_device(self, timeout_s: float) -> bool:
         """Waits until no copy from or to the device runs. False when the time is up first."""
         return self._core.drain_device(timeout_s)
-
-    @property
-    def num_pending(self) -> int:
-        return self._core.num_pending
 
     @property
     def cuda_note(self) -> str:

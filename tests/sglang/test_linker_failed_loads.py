@@ -17,6 +17,7 @@ from linker_steps import (
     admit_without_its_lease,
     check_landed,
     check_runs_again,
+    forget_failed_loads,
     invalidate_cpu_tier,
     sequence,
     store_on_ssd_alone,
@@ -52,7 +53,7 @@ def test_a_forward_that_went_on_without_a_layer_is_nobodys(
     launch = rig.engine.launch
 
     def hold_the_second_back(task: Any, *args: Any, **kwargs: Any) -> None:
-        if held_back or rig.engine.num_running:
+        if held_back or rig.stats("tasks")["running"]:
             held_back.append(lambda: launch(task, *args, **kwargs))
         else:
             launch(task, *args, **kwargs)
@@ -98,7 +99,7 @@ def test_a_block_that_is_damaged_on_ssd_is_not_used_and_not_looked_for_again(
     rig.forward()
     assert rig.cache.finish_external_linker_loads([req]) == []
     assert len(rig.cache.failed_loads) == 1
-    rig.cache.failed_loads.clear()
+    forget_failed_loads(rig)
     rig.abort(req, slots)
     assert rig.stats("SSD")["ready"] < PAGES
     # Another request has what is left.
@@ -153,8 +154,8 @@ def test_a_disk_that_hangs_is_noticed_while_a_forward_waits(
     assert time.monotonic() - started_s < 4.0
     assert rig.cache.finish_external_linker_loads([req]) == []
     assert len(rig.cache.failed_loads) == 1
-    rig.cache.failed_loads.clear()
+    forget_failed_loads(rig)
     rig.abort(req, slots)
     disk.clear_faults()
-    while rig.engine.num_running:
+    while rig.stats("tasks")["running"]:
         rig.engine.poll()

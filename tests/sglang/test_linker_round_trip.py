@@ -140,7 +140,7 @@ def test_a_written_back_node_is_copied_before_its_slots_are_free(make_rig: MakeR
 
     def write_back_and_look(node_id: int) -> None:
         write_back(node_id)
-        running.append(rig.engine.num_running)
+        running.append(rig.stats("tasks")["running"])
 
     with mock.patch.object(rig.cache.linker, "write_back", write_back_and_look):
         rig.cache.evict(EvictParams(num_tokens=len(tokens)))

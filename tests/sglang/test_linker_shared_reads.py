@@ -12,6 +12,7 @@ from linker_steps import (
     PAGES,
     MakeRig,
     end_both,
+    forget_failed_loads,
     forget_in_memory,
     invalidate_cpu_tier,
     may_run,
@@ -177,7 +178,7 @@ def test_who_waits_for_a_read_that_fails_computes(make_rig: MakeRig, tmp_path: P
     rig.forward()
     assert rig.cache.finish_external_linker_loads([first]) == []
     assert len(rig.cache.failed_loads) == 1
-    rig.cache.failed_loads.clear()
+    forget_failed_loads(rig)
     assert may_run(rig, second)
     assert rig.match(second).host_hit_length < len(tokens)
     assert rig.linker.states.of(name_of(first)).gave_up  # the one that failed loads nothing any more

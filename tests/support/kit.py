@@ -383,7 +383,7 @@ class Rig:
         assert self.stats("CPU")["writing"] == 0
         assert self.cache.full_protected_size() == 0
         assert self.allocator.available_size() + self.cache.full_evictable_size() == self.pool.size
-        assert not self.engine.num_tasks, "records of tasks that nobody will ask about"
+        assert not self.stats("tasks")["kept"], "records of tasks that nobody will ask about"
         self.cache.sanity_check()
 
     def close(self) -> None:

@@ -52,13 +52,18 @@ def admit_without_its_lease(rig: Rig, req: Req) -> torch.Tensor:
     return rig.admit(req, match)
 
 
+def forget_failed_loads(rig: Rig) -> None:
+    """There is no scheduler that would run them again."""
+    rig.cache.failed_loads._failed.clear()
+
+
 def check_runs_again(rig: Rig, *reqs: Req) -> None:
     """That these requests run again, and no others."""
     assert len(rig.cache.failed_loads) == rig.linker.metrics.total["failed"] == len(reqs)
     assert all(req.discard_output_reason and req.skip_radix_cache_insert for req in reqs)
     for req in reqs:
         rig.cache.on_release(req, checkpointed=False)  # its memory; that it loads nothing more is remembered
-    rig.cache.failed_loads.clear()
+    forget_failed_loads(rig)
 
 
 def check_landed(rig: Rig, req: Req, slots: torch.Tensor, expected: list[torch.Tensor]) -> None:

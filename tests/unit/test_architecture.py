@@ -25,11 +25,4 @@ def test_the_files_of_the_integration_are_those_that_are_there() -> None:
     folder = ROOT / "sglang_flexkv" / "integration"
     named = set(re.findall(r"`(\w+\.py)`", section("Under SGLang").split("*A verdict")[0]))
     there = {path.name for path in folder.rglob("*.py")} - {"__init__.py"}
-    assert named - there == set()
-    assert there - named <= {
-        "_sglang_flexkv_startup.py",
-        "metrics.py",
-        "prefill_times.py",
-        "server.py",
-        "fallback.py",
-    }
+    assert named == there

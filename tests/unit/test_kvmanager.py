@@ -505,7 +505,7 @@ def test_what_is_cleared_while_it_is_on_its_way_to_ssd_is_not_found_by_the_next_
     engine.poll()  # which starts the spill
     with mock.patch.object(TransferEngine, "poll", return_value=[]):
         late = pool.manager.put_async(tokens(3000, 64), OTHER)
-        assert engine.num_running == 2
+        assert engine.stats()["tasks"]["running"] == 2
         engine.clear_tiers(_core.Tier.CPU, _core.Tier.SSD)
         assert engine.drain(20.0)
     answers = pool.manager.wait([put, late])
@@ -696,6 +696,10 @@ def slow_to_write(pool: Any, tmp_path: Path) -> _core.FaultyDisk:
     return disk
 
 
+def task_of(pool: Pool, task_id: int) -> KVTask:
+    return pool.manager._requests[task_id].task
+
+
 @pytest.mark.parametrize("blocks", [1, 4, 12, 32], ids=lambda n: f"{n}_blocks_each")
 def test_puts_that_are_faster_than_the_disk_wait_for_it_and_lose_nothing(make, tmp_path, blocks) -> None:
     pool = make(cpu_blocks=32, ssd_blocks=512)
@@ -704,7 +708,7 @@ def test_puts_that_are_faster_than_the_disk_wait_for_it_and_lose_nothing(make, t
     slots = [torch.arange(n * each, (n + 1) * each) % 1024 for n in range(96 // blocks)]
     before = [pool.bytes_at(part) for part in slots]
     tasks = [pool.manager.put_async(tokens(10_000 * n, each), part) for n, part in enumerate(slots, start=1)]
-    statuses = {pool.manager.engine.task(task).status for task in tasks}
+    statuses = {task_of(pool, task).status for task in tasks}
     assert TaskStatus.CREATED in statuses, "none had to wait"
     for task, response in pool.manager.wait(tasks).items():
         assert response.status is KVResponseStatus.SUCCESS, task
@@ -738,19 +742,19 @@ def test_a_put_that_waits_can_be_cancelled_and_fails_alone(make, tmp_path) -> No
     assert pool.manager.engine.flush_spills(20.0)
     with pytest.raises(ValueError, match="a slot mapping"):
         pool.manager.put_async(tokens(5000, 64), SLOTS[:5])
-    assert pool.manager.engine.num_tasks == 0
+    assert pool.manager.engine.stats()["tasks"]["kept"] == 0
 
 
 def test_what_waits_for_the_disk_is_flushed_away_too(make, tmp_path) -> None:
     pool = make(cpu_blocks=32, ssd_blocks=512)
     slow_to_write(pool, tmp_path)
     engine = pool.manager.engine
-    tasks = [engine.task(pool.manager.put_async(tokens(1000 * n, 64), SLOTS)) for n in range(1, 9)]
+    tasks = [task_of(pool, pool.manager.put_async(tokens(1000 * n, 64), SLOTS)) for n in range(1, 9)]
     engine.forget(tasks[-1])  # its creator does not ask any more
     assert tasks[-1].status is TaskStatus.CREATED
     pool.manager.clear()
     assert all(task.ended for task in tasks)
-    pool.until(lambda: engine.num_running == 0)
+    pool.until(lambda: engine.stats()["tasks"]["running"] == 0)
     assert engine.stats()["CPU"]["ready"] == engine.stats()["CPU"]["pinned"] == 0
 
 
@@ -767,7 +771,7 @@ def test_nothing_holds_a_put_up_while_the_ssd_tier_is_out(make, tmp_path) -> Non
     assert engine.stats()["SSD"]["dropped"] > 0
     for n in range(30, 60):
         task = pool.manager.put_async(tokens(10_000 * n, 64), SLOTS)
-        assert engine.task(task).status is TaskStatus.RUNNING
+        assert task_of(pool, task).status is TaskStatus.RUNNING
         pool.manager.wait([task])
     disk.clear_faults()
 

@@ -25,7 +25,6 @@ from sglang_flexkv import (
     ssdtier,
 )
 from sglang_flexkv.kvtask import KVTaskEngine
-from sglang_flexkv.ssdtier import SsdState
 
 BLOCK = 16
 CPU_BLOCKS, SSD_BLOCKS = 16, 128
@@ -114,8 +113,21 @@ class Cache:
             self.engine.poll()
             time.sleep(0.01)
 
-    def until_state(self, state: SsdState) -> None:
-        self.until(lambda: self.engine.ssd_state is state, f"the tier is not {state}")
+    @property
+    def online(self) -> bool:
+        return bool(self.engine.stats()["SSD"]["online"])
+
+    @property
+    def away(self) -> bool:
+        ssd = self.engine.stats()["SSD"]
+        return not ssd["online"] and not ssd["leaving"]
+
+    def until_away(self) -> None:
+        self.until(lambda: self.away, "the tier has not gone")
+
+    @property
+    def running(self) -> float:
+        return self.engine.stats()["tasks"]["running"]
 
     def put_until_out(self) -> int:
         """Puts sequences from 10 on until the tier is out, and returns the last. How many that takes is open:
@@ -137,12 +149,12 @@ class Cache:
         self.disk.clear_faults()
         # A fault just before may have failed the journal without the tier having looked yet: online it is
         # only when nothing of the past is left to be noticed.
-        self.until(lambda: not self.engine.num_running, "something never ends")
+        self.until(lambda: not self.running, "something never ends")
 
         def is_well() -> bool:
             synced = self.engine.sync(1.0)
             self.engine.poll()
-            return synced and self.engine.ssd_state is SsdState.ONLINE
+            return synced and self.online
 
         self.until(is_well, "the tier does not come back")
         self.fill(range(50, 54))
@@ -162,7 +174,7 @@ def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     yield cache
     cache.disk.clear_faults()
     cache.engine.quiesce()
-    cache.until(lambda: not cache.engine.num_running, "something never ends")
+    cache.until(lambda: not cache.running, "something never ends")
     cache.engine.check_integrity()
     cache.manager.shutdown()
 
@@ -175,7 +187,7 @@ def test_reads_fail(cache: Cache) -> None:
     cache.until(lambda: cache.times_out == 1, "the tier stays in")
     assert cache.get(7) == SEQUENCE  # in memory
     assert cache.get(5) == 0
-    assert cache.engine.ssd_state is not SsdState.ONLINE
+    assert not cache.online
     cache.heals()
 
 
@@ -184,7 +196,7 @@ def test_a_read_that_fails_once_costs_one_miss(cache: Cache) -> None:
     cache.disk.set_fault("read", 1.0, errno.EIO)
     assert cache.get(0) == 0
     cache.disk.clear_faults()
-    assert cache.engine.ssd_state is SsdState.ONLINE
+    assert cache.online
     assert cache.get(1) == SEQUENCE
     assert cache.times_out == 0
 
@@ -218,12 +230,12 @@ def test_read_only(cache: Cache) -> None:
     for operation in ("open", "write", "sync", "reserve", "rename"):
         cache.disk.set_fault(operation, 1.0, errno.EROFS)
     last = cache.put_until_out()
-    cache.until_state(SsdState.AWAY)
+    cache.until_away()
     assert cache.get(last) == SEQUENCE
     cache.put(last + 1)
     time.sleep(0.3)  # attempts to come back
     cache.engine.poll()
-    assert cache.engine.ssd_state is SsdState.AWAY
+    assert cache.away
     cache.heals()
     assert cache.get(0) == SEQUENCE  # what was there before is there again
 
@@ -260,7 +272,7 @@ def test_clear_does_not_wait_for_the_disk(cache: Cache) -> None:
     started_s = time.monotonic()
     cache.manager.clear()
     assert time.monotonic() - started_s < 0.5
-    cache.until(lambda: not cache.engine.num_running, "the read never ends")
+    cache.until(lambda: not cache.running, "the read never ends")
     assert cache.get(0) == cache.get(7) == 0
     cache.heals()
     for sequence in range(8):
@@ -273,7 +285,7 @@ def test_cleared_while_away(cache: Cache) -> None:
         cache.disk.set_fault(operation, 1.0, errno.EIO)
     for sequence in range(3):
         cache.get(sequence)
-    cache.until_state(SsdState.AWAY)
+    cache.until_away()
     cache.manager.clear()
     cache.heals()
     for sequence in range(8):  # the files came back with them
@@ -316,7 +328,7 @@ def test_directory_is_removed(cache: Cache) -> None:
     cache.fill(range(4))
     shutil.rmtree(cache.directory)
     last = cache.put_until_out()
-    cache.until_state(SsdState.AWAY)
+    cache.until_away()
     cache.put(last + 1)  # one that no pinned spill keeps out of memory
     assert cache.get(last + 1) == SEQUENCE
     cache.directory.mkdir()

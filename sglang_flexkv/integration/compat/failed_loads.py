@@ -115,9 +115,6 @@ class FailedLoads:
                 scheduler.output_streamer.stream_output([req], req.return_logprob)
         self._failed = left
 
-    def clear(self) -> None:
-        self._failed.clear()
-
 
 def _requests_in_batches(scheduler: Any) -> set[int]:
     batches = [scheduler.running_batch, scheduler.last_batch]
