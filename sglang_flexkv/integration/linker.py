@@ -103,9 +103,9 @@ class FlexKVLinker(UnifiedCacheLinker):
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Leading pages of the tail that should be loaded; every shorter prefix can be, too."""
         keys = self.page_hashes.keys(rid, transfers[0].keys or ())
-        return list(range(1, self.look_up(rid, keys) + 1))
+        return list(range(1, self.find_and_pin(rid, keys) + 1))
 
-    def look_up(self, rid: str, keys: BlockKeys) -> int:
+    def find_and_pin(self, rid: str, keys: BlockKeys) -> int:
         """Pins the leading blocks that are held until they are loaded or let go. Returns how many should be
         loaded."""
         self.states.end_lease(rid)

@@ -141,7 +141,7 @@ class Prefetches:
             if wait.own.status is TaskStatus.COMPLETED and wait.own.plan is not None:
                 self._linker.states.of(rid).num_brought += wait.own.plan.num_ssd_blocks
             self._engine.forget(wait.own)
-        self._linker.look_up(rid, wait.keys)
+        self._linker.find_and_pin(rid, wait.keys)
 
     # ---- whether to wait ----
 

@@ -55,7 +55,6 @@ class RequestState:
     device_tokens: int = 0  # of its prompt, at the last lookup
     total_tokens: int = 0
     found: Lookup = NOTHING_FOUND
-    lease: Lease | None = None
     num_waits: int = 0  # times that it has waited for reads from SSD
     # Blocks that these have brought and of which SGLang has not been told, and the token where they start.
     num_brought: int = 0
@@ -86,14 +85,13 @@ class RequestStates:
         return self._states.setdefault(rid, RequestState())
 
     def known(self, rid: str) -> RequestState:
-        """A request's record to read; an empty one if nothing is known."""
+        """A request's record; an empty one that is not kept if nothing is known."""
         return self._states.get(rid) or RequestState()
 
     def add_lease(self, rid: str, number: int, num_cpu_blocks: int) -> None:
         """In place of the one that the request has."""
         self.end_lease(rid)
-        lease = Lease(number, num_cpu_blocks, time.monotonic())
-        self.of(rid).lease = self._leased[rid] = lease
+        self._leased[rid] = Lease(number, num_cpu_blocks, time.monotonic())
         self._pinned_blocks += num_cpu_blocks
         while self._pinned_blocks > self._pinned_blocks_max and len(self._leased) > 1:
             self.end_lease(next(iter(self._leased)))
@@ -102,7 +100,6 @@ class RequestStates:
         """Nothing happens if there is none."""
         lease = self._leased.pop(rid, None)
         if lease is not None:
-            self._states[rid].lease = None
             self._pinned_blocks -= lease.num_cpu_blocks
             self._unpin(lease.number)
 

@@ -123,6 +123,12 @@ def test_only_one_room_knows_sglang(path: Path) -> None:
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
+def test_one_file_says_what_the_ranks_agree_on(path: Path) -> None:
+    used = calls(ast.parse(path.read_text()), {"ReduceOp", "all_reduce", "broadcast", "all_gather"})
+    assert not used or name_of(path) == "integration/ranks.py"
+
+
+@pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_only_the_configuration_reads_the_environment(path: Path) -> None:
     used = calls(ast.parse(path.read_text()), {"environ", "getenv", "environb"})
     assert not used or name_of(path) == "common/config.py"

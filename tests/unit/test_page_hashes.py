@@ -13,8 +13,8 @@ from sglang.srt.mem_cache.utils import get_hash_str
 
 from sglang_flexkv.common.block import Namespace, keys_from_page_hashes
 from sglang_flexkv.integration import page_hashes
-from sglang_flexkv.integration.page_hashes import PageHashes
 from sglang_flexkv.integration.compat.sglang_hashes import hash_tokens, native_works
+from sglang_flexkv.integration.page_hashes import PageHashes
 
 PAGE = 4
 NAMESPACE = Namespace(bytes(range(16)))
