@@ -92,8 +92,9 @@ class Prefetches:
         num_blocks, state.num_brought = state.num_brought, 0
         return state.brought_from, num_blocks * self._page
 
-    def give_up(self, rid: str) -> None:
-        """A request will not run. Its own read goes on by itself: whoever comes next joins it, or hits."""
+    def leave(self, rid: str) -> None:
+        """A request leaves the queue and will not run. Its own read goes on by itself: whoever comes next
+        joins it, or hits."""
         waited = self._waits.get(rid)
         if waited is not None:
             self._end(rid, waited)

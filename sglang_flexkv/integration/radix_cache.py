@@ -281,7 +281,7 @@ class FlexKVRadixCache(TreeCache):
         if not isinstance(request, NamedHandle):
             return  # it has never looked for anything here
         if self.prefetches is not None:
-            self.prefetches.give_up(request.rid)
+            self.prefetches.leave(request.rid)
         super().release_aborted_request(request)
 
     def finish(self, handle: Any, outcome: Any) -> None:
