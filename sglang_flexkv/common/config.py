@@ -185,7 +185,7 @@ class CacheConfig(_Settings):
     """Sizes of the tiers in blocks, as the engine takes them."""
 
     tokens_per_block: int = Field(default=16, gt=0)
-    enable_cpu: bool = True
+    enable_cpu: bool = True  # FlexKV's programs set this and enable_remote: they run as they are
     num_cpu_blocks: int = Field(default=1000, gt=0)
     enable_ssd: bool = False
     num_ssd_blocks: int = Field(default=0, ge=0)
