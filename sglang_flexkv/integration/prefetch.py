@@ -52,11 +52,7 @@ class Prefetches:
         self._ranks = ranks
         self._scheduler = scheduler
         self._page = linker.engine.config.tokens_per_block
-        self._waits: dict[str, Wait] = {}
-
-    def __len__(self) -> int:
-        """How many requests wait."""
-        return len(self._waits)
+        self.waits: dict[str, Wait] = {}  # by the requests that wait
 
     def enter(self, rid: str) -> None:
         """A request enters the queue, right after its prefix was looked up."""
@@ -75,7 +71,7 @@ class Prefetches:
 
     def may_run(self, rid: str) -> bool:
         """Whether a request whose turn has come may be scheduled. Same answer on every rank."""
-        waited = self._waits.get(rid)
+        waited = self.waits.get(rid)
         if waited is not None:
             if not self._ranks.all_may_go_on(self._is_over(waited)):
                 return False
@@ -95,12 +91,12 @@ class Prefetches:
     def leave(self, rid: str) -> None:
         """A request leaves the queue and will not run. Its own read goes on by itself: whoever comes next
         joins it, or hits."""
-        waited = self._waits.get(rid)
+        waited = self.waits.get(rid)
         if waited is not None:
             self._end(rid, waited)
 
     def clear(self) -> None:
-        self._waits.clear()
+        self.waits.clear()
 
     # ---- one wait ----
 
@@ -119,7 +115,7 @@ class Prefetches:
         state.num_waits += 1
         if not state.num_brought:
             state.brought_from = state.device_tokens + found.num_cpu_blocks * self._page
-        self._waits[rid] = Wait(own, joined, found.keys, before.deadline_s if before is not None else None)
+        self.waits[rid] = Wait(own, joined, found.keys, before.deadline_s if before is not None else None)
 
     def _is_over(self, wait: Wait) -> bool:
         """Whether a request stops waiting: all is there, or it has let others pass for long enough."""
@@ -137,7 +133,7 @@ class Prefetches:
 
     def _end(self, rid: str, wait: Wait) -> None:
         """Keeps what has arrived pinned for the request."""
-        del self._waits[rid]
+        del self.waits[rid]
         if wait.own is not None:
             if wait.own.status is TaskStatus.COMPLETED and wait.own.plan is not None:
                 self._linker.states.of(rid).num_brought += wait.own.plan.num_ssd_blocks

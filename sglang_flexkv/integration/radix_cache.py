@@ -258,7 +258,7 @@ class FlexKVRadixCache(TreeCache):
 
     def has_pending_cache_operations(self) -> bool:
         """Whether the tree is locked by copies, or requests wait for some: SGLang is not idle then."""
-        waiting = bool(self.prefetches)
+        waiting = self.prefetches is not None and bool(self.prefetches.waits)
         if self._scheduler.is_paused:
             # SGLang plans no batches, before which it looks after these; it asks this in each round instead,
             # on every rank. It may flush while requests wait in its queue.
@@ -384,5 +384,7 @@ class FlexKVRadixCache(TreeCache):
 
     def sanity_check(self) -> None:
         super().sanity_check()
-        if self.linker is not None and not self.prefetches and not self.linker.pending_offloads:
+        if self.prefetches is None or self.prefetches.waits or self.linker is None:
+            return
+        if not self.linker.pending_offloads:
             self.linker.cache_linker.engine.check_integrity()

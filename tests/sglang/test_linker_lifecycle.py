@@ -73,7 +73,7 @@ def test_a_flush_while_a_request_waits_for_ssd_leaves_no_task(make_rig: MakeRig,
     invalidate_cpu_tier(rig)
     req = rig.request(sequence(1))
     prefetch(rig, req)
-    task = rig.cache.prefetches._waits[name_of(req)].own
+    task = rig.cache.prefetches.waits[name_of(req)].own
     assert task is not None
     rig.cache.reset()
     rig.allocator.clear()
@@ -93,7 +93,7 @@ def test_a_pause_does_not_hold_up_a_flush(make_rig: MakeRig, tmp_path: Path) -> 
     waiting, failed = rig.request(sequence(1)), rig.request(sequence(5000))
     scheduler.waiting_queue.append(waiting)
     prefetch(rig, waiting)
-    assert rig.cache.prefetches
+    assert rig.cache.prefetches.waits
     rig.insert(sequence(9000), seed=1)
     failed.finished_reason = FINISH_ABORT("External KV cache load failed", 503)
     rig.cache.failed_loads.take(failed, skip_insert=False)

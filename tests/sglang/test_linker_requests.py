@@ -207,9 +207,9 @@ def test_requests_of_one_id_wait_for_ssd_each_for_itself(make_rig: MakeRig, tmp_
     reqs = [rig.request(tokens, rid="same") for tokens in prompts]
     for req in reqs:
         prefetch(rig, req)
-    assert len(rig.cache.prefetches) == 2
+    assert len(rig.cache.prefetches.waits) == 2
     rig.abort(reqs[0])
-    assert len(rig.cache.prefetches) == 1
+    assert len(rig.cache.prefetches.waits) == 1
     wait_until_ready(rig, reqs[1])
     (slots,) = rig.restore(reqs[1])
     assert len(slots) == len(prompts[1])

@@ -112,7 +112,7 @@ def test_who_waits_for_ssd_in_the_queue(
         costs.prefill.observe([(0, 1000)], 10.0 if reads_hide else 1e-9)
         costs.from_ssd.observe(i * 1e9, float(i))
     prefetch(rig, req)
-    assert bool(rig.cache.prefetches) is waits
+    assert bool(rig.cache.prefetches.waits) is waits
     rig.abort(req)
 
 
@@ -123,7 +123,7 @@ def test_a_request_without_anything_on_ssd_does_not_wait(make_rig: MakeRig, tmp_
     for tokens in (sequence(1), sequence(5000)):  # in the CPU tier, and nowhere
         req = rig.request(tokens)
         prefetch(rig, req)
-        assert not rig.cache.prefetches
+        assert not rig.cache.prefetches.waits
         assert rig.cache.check_prefetch_progress(req.cache_request_handle)
         rig.abort(req)
     assert rig.stats("DISK2H")["ops_done"] == 0
@@ -159,7 +159,7 @@ def test_an_abort_while_ssd_is_read_leaves_nothing(make_rig: MakeRig, tmp_path: 
     req = rig.request(sequence(1))
     prefetch(rig, req)
     rig.abort(req)
-    assert not rig.cache.prefetches
+    assert not rig.cache.prefetches.waits
     rig.settle()
     assert rig.stats("CPU")["pinned"] == 0
 
