@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import random
 import re
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from answers import ASK, difference, differing
-from server import ServerStartError, SGLangServer
+from server import ServerError, ServerStartError, SGLangServer
 from workload import conversations
 
 from sglang_flexkv.storage import ssd_tools
@@ -17,8 +22,12 @@ ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 6
 PROMPTS = [turn.tokens for turn in conversations(6, 2, seed=3)][-6:]
 
-# About operation: a pod that has another address is the same server.
-OPERATION = {"SGLANG_ZMQ_SOURCE_IP": "127.0.0.1", "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "2048"}
+# About operation: a pod that has another address, or where SGLang can compile nothing, is the same server.
+OPERATION = {
+    "SGLANG_ZMQ_SOURCE_IP": "127.0.0.1",
+    "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "2048",
+    "TORCH_EXTENSIONS_DIR": "/proc/none",
+}
 
 
 def answers(server: SGLangServer) -> list[dict[str, Any]]:
@@ -27,6 +36,19 @@ def answers(server: SGLangServer) -> list[dict[str, Any]]:
 
 def from_ssd(answer: dict[str, Any]) -> int:
     return (answer["meta_info"].get("cached_tokens_details") or {}).get("storage", 0)
+
+
+def end_under_load(server: SGLangServer) -> None:
+    """Sends SIGTERM to every process of a server at once, while requests load and store."""
+    rng = random.Random(6)
+    new = [rng.sample(prompt, len(prompt)) for prompt in PROMPTS]
+    with ThreadPoolExecutor(4) as pool:
+        requests = [pool.submit(server.generate, prompt, NEW_TOKENS) for prompt in [*PROMPTS, *new] * 10]
+        requests[len(PROMPTS)].result()
+        assert not server.signal_group(signal.SIGTERM)
+        for request in requests:
+            with contextlib.suppress(ServerError, httpx.TransportError):
+                request.result()
 
 
 def counters(server: SGLangServer) -> dict[tuple[str, str, str], float]:
@@ -60,14 +82,20 @@ def test_the_first_request_after_a_restart_hits_ssd(tmp_path: Path) -> None:
 
     with server() as first:
         expected = answers(first)
+
+    def check_warm(server: SGLangServer, how: str) -> None:
+        got = answers(server)
+        # The first of all, before anything else can have brought it into memory.
+        assert from_ssd(got[0]) >= len(PROMPTS[0]) - 16, (how, got[0]["meta_info"])
+        assert sum(map(from_ssd, got)) > 0.5 * sum(map(len, PROMPTS)), how
+        assert not differing(got, expected), how
+
     for how, env in (("stopped", {}), ("killed", OPERATION)):
         again = server(env).start()
         try:
-            got = answers(again)
-            # The first of all, before anything else can have brought it into memory.
-            assert from_ssd(got[0]) >= len(PROMPTS[0]) - 16, (how, got[0]["meta_info"])
-            assert sum(map(from_ssd, got)) > 0.5 * sum(map(len, PROMPTS)), how
-            assert not differing(got, expected), how
+            check_warm(again, how)
+            if how == "killed":
+                end_under_load(again)
         finally:
             again.stop(grace_s=0)  # SIGKILL: the next start comes after a crash
     # Another setting is told with what differs before the model is loaded, and takes nothing away.
@@ -83,7 +111,7 @@ def test_the_first_request_after_a_restart_hits_ssd(tmp_path: Path) -> None:
     assert "Init torch distributed" not in log
     # Clearing and flushing are for good: what they emptied does not come back with the next server.
     with server() as last:
-        answers(last)
+        check_warm(last, "all told to end")
         last.flush_cache()
     with server() as after:
         answer = after.generate(PROMPTS[0], NEW_TOKENS, **ASK)

@@ -273,6 +273,20 @@ class SGLangServer:
         process.wait()
         psutil.wait_procs(tree, timeout=5.0)
 
+    def signal_group(self, signum: int) -> list[str]:
+        """Send a signal to all processes at once, as a terminal or a supervisor does, and wait until they
+        have ended. `stop()` has to be called all the same.
+
+        Returns:
+            The names of those that have not ended after the grace period of a stop.
+        """
+        if self._process is None:
+            raise RuntimeError("the server is not running")
+        tree = self._tree(self._process.pid)
+        os.killpg(self._process.pid, signum)
+        _, left = psutil.wait_procs(tree, timeout=STOP_GRACE_S)
+        return [process.name() for process in left]
+
     @staticmethod
     def _tree(pid: int) -> list[psutil.Process]:
         try:
