@@ -16,7 +16,12 @@ import torch
 from sglang_flexkv import _core
 from sglang_flexkv.common.config import WritePolicy
 from sglang_flexkv.integration.compat import refused
-from sglang_flexkv.integration.compat.failed_loads import FailedLoads, keep_session, runs_again
+from sglang_flexkv.integration.compat.failed_loads import (
+    FailedLoads,
+    end_with_its_beams,
+    keep_session,
+    runs_again,
+)
 from sglang_flexkv.integration.compat.requests import (
     NamedHandle,
     by_name,
@@ -340,6 +345,8 @@ class FlexKVRadixCache(TreeCache):
         # becomes of what can run again.
         with by_name(*reqs):
             failed = super().finish_external_linker_loads(reqs)
+        for req in failed:
+            end_with_its_beams(req)
         ended = [
             req
             for req, skip_insert in zip(reqs, before, strict=True)

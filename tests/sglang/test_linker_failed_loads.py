@@ -75,7 +75,7 @@ def test_what_cannot_run_again_is_left_to_sglang(make_rig: MakeRig) -> None:
     rig.evict_all()
     req = rig.request(sequence(1))
     slots = admit_without_its_lease(rig, req)
-    req.beam_group = mock.Mock()
+    req.session, req.multimodal_inputs = mock.Mock(streaming=False), mock.Mock()
     rig.start_batch()
     rig.forward()
     assert rig.cache.finish_external_linker_loads([req]) == [req]

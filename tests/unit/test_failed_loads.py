@@ -7,11 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang.srt.beam_search.beam_group import BeamGroup
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ReqKvInfo
 from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang.srt.session.session_controller import Session
 
-from sglang_flexkv.integration.compat.failed_loads import FailedLoads, keep_session, without_failed
+from sglang_flexkv.integration.compat.failed_loads import (
+    FailedLoads,
+    end_with_its_beams,
+    keep_session,
+    without_failed,
+)
 
 
 def make_request(rid: str = "a") -> Req:
@@ -42,6 +48,8 @@ class Scheduler:
         self.result_queue: list[Any] = []
         self.chunked_req: Any = None
         self.streamed: list[Any] = []
+        self.retired: list[Any] = []
+        self.beam_coordinator = SimpleNamespace(_num_live_groups=0, retire_group=self.retired.append)
         self.output_streamer = SimpleNamespace(stream_output=self._stream)
 
     def _stream(self, reqs: list[Any], return_logprob: bool) -> None:
@@ -150,16 +158,37 @@ def test_an_abort_between_the_attempts(failed: FailedLoads, rid: str, ended: boo
     assert req not in scheduler.waiting_queue
 
 
-@pytest.mark.parametrize("whose", ["beam group", "session with images"])
-def test_what_belongs_to_more_than_the_request_stays_sglangs(failed: FailedLoads, whose: str) -> None:
+def test_what_sglang_has_let_go_of_stays_sglangs(failed: FailedLoads) -> None:
     req = make_request()
-    if whose == "beam group":
-        req.beam_group = SimpleNamespace()
-    else:
-        req.session, req.multimodal_inputs = Session(100, "s"), SimpleNamespace()
+    req.session, req.multimodal_inputs = Session(100, "s"), SimpleNamespace()
     assert not failed.take(req, skip_insert=False)
     assert without_failed([req]) == [req]
     assert len(failed) == 0
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_beams_end_as_at_an_abort_and_are_searched_anew(failed: FailedLoads, chunked: bool) -> None:
+    scheduler, req = Scheduler(), make_request()
+    old = req.beam_group = BeamGroup(beam_width=3, stop_token_ids=[7], max_new_tokens=9, num_return=2)
+    old.leader, old.prompt_len = req, 40
+    req.inflight_middle_chunks = int(chunked)
+    reason = req.discard_output_reason
+    end_with_its_beams(req)
+    # A chunk has no beams yet, and SGLang ends it by its mark.
+    assert (req.to_finish, req.discard_output_reason) == ((None, reason) if chunked else (reason, None))
+    assert failed.take(req, skip_insert=True)
+    req.output_ids.append(0)  # what SGLang counts steps with
+    req.inflight_middle_chunks = 0
+    req.finished_reason, req.to_finish = reason, None  # what the group does at its end
+    failed.run_again(scheduler)
+    assert scheduler.waiting_queue[0] is req
+    new = req.beam_group
+    assert new is not old
+    assert (new.beam_width, new.max_new_tokens, new.num_return, new.prompt_len) == (3, 9, 2, 40)
+    assert (new.leader, new.stop_token_ids.tolist()) == (req, [7])
+    assert not req.output_ids
+    assert scheduler.retired == [req]
+    assert scheduler.beam_coordinator._num_live_groups == 1
 
 
 @pytest.mark.parametrize("aborted", [None, "before its end", "after its end"])

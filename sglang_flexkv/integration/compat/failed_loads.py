@@ -41,9 +41,15 @@ def _is_streaming(req: Any) -> bool:
 
 
 def _can_run_again(req: Any) -> bool:
-    # The rows of a beam group belong to more than this request, and SGLang lets go of the images that a
-    # session's request has brought.
-    return req.beam_group is None and (req.session is None or req.multimodal_inputs is None)
+    # SGLang lets go of the images that a session's request has brought.
+    return req.session is None or req.multimodal_inputs is None
+
+
+def end_with_its_beams(req: Any) -> None:
+    """Called when SGLang has marked a request as failed: one that searches with beams ends as at a client's
+    abort, which gives back what its other beams have. SGLang ends a failed one without that."""
+    if req.beam_group is not None and req.inflight_middle_chunks <= 0:  # a chunk comes before all beams
+        req.to_finish, req.discard_output_reason = req.discard_output_reason, None
 
 
 @dataclass
@@ -93,6 +99,8 @@ class FailedLoads:
                 left.append(failed)
                 continue
             _reset(failed)
+            if req.beam_group is not None:
+                _search_anew(scheduler, req)
             scheduler.waiting_queue.insert(0, req)
             req.time_stats.set_wait_queue_entry_time()
             logger.warning("request %s runs again: its cached KV could not be loaded", req.rid)
@@ -146,3 +154,22 @@ def _reset(failed: _Failed) -> None:
         req._cache_breakdown_computed = False
     req.storage_hit_length = 0
     req.storage_hit_start = None
+
+
+def _search_anew(scheduler: Any, req: Any) -> None:
+    """Gives a request new beams for those that it has given up, as SGLang does for one that has come."""
+    from sglang.srt.beam_search.beam_group import BeamGroup
+
+    coordinator, old = scheduler.beam_coordinator, req.beam_group
+    coordinator.retire_group(req)
+    req.beam_group = BeamGroup(
+        beam_width=old.beam_width,
+        length_penalty=old.length_penalty,
+        stop_token_ids=old.stop_token_ids.tolist(),
+        max_new_tokens=old.max_new_tokens,
+        num_return=old.num_return,
+        device=old.stop_token_ids.device,
+    )
+    req.beam_group.leader, req.beam_group.prompt_len = req, old.prompt_len
+    coordinator._num_live_groups += 1
+    req.output_ids = req.output_ids[:0]  # placeholders
