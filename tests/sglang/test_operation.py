@@ -1,0 +1,322 @@
+"""What SGLang does with requests beside answering them (it refuses, preempts, gives up, pauses them, searches
+with beams), and how its processes come and go, over our tiers.
+
+What is expected is what the server answers to the same tokens under a salt that nobody else has, uncached.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from server import DTYPE, ON_CPU, SGLangServer
+from test_damaged_blocks import damage
+from workload import VOCABULARY
+
+from sglang_flexkv.storage import ssd_tools
+
+ROOT = Path(__file__).parents[2]
+POOL_TOKENS = 2048
+RUNNING_MAX = 4
+QUEUED_MAX = 6
+# Nothing waits that long unless the server is paused.
+WAITING_S = 8
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
+    base = tmp_path_factory.mktemp("operation")
+    (base / "ssd").mkdir()
+    config = base / "flexkv.yaml"
+    # A CPU tier of 1,300 tokens.
+    config.write_text(
+        f"cpu_cache_gb: 0.005\nssd_cache_gb: 0.5\nssd_cache_dir: {base / 'ssd'}\nload_policy: load\n"
+    )
+    flags: dict[str, Any] = {
+        "enable-flexkv": True,
+        "flexkv-config-file": str(config),
+        "page-size": 1,  # which beams need
+        "max-total-tokens": POOL_TOKENS,
+        "chunked-prefill-size": 256,
+        "enable-mixed-chunk": True,
+        "max-running-requests": RUNNING_MAX,
+        "max-queued-requests": QUEUED_MAX,
+        "enable-priority-scheduling": True,
+        "schedule-policy": "fcfs",
+        "log-level": "info",
+    }
+    env = {"SGLANG_REQ_WAITING_TIMEOUT": str(WAITING_S)}
+    server = SGLangServer(ROOT / "models" / "tiny-gqa", flags, env=env, log_path=base / "server.log")
+    with server:
+        yield server
+    log = server.log()
+    assert "hit an exception" not in log
+    assert "sglang-flexkv closed: nothing left held" in log, server.log_tail()
+
+
+def some(rng: random.Random, length: int) -> list[int]:
+    return [rng.choice(VOCABULARY) for _ in range(length)]
+
+
+def stored(server: SGLangServer, rng: random.Random, count: int, length: int) -> list[list[int]]:
+    """Prompts that have left the device: the last ones are in the CPU tier, the others on SSD alone."""
+    prompts = [some(rng, length + number) for number in range(count)]
+    for prompt in prompts:
+        server.generate(prompt, 1)
+    server.generate(some(rng, POOL_TOKENS - 200), 1)
+    return prompts
+
+
+def from_tiers(answer: dict[str, Any]) -> int:
+    details = answer["meta_info"]["cached_tokens_details"] or {}
+    return int(details.get("host", 0)) + int(details.get("storage", 0))
+
+
+def uncached(server: SGLangServer, prompt: list[int], count: int, **fields: Any) -> dict[str, Any]:
+    answer = server.generate(prompt, count, cache_salt=uuid.uuid4().hex, **fields)
+    assert answer["meta_info"]["cached_tokens"] == 0
+    return answer
+
+
+class Request:
+    """A request in flight, in a thread of its own."""
+
+    def __init__(
+        self, pool: ThreadPoolExecutor, server: SGLangServer, prompt: list[int], count: int, **fields: Any
+    ) -> None:
+        self.prompt = prompt
+        self.rid = str(fields.get("rid"))
+        self.begun = Event()  # a first token has come, or the end
+        self._server = server
+        self.future: Future[dict[str, Any]] = pool.submit(self._run, {"max_new_tokens": count}, fields)
+
+    def _run(self, params: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
+        """The last that came, an answer or an error."""
+        params = {"temperature": 0.0, **params, **fields.pop("sampling_params", {})}
+        body = {"input_ids": self.prompt, "sampling_params": params, "stream": True, **fields}
+        last: dict[str, Any] = {}
+        try:
+            with httpx.stream("POST", f"{self._server.url}/generate", json=body, timeout=120) as response:
+                for line in response.iter_lines():
+                    if "{" in line:
+                        last = json.loads(line.removeprefix("data: "))
+                        self.begun.set()
+        finally:
+            self.begun.set()
+        return last
+
+    @property
+    def end(self) -> str:
+        """How it ended: "length", or why it did not."""
+        last = self.future.result()
+        reason = last["meta_info"]["finish_reason"] if "meta_info" in last else None
+        return "length" if reason and reason["type"] == "length" else json.dumps(reason or last)
+
+    def check(self) -> None:
+        """That its answer, as far as it came, is right."""
+        tokens = self.future.result().get("output_ids")
+        if tokens:
+            assert tokens == uncached(self._server, self.prompt, len(tokens))["output_ids"]
+
+
+def beams(answer: dict[str, Any]) -> list[list[int]]:
+    return [beam["output_ids"] for beam in answer["meta_info"]["beam_results"]]
+
+
+def test_beams_over_a_prompt_that_comes_back(server: SGLangServer) -> None:
+    rng = random.Random(1)
+    search: dict[str, Any] = {"sampling_params": {"beam_width": 3, "n": 3}}
+    prompts = stored(server, rng, 6, 300)
+    for prompt in prompts[::-1]:
+        answer = server.generate(prompt, 8, **search)
+        assert from_tiers(answer) > 250
+        assert beams(answer) == beams(uncached(server, prompt, 8, **search))
+    # Those that are given up, beside another request.
+    beamed, plain = stored(server, rng, 2, 300)
+    with ThreadPoolExecutor(2) as pool:
+        for number in range(3):
+            given_up = Request(pool, server, beamed, 1000, rid=f"beams-{number}", **search)
+            beside = Request(pool, server, plain, 30)
+            beside.check()
+            while not given_up.future.done():  # it may not have come yet
+                server.abort(given_up.rid)
+                wait([given_up.future], timeout=0.1)
+            assert "abort" in given_up.end
+    answer = server.generate(beamed, 8, **search)
+    assert beams(answer) == beams(uncached(server, beamed, 8, **search))
+
+
+def test_beams_over_blocks_that_are_damaged(server: SGLangServer) -> None:
+    """The search begins anew, and computes what could not be loaded."""
+    rng = random.Random(7)
+    search: dict[str, Any] = {"sampling_params": {"beam_width": 3, "n": 3}}
+    config = Path(str(server.flags["flexkv-config-file"]))
+    for length in (200, 400):  # in one chunk, and in two
+        prompt = stored(server, rng, 6, length)[0]
+        before = server.metric("flexkv_failed_loads_total")
+        assert damage(config.parent / "ssd", "tp0", every=1) > 10
+        answer = server.generate(prompt, 8, **search)
+        assert server.metric("flexkv_failed_loads_total") > before
+        assert beams(answer) == beams(uncached(server, prompt, 8, **search))
+        assert beams(answer) == beams(server.generate(prompt, 8, **search))
+
+
+def test_several_answers_and_logprobs_of_a_prompt_that_comes_back(server: SGLangServer) -> None:
+    rng = random.Random(2)
+    for start in (0, 150):
+        prompt, other = stored(server, rng, 2, 300)
+        ask: dict[str, Any] = {"return_logprob": True, "logprob_start_len": start}
+        got, want = server.generate(prompt, 4, **ask), uncached(server, prompt, 4, **ask)
+        assert from_tiers(got) == start
+        assert got["output_ids"] == want["output_ids"]
+        for name in ("input_token_logprobs", "output_token_logprobs"):
+            mine, others = got["meta_info"][name], want["meta_info"][name]
+            assert [entry[1] for entry in mine] == [entry[1] for entry in others]
+            assert [entry[0] for entry in mine[1:]] == pytest.approx(
+                [entry[0] for entry in others[1:]], abs=1e-3
+            )
+        body = {"input_ids": other, "sampling_params": {"temperature": 0.0, "max_new_tokens": 6, "n": 3}}
+        several = server.request("POST", "/generate", json=body).json()
+        tokens = uncached(server, other, 6)["output_ids"]
+        assert [answer["output_ids"] for answer in several] == [tokens] * 3
+
+
+def test_what_is_refused_pushed_out_and_waits_too_long(server: SGLangServer) -> None:
+    rng = random.Random(3)
+    prompts = stored(server, rng, RUNNING_MAX + QUEUED_MAX + 4, 60)
+    with ThreadPoolExecutor(len(prompts) + 1) as pool:
+        running = [Request(pool, server, prompt, 400, priority=5) for prompt in prompts[:RUNNING_MAX]]
+        for each in running:
+            each.begun.wait()
+        waiting = [Request(pool, server, prompt, 4, priority=0) for prompt in prompts[RUNNING_MAX:]]
+        wait_for_end(waiting, "queue is full")
+        waiting.append(Request(pool, server, prompts[0], 4, priority=3))
+        wait_for_end(waiting, "higher priority")
+        server.request("POST", "/pause_generation", json={"mode": "in_place"})
+        wait_for_end(waiting, "waiting timeout")
+        server.request("POST", "/continue_generation", json={})
+        assert {each.end for each in running} == {"length"}
+        for each in running + waiting:
+            each.check()
+    for prompt in prompts[-3:]:
+        assert server.generate(prompt, 4)["output_ids"] == uncached(server, prompt, 4)["output_ids"]
+
+
+def wait_for_end(requests: list[Request], why: str) -> None:
+    """Until one of them has ended for that reason."""
+    while not any(why in each.end for each in requests if each.future.done()):
+        left = [each.future for each in requests if not each.future.done()]
+        assert left, [each.end for each in requests]
+        wait(left, return_when=FIRST_COMPLETED)
+
+
+def test_requests_that_are_preempted(server: SGLangServer) -> None:
+    rng = random.Random(4)
+    prompts = stored(server, rng, RUNNING_MAX + 4, 150)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        low = [Request(pool, server, prompt, 150, priority=0) for prompt in prompts[:RUNNING_MAX]]
+        for each in low:
+            each.begun.wait()
+        high = [Request(pool, server, prompt, 20, priority=100) for prompt in prompts[RUNNING_MAX:]]
+        assert {each.end for each in low + high} == {"length"}
+    assert sum(each.future.result()["meta_info"]["num_retractions"] for each in low) > 0
+    assert sum(from_tiers(each.future.result()) for each in low + high) > 0
+    for each in low + high:
+        each.check()
+
+
+@pytest.mark.parametrize("how", ["all aborted", "abort", "retract", "in_place"])
+def test_everything_is_given_up_or_paused(server: SGLangServer, how: str) -> None:
+    """While some requests run, others load or wait."""
+    rng = random.Random(5)
+    for _ in range(2):
+        prompts = stored(server, rng, RUNNING_MAX + 3, 150)
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            requests = [Request(pool, server, prompt, 60) for prompt in prompts]
+            requests[0].begun.wait()
+            if how == "all aborted":
+                server.abort(abort_all=True)
+            else:
+                server.request("POST", "/pause_generation", json={"mode": how})
+                server.request("POST", "/continue_generation", json={})
+            given_up = [each for each in requests if each.end != "length"]
+        assert bool(given_up) == (how in ("all aborted", "abort"))
+        for each in requests:
+            each.check()
+        for prompt in prompts[:2]:
+            assert server.generate(prompt, 4)["output_ids"] == uncached(server, prompt, 4)["output_ids"]
+
+
+def test_engines_in_one_process_and_a_signal_to_their_group(tmp_path: Path) -> None:
+    """The second is warm from the first request on, and what the group leaves behind is whole."""
+    ssd = tmp_path / "ssd"
+    ssd.mkdir()
+    config = tmp_path / "flexkv.yaml"
+    config.write_text(f"cpu_cache_gb: 0.005\nssd_cache_gb: 0.5\nssd_cache_dir: {ssd}\nload_policy: load\n")
+    rng = random.Random(6)
+    prompts = [some(rng, 300) for _ in range(8)]
+    job: dict[str, Any] = {
+        "arguments": {
+            "model_path": str(ROOT / "models" / "tiny-gqa"),
+            "enable_flexkv": True,
+            "flexkv_config_file": str(config),
+            "max_total_tokens": POOL_TOKENS,
+            "dtype": DTYPE,
+            "random_seed": 1,
+            "log_level": "info",
+        },
+        "prompts": prompts,
+        "sampling_params": {"temperature": 0.0, "max_new_tokens": 6},
+        "directory": str(ssd),
+        "blocks": len(prompts) * (300 // 16),
+    }
+    if ON_CPU:
+        job["arguments"]["device"] = "cpu"
+    with (tmp_path / "engines.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "tests" / "support" / "engines.py")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
+    try:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        with process.stdin as stdin:
+            json.dump(job, stdin)
+        lines = (line for line in process.stdout if line.startswith("answers "))
+        cold, warm = (json.loads(next(lines).removeprefix("answers ")) for _ in range(2))
+        next(lines)  # one round of what goes on
+        tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait()
+        _, left = psutil.wait_procs(tree, timeout=30)
+        assert not left
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert [answer["meta_info"]["cached_tokens"] for answer in cold] == [0] * len(prompts)
+    details = [answer["meta_info"]["cached_tokens_details"] for answer in warm]
+    assert [each["storage"] for each in details] == [288] * len(prompts)
+    assert [answer["output_ids"] for answer in warm] == [answer["output_ids"] for answer in cold]
+    (files,) = ssd_tools.find([ssd])
+    assert ssd_tools.owner(files) is None
+    verified = ssd_tools.verify(files, lambda _done, _total: None)
+    assert verified.num_blocks > 0
+    assert not verified.bad_slots
