@@ -164,9 +164,9 @@ def test_the_command_line_is_read_by_the_plugin_only(path: Path) -> None:
         ("replay/simulator.py", "from sglang_flexkv.kvtask import KVTaskEngine"),
         ("cache/cache_engine.py", "from sglang_flexkv.replay import trace"),
         ("kvtask.py", "from sglang_flexkv import KVManager"),
-        ("kvmanager.py", "def f():\n    from sglang_flexkv.integration import hooks"),
+        ("kvmanager.py", "def f():\n    from sglang_flexkv.integration.compat import hooks"),
         ("integration/compat/hooks.py", "from sglang_flexkv import cli"),
-        ("__init__.py", "from sglang_flexkv.integration import hooks"),
+        ("__init__.py", "from sglang_flexkv.integration.compat import hooks"),
     ],
 )
 def test_an_arrow_that_points_up_is_found(module: str, line: str) -> None:
