@@ -172,6 +172,9 @@ class LayerGate:
     @property
     def open_layers(self) -> int: ...
 
+class AwaitedSlots:
+    def __len__(self) -> int: ...
+
 class OpSpec:
     def __init__(
         self,
@@ -183,6 +186,7 @@ class OpSpec:
         after: Sequence[int] = (),
         keys: _Keys | None = None,
         after_layers: int = -1,
+        awaited: AwaitedSlots | None = None,
     ) -> None: ...
 
 class OpResult:
@@ -229,6 +233,7 @@ class TransferEngine:
     def detach_ssd(self) -> None: ...
     @property
     def ssd_oldest_io_s(self) -> float: ...
+    def read_slots(self, address: int, count: int, stream: int) -> AwaitedSlots: ...
     def submit(
         self,
         ops: Sequence[OpSpec],

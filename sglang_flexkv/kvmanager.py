@@ -32,7 +32,7 @@ from sglang_flexkv.common.block import BlockKeys, SequenceMeta, TokenIds
 from sglang_flexkv.common.config import CacheConfig, ModelConfig
 from sglang_flexkv.common.storage import DeviceBuffers, KVCacheLayout
 from sglang_flexkv.common.transfer import Slots
-from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus, as_token_slots
+from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
 from sglang_flexkv.storage.ssd_identity import Identity, digest
 
 Mask = npt.NDArray[np.bool_]
@@ -79,26 +79,25 @@ class _Span:
                 by_block[self.first_block + op.block_positions] = True
         return mask
 
-    def token_slots(self, plan: TransferPlan | None, slots: Slots) -> Slots | None:
-        """Of a mapping as the user gives it, what the plan's blocks need; None if there is no plan.
+    def places(self, plan: TransferPlan | None, num_slots: int) -> Slots | None:
+        """Which blocks of a slot mapping as the user gives it the plan's blocks are, int64 [blocks]; None if
+        there is no plan. Blocks that are not copied may be anything.
 
         Raises:
             ValueError: the mapping has not as many slots as it must.
         """
         if plan is None:
             return None
-        size = self.tokens_per_block
-        start, count = self.first_block * size, plan.num_blocks * size
-        if len(slots) == self.num_tokens:
-            return slots[start : start + count]
+        if num_slots == self.num_tokens:
+            return np.arange(self.first_block, self.first_block + plan.num_blocks)
         mask = self.mask(plan)
-        if len(slots) == int(mask.sum()):
-            full = np.full(self.num_tokens, -1, dtype=np.int64)
-            full[mask] = slots
-            return full[start : start + count]
+        if num_slots == int(mask.sum()):
+            whole = self.num_tokens - self.num_tokens % self.tokens_per_block
+            copied = mask[: whole : self.tokens_per_block]
+            return (np.cumsum(copied) - 1)[self.first_block : self.first_block + plan.num_blocks]
         raise ValueError(
             f"a slot mapping for this task has {self.num_tokens} slots (the sequence) or "
-            f"{int(mask.sum())} (the mask), not {len(slots)}"
+            f"{int(mask.sum())} (the mask), not {num_slots}"
         )
 
 
@@ -232,9 +231,9 @@ class KVManager:
         disk that blocks would be lost to it: nothing is copied before there is room, which ``wait`` and every
         other call see to."""
         sequence, span = self._sequence(token_ids, token_mask)
-        slots = as_token_slots(slot_mapping)
+        slots = self.engine.token_slots(slot_mapping)
         task = self.engine.put(
-            *self._rest(sequence, span.first_block), lambda plan: span.token_slots(plan, slots)
+            *self._rest(sequence, span.first_block), slots, lambda plan: span.places(plan, len(slots))
         )
         return self._add(task, span)[0]
 
@@ -252,8 +251,9 @@ class KVManager:
         for task_id, mapping in zip(task_ids, slot_mappings, strict=True):
             request = self._request(task_id)
             if request.task.status is TaskStatus.READY:
-                slots = request.span.token_slots(request.task.plan, as_token_slots(mapping))
-                self.engine.launch(request.task, slots)
+                slots = self.engine.token_slots(mapping)
+                places = request.span.places(request.task.plan, len(slots))
+                self.engine.launch(request.task, slots, places=places)
 
     def wait(self, task_ids: Sequence[int], timeout_s: float = _WAIT_DEFAULT_S) -> dict[int, KVResponse]:
         """Waits for tasks and takes their results: a task that ended is forgotten. One that has not ended in

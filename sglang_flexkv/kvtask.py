@@ -25,6 +25,7 @@ from enum import Enum
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from sglang_flexkv import _core
 from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, PlanKind, TransferPlan
@@ -32,7 +33,7 @@ from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, Token
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import CacheConfig, SsdAdmission
 from sglang_flexkv.common.storage import DeviceBuffers
-from sglang_flexkv.common.transfer import Slots, TransferType
+from sglang_flexkv.common.transfer import Slots, SlotsOnTheirWay, TransferType
 from sglang_flexkv.ssdtier import SsdTier
 from sglang_flexkv.storage.ssd_identity import Identity
 from sglang_flexkv.storage.storage_engine import StorageEngine
@@ -105,7 +106,8 @@ class _WaitingPut:
     parent: BlockKeys | None
     keys: BlockKeys
     tokens: TokenIds | None
-    slots_for: Callable[[TransferPlan | None], Slots | None]
+    slots: Slots | SlotsOnTheirWay
+    places_for: Callable[[TransferPlan | None], Slots | None]
 
 
 class KVTaskEngine:
@@ -288,13 +290,15 @@ class KVTaskEngine:
         parent: BlockKeys | None,
         keys: BlockKeys,
         tokens: TokenIds | None,
-        slots_for: Callable[[TransferPlan | None], Slots | None],
+        slots: Slots | SlotsOnTheirWay,
+        places_for: Callable[[TransferPlan | None], Slots | None],
     ) -> KVTask:
         """Stores the blocks that the CPU tier does not hold, so that all of them get to SSD: ``create_put``
         and ``launch`` in one, put off while too much waits for SSD. ``poll`` starts it then.
 
         Args:
-            slots_for: the device token slots of the plan's blocks, asked for when the task has its plan.
+            slots: device token slots.
+            places_for: which blocks of these the plan's blocks are, asked for when the task has its plan.
 
         Raises:
             ValueError: the slots are not right; if that turns out later the task fails.
@@ -303,7 +307,7 @@ class KVTaskEngine:
             self.poll()
             task = KVTask(next(self._ids), None)
             self._tasks[task.task_id] = task
-            put = _WaitingPut(task, parent, keys, tokens, slots_for)
+            put = _WaitingPut(task, parent, keys, tokens, slots, places_for)
             if self._waiting_puts or not self._may_put(put):
                 self._waiting_puts[task.task_id] = put
                 return task
@@ -329,7 +333,7 @@ class KVTaskEngine:
         task.become(TaskStatus.READY)
         if task.plan is not None:
             task.plan.made_room = True
-        self.launch(task, put.slots_for(task.plan))
+        self.launch(task, put.slots, places=put.places_for(task.plan))
 
     def _start_puts(self) -> None:
         while self._waiting_puts:
@@ -373,11 +377,21 @@ class KVTaskEngine:
 
     # ---- running ----
 
+    def token_slots(self, slot_mapping: object) -> Slots | SlotsOnTheirWay:
+        """Token slots for ``launch`` from a torch tensor, a numpy array or a list. What the pool's GPU has is
+        copied in the order of its current stream, and nobody waits for what that stream holds."""
+        if isinstance(slot_mapping, torch.Tensor):
+            if slot_mapping.is_cuda and slot_mapping.device.index == self.device.cuda_device:
+                return self._transfer.read_slots(slot_mapping)
+            slot_mapping = slot_mapping.detach().cpu().numpy()
+        return np.ascontiguousarray(slot_mapping, dtype=np.int64)
+
     def launch(
         self,
         task: KVTask,
-        token_slots: Slots | None = None,
+        token_slots: Slots | SlotsOnTheirWay | None = None,
         *,
+        places: Slots | None = None,
         gate: _core.LayerGate | None = None,
         wait_events: Sequence[object] = (),
         timeout_s: float = 0.0,
@@ -386,7 +400,8 @@ class KVTaskEngine:
         instead while too many of its kind are on their way (see TransferEngine).
 
         Args:
-            token_slots: device token slots of all blocks of the plan, int64 [blocks * tokens_per_block].
+            token_slots: device token slots, int64 [tokens], see ``token_slots``.
+            places: which blocks of these the plan's blocks are, int64 [blocks]; None: the first ones.
             gate: opened layer by layer as a get arrives. It must have been told to expect ``num_loads`` of
                 every task that shares it, before the first of them is launched. Of a put, a gate with one
                 layer that expects one: opened when the device's slots may be written again.
@@ -402,7 +417,7 @@ class KVTaskEngine:
                 task.become(TaskStatus.COMPLETED)
                 return
             if token_slots is not None:
-                plan.graph.bind_device_slots(token_slots, self.config.tokens_per_block)
+                plan.graph.bind_device_slots(token_slots, self.config.tokens_per_block, places)
             task.core_graph = self._transfer.submit(
                 plan.graph,
                 gate=gate,
@@ -689,10 +704,3 @@ class KVTaskEngine:
             logger.error("trace_file: %s cannot be written: %s", path, error.strerror)
         else:
             logger.info("timeline of the last %d transfers written to %s", num_ops, path)
-
-
-def as_token_slots(slot_mapping: object) -> Slots:
-    """Token slots from a torch tensor, a numpy array or a list, as contiguous int64 on the CPU."""
-    if hasattr(slot_mapping, "detach"):
-        slot_mapping = slot_mapping.detach().cpu().numpy()
-    return np.ascontiguousarray(slot_mapping, dtype=np.int64)

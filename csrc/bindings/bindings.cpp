@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cuda/cuda_driver.hpp"
+#include "cuda/cuda_slots.hpp"
 #include "index/admission_filter.hpp"
 #include "index/prefix_index.hpp"
 #include "memory/block_layout.hpp"
@@ -443,21 +444,25 @@ PYBIND11_MODULE(_core, m) {
       .def_property_readonly("num_layers", &LayerGate::num_layers)
       .def_property_readonly("open_layers", &LayerGate::open_layers);
 
+  py::class_<AwaitedSlots, std::shared_ptr<AwaitedSlots>>(m, "AwaitedSlots")
+      .def("__len__", &AwaitedSlots::size);
+
   py::class_<OpSpec>(m, "OpSpec")
       .def(py::init([](TransferType type, const Int64s& src, const Int64s& dst, int layer_begin,
                        int layer_end, std::vector<uint32_t> after, const std::optional<Keys>& keys,
-                       int after_layers) {
+                       int after_layers, std::shared_ptr<AwaitedSlots> awaited) {
              std::vector<BlockKey> copied;
              if (keys) {
                const KeyView view = View(*keys);
                copied.assign(view.data, view.data + view.size);
              }
-             return OpSpec{type,      ToVector(src),     ToVector(dst),   layer_begin,
-                           layer_end, std::move(copied), std::move(after), after_layers};
+             return OpSpec{type,        ToVector(src), ToVector(dst),     std::move(awaited),
+                           layer_begin, layer_end,     std::move(copied), std::move(after),
+                           after_layers};
            }),
            py::arg("type"), py::arg("src"), py::arg("dst"), py::arg("layer_begin") = 0,
            py::arg("layer_end") = 0, py::arg("after") = std::vector<uint32_t>{},
-           py::arg("keys") = std::nullopt, py::arg("after_layers") = -1);
+           py::arg("keys") = std::nullopt, py::arg("after_layers") = -1, py::arg("awaited") = nullptr);
 
   py::class_<OpResult>(m, "OpResult")
       .def_readonly("status", &OpResult::status)
@@ -493,6 +498,8 @@ PYBIND11_MODULE(_core, m) {
           py::arg("slices_per_read") = 0)
       .def("detach_ssd", &TransferEngine::DetachSsd, NoGil())
       .def_property_readonly("ssd_oldest_io_s", &TransferEngine::ssd_oldest_io_s)
+      .def("read_slots", &TransferEngine::ReadSlots, py::arg("address"), py::arg("count"), py::arg("stream"),
+           NoGil())
       .def(
           "submit",
           [](TransferEngine& engine, std::vector<OpSpec> ops, std::shared_ptr<LayerGate> gate,

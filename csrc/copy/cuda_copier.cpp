@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <set>
 #include <utility>
 
 #include "copy/cuda_measure.hpp"
@@ -35,7 +36,9 @@ CudaCopier::CudaCopier(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layo
       layout_(layout),
       host_(std::move(host)),
       engine_path_(cuda_, layout_, *host_),
-      timed_events_(std::make_shared<EventPool>(cuda_, true)) {
+      timed_events_(std::make_shared<EventPool>(cuda_, true)),
+      // All slots of the pool, once to be stored and once to be loaded.
+      slot_reader_(cuda_, 2 * static_cast<size_t>(layout_.num_token_slots())) {
   const CudaContext context(*cuda_);
   // Loads go first: a forward waits for them, and for nobody's stores.
   loads_.to_device = true;
@@ -72,7 +75,7 @@ CudaCopier::~CudaCopier() {
 
 void CudaCopier::Submit(DeviceCopy copy) {
   Submission submission{std::move(copy)};
-  submission.copy.blocks.Summarize();
+  if (!submission.copy.awaited) submission.copy.blocks.Summarize();
   {
     std::lock_guard<std::mutex> lock(mutex_);
     (submission.copy.blocks.to_device ? loads_ : stores_).submitted.push_back(std::move(submission));
@@ -118,30 +121,61 @@ void CudaCopier::Loop(Direction& direction) {
 
 void CudaCopier::StartWaiting(Direction& direction) {
   std::deque<Submission> ready, held_back;
+  std::set<const LayerGate*> incomplete;  // some of their loads wait for slots, which all of a batch get at one time
+  slot_reader_.Collect();
+  for (Submission& submission : direction.waiting) {
+    if (!AwaitsSlots(submission)) continue;
+    submission.held_back = true;
+    if (!submission.copy.follows_read) incomplete.insert(submission.copy.gate.get());
+  }
   for (Submission& submission : direction.waiting) {
     if (EndedWaiting(submission)) continue;
-    (submission.held_back ? held_back : ready).push_back(std::move(submission));
+    const DeviceCopy& copy = submission.copy;
+    const bool batch = direction.to_device && copy.gate && !copy.follows_read;
+    // Loads may overtake each other. Stores keep their order: it is the order of the forwards they wait for.
+    const bool behind = !direction.to_device && !held_back.empty();
+    const bool waits = submission.held_back || behind || (batch && incomplete.count(copy.gate.get()) > 0);
+    (waits ? held_back : ready).push_back(std::move(submission));
   }
-  direction.waiting.swap(held_back);
   // What comes first in the model goes first, whatever request it belongs to.
   if (direction.to_device) {
     std::stable_sort(ready.begin(), ready.end(), [](const Submission& a, const Submission& b) {
       return a.copy.layer_begin < b.copy.layer_begin;
     });
   }
+  direction.waiting.clear();
   while (!ready.empty()) {
     std::unique_ptr<Flight> flight = TakeFlight(ready);
-    // Loads may overtake each other. Stores keep their order: it is the order of the forwards they wait for.
     const bool blocked = !direction.to_device && !direction.waiting.empty();
     if (!blocked && Start(direction, flight)) continue;
     std::move(flight->submissions.begin(), flight->submissions.end(), std::back_inserter(direction.waiting));
   }
+  std::move(held_back.begin(), held_back.end(), std::back_inserter(direction.waiting));
 }
 
 bool CudaCopier::EndedWaiting(Submission& submission) {
   if (submission.error.empty() && !submission.copy.cancelled->load()) return false;
   End(submission, "");
   return true;
+}
+
+bool CudaCopier::AwaitsSlots(Submission& submission) {
+  DeviceCopy& copy = submission.copy;
+  if (!copy.awaited || !submission.error.empty() || copy.cancelled->load()) return false;
+  const CudaDriver::State state = copy.awaited->state();
+  if (state == CudaDriver::State::kPending) return true;
+  if (state == CudaDriver::State::kFailed) {
+    submission.error = copy.awaited->error();
+    return false;
+  }
+  try {
+    copy.bind(&copy.blocks);
+    copy.blocks.Summarize();
+    copy.awaited.reset();
+  } catch (const UsageError& error) {
+    submission.error = error.what();
+  }
+  return false;
 }
 
 bool CudaCopier::IsHeldBack(const DeviceCopy& copy) {

@@ -27,6 +27,7 @@
 #include "base/types.hpp"
 #include "copy/cuda_paths.hpp"
 #include "copy/layer_gate.hpp"
+#include "cuda/cuda_slots.hpp"
 #include "cuda/cuda_stream.hpp"
 #include "memory/block_layout.hpp"
 #include "memory/host_pool.hpp"
@@ -36,6 +37,10 @@ namespace flexkv {
 // One copy of some layers of some blocks. What it points to lives until on_end was called.
 struct DeviceCopy {
   CopiedBlocks blocks;
+  // Where the blocks are on the device, if that is yet to come: `bind` completes `blocks` then. From a thread of the
+  // copier, the same for all copies of one direction. Throws UsageError for slots that cannot be.
+  std::shared_ptr<AwaitedSlots> awaited;
+  std::function<void(CopiedBlocks* blocks)> bind;
   int layer_begin = 0;
   int layer_end = 0;
   std::shared_ptr<LayerGate> gate;  // whose loads are copied as one
@@ -62,6 +67,8 @@ class CudaCopier {
   void LoadsSubmitted(LayerGate& gate, int loads);
 
   const std::shared_ptr<CudaDriver>& cuda() const { return cuda_; }
+  // Reads the slots of copies that are submitted later.
+  SlotReader& slot_reader() { return slot_reader_; }
   // For how long the device has copied in one direction, so far, by its own clock.
   double busy_s(bool to_device) const { return (to_device ? loads_ : stores_).busy_s.load(); }
   // The host's time for queueing the copies of one direction, so far.
@@ -98,7 +105,7 @@ class CudaCopier {
     std::deque<std::unique_ptr<Flight>> flights;  // in stream order
     std::deque<Submission> submitted;             // under mutex_
     bool complete = false;                        // under mutex_: a gate has been given all of its loads
-    std::deque<Submission> waiting;               // for events, for descriptors, or for other loads
+    std::deque<Submission> waiting;               // for slots, events, descriptors, or for other loads
     std::atomic<double> queue_s{0}, busy_s{0};
     std::thread thread;
   };
@@ -107,6 +114,8 @@ class CudaCopier {
   void StartWaiting(Direction& direction);
   // True if it ended: it failed, or was cancelled.
   bool EndedWaiting(Submission& submission);
+  // Whether it has to wait for its slots. If they are there, they are bound.
+  bool AwaitsSlots(Submission& submission);
   // Whether more loads of its gate will be here in a moment.
   static bool IsHeldBack(const DeviceCopy& copy);
   bool IsPinned(const CopiedBlocks& blocks) const;
@@ -133,6 +142,7 @@ class CudaCopier {
   std::unique_ptr<KernelPath> kernel_path_;
   size_t engine_piece_bytes_ = 0;  // pieces of this size and more go by the copy engines
   std::shared_ptr<EventPool> timed_events_;
+  SlotReader slot_reader_;
   std::mutex mutex_;
   std::condition_variable wake_;
   Direction loads_, stores_;

@@ -34,7 +34,7 @@ BlockLayout::BlockLayout(std::vector<std::vector<DeviceBuffer>> layers, int64_t 
 
 std::vector<int64_t> BlockLayout::FirstRows(const int64_t* token_slots, size_t count) const {
   std::vector<int64_t> first(count);
-  const int64_t limit = num_rows_ * tokens_per_row_;
+  const int64_t limit = num_token_slots();
   for (size_t b = 0; b < count; ++b) {
     const int64_t* slots = token_slots + b * static_cast<size_t>(tokens_per_block_);
     bool consecutive = slots[0] % tokens_per_row_ == 0;

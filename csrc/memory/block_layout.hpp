@@ -31,6 +31,7 @@ class BlockLayout {
   int num_layers() const { return static_cast<int>(layers_.size()); }
   int64_t tokens_per_block() const { return tokens_per_block_; }
   int64_t tokens_per_row() const { return tokens_per_row_; }
+  int64_t num_token_slots() const { return num_rows_ * tokens_per_row_; }
   int64_t rows_per_block() const { return tokens_per_block_ / tokens_per_row_; }
   const std::vector<DeviceBuffer>& buffers(int layer) const { return layers_[layer]; }
   // Offset and size of a layer within a block. The offset after the last one is block_bytes().

@@ -430,6 +430,12 @@ int fake_violations(char* out, size_t size) {
   return static_cast<int>(device().violations.size());
 }
 
+// Memory of the caller's that plays the device's from now on, until it is unregistered.
+void fake_adopt(uint64_t address, size_t bytes) {
+  std::lock_guard<std::mutex> lock(device().mutex);
+  device().regions[address] = {bytes, Kind::kDevice};
+}
+
 // A caller that no injected fault meets.
 int fake_is_idle(void* handle) {
   return Idle(handle);
@@ -445,6 +451,12 @@ void* fake_record(void* stream) {
 // What a forward does: reads and writes the device's memory in stream order.
 void fake_read(void* stream, void* to, uint64_t from, size_t bytes) {
   Push(stream, [=] { CopyNow(Address(to), from, from, bytes); });
+}
+
+void fake_write(void* stream, uint64_t to, const void* from, size_t bytes) {
+  const char* begin = static_cast<const char*>(from);
+  auto held = std::make_shared<std::vector<char>>(begin, begin + bytes);
+  Push(stream, [=] { CopyNow(to, Address(held->data()), to, held->size()); });
 }
 
 void fake_fill(void* stream, uint64_t to, int value, size_t bytes) {

@@ -32,7 +32,9 @@ enum class LayerState : uint8_t { kUnknown, kQueued, kPassed };
 struct TransferEngine::Op {
   Graph* graph = nullptr;
   OpSpec spec;
-  std::vector<int64_t> first_rows;   // device copies
+  // Device copies; of one that awaited its slots touched by the thread of the copier alone.
+  std::vector<int64_t> token_slots;  // if they were awaited, else they are in `spec`
+  std::vector<int64_t> first_rows;
   size_t num_blocks = 0;
   size_t waiting_for = 0;
   bool poisoned = false;             // a dependency did not get done
@@ -169,6 +171,11 @@ double TransferEngine::Now() const {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - epoch_).count();
 }
 
+std::shared_ptr<AwaitedSlots> TransferEngine::ReadSlots(uint64_t address, size_t count, uint64_t stream) {
+  Require(copier_ != nullptr, "only a pool on a GPU has token slots to wait for");
+  return copier_->slot_reader().Read(address, count, stream);
+}
+
 uint64_t TransferEngine::Submit(GraphSpec spec) {
   auto graph = std::make_unique<Graph>();
   graph->ops = std::vector<Op>(spec.ops.size());
@@ -196,9 +203,15 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
     Require(s.layer_begin >= 0 && s.layer_begin < s.layer_end && s.layer_end <= layout_.num_layers(),
             "layers out of range");
     if (IsDeviceCopy(s.type)) {
-      Require(far_side.size() == op.num_blocks * per_block,
-              "a device copy needs tokens_per_block token slots for each block");
-      op.first_rows = layout_.FirstRows(far_side.data(), op.num_blocks);
+      if (s.awaited) {
+        Require(copier_ != nullptr, "only a pool on a GPU has token slots to wait for");
+        Require(far_side.size() == op.num_blocks, "a device copy needs the place of each block's token slots");
+        check_slots(far_side, s.awaited->size() / per_block, "awaited");
+      } else {
+        Require(far_side.size() == op.num_blocks * per_block,
+                "a device copy needs tokens_per_block token slots for each block");
+        op.first_rows = layout_.FirstRows(far_side.data(), op.num_blocks);
+      }
       if (graph->gate) op.at_gate.resize(static_cast<size_t>(layout_.num_layers()));
     } else {
       Require(far_side.size() == op.num_blocks && s.keys.size() == op.num_blocks,
@@ -590,15 +603,37 @@ void TransferEngine::ForwardBlock(Op* op, size_t block, int layer_begin, int lay
 
 // ---- copies on a GPU ---------------------------------------------------------------------------
 
+void TransferEngine::BindSlots(Op* op, CopiedBlocks* blocks) const {
+  const OpSpec& s = op->spec;
+  if (op->token_slots.empty()) {  // or a piece before has done it
+    const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
+    std::vector<int64_t> slots;
+    slots.reserve(op->num_blocks * per_block);
+    for (int64_t place : s.type == TransferType::kH2D ? s.dst : s.src) {
+      const int64_t* of_block = s.awaited->data() + static_cast<size_t>(place) * per_block;
+      slots.insert(slots.end(), of_block, of_block + per_block);
+    }
+    op->first_rows = layout_.FirstRows(slots.data(), op->num_blocks);
+    op->token_slots = std::move(slots);
+  }
+  blocks->token_slots = op->token_slots.data();
+  blocks->first_rows = op->first_rows.data();
+}
+
 void TransferEngine::StartCudaCopy(Op* op, int layer_begin, int layer_end) {
   const OpSpec& s = op->spec;
   const bool to_device = s.type == TransferType::kH2D;
   DeviceCopy copy;
   copy.blocks.to_device = to_device;
   copy.blocks.host_slots = (to_device ? s.src : s.dst).data();
-  copy.blocks.token_slots = (to_device ? s.dst : s.src).data();
-  copy.blocks.first_rows = op->first_rows.data();
   copy.blocks.count = op->num_blocks;
+  if (s.awaited) {
+    copy.awaited = s.awaited;
+    copy.bind = [this, op](CopiedBlocks* blocks) { BindSlots(op, blocks); };
+  } else {
+    copy.blocks.token_slots = (to_device ? s.dst : s.src).data();
+    copy.blocks.first_rows = op->first_rows.data();
+  }
   copy.layer_begin = layer_begin;
   copy.layer_end = layer_end;
   copy.gate = op->graph->gate;

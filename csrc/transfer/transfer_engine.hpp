@@ -32,7 +32,9 @@
 
 namespace flexkv {
 
+class AwaitedSlots;
 class CudaCopier;
+struct CopiedBlocks;
 
 enum class TransferType : uint8_t { kH2D, kD2H, kDisk2H, kH2Disk };
 constexpr int kNumTransferTypes = 4;
@@ -42,6 +44,9 @@ struct OpSpec {
   // Token slots of the device pool (tokens_per_block per block), host slots, or SSD slots.
   std::vector<int64_t> src;
   std::vector<int64_t> dst;
+  // Device copies: the slots are on their way (TransferEngine::ReadSlots). Instead of them `src` or `dst` then says
+  // for each block which one of these it is, tokens_per_block slots being one.
+  std::shared_ptr<AwaitedSlots> awaited;
   int layer_begin = 0;
   int layer_end = 0;    // 0: all layers. Disk ops move whole slices (see SlicesOf)
   std::vector<BlockKey> keys;   // disk ops: which block each slot holds, or is to hold
@@ -114,7 +119,12 @@ class TransferEngine {
   // A gate for graphs of this engine; on a GPU streams can wait for it.
   std::shared_ptr<LayerGate> MakeGate(int num_layers) const;
 
-  // Checks every index of the graph (UsageError) and starts it. Returns its id, or 0 for a background
+  // Token slots that are int64 values in the device's memory, for ops to be submitted: copied behind what is on the
+  // caller's stream (a CUstream), and nobody waits for that. See SlotReader::Read.
+  std::shared_ptr<AwaitedSlots> ReadSlots(uint64_t address, size_t count, uint64_t stream);
+
+  // Checks every index of the graph (UsageError) and starts it. Slots that are awaited are checked when they are
+  // there: their op fails. Returns its id, or 0 for a background
   // graph that finds the queues full: back pressure, nothing was started.
   uint64_t Submit(GraphSpec spec);
   // Ops that have not started are cancelled; running ones end by themselves. The graph is reported
@@ -165,6 +175,7 @@ class TransferEngine {
   void OrderByRow(CopyJob& job) const;
   void CopyChunk(CopyJob& job, size_t chunk);
   void StartCudaCopy(Op* op, int layer_begin, int layer_end);
+  void BindSlots(Op* op, CopiedBlocks* blocks) const;
   void StartDiskOp(Op* op);
   void EndDiskOp(Op* op);
   void ForwardBlock(Op* op, size_t block, int layer_begin, int layer_end);

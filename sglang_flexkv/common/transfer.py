@@ -21,6 +21,18 @@ Slots = npt.NDArray[np.int64]
 _graph_ids = itertools.count(1)
 
 
+@dataclass(frozen=True)
+class SlotsOnTheirWay:
+    """Token slots that the device computes. They come behind what its stream held when they were asked for
+    (``TransferEngine.read_slots``)."""
+
+    awaited: _core.AwaitedSlots
+    memory: object  # what they are read from, kept alive
+
+    def __len__(self) -> int:
+        return len(self.awaited)
+
+
 class TransferType(Enum):
     """Where a copy reads and writes. Values are the core's."""
 
@@ -44,7 +56,8 @@ class TransferOp:
 
     ``src_block_ids`` and ``dst_block_ids`` are slots of the respective tier, int64 [blocks]. On the device
     side they are None until the plan is launched; ``block_positions`` says which blocks of the request the
-    op moves, so that the launch can pick their device slots.
+    op moves, so that the launch can pick their device slots: token slots, int64 [blocks * tokens_per_block],
+    or which blocks of ``awaited`` they are, int64 [blocks].
     """
 
     transfer_type: TransferType
@@ -54,6 +67,7 @@ class TransferOp:
     keys: BlockKeys | None = None  # disk ops: what the slots hold, or are to hold
     op_id: int = -1
     follows_layers_of: int = -1  # H2D: the DISK2H op whose layers it copies as they come
+    awaited: SlotsOnTheirWay | None = None
 
 
 class TransferOpGraph:
@@ -68,18 +82,25 @@ class TransferOpGraph:
         self.ops.append(op)
         return op.op_id
 
-    def bind_device_slots(self, token_slots: Slots, tokens_per_block: int) -> None:
+    def bind_device_slots(
+        self, token_slots: Slots | SlotsOnTheirWay, tokens_per_block: int, places: Slots | None = None
+    ) -> None:
         """Fills in the device side of every op.
 
         Args:
-            token_slots: token slots in the device pool for all blocks of the request, int64
-                [blocks * tokens_per_block].
+            token_slots: token slots in the device pool, tokens_per_block for each block, and maybe more.
+            places: which blocks of these the blocks of the request are, int64 [blocks]; None: the first ones.
         """
-        by_block = token_slots.reshape(-1, tokens_per_block)
         for op in self.ops:
-            if op.transfer_type.touches_device:
-                slots = by_block[op.block_positions].ravel()
-                if op.transfer_type.device_is_source:
-                    op.src_block_ids = slots
-                else:
-                    op.dst_block_ids = slots
+            if not op.transfer_type.touches_device:
+                continue
+            slots = op.block_positions if places is None else places[op.block_positions]
+            if isinstance(token_slots, SlotsOnTheirWay):
+                op.awaited = token_slots
+            else:
+                whole = len(token_slots) // tokens_per_block * tokens_per_block
+                slots = token_slots[:whole].reshape(-1, tokens_per_block)[slots].ravel()
+            if op.transfer_type.device_is_source:
+                op.src_block_ids = slots
+            else:
+                op.dst_block_ids = slots

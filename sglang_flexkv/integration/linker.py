@@ -21,13 +21,14 @@ from sglang_flexkv.cache.load_or_recompute import LoadOrRecompute, Prompt
 from sglang_flexkv.common.block import BlockKeys, Namespace, keys_from_page_hashes
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import GIB, FlexKVConfig
+from sglang_flexkv.common.transfer import Slots, SlotsOnTheirWay
 from sglang_flexkv.integration.compat.scheduler import SchedulerView
 from sglang_flexkv.integration.compat.tree import PoolName, PoolTransfer, UnifiedCacheLinker
 from sglang_flexkv.integration.layer_counter import LayerLoadCounter
 from sglang_flexkv.integration.metrics import Metrics
 from sglang_flexkv.integration.page_hashes import PageHashes
 from sglang_flexkv.integration.request_state import NOTHING_FOUND, Lookup, RequestStates
-from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus, as_token_slots
+from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class _Load:
     """What one request of a batch loads."""
 
     task: KVTask
-    token_slots: np.ndarray
+    token_slots: Slots | SlotsOnTheirWay
     complete: bool  # the plan covers all that was agreed on
 
 
@@ -162,7 +163,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         state = self.states.of(rid)
         self.metrics.recomputed(max(0, len(state.found.held) - len(keys)) * self._page)
         state.found = NOTHING_FOUND  # counted
-        self._next_batch[rid] = _Load(task, as_token_slots(transfer.device_indices), complete)
+        self._next_batch[rid] = _Load(task, self.engine.token_slots(transfer.device_indices), complete)
         return True
 
     def ssd_span(self, rid: str) -> tuple[int, int]:
@@ -304,8 +305,7 @@ class FlexKVLinker(UnifiedCacheLinker):
             self.metrics.put_without_room()
             self.engine.cancel(task)  # a failed offload, tried again at the next use
             return task
-        # Asking a GPU tensor for its values waits for the stream that computed them, so only where needed.
-        slots = as_token_slots(transfer.device_indices) if task.plan.graph.ops else None
+        slots = self.engine.token_slots(transfer.device_indices) if task.plan.graph.ops else None
         events = self.record_offload_ready() if self.on_gpu and slots is not None else []
         if gate is not None:
             gate.expect(1)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.config import CacheConfig, IoEngine
-from sglang_flexkv.common.transfer import TransferOpGraph, TransferType
+from sglang_flexkv.common.transfer import SlotsOnTheirWay, TransferOpGraph, TransferType
 from sglang_flexkv.storage.ssd_store import SsdStore
 from sglang_flexkv.storage.storage_engine import StorageEngine
 
@@ -63,6 +64,13 @@ class TransferEngine:
         """A gate for graphs of this engine. On a GPU streams can be told to wait for it."""
         return self._core.make_gate(num_layers)
 
+    def read_slots(self, token_slots: torch.Tensor) -> SlotsOnTheirWay:
+        """Token slots from the memory of the GPU that the pool is on, behind what its current stream holds.
+        Nobody waits for that."""
+        tensor = token_slots.detach().to(torch.int64).contiguous()
+        stream = torch.cuda.current_stream(tensor.device).cuda_stream
+        return SlotsOnTheirWay(self._core.read_slots(tensor.data_ptr(), tensor.numel(), stream), tensor)
+
     def submit(
         self,
         graph: TransferOpGraph,
@@ -95,6 +103,7 @@ class TransferEngine:
                     np.ascontiguousarray(op.dst_block_ids, dtype=np.int64),
                     keys=op.keys,
                     after_layers=op.follows_layers_of,
+                    awaited=op.awaited.awaited if op.awaited is not None else None,
                 )
             )
         return self._core.submit(

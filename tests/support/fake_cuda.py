@@ -98,6 +98,13 @@ class FakeCuda:
         view = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address.value))
         return address.value, view
 
+    def adopt(self, address: int, num_bytes: int) -> None:
+        """Memory of the caller's plays the device's, until ``let_go``."""
+        self._c.fake_adopt(ctypes.c_uint64(address), ctypes.c_size_t(num_bytes))
+
+    def let_go(self, address: int) -> None:
+        self._call("cuMemHostUnregister", ctypes.c_void_p(address))
+
     def free(self, address: int) -> None:
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
@@ -131,6 +138,15 @@ class FakeCuda:
             ctypes.c_size_t(num_bytes),
         )
         return out
+
+    def write(self, stream: int, address: int, values: np.ndarray) -> None:
+        """What a forward, or an allocator on the device, computes when the stream gets there."""
+        self._c.fake_write(
+            ctypes.c_void_p(stream),
+            ctypes.c_uint64(address),
+            values.ctypes.data_as(ctypes.c_void_p),
+            ctypes.c_size_t(values.nbytes),
+        )
 
     def fill(self, stream: int, address: int, value: int, num_bytes: int) -> None:
         self._c.fake_fill(
@@ -175,6 +191,7 @@ class Rig:
         pinned_chunks: int | None = None,
     ) -> None:
         self.cuda, self.tokens_per_block, self.num_layers = cuda, tokens, layers
+        self._slots_on_device: int | None = None
         self.rows_per_block = tokens // tokens_per_row
         num_rows = device_blocks * self.rows_per_block
         rng = np.random.default_rng(5)
@@ -227,6 +244,16 @@ class Rig:
             np.int64
         )
 
+    def awaited_slots(self, stream: int, token_slots: np.ndarray) -> _core.AwaitedSlots:
+        """Token slots as an allocator on the device has them: computed by this stream, in memory that it
+        gives to the next one who computes something there."""
+        if self._slots_on_device is None:
+            self._slots_on_device = self.cuda.allocate(1 << 20)[0]
+        self.cuda.write(stream, self._slots_on_device, token_slots)
+        awaited = self.engine.read_slots(self._slots_on_device, len(token_slots), stream)
+        self.cuda.fill(stream, self._slots_on_device, 0xFF, token_slots.nbytes)
+        return awaited
+
     def rows(self, block: int) -> np.ndarray:
         return np.arange(block * self.rows_per_block, (block + 1) * self.rows_per_block)
 
@@ -269,3 +296,5 @@ class Rig:
         del self.engine, self.host, self.device
         for address in (a for layer in self.addresses for a in layer):
             self.cuda.free(address)
+        if self._slots_on_device is not None:
+            self.cuda.free(self._slots_on_device)

@@ -77,6 +77,45 @@ class _OnTheStandIn(TorchFunctionMode):
         return self._gpu.adopt(result, pinned) if there or pinned else result
 
 
+class OnDevice(torch.Tensor):
+    """A tensor that says it is on a GPU, in memory of the stand-in. Who asks for its values would wait for
+    all that its stream holds, so that is an error; what nobody waits for is allowed."""
+
+    _ASYNCHRONOUS = frozenset({"detach", "contiguous", "numel", "data_ptr", "dim", "size", "__len__"})
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: object, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(function, "__name__", "")
+        if name == "__get__":  # of a property
+            name = function.__self__.__name__  # type: ignore[attr-defined]
+            if name in ("is_cuda", "device"):
+                return True if name == "is_cuda" else torch.device("cuda", 0)
+            assert name in ("dtype", "shape"), name
+        else:
+            converts = name == "to" and args[1:] and all(isinstance(arg, torch.dtype) for arg in args[1:])
+            assert converts or name in cls._ASYNCHRONOUS, f"{name} waits for the device"
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+@contextlib.contextmanager
+def engines_on(cuda: FakeCuda) -> Iterator[None]:
+    """Engines that are made meanwhile take their pool for one on the stand-in's device."""
+    engine, device = _core.TransferEngine, DeviceBuffers.cuda_device
+
+    def make_engine(*args: Any, **kwargs: Any) -> _core.TransferEngine:
+        return engine(*args, **kwargs, cuda_library=cuda.library)
+
+    _core.TransferEngine = make_engine  # type: ignore[assignment, misc]
+    DeviceBuffers.cuda_device = property(lambda buffers: 0)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        _core.TransferEngine = engine  # type: ignore[misc]
+        DeviceBuffers.cuda_device = device  # type: ignore[method-assign]
+
+
 def _is_cuda(value: object) -> bool:
     return isinstance(value, torch.device) and value.type == "cuda"
 
@@ -147,11 +186,6 @@ class PretendedGpu:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[PretendedGpu]:
-        engine = _core.TransferEngine
-
-        def make_engine(*args: Any, **kwargs: Any) -> _core.TransferEngine:
-            return engine(*args, **kwargs, cuda_library=self.cuda.library)
-
         names: dict[str, object] = {
             "is_available": lambda: True,
             "current_device": lambda: 0,
@@ -173,8 +207,6 @@ class PretendedGpu:
 
             for name, value in names.items():
                 replace(torch.cuda, name, value)
-            replace(_core, "TransferEngine", make_engine)
-            undo.callback(setattr, DeviceBuffers, "cuda_device", DeviceBuffers.cuda_device)
-            DeviceBuffers.cuda_device = property(lambda buffers: 0)  # type: ignore[assignment, method-assign]
+            undo.enter_context(engines_on(self.cuda))
             undo.enter_context(_OnTheStandIn(self))
             yield self

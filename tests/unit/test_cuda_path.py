@@ -658,6 +658,245 @@ def test_no_stream_waits_for_what_is_not_on_a_stream(
     cuda.end_stream(stream)
 
 
+# ---- slots that the device computes -------------------------------------------------------------
+
+PLACES = np.arange  # of the blocks among the slots that are awaited
+
+
+@pytest.fixture
+def schedules(cuda: FakeCuda) -> Iterator[int]:
+    """The stream on which the scheduler's allocator computes slots."""
+    stream = cuda.stream()
+    yield stream
+    cuda.synchronize(stream)
+    cuda.end_stream(stream)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [{}, {"tokens": 1, "row_bytes": (BIG_ROW,)}, {"pinned": False}],
+    ids=["kernel", "engine", "not pinned"],
+)
+def test_nobody_waits_for_slots_that_the_device_computes(
+    make_rig: MakeRig, cuda: FakeCuda, schedules: int, pool: dict[str, object]
+) -> None:
+    """Behind a forward that does not end: whoever asks for them goes on, and so does who submits copies. A
+    call that waits would never return here."""
+    rig = make_rig(**pool)
+    sources, targets = rig.token_slots(4, 9, 2), rig.token_slots(20, 3)
+    expected = [rig.bytes_of(rig.rows(block)) for block in (9, 4)]
+    dam = Dam(cuda, schedules)
+
+    def schedule() -> list[int]:
+        stored = rig.awaited_slots(schedules, sources)
+        loaded = rig.awaited_slots(schedules, targets)
+        store = rig.engine.submit([_core.OpSpec(T.D2H, ints(1, 0), ints(7, 5), awaited=stored)])
+        load = rig.engine.submit([_core.OpSpec(T.H2D, ints(2, 1), PLACES(2), awaited=loaded)])
+        return [store, load]
+
+    try:
+        graphs = Forward(schedule).reads()
+        before = rig.copy_of_device()
+        assert not any(rig.engine.wait(graph, 0.02) for graph in graphs)
+        assert rig.run(_core.OpSpec(T.H2D, ints(3), rig.token_slots(11))).done  # what has its slots goes on
+    finally:
+        dam.open()
+    assert rig.engine.drain(20.0)
+    assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
+    for slot, want in zip((7, 5), expected, strict=True):
+        assert np.array_equal(rig.slot(slot), want)
+    rig.expect_loaded(before, ints(2, 1, 3), [rig.rows(20), rig.rows(3), rig.rows(11)])
+    for layer, buffers in enumerate(before):
+        for got, want in zip(rig.device[layer], buffers, strict=True):
+            assert np.array_equal(got, want)
+
+
+def test_stores_keep_their_order_while_one_awaits_its_slots(
+    make_rig: MakeRig, cuda: FakeCuda, schedules: int
+) -> None:
+    rig = make_rig()
+    dam = Dam(cuda, schedules)
+    first = rig.engine.submit(
+        [_core.OpSpec(T.D2H, PLACES(1), ints(2), awaited=rig.awaited_slots(schedules, rig.token_slots(5)))]
+    )
+    second = rig.engine.submit([_core.OpSpec(T.D2H, rig.token_slots(6), ints(2))])
+    assert not rig.engine.wait(second, 0.02)
+    dam.open()
+    assert rig.engine.drain(20.0)
+    assert [result.graph for result in rig.engine.poll() if result.done] == [first, second]
+    assert np.array_equal(rig.slot(2), rig.bytes_of(rig.rows(6)))
+
+
+def test_the_loads_of_a_batch_whose_slots_are_awaited_go_layer_by_layer(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, schedules: int
+) -> None:
+    """Their slots come one after the other, and one load had its slots all the time."""
+    rig = make_rig(**LARGE_LAYERS)
+    cuda.reset()
+    streams = [cuda.stream() for _ in range(2)]
+    dams = [Dam(cuda, held_up) for held_up in streams]
+    gate = rig.engine.make_gate(rig.num_layers)
+    gate.expect(3)
+    ops = [
+        _core.OpSpec(
+            T.H2D, ints(0, 1), PLACES(2), awaited=rig.awaited_slots(streams[0], rig.token_slots(7, 8))
+        ),
+        _core.OpSpec(T.H2D, ints(2), rig.token_slots(9)),
+        _core.OpSpec(T.H2D, ints(3), PLACES(1), awaited=rig.awaited_slots(streams[1], rig.token_slots(10))),
+    ]
+    forward = Forward(lambda: read_layers(rig, stream, gate, 10))
+    graphs = [rig.engine.submit([op], gate=gate) for op in ops]
+    for dam in dams:
+        assert not any(rig.engine.wait(graph, 0.01) for graph in graphs)
+        dam.open()
+    assert rig.engine.drain(20.0)
+    assert sorted(result.graph for result in rig.engine.poll() if result.done) == graphs
+    reads = forward.reads()
+    cuda.synchronize(stream)
+    check_reads(rig, reads, 10)
+    for slot, block in enumerate((7, 8, 9, 10)):
+        assert np.array_equal(rig.bytes_of(rig.rows(block)), rig.slot(slot))
+    assert cuda.calls("cuLaunchKernel") == rig.num_layers
+    check_order(rig)
+    for held_up in streams:
+        cuda.end_stream(held_up)
+
+
+def test_layers_from_ssd_await_their_slots(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, schedules: int, tmp_path: Path
+) -> None:
+    rig = make_rig(layers=6, row_bytes=(512, 512))
+    store_on_ssd(rig, tmp_path)
+    gate = rig.engine.make_gate(6)
+    gate.expect(1)
+    dam = Dam(cuda, schedules)
+    awaited = rig.awaited_slots(schedules, rig.token_slots(9, 8))
+    graph = rig.engine.submit(
+        [
+            _core.OpSpec(T.DISK2H, ints(3, 4), ints(5, 6), keys=NAMES),
+            _core.OpSpec(T.H2D, ints(5, 6), ints(1, 0), after_layers=0, awaited=awaited),
+        ],
+        gate=gate,
+    )
+    forward = Forward(lambda: read_layers(rig, stream, gate, 9))
+    assert not rig.engine.wait(graph, 0.1)
+    dam.open()
+    assert rig.finish(graph).done
+    reads = forward.reads()
+    cuda.synchronize(stream)
+    check_reads(rig, reads, 9)
+    for block, slot in ((8, 0), (9, 1)):
+        assert np.array_equal(rig.bytes_of(rig.rows(block)), rig.slot(slot))
+    rig.engine.detach_ssd()
+
+
+@pytest.mark.parametrize("kind", [T.H2D, T.D2H])
+def test_a_copy_that_awaits_its_slots_can_be_cancelled(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, schedules: int, kind: _core.TransferType
+) -> None:
+    """At once, and the slots that come later are nobody's any more."""
+    rig = make_rig()
+    before, slots = rig.copy_of_device(), [rig.slot(slot).copy() for slot in range(16)]
+    dam = Dam(cuda, schedules)
+    gate = rig.engine.make_gate(rig.num_layers if kind == T.H2D else 1)
+    gate.expect(1)
+    awaited = rig.awaited_slots(schedules, rig.token_slots(9))
+    sides = (ints(2), PLACES(1)) if kind == T.H2D else (PLACES(1), ints(2))
+    graph = rig.engine.submit([_core.OpSpec(kind, *sides, awaited=awaited)], gate=gate)
+    del awaited
+    forward = Forward(lambda: gate.stream_wait(0, stream, 20.0))
+    assert rig.engine.cancel(graph)
+    assert rig.finish(graph).ops[0].status == S.CANCELLED
+    assert forward.reads()
+    dam.open()
+    cuda.synchronize(schedules)
+    assert all(np.array_equal(rig.slot(slot), held) for slot, held in enumerate(slots))
+    for layer, buffers in enumerate(before):
+        for got, want in zip(rig.device[layer], buffers, strict=True):
+            assert np.array_equal(got, want)
+    check_round_trip(rig)
+
+
+@pytest.mark.parametrize("bad", [-1, 24 * 4], ids=["no slot", "behind the pool"])
+def test_slots_that_turn_out_wrong_fail_their_copy(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, schedules: int, bad: int
+) -> None:
+    rig = make_rig()
+    gate = rig.engine.make_gate(rig.num_layers)
+    gate.expect(2)
+    wrong, right = rig.token_slots(9), rig.token_slots(8)
+    wrong[2] = bad
+    graphs = [
+        rig.engine.submit(
+            [_core.OpSpec(T.H2D, ints(1), PLACES(1), awaited=rig.awaited_slots(schedules, slots))], gate=gate
+        )
+        for slots in (wrong, right)
+    ]
+    assert gate.stream_wait(rig.num_layers - 1, stream, 20.0)
+    assert rig.engine.drain(20.0)
+    results = {result.graph: result for result in rig.engine.poll()}
+    assert results[graphs[0]].ops[0].status == S.FAILED
+    assert f"token slot {bad} is outside the pool" in results[graphs[0]].error
+    assert results[graphs[1]].done
+    assert np.array_equal(rig.bytes_of(rig.rows(8)), rig.slot(1))
+    assert gate.open_layers == rig.num_layers
+
+
+def test_places_are_checked_at_once(make_rig: MakeRig, schedules: int) -> None:
+    rig = make_rig()
+    awaited = rig.awaited_slots(schedules, rig.token_slots(9, 8))
+    assert len(awaited) == 8
+    for places in (ints(0, 2), ints(-1, 0), ints(0)):
+        with pytest.raises(ValueError, match="slot"):
+            rig.engine.submit([_core.OpSpec(T.H2D, ints(1, 2), places, awaited=awaited)])
+
+
+@pytest.mark.parametrize("call", ["cuMemcpyDtoHAsync_v2", "cuEventRecord", "cuEventQuery", "cuEventCreate"])
+def test_slots_that_cannot_be_read_fail_their_copy(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int, schedules: int, call: str
+) -> None:
+    rig = make_rig()
+    dam = Dam(cuda, schedules)
+    gate = rig.engine.make_gate(rig.num_layers)
+    gate.expect(1)
+    forward = Forward(lambda: gate.stream_wait(0, stream, 20.0))
+    cuda.fail(call, ALWAYS)
+    awaited = rig.awaited_slots(schedules, rig.token_slots(9))
+    graph = rig.engine.submit([_core.OpSpec(T.H2D, ints(1), PLACES(1), awaited=awaited)], gate=gate)
+    result = rig.finish(graph)
+    assert result.ops[0].status == S.FAILED
+    assert "token slots could not be read" in result.error
+    assert call.removesuffix("_v2") in result.error
+    assert forward.reads()
+    cuda.fail(call, NEVER)
+    # Those that come next get no memory that the failed one may still write to.
+    others = [rig.awaited_slots(schedules, rig.token_slots(block)) for block in (4, 5)]
+    dam.open()
+    for slot, awaited in enumerate(others):
+        assert rig.run(_core.OpSpec(T.H2D, ints(slot), PLACES(1), awaited=awaited)).done
+        assert np.array_equal(rig.bytes_of(rig.rows(4 + slot)), rig.slot(slot))
+
+
+@pytest.mark.parametrize("call", [None, "cuMemHostAlloc"], ids=["too many", "no pinned memory"])
+def test_slots_that_find_no_room_are_waited_for(
+    make_rig: MakeRig, cuda: FakeCuda, schedules: int, call: str | None
+) -> None:
+    if call is not None:
+        cuda.fail(call, ALWAYS)
+    rig = make_rig()
+    if call is not None:
+        cuda.fail(call, NEVER)
+    rng = np.random.default_rng(3)
+    lists = [rng.permutation(24)[: rng.integers(1, 24)] for _ in range(40)]
+    dam = Dam(cuda, schedules)
+    read = Forward(lambda: [rig.awaited_slots(schedules, rig.token_slots(*blocks)) for blocks in lists])
+    dam.open()
+    for blocks, awaited in zip(lists, read.reads(), strict=True):
+        place = len(blocks) - 1
+        assert rig.run(_core.OpSpec(T.H2D, ints(3), ints(place), awaited=awaited)).done
+        assert np.array_equal(rig.bytes_of(rig.rows(int(blocks[place]))), rig.slot(3))
+
+
 # ---- the loads of a batch ----------------------------------------------------------------------
 
 # A layer of one block is 256 KiB: below a megabyte, launches move several layers.
@@ -1032,8 +1271,9 @@ class Late:
 
 def test_ten_thousand_loads_and_write_backs(make_rig: MakeRig, cuda: FakeCuda) -> None:
     """As a scheduler's thread does it: loads of a batch, some of them late and in parts; nodes that leave,
-    whose slots the next forward overwrites; forwards that read layer by layer. Streams share three hardware
-    queues, and calls come between that take until the device has nothing left to do."""
+    whose slots the next forward overwrites; forwards that read layer by layer. Slots are known, or come from
+    the device. Streams share three hardware queues, and calls come between that take until the device has
+    nothing left to do."""
     cuda.queues(3)
     rng = np.random.default_rng(11)
     rig = make_rig(layers=4, tokens=2, row_bytes=(48, 16), device_blocks=24, host_slots=80)
@@ -1059,6 +1299,11 @@ def test_ten_thousand_loads_and_write_backs(make_rig: MakeRig, cuda: FakeCuda) -
         found.clear()
         stored_slot = 16
 
+    def device_side(block: int) -> tuple[dict[str, Any], np.ndarray]:
+        if rng.random() < 0.5:
+            return {}, rig.token_slots(block)
+        return {"awaited": rig.awaited_slots(stream, rig.token_slots(block))}, PLACES(1)
+
     while copies < 10_000:
         if stored_slot > 76:
             settle()
@@ -1068,7 +1313,8 @@ def test_ten_thousand_loads_and_write_backs(make_rig: MakeRig, cuda: FakeCuda) -
         for _ in range(int(rng.integers(0, 4))):
             block, gate = blocks.pop(), rig.engine.make_gate(1)
             gate.expect(1)
-            op = _core.OpSpec(T.D2H, rig.token_slots(block), ints(stored_slot))
+            known, slots = device_side(block)
+            op = _core.OpSpec(T.D2H, slots, ints(stored_slot), **known)
             rig.engine.submit([op], gate=gate, wait_events=[cuda.record(stream)])
             stored[stored_slot] = held[block]
             leaving.append((block, gate))
@@ -1082,8 +1328,9 @@ def test_ten_thousand_loads_and_write_backs(make_rig: MakeRig, cuda: FakeCuda) -
             slot = int(rng.integers(16))
             held[block] = sources[slot]
             cut = int(rng.integers(1, 4)) if rng.random() < 0.4 else 4
+            known, slots = device_side(block)
             ops = [
-                _core.OpSpec(T.H2D, ints(slot), rig.token_slots(block), layer_begin=begin, layer_end=end)
+                _core.OpSpec(T.H2D, ints(slot), slots, layer_begin=begin, layer_end=end, **known)
                 for begin, end in ((0, cut), (cut, 4))
                 if begin < end
             ]
@@ -1359,7 +1606,7 @@ def test_random_traffic_ends_every_op_once(make_rig: MakeRig, cuda: FakeCuda, st
     rng = np.random.default_rng(seed)
     rig = make_rig(layers=4, tokens=2)
     reference = {slot: rig.slot(slot).copy() for slot in range(16)}
-    calls = [*RUNTIME_CALLS, "cuStreamQuery"]
+    calls = [*RUNTIME_CALLS, "cuStreamQuery", "cuMemcpyDtoHAsync_v2"]
     running: dict[int, tuple[_core.LayerGate, int]] = {}
     ended: list[int] = []
     for turn in range(120):
@@ -1367,9 +1614,11 @@ def test_random_traffic_ends_every_op_once(make_rig: MakeRig, cuda: FakeCuda, st
         gate.expect(1)
         slot, block = int(rng.integers(16)), turn % 24
         events = [cuda.record(stream)] if rng.random() < 0.7 else []
-        graph = rig.engine.submit(
-            [_core.OpSpec(T.H2D, ints(slot), rig.token_slots(block))], gate=gate, wait_events=events
-        )
+        op = _core.OpSpec(T.H2D, ints(slot), rig.token_slots(block))
+        if rng.random() < 0.5:
+            awaited = rig.awaited_slots(stream, rig.token_slots(block))
+            op = _core.OpSpec(T.H2D, ints(slot), PLACES(1), awaited=awaited)
+        graph = rig.engine.submit([op], gate=gate, wait_events=events)
         running[graph] = (gate, slot)
         if rng.random() < 0.5:
             gate.stream_wait(int(rng.integers(4)), stream, 20.0)
