@@ -41,6 +41,8 @@ namespace {
 
 constexpr int kInvalidValue = 1, kInvalidPtx = 218, kNotFound = 500, kNotReady = 600, kIllegalAddress = 700;
 constexpr size_t kQueueMax = 1024, kPageBytes = 4096;
+// What a device has room for beside kernels that fill it.
+constexpr unsigned kCtasMax = 16, kThreadsMax = 128;
 
 enum class Kind { kDevice, kPinned };
 struct Region {
@@ -51,6 +53,7 @@ struct Region {
 struct Stream;
 struct Command {
   Stream* stream;
+  bool moves;  // bytes, where others wait or tell each other something
   std::function<void()> run;
 };
 
@@ -60,11 +63,13 @@ struct Queue {
   std::condition_variable changed;
   std::deque<Command> commands;
   bool running = false;
+  Stream* moving = nullptr;  // the stream whose command moves bytes at the moment
 };
 
 struct Stream {
   Queue* queue = nullptr;
   size_t unfinished = 0;   // its commands, under the queue's mutex
+  uint64_t lost = 0;       // the device's life in which it was lost, under the queue's mutex
   double model_us = 0;     // how long a GPU would have taken for them, touched by the queue's thread alone
 };
 
@@ -87,6 +92,7 @@ struct Device {
   std::vector<std::string> violations;
   std::vector<uint64_t> trace;  // of what streams did, see fake_trace
   std::atomic<int> broken{0};
+  std::atomic<uint64_t> life{1};
   std::mt19937 random{1};
   int delay_us_max = 0;
   std::vector<Queue*> queues;
@@ -95,6 +101,8 @@ struct Device {
   // How long a GPU would take, for events that are asked for the time between them: a piece for a copy engine, and
   // the bytes of both paths.
   std::atomic<double> piece_us{2}, kernel_bytes_per_us{36e3};
+  std::chrono::milliseconds registration{0};  // takes so long
+  std::chrono::steady_clock::time_point registered;
   static constexpr double engine_bytes_per_us = 55e3;
 
   // The region that holds these bytes whole; nullptr if none does.
@@ -179,25 +187,30 @@ void RunQueue(Queue* queue) {
     Command command = std::move(queue->commands.front());
     queue->commands.pop_front();
     queue->running = true;
+    const bool runs = !command.moves || command.stream->lost != device().life.load();
+    if (runs && command.moves) queue->moving = command.stream;
     lock.unlock();
     if (const int delay = device().Delay(); delay > 0) {
       std::this_thread::sleep_for(std::chrono::microseconds(delay));
     }
-    command.run();
+    if (runs) command.run();
     command.run = nullptr;
     lock.lock();
     queue->running = false;
+    queue->moving = nullptr;
     --command.stream->unfinished;
     queue->changed.notify_all();
   }
 }
 
-void Push(void* handle, std::function<void()> command) {
+enum class Does { kMove, kTell };
+
+void Push(void* handle, Does what, std::function<void()> command) {
   Stream* stream = static_cast<Stream*>(handle);
   Queue* queue = stream->queue;
   std::unique_lock<std::mutex> lock(queue->mutex);
   queue->changed.wait(lock, [&] { return queue->commands.size() < kQueueMax; });
-  queue->commands.push_back({stream, std::move(command)});
+  queue->commands.push_back({stream, what == Does::kMove, std::move(command)});
   ++stream->unfinished;
   queue->changed.notify_all();
 }
@@ -206,6 +219,15 @@ void Join(void* handle) {
   Stream* stream = static_cast<Stream*>(handle);
   std::unique_lock<std::mutex> lock(stream->queue->mutex);
   stream->queue->changed.wait(lock, [&] { return stream->unfinished == 0; });
+}
+
+// A stream that cannot even be asked whether it has come to its end is one of a device that is lost: it touches nothing
+// any more.
+void Lose(void* handle) {
+  Stream* stream = static_cast<Stream*>(handle);
+  std::unique_lock<std::mutex> lock(stream->queue->mutex);
+  stream->lost = device().life.load();
+  stream->queue->changed.wait(lock, [&] { return stream->queue->moving != stream; });
 }
 
 bool Idle(void* handle) {
@@ -241,7 +263,7 @@ int Copy(uint64_t to, uint64_t from, uint64_t device_side, uint64_t host_side, s
     pinned = d.Find(host_side, bytes) != nullptr;
     if (!pinned && d.Touches(host_side, bytes)) return kInvalidValue;  // part of it is registered, or two are
   }
-  Push(stream, [=] {
+  Push(stream, Does::kMove, [=] {
     if (pinned) {
       std::lock_guard<std::mutex> lock(device().mutex);
       if (device().Find(host_side, bytes) == nullptr) {
@@ -262,7 +284,7 @@ void Record(Event* event, void* stream) {
     std::lock_guard<std::mutex> lock(event->mutex);
     number = ++event->recorded;
   }
-  Push(stream, [=] {
+  Push(stream, Does::kTell, [=] {
     if (!event->timed) device().Trace(0);
     std::lock_guard<std::mutex> lock(event->mutex);
     event->reached = std::max(event->reached, number);
@@ -347,7 +369,7 @@ extern "C" {
 
 // ---- what tests ask for ------------------------------------------------------------------------
 
-// No faults, no violations, counters at 0. Streams take up to delay_us_max before each command.
+// No faults, no violations, nothing lost, counters at 0. Streams take up to delay_us_max before each command.
 void fake_reset(unsigned seed, int delay_us_max) {
   Device& d = device();
   std::lock_guard<std::mutex> lock(d.mutex);
@@ -356,12 +378,20 @@ void fake_reset(unsigned seed, int delay_us_max) {
   d.violations.clear();
   d.trace.clear();
   d.broken.store(0);
+  ++d.life;
   d.attributes = {{16, 132}, {91, 1}};
   d.random.seed(seed);
   d.delay_us_max = delay_us_max;
   d.piece_us = 2;
   d.kernel_bytes_per_us = 36e3;
   d.num_queues = 32;
+  d.registration = {};
+}
+
+// A registration of memory takes so long, and as long nobody may begin another one: launches wait meanwhile.
+void fake_registration(int ms) {
+  std::lock_guard<std::mutex> lock(device().mutex);
+  device().registration = std::chrono::milliseconds(ms);
 }
 
 // Streams that are created from now on share so many hardware queues.
@@ -381,12 +411,12 @@ void fake_speeds(double piece_us, double kernel_bytes_per_us) {
 void fake_first_launch(void* stream) {
   std::lock_guard<std::recursive_mutex> in(device().lock);
   Drain();
-  Push(stream, [] {});
+  Push(stream, Does::kTell, [] {});
 }
 
 // Holds a stream up until the word is no longer 0.
 void fake_hold(void* stream, const uint32_t* word) {
-  Push(stream, [=] {
+  Push(stream, Does::kTell, [=] {
     while (std::atomic_ref<const uint32_t>(*word).load() == 0) {
       std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
@@ -450,17 +480,17 @@ void* fake_record(void* stream) {
 
 // What a forward does: reads and writes the device's memory in stream order.
 void fake_read(void* stream, void* to, uint64_t from, size_t bytes) {
-  Push(stream, [=] { CopyNow(Address(to), from, from, bytes); });
+  Push(stream, Does::kMove, [=] { CopyNow(Address(to), from, from, bytes); });
 }
 
 void fake_write(void* stream, uint64_t to, const void* from, size_t bytes) {
   const char* begin = static_cast<const char*>(from);
   auto held = std::make_shared<std::vector<char>>(begin, begin + bytes);
-  Push(stream, [=] { CopyNow(to, Address(held->data()), to, held->size()); });
+  Push(stream, Does::kMove, [=] { CopyNow(to, Address(held->data()), to, held->size()); });
 }
 
 void fake_fill(void* stream, uint64_t to, int value, size_t bytes) {
-  Push(stream, [=] { std::memset(reinterpret_cast<void*>(to), value, bytes); });
+  Push(stream, Does::kMove, [=] { std::memset(reinterpret_cast<void*>(to), value, bytes); });
 }
 
 // ---- the driver --------------------------------------------------------------------------------
@@ -534,7 +564,11 @@ int cuStreamDestroy_v2(void* stream) {
 }
 
 int cuStreamQuery(void* stream) {
-  ENTER();
+  std::lock_guard<std::recursive_mutex> in(device().lock);
+  if (const int code = Enter(__func__); code != 0) {
+    Lose(stream);
+    return code;
+  }
   return Idle(stream) ? 0 : kNotReady;
 }
 
@@ -590,7 +624,7 @@ int cuStreamWaitEvent(void* stream, void* handle, unsigned) {
     std::lock_guard<std::mutex> lock(event->mutex);
     number = event->recorded;
   }
-  Push(stream, [=] {
+  Push(stream, Does::kTell, [=] {
     std::unique_lock<std::mutex> lock(event->mutex);
     event->changed.wait(lock, [&] { return event->reached >= number; });
   });
@@ -600,7 +634,7 @@ int cuStreamWaitEvent(void* stream, void* handle, unsigned) {
 // What the engine does without: for programs that ask what becomes of a stream that waits for a word.
 int cuStreamWaitValue32_v2(void* stream, uint64_t address, uint32_t value, unsigned) {
   ENTER();
-  Push(stream, [=] {
+  Push(stream, Does::kTell, [=] {
     const std::atomic_ref<uint32_t> word(*reinterpret_cast<uint32_t*>(address));
     while (static_cast<int32_t>(word.load() - value) < 0) std::this_thread::sleep_for(std::chrono::microseconds(20));
   });
@@ -609,7 +643,7 @@ int cuStreamWaitValue32_v2(void* stream, uint64_t address, uint32_t value, unsig
 
 int cuStreamWriteValue32_v2(void* stream, uint64_t address, uint32_t value, unsigned) {
   ENTER();
-  Push(stream, [=] { std::atomic_ref<uint32_t>(*reinterpret_cast<uint32_t*>(address)).store(value); });
+  Push(stream, Does::kTell, [=] { std::atomic_ref<uint32_t>(*reinterpret_cast<uint32_t*>(address)).store(value); });
   return 0;
 }
 
@@ -676,8 +710,12 @@ int cuMemHostRegister_v2(void* memory, size_t bytes, unsigned) {
   std::vector<unsigned char> pages(bytes / kPageBytes);
   const bool all_there = mincore(memory, bytes, pages.data()) == 0 &&
                          std::all_of(pages.begin(), pages.end(), [](unsigned char page) { return page & 1; });
+  const bool rested = std::chrono::steady_clock::now() - d.registered >= d.registration;
+  std::this_thread::sleep_for(d.registration);
+  d.registered = std::chrono::steady_clock::now();
   std::lock_guard<std::mutex> lock(d.mutex);
   if (!all_there) d.violations.push_back("memory was registered before it had pages");
+  if (!rested) d.violations.push_back("memory was registered without a rest for others");
   if (d.Touches(Address(memory), bytes)) return kInvalidValue;
   d.regions[Address(memory)] = {bytes, Kind::kPinned};
   return 0;
@@ -743,8 +781,8 @@ int cuLaunchKernel(void* function, unsigned ctas, unsigned, unsigned, unsigned t
     loaded = !device().loaded_kernels.insert(function).second;
   }
   if (!loaded) Drain();
-  if (ctas > flexkv::kCopyCtas || threads > flexkv::kCopyThreads) return kInvalidValue;
-  Push(stream, [=] {
+  if (ctas > kCtasMax || threads > kThreadsMax) device().Violation("a copy takes room that other kernels need");
+  Push(stream, Does::kMove, [=] {
     reinterpret_cast<Kernel>(function)(group, ctas * threads);
     double bytes = 0;
     for (uint32_t run = 0; run < group.num_runs && device().broken.load() == 0; ++run) {

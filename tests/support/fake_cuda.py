@@ -64,6 +64,10 @@ class FakeCuda:
         """How fast copies are for who measures them: a piece's price for a copy engine, and the kernel."""
         self._c.fake_speeds(ctypes.c_double(piece_us), ctypes.c_double(kernel_bytes_per_us))
 
+    def registration(self, ms: int) -> None:
+        """To register a chunk of memory takes so long, and as long nobody may begin with another one."""
+        self._c.fake_registration(ctypes.c_int(ms))
+
     def first_launch(self, stream: int) -> None:
         """Launches a kernel that has to be loaded first, which takes until the device has nothing to do."""
         self._c.fake_first_launch(ctypes.c_void_p(stream))

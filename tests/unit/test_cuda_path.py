@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fake_cuda import ALWAYS, NEVER, Dam, FakeCuda, Rig, build
+from fake_cuda import ALWAYS, NEVER, PIN_CHUNK_BYTES, Dam, FakeCuda, Rig, build
 
 from sglang_flexkv import _core
 
@@ -220,6 +220,15 @@ def test_memory_is_populated_before_it_is_registered(make_rig: MakeRig, cuda: Fa
     assert rig.host.slot_view(0).ctypes.data % (2 << 20) == 0
     assert rig.host.pinned_bytes == rig.host.total_bytes
     assert cuda.violations == ""
+
+
+def test_pinning_rests_between_chunks(make_rig: MakeRig, cuda: FakeCuda) -> None:
+    """Or launches wait all the time while a large pool is pinned; see the rule of the stand-in."""
+    cuda.registration(150)
+    rig = make_rig(
+        tokens=1, layers=2, row_bytes=(BIG_ROW,), host_slots=2 * PIN_CHUNK_BYTES // (2 * BIG_ROW) + 4
+    )
+    assert rig.host.pinned_bytes > 2 * PIN_CHUNK_BYTES
 
 
 def test_one_process_pins_at_a_time(cuda: FakeCuda) -> None:
