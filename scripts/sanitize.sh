@@ -62,10 +62,12 @@ with_core() {
     for library in ${libraries[$sanitizer]}; do
         preload+=("$(g++ -print-file-name="$library")")
     done
-    # The CUDA driver's stand-in is built with the same sanitizer: it orders what the core's threads do.
+    # The CUDA driver's stand-in is built with the same sanitizer: it orders what the core's threads do. Pytest must not
+    # keep what the sanitizer writes: the process ends with it.
     (cd "$ROOT" && env LD_PRELOAD="${preload[*]}" ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0" \
         FAKE_CUDA_FLAGS="-O1 -g1 -fsanitize=$sanitizer" "$PYTHON" \
-        csrc/testing/pytest_with_core.py "build/sanitize-$sanitizer/_core.so" -q -p no:cacheprovider "$@")
+        csrc/testing/pytest_with_core.py "build/sanitize-$sanitizer/_core.so" -q --capture=sys \
+        -p no:cacheprovider "$@")
 }
 
 self_test() {
