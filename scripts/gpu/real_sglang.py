@@ -128,6 +128,9 @@ class Run:
             # Two servers share the memory, and each takes its share of what is free when it looks.
             flags |= {"mem-fraction-static": 0.85, "cuda-graph-bs-decode": [1, 2, 4]}
             flags |= {"cuda-graph-bs-prefill": [32, 64, 128]}
+            if "kv_lora_rank" in self.fields:
+                # Prefills read the latent, too. Else they need a kernel for heads of 192: none travels.
+                flags["flashinfer-mla-disable-ragged"] = True
         merged = {**flags, **extra}
         if merged.get("disable-prefill-cuda-graph") or merged.get("disable-cuda-graph"):
             merged.pop("cuda-graph-bs-prefill", None)
