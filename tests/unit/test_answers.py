@@ -1,7 +1,9 @@
-"""Judging answers in bfloat16 (tests/support/answers.py): a tie may go either way, nothing else may."""
+"""Judging answers in bfloat16 (tests/support/answers.py): rounding may differ, and ties go either way; wrong
+KV is noticed."""
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import answers
@@ -15,29 +17,38 @@ def inexact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "EXACT", False)
 
 
-def answer(*positions: dict[int, float]) -> dict[str, Any]:
-    """Of each position the likely tokens with their log-probabilities, the chosen one first."""
-    entries = [[(logprob, token, None) for token, logprob in each.items()] for each in positions]
+def answer(*positions: tuple[int, list[float]]) -> dict[str, Any]:
+    """Of each position the token, and the log-probabilities of those that are compared."""
     return {
-        "output_ids": [each[0][1] for each in entries],
+        "output_ids": [token for token, _ in positions],
         "meta_info": {
-            "output_token_logprobs": [each[0] for each in entries],
-            "output_top_logprobs": entries,
+            "output_token_ids_logprobs": [
+                [[logprob, token, None] for token, logprob in enumerate(logprobs)]
+                for _, logprobs in positions
+            ]
         },
     }
 
 
-WANT = answer({7: -0.5, 8: -1.5}, {3: -0.70, 4: -0.75}, {9: -0.1})
+def moved(logprobs: list[float], by: float, seed: int = 1) -> list[float]:
+    rng = random.Random(seed)
+    return [logprob + rng.choice((-by, by)) for logprob in logprobs]
+
+
+RNG = random.Random(2)
+FIRST, SECOND = ([-8 + RNG.gauss(0, 1) for _ in range(200)] for _ in range(2))
+WANT = answer((7, FIRST), (3, SECOND))
 SAME = [
     WANT,
-    answer({7: -0.52}, {3: -0.72}, {9: -0.12}),
-    answer({7: -0.5}, {4: -0.72, 3: -0.73}, {1: -5.0}),  # a tie; then it is another text
+    answer((7, moved(FIRST, 0.05)), (3, moved(SECOND, 0.05))),
+    answer((7, moved(FIRST, 0.05)), (4, moved(SECOND, 0.05))),  # a tie
+    answer((8, moved(FIRST, 0.05)), (9, moved(SECOND, 3.0))),  # a tie; then it is another text
 ]
 OTHERS = [
-    answer({8: -0.5}, {3: -0.7}, {9: -0.1}),  # not as likely
-    answer({7: -0.5}, {5: -0.7}, {9: -0.1}),  # not likely at all
-    answer({7: -0.5}, {3: -0.9}, {9: -0.1}),  # the same tokens, from something else
-    answer({7: -0.5}, {3: -0.7}),
+    answer((7, moved(FIRST, 0.3)), (3, SECOND)),  # the same tokens, from something else
+    answer((7, FIRST), (3, moved(SECOND, 0.3))),
+    answer((8, moved(FIRST, 3.0)), (3, SECOND)),
+    answer((7, FIRST)),
 ]
 
 
@@ -52,7 +63,16 @@ def test_answers_that_are_not(got: dict[str, Any]) -> None:
     assert list(answers.differing([WANT, got], [WANT, WANT])) == [1]
 
 
+def test_how_far_apart_they_may_be_is_measured() -> None:
+    again = answer((7, moved(FIRST, 0.02)), (3, moved(SECOND, 0.01)))
+    allowed = answers.allowance([WANT, WANT], [WANT, again])
+    assert allowed == pytest.approx(0.03)
+    assert answers.difference(answer((7, moved(FIRST, 0.029)), (3, SECOND)), WANT, allowed) is None
+    assert answers.difference(answer((7, moved(FIRST, 0.031)), (3, SECOND)), WANT, allowed)
+
+
 def test_in_float32_every_token_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(answers, "EXACT", True)
+    assert answers.allowance([WANT], [OTHERS[0]]) == 0.0
     assert answers.difference(WANT, WANT) is None
     assert answers.difference(SAME[2], WANT)
