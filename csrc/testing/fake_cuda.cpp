@@ -423,6 +423,9 @@ void fake_hold(void* stream, const uint32_t* word) {
   });
 }
 
+// Lets it go on. What the caller did before comes before what the stream does then.
+void fake_let_go(uint32_t* word) { std::atomic_ref<uint32_t>(*word).store(1); }
+
 // The call fails with this code when it has been made `after` more times; < 0: from now on always.
 void fake_fail(const char* call, int64_t after, int code) {
   std::lock_guard<std::mutex> lock(device().mutex);

@@ -162,12 +162,12 @@ class Dam:
     """Holds a stream up until it is opened."""
 
     def __init__(self, cuda: FakeCuda, stream: int) -> None:
-        self._word = ctypes.c_uint32(0)
+        self._cuda, self._word = cuda, ctypes.c_uint32(0)
         cuda._c.fake_hold(ctypes.c_void_p(stream), ctypes.byref(self._word))
         cuda.dams.append(self)  # the stream looks at the word for as long as it likes
 
     def open(self) -> None:
-        self._word.value = 1
+        self._cuda._c.fake_let_go(ctypes.byref(self._word))
 
 
 class Rig:
