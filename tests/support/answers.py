@@ -30,9 +30,9 @@ EXACT = DTYPE == "float32"
 _TOKENS = range(8, 4000, 16)
 # What a request has to ask for so that its answer can be compared.
 ASK: dict[str, Any] = {} if EXACT else {"return_logprob": True, "token_ids_logprob": list(_TOKENS)}
-# Of the distance that rounding alone was seen to make. On a CPU 60 answers from a cache were at most 1.2 times
-# as far away. With a block of zeros in each of nine loads half of 20 answers were beyond 1.5 times, and a
-# quarter beyond 5 times.
+# Of the distance that rounding alone was seen to make. On a CPU 60 answers from a cache were at most 1.2
+# times as far away. With a block of zeros in each of nine loads half of 20 answers were beyond 1.5 times,
+# and a quarter beyond 5 times.
 _MARGIN = 1.5
 # Where nothing was measured: what rounding makes with these models, on a CPU, and as much again.
 _USUAL = 0.25

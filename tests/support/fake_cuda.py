@@ -195,7 +195,7 @@ class Rig:
         pinned_chunks: int | None = None,
     ) -> None:
         self.cuda, self.tokens_per_block, self.num_layers = cuda, tokens, layers
-        self._slots_on_device: int | None = None
+        self._slots_on_device: dict[int, int] = {}  # by stream
         self.rows_per_block = tokens // tokens_per_row
         num_rows = device_blocks * self.rows_per_block
         rng = np.random.default_rng(5)
@@ -251,11 +251,12 @@ class Rig:
     def awaited_slots(self, stream: int, token_slots: np.ndarray) -> _core.AwaitedSlots:
         """Token slots as an allocator on the device has them: computed by this stream, in memory that it
         gives to the next one who computes something there."""
-        if self._slots_on_device is None:
-            self._slots_on_device = self.cuda.allocate(1 << 20)[0]
-        self.cuda.write(stream, self._slots_on_device, token_slots)
-        awaited = self.engine.read_slots(self._slots_on_device, len(token_slots), stream)
-        self.cuda.fill(stream, self._slots_on_device, 0xFF, token_slots.nbytes)
+        if stream not in self._slots_on_device:
+            self._slots_on_device[stream] = self.cuda.allocate(1 << 20)[0]
+        address = self._slots_on_device[stream]
+        self.cuda.write(stream, address, token_slots)
+        awaited = self.engine.read_slots(address, len(token_slots), stream)
+        self.cuda.fill(stream, address, 0xFF, token_slots.nbytes)
         return awaited
 
     def rows(self, block: int) -> np.ndarray:
@@ -300,5 +301,5 @@ class Rig:
         del self.engine, self.host, self.device
         for address in (a for layer in self.addresses for a in layer):
             self.cuda.free(address)
-        if self._slots_on_device is not None:
-            self.cuda.free(self._slots_on_device)
+        for address in self._slots_on_device.values():
+            self.cuda.free(address)
