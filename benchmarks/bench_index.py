@@ -11,8 +11,6 @@ hash_match: token ids in, block keys and tiers out, all blocks held.
 get_plan: token ids in, lease and transfer graph out, all blocks held in the CPU tier.
 put_plan: token ids of a new prompt in, reserved slots and graph out; with room, and (_full) in a full tier.
 insert: keys of a new prompt in, slots out (reserve and commit, no tokens kept).
-_total of put_plan and insert: with what the index's thread does later for them, done at once by the caller.
-That is what they cost who calls so often that the thread cannot keep up.
 evict: per block, a tier of leaves that were used in random order, a thousand at a time.
 bytes_per_block: memory of the index without tokens, two full tiers, prompts of 2,048 tokens.
 
@@ -22,6 +20,7 @@ with a goal are ratios of such neighbours, which mean the same everywhere:
 _over_compare: ``memcmp`` of the prompt's tokens with a copy of them that lies as far away as the index's.
 _over_sha256: SHA-256 of the prompt's tokens in one piece; SGLang names its pages by it.
 _over_random_reads: so many reads at random places of an array of 96 bytes per block (``numpy.take``).
+_over_hash_match: hash and match of as many tokens, all blocks held, in the same run.
 _over_ordered_dict: per block, ``OrderedDict.popitem`` of as many keys that were used in random order: the
 simplest queue for eviction there is.
 """
@@ -131,27 +130,22 @@ class Bench:
             self.store(cache, SequenceMeta(tokens, TOKENS_PER_BLOCK, NAMESPACE))
         return cache
 
-    def note_deferring(
+    def note_storing(
         self,
         name: str,
-        index: _core.PrefixIndex,
         calls: Sequence[Call],
         after: Callable[[Any], None],
         over: str,
         yardsticks: Sequence[Call],
     ) -> None:
-        """Calls that leave work to the index's thread: what they take, and what they take with that work."""
-        times, totals, yardstick_us = [], [], []
+        times, yardstick_us = [], []
         for call, yardstick in zip(calls, yardsticks, strict=True):
             us, result = timed_us(call)
             times.append(us)
-            totals.append(us + timed_us(index.settle)[0])
             after(result)
             yardstick_us.append(timed_us(yardstick)[0])
         self.note(f"{name}_us", times)
         self.note_over(f"{name}_over_{over}", times, yardstick_us)
-        self.note(f"{name}_total_us", totals)
-        self.note_over(f"{name}_total_over_{over}", totals, yardstick_us)
 
     @staticmethod
     def store(cache: GlobalCacheEngine, sequence: SequenceMeta) -> None:
@@ -217,7 +211,7 @@ class Bench:
         new = prompts(self.repeats, LONG, seed)
         calls = [partial(plan_put, ids) for ids in new]
         yardsticks = [partial(sha256, ids.copy()) for ids in new]
-        self.note_deferring(name, cache.index, calls, check, "sha256", yardsticks)
+        self.note_storing(name, calls, check, "sha256", yardsticks)
 
     def insert(self) -> None:
         index = _core.PrefixIndex(
@@ -240,15 +234,16 @@ class Bench:
         for _ in range(len(self.held)):
             insert(new_keys())
         table = np.ones(self.blocks * BYTES_PER_BLOCK // 8, dtype=np.int64)
-        self.note_deferring(
+        self.note_storing(
             "insert_128k",
-            index,
             [partial(insert, new_keys()) for _ in range(self.repeats)],
             lambda stored: self.report.check("inserted prompts", stored == self.per_long),
             "random_reads",
             [partial(table.take, rng.integers(0, len(table), self.per_long)) for _ in range(self.repeats)],
         )
         self.report.check("integrity of the index", index.check_integrity() == "")
+        results = self.report.results
+        results["insert_128k_over_hash_match"] = results["insert_128k_us"] / results["hash_match_128k_us"]
 
     def evict(self, leaves: int, name: str) -> None:
         """Every block is a prompt of its own, and they were used in random order: the worst there is."""

@@ -215,15 +215,14 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<PrefixIndex>(m, "PrefixIndex")
       .def(py::init([](uint32_t cpu_slots, uint32_t ssd_slots, EvictionPolicyKind cpu_policy,
-                       EvictionPolicyKind ssd_policy, uint32_t tokens_per_block, bool keep_tokens,
-                       uint32_t deferred_min) {
+                       EvictionPolicyKind ssd_policy, uint32_t tokens_per_block, bool keep_tokens) {
              return std::make_unique<PrefixIndex>(TierSetup{cpu_slots, cpu_policy},
                                                   TierSetup{ssd_slots, ssd_policy}, tokens_per_block,
-                                                  keep_tokens, deferred_min);
+                                                  keep_tokens);
            }),
            py::arg("cpu_slots"), py::arg("ssd_slots"), py::arg("cpu_policy") = EvictionPolicyKind::kLru,
            py::arg("ssd_policy") = EvictionPolicyKind::kLru, py::arg("tokens_per_block") = 16,
-           py::arg("keep_tokens") = false, py::arg("deferred_min") = PrefixIndex::kDeferredMin)
+           py::arg("keep_tokens") = false)
       .def(
           "match",
           [](PrefixIndex& index, const Keys& keys, const std::optional<py::array>& tokens) {
@@ -333,7 +332,6 @@ PYBIND11_MODULE(_core, m) {
           },
           py::arg("txn"), py::arg("ok") = std::nullopt)
       .def("abort", &PrefixIndex::Abort, py::arg("txn"), NoGil())
-      .def("settle", &PrefixIndex::Settle, NoGil())
       .def("evict", &PrefixIndex::Evict, py::arg("tier"), py::arg("count"), NoGil())
       .def(
           "blocks",

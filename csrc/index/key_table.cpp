@@ -44,6 +44,18 @@ uint32_t KeyTable::FindOrInsert(const BlockKey& key, uint32_t id, const BlockKey
   return kNone;
 }
 
+size_t KeyTable::InsertNew(const BlockKey* added, size_t count, uint32_t first_id, BlockKey* keys,
+                           uint32_t* found) {
+  for (size_t i = 0; i < std::min(kAhead, count); ++i) Prefetch(added[i]);
+  for (size_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) Prefetch(added[i + kAhead]);
+    keys[first_id + i] = added[i];
+    *found = FindOrInsert(added[i], first_id + static_cast<uint32_t>(i), keys);
+    if (*found != kNone) return i;
+  }
+  return count;
+}
+
 bool KeyTable::Erase(const BlockKey& key, uint32_t id) {
   size_t hole = Home(Tag(key));
   for (size_t steps = 0; buckets_[hole].id_plus_1 != id + 1; ++steps, hole = After(hole)) {

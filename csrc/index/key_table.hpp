@@ -16,6 +16,8 @@ namespace flexkv {
 class KeyTable {
  public:
   static constexpr uint32_t kNone = UINT32_MAX;
+  // Who looks up many fetches the buckets of so many keys ahead of the one that he needs.
+  static constexpr size_t kAhead = 16;
 
   // `expected` entries fit without growing, which would stop everybody for a while.
   explicit KeyTable(size_t expected);
@@ -24,6 +26,9 @@ class KeyTable {
   uint32_t Find(const BlockKey& key, const BlockKey* keys) const;
   // The entry of a key; if it has none it gets `id`, and kNone is returned.
   uint32_t FindOrInsert(const BlockKey& key, uint32_t id, const BlockKey* keys);
+  // Gives the keys entries from `first_id` on, which is written to `keys`, as long as they have none. Returns how many
+  // that were; if not all, `found` is the entry of the next.
+  size_t InsertNew(const BlockKey* added, size_t count, uint32_t first_id, BlockKey* keys, uint32_t* found);
   // False if the entry is not in it.
   bool Erase(const BlockKey& key, uint32_t id);
   // Makes room for that many entries in all; throws std::bad_alloc. Inserting them cannot fail then.

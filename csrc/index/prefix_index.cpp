@@ -11,8 +11,7 @@ namespace {
 constexpr uint32_t kEntriesMin = 1024;
 // Entries whose memory is there from the start, at most (about 100 bytes each).
 constexpr uint32_t kEntriesPopulated = 1u << 21;
-// Lookups are made so many blocks ahead of the one that needs them.
-constexpr size_t kAhead = 16;
+constexpr size_t kAhead = KeyTable::kAhead;
 constexpr uint32_t kEntriesMax = 1u << 31;
 
 template <typename Run>
@@ -26,39 +25,6 @@ void AppendRun(std::vector<Run>* runs, const Run& run) {
 }
 
 }  // namespace
-
-// The mutex, for the time of a call. The index's thread holds it for a few microseconds at a time, so it
-// is asked for a few times before the kernel is.
-class PrefixIndex::Lock {
- public:
-  explicit Lock(const PrefixIndex& index) : mutex_(index.mutex_) {
-    if (mutex_.try_lock()) return;
-    constexpr int kTries = 20;
-    ++index.num_waiting_;
-    int tries = 0;
-    while (tries < kTries && !mutex_.try_lock()) {
-      std::this_thread::yield();
-      ++tries;
-    }
-    if (tries == kTries) mutex_.lock();
-    --index.num_waiting_;
-  }
-  ~Lock() { mutex_.unlock(); }
-  Lock(const Lock&) = delete;
-  Lock& operator=(const Lock&) = delete;
-
- private:
-  std::mutex& mutex_;
-};
-
-// The mutex for a call that sees all that earlier calls did.
-class PrefixIndex::Call {
- public:
-  explicit Call(PrefixIndex& index) : lock_(index) { index.SettleAll(); }
-
- private:
-  Lock lock_;
-};
 
 // Tells the policies of entries that were looked at, run by run.
 class PrefixIndex::Toucher {
@@ -165,13 +131,9 @@ class PrefixIndex::TokenWalk {
   uint32_t previous_ = kNil;
 };
 
-PrefixIndex::PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block,
-                         bool keep_tokens, uint32_t deferred_min)
+PrefixIndex::PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block, bool keep_tokens)
     : tokens_kept_(keep_tokens ? tokens_per_block : 0),
-      deferred_min_(deferred_min),
-      num_expected_(std::max(cpu.slots, ssd.slots)),
-      table_(num_expected_),
-      roots_(num_expected_),
+      table_(std::max(cpu.slots, ssd.slots)),
       tiers_{TierState(cpu.slots), TierState(ssd.slots)} {
   const TierSetup setup[kNumTiers] = {cpu, ssd};
   for (int t = 0; t < kNumTiers; ++t) {
@@ -179,15 +141,6 @@ PrefixIndex::PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t to
     tiers_[t].policy = MakeEvictionPolicy({setup[t].policy, setup[t].slots, tokens_per_block}, traits_);
   }
   ReserveEntries(std::clamp(std::max(cpu.slots, ssd.slots), kEntriesMin, kEntriesPopulated), true);
-}
-
-PrefixIndex::~PrefixIndex() {
-  {
-    Lock lock(*this);
-    stopping_ = true;
-  }
-  deferred_changed_.notify_all();
-  if (settler_.joinable()) settler_.join();
 }
 
 void PrefixIndex::ReserveEntries(size_t count, bool populate) {
@@ -211,80 +164,103 @@ void PrefixIndex::Tick() {
 }
 
 uint32_t PrefixIndex::FindOrCreate(const BlockKey& key) {
-  const uint32_t found = FindOrName(key);
-  const uint32_t entry = found & ~kCreated;
-  if (!(found & kCreated)) return entry;
+  EnsureRoom(1);
+  uint32_t found;
+  const Run run = TakeEntries(1);
+  if (InsertNew(run, &key, &found) == 0) return found;
+  const uint32_t entry = run.first;
   nodes_[entry] = {kNil, 0, {}};
   traits_.depth[entry] = 0;
   traits_.importance[entry] = 0;
-  roots_.Add(key);
   return entry;
 }
 
-// Takes free entries of consecutive ids, one at least; the arrays must have room.
-PrefixIndex::Run PrefixIndex::TakeEntries(size_t count_max) {
-  const bool recycle = first_free_ != kNil;
-  const uint32_t first = recycle ? first_free_ : end_;
-  uint32_t count = static_cast<uint32_t>(count_max);
-  if (recycle) {
-    const FreeRun run = ReadFreeRun(first);
-    count = std::min(count, run.count);
-    if (count < run.count) {
-      first_free_ = first + count;
-      WriteFreeRun(first_free_, {run.next, run.count - count});
-    } else {
-      first_free_ = run.next;
-    }
-  } else {
-    end_ += count;
-  }
-  num_entries_ += count;
-  return {first, count, {}};
+// So many entries more can be taken, and inserted, without anything that can fail.
+void PrefixIndex::EnsureRoom(size_t count) {
+  const size_t end = end_ + count;
+  if (end > reserved_) ReserveEntries(std::max({size_t{kEntriesMin}, end, end_ + end_ / size_t{2}}), false);
+  table_.Reserve(num_entries_ + count);
 }
 
-inline uint32_t PrefixIndex::FindOrName(const BlockKey& key) {
-  if (first_free_ == kNil && end_ == reserved_) {
-    ReserveEntries(std::max(kEntriesMin, end_ + end_ / 2), false);
+// Takes free entries of consecutive ids: one at least, `count_max` at most. There must be room.
+PrefixIndex::Run PrefixIndex::TakeEntries(size_t count_max) {
+  Run run{first_free_, static_cast<uint32_t>(count_max), {}};
+  if (first_free_ != kNil) {
+    const FreeRun free = ReadFreeRun(first_free_);
+    run.count = std::min(run.count, free.count);
+    first_free_ = free.next;
+    if (run.count < free.count) AddFreeRun({run.first + run.count, free.count - run.count, {}});
+  } else {
+    run.first = end_;
+    end_ += run.count;
   }
-  const uint32_t id = first_free_ != kNil ? first_free_ : end_;
-  const uint32_t found = table_.FindOrInsert(key, id, keys_.data());
-  if (found != KeyTable::kNone) return found;
-  TakeEntries(1);
-  keys_[id] = key;
-  if (tokens_kept_ > 0) has_tokens_[id] = 0;
-  return id | kCreated;
+  num_entries_ += run.count;
+  return run;
+}
+
+// Undoes TakeEntries for the last of what it gave.
+void PrefixIndex::GiveBack(const Run& run) {
+  num_entries_ -= run.count;
+  if (run.first + run.count == end_) {
+    end_ = run.first;
+  } else {
+    AddFreeRun(run);
+  }
+}
+
+void PrefixIndex::AddFreeRun(const Run& run) {
+  // A prompt goes from its end, so what went before it is mostly the next entry.
+  FreeRun free{first_free_, run.count};
+  if (first_free_ != kNil && first_free_ == run.first + run.count) {
+    free = ReadFreeRun(first_free_);
+    free.count += run.count;
+  }
+  first_free_ = run.first;
+  WriteFreeRun(first_free_, free);
+}
+
+// Gives entries that were just taken to keys, as long as these have none: returns how many have got one, and gives
+// back the others. If there are others, `found` is the entry of the first key that has one.
+uint32_t PrefixIndex::InsertNew(const Run& run, const BlockKey* keys, uint32_t* found) {
+  const uint32_t num_new =
+      static_cast<uint32_t>(table_.InsertNew(keys, run.count, run.first, keys_.data(), found));
+  if (tokens_kept_ > 0) std::fill_n(&has_tokens_[run.first], num_new, uint8_t{0});
+  if (num_new < run.count) GiveBack({run.first + num_new, run.count - num_new, {}});
+  return num_new;
+}
+
+void PrefixIndex::AddFound(uint32_t entry) {
+  if (!found_.empty() && !found_.back().created && found_.back().entry + found_.back().count == entry) {
+    ++found_.back().count;
+  } else {
+    found_.push_back({entry, 1, false});
+  }
 }
 
 size_t PrefixIndex::FindLeading(const BlockRun& blocks) {
-  found_.resize(blocks.count);
+  found_.clear();
   Walk walk(*this, {blocks.keys, blocks.count, nullptr});
   size_t held = 0;
   for (; held < blocks.count; ++held) {
-    found_[held] = walk.Next(held);
-    if (found_[held] == kNil) break;
+    const uint32_t entry = walk.Next(held);
+    if (entry == kNil) break;
+    AddFound(entry);
   }
   return held;
 }
 
-// Finds or names all blocks from the `first` on; returns how many had no entry.
 size_t PrefixIndex::FindOrNameRest(const BlockRun& blocks, size_t first) {
   size_t created = 0;
-  for (size_t i = first; i < blocks.count; ++i) {
-    if (i + kAhead < blocks.count) table_.Prefetch(blocks.keys[i + kAhead]);
-    found_[i] = FindOrName(blocks.keys[i]);
-    created += found_[i] >= kCreated;
+  for (size_t i = first; i < blocks.count;) {
+    const Run run = TakeEntries(blocks.count - i);  // mostly they are all new
+    uint32_t found;
+    const uint32_t num_new = InsertNew(run, blocks.keys + i, &found);
+    if (num_new > 0) found_.push_back({run.first, num_new, true});
+    if (num_new < run.count) AddFound(found);
+    created += num_new;
+    i += num_new + (num_new < run.count);
   }
   return created;
-}
-
-// Whether none of these blocks, which follow each other, has an entry.
-bool PrefixIndex::AreNew(const BlockKey* keys, size_t count) const {
-  for (size_t i = 0; i < count; ++i) {
-    // A block whose predecessor has no entry has no parent if it has an entry itself.
-    if (i > 0 && !roots_.MayHold(keys[i])) continue;
-    if (Find(keys[i]) != kNil || FindDeferred(keys[i]) != kNil) return false;
-  }
-  return true;
 }
 
 uint16_t PrefixIndex::DepthUnder(uint32_t parent) const {
@@ -353,7 +329,6 @@ void PrefixIndex::Link(uint32_t child, uint32_t parent) {
       if (above == child) return;
     }
   }
-  roots_.Remove(keys_[child]);
   nodes_[child].parent = parent;
   nodes_[parent].num_children++;
   traits_.depth[child] = DepthUnder(parent);
@@ -412,16 +387,8 @@ void PrefixIndex::FreeIfUnused(uint32_t entry) {
 
 void PrefixIndex::Free(uint32_t entry) {
   table_.Erase(keys_[entry], entry);
-  if (nodes_[entry].parent == kNil) roots_.Remove(keys_[entry]);
   --num_entries_;
-  // A prompt goes from its end, so what went before it is mostly the next entry.
-  if (first_free_ != kNil && first_free_ == entry + 1) {
-    const FreeRun run = ReadFreeRun(first_free_);
-    WriteFreeRun(entry, {run.next, run.count + 1});
-  } else {
-    WriteFreeRun(entry, {first_free_, 1});
-  }
-  first_free_ = entry;
+  AddFreeRun({entry, 1, {}});
 }
 
 void PrefixIndex::SetState(uint32_t entry, Tier tier, State state) {
@@ -517,7 +484,7 @@ uint64_t PrefixIndex::AcquireAlong(AnyWalk& walk, size_t count, std::optional<Ti
 }
 
 size_t PrefixIndex::Match(const BlockRun& blocks, uint8_t* masks) {
-  const Call call(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   Walk walk(*this, blocks);
   return MatchAlong(walk, blocks.count, masks);
 }
@@ -526,7 +493,7 @@ size_t PrefixIndex::MatchTokens(const TokenRun& run, BlockKey* keys, uint8_t* ma
   TokenWalk walk(*this, run, keys);
   size_t found;
   {
-    const Call call(*this);
+    const std::lock_guard<std::mutex> lock(mutex_);
     found = MatchAlong(walk, run.count, masks);
   }
   walk.NameRest();
@@ -535,7 +502,7 @@ size_t PrefixIndex::MatchTokens(const TokenRun& run, BlockKey* keys, uint8_t* ma
 
 uint64_t PrefixIndex::Acquire(const BlockRun& blocks, std::optional<Tier> tier, bool use,
                               uint8_t* tiers, SlotId* slots, size_t* found) {
-  const Call call(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   Walk walk(*this, blocks);
   return AcquireAlong(walk, blocks.count, tier, use, tiers, slots, found);
 }
@@ -545,7 +512,7 @@ uint64_t PrefixIndex::AcquireTokens(const TokenRun& run, bool use, BlockKey* key
   TokenWalk walk(*this, run, keys);
   uint64_t lease;
   {
-    const Call call(*this);
+    const std::lock_guard<std::mutex> lock(mutex_);
     lease = AcquireAlong(walk, run.count, std::nullopt, use, tiers, slots, found);
   }
   walk.NameRest();
@@ -553,7 +520,7 @@ uint64_t PrefixIndex::AcquireTokens(const TokenRun& run, bool use, BlockKey* key
 }
 
 bool PrefixIndex::Release(uint64_t lease) {
-  const Call call(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   auto it = leases_.find(lease);
   if (it == leases_.end()) return false;
   for (const Run& run : it->second) {
@@ -564,7 +531,7 @@ bool PrefixIndex::Release(uint64_t lease) {
 }
 
 uint64_t PrefixIndex::Writer(Tier tier, const BlockKey& key) {
-  const Call call(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   const uint32_t entry = Find(key);
   if (entry == kNil || StateOf(entry, tier) != State::kWriting) return 0;
   for (const auto& [id, txn] : transactions_) {
@@ -578,12 +545,11 @@ uint64_t PrefixIndex::Writer(Tier tier, const BlockKey& key) {
 
 void PrefixIndex::PrefetchKey(Tier tier, const BlockKey& key) const {
   table_.Prefetch(key);
-  roots_.PrefetchCount(key);
   Of(tier).policy->PrefetchPast(key);
 }
 
 size_t PrefixIndex::Evict(Tier tier, size_t count) {
-  const Call call(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   Tick();
   return EvictLocked(tier, count, nullptr);
 }
@@ -672,33 +638,12 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
                                              std::vector<SlotId>* slots) {
   Require(purpose.importance <= kImportanceMax, "importance is out of range");
   if (wanted.tokens != nullptr) wanted.tokens->RequireFit(wanted.count);
-  std::optional<uint64_t> txn;
-  bool deferred;
-  {
-    const Lock lock(*this);
-    txn = ReserveLocked(tier, parent, wanted, purpose, positions, slots);
-    deferred = !deferred_.empty();
-  }
-  if (deferred) deferred_changed_.notify_one();
-  return txn;
-}
-
-std::optional<uint64_t> PrefixIndex::ReserveLocked(Tier tier, const BlockKey* parent,
-                                                   const BlockRun& wanted, const Purpose& purpose,
-                                                   std::vector<uint32_t>* positions,
-                                                   std::vector<SlotId>* slots) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   TierState& state = Of(tier);
+  // Before anything is changed: what can fail. What gets an entry here gets a slot, too; the parent may get one.
+  EnsureRoom(std::min<size_t>(wanted.count, state.pool.num_slots()) + 1);
+  Tick();
   BlockRun blocks = wanted;  // as far as they can be stored
-  size_t held = 0;           // leading blocks that have an entry
-  // Whether all the others are new, and so many that they are applied later.
-  bool later = !deferred_.empty() && MayFollowDeferred(state, blocks);
-  const bool first_of_call = later;
-  if (!later) {
-    SettleAll();
-    Tick();
-    held = FindLeading(blocks);
-    later = MayDefer(blocks.count - held) && AreNew(blocks.keys + held, blocks.count - held);
-  }
   // Blocks of this very request that are here already must not be what makes room for the others:
   // they are pinned first, which is undone whatever happens. Not needed where there is room for all.
   std::vector<uint32_t> present;
@@ -709,7 +654,7 @@ std::optional<uint64_t> PrefixIndex::ReserveLocked(Tier tier, const BlockKey* pa
     std::vector<uint32_t> missing;
     Walk walk(*this, {blocks.keys, blocks.count, nullptr});
     for (size_t i = 0; i < blocks.count; ++i) {
-      const uint32_t entry = later && i >= held ? kNil : walk.Next(i);
+      const uint32_t entry = walk.Next(i);
       if (entry != kNil && StateOf(entry, tier) != State::kAbsent) {
         AddPin(entry, tier);
         present.push_back(entry);
@@ -728,72 +673,58 @@ std::optional<uint64_t> PrefixIndex::ReserveLocked(Tier tier, const BlockKey* pa
       return std::nullopt;
     }
     blocks.count = *stored;
-    // Eviction may have freed entries of blocks that this tier does not hold.
-    const size_t still_held = FindLeading(blocks);
-    later = later && still_held == std::min(held, blocks.count) && MayDefer(blocks.count - still_held);
-    held = still_held;
   }
   Transaction txn{tier, {}, 0};
+  // The chain is linked even where blocks are present: they may have come before their parent. Entries are looked
+  // for here and not before, because eviction may have freed some, and the parent's.
+  const uint32_t anchor = parent != nullptr ? FindOrCreate(*parent) : kNil;
+  const size_t num_created = FindOrNameRest(blocks, FindLeading(blocks));
+  state.pool.Allocate(num_created, &fresh_slots_);
+  const SlotId* fresh = fresh_slots_.data();
+  uint32_t previous = anchor;
+  uint32_t position = 0;
   {
-    // The chain is linked even where blocks are present: they may have come before their parent.
-    // Eviction above may have freed the parent's entry, so it is looked up again.
-    if (later) PrepareToDefer(blocks.count - held);
-    const uint32_t anchor = parent != nullptr ? FindOrCreateParent(*parent) : kNil;
-    uint32_t previous = anchor;
-    const size_t num_created = later ? blocks.count - held : FindOrNameRest(blocks, held);
-    state.pool.Allocate(num_created, &fresh_slots_);
-    const SlotId* fresh = fresh_slots_.data();
     Toucher touched(*this, false);
-    bool linked = false;  // the previous entry counts this one as its child already
-    for (size_t i = 0; i < (later ? held : blocks.count);) {
-      const uint32_t entry = found_[i] & ~kCreated;
-      size_t count = 1;
-      if (found_[i] & kCreated) {
-        while (i + count < blocks.count && found_[i + count] == found_[i] + count) ++count;
-        const bool goes_on = i + count < blocks.count && (found_[i + count] & kCreated);
-        const Run run{entry, static_cast<uint32_t>(count), tier};
+    for (size_t f = 0; f < found_.size(); ++f) {
+      const Found& found = found_[f];
+      if (found.created) {
+        const bool goes_on = f + 1 < found_.size() && found_[f + 1].created;
+        const bool linked = f > 0 && found_[f - 1].created;
+        const Run run{found.entry, found.count, tier};
         WriteNew(run, fresh, Residency::kWritten, purpose.importance, previous, linked, goes_on);
-        if (previous == kNil) roots_.Add(keys_[entry]);
-        if (blocks.tokens != nullptr) KeepTokens(entry, *blocks.tokens, i, count);
-        for (size_t k = 0; k < count; ++k) positions->push_back(static_cast<uint32_t>(i + k));
-        slots->insert(slots->end(), fresh, fresh + count);
+        if (blocks.tokens != nullptr) KeepTokens(found.entry, *blocks.tokens, position, found.count);
+        for (uint32_t i = 0; i < found.count; ++i) positions->push_back(position + i);
+        slots->insert(slots->end(), fresh, fresh + found.count);
         AppendRun(&txn.runs, run);
-        fresh += count;
-        linked = goes_on;
-      } else {
-        linked = false;
+        fresh += found.count;
+        previous = found.entry + found.count - 1;
+        position += found.count;
+        continue;
+      }
+      touched.Add(found.entry, found.count);
+      for (uint32_t entry = found.entry; entry < found.entry + found.count; ++entry, ++position) {
         Link(entry, previous);
-        if (blocks.tokens != nullptr && !has_tokens_[entry]) KeepTokens(entry, *blocks.tokens, i, 1);
+        if (blocks.tokens != nullptr && !has_tokens_[entry]) KeepTokens(entry, *blocks.tokens, position, 1);
         if (purpose.importance > traits_.importance[entry]) RaiseImportance(entry, purpose.importance);
         if (StateOf(entry, tier) == State::kAbsent) {
           Occupy(entry, tier, state.pool.Allocate());
           AddPin(entry, tier);
-          positions->push_back(static_cast<uint32_t>(i));
+          positions->push_back(position);
           slots->push_back(At(entry, tier).slot);
           AppendRun(&txn.runs, {entry, 1, tier});
         }
+        previous = entry;
       }
-      touched.Add(entry, static_cast<uint32_t>(count));
-      previous = entry + static_cast<uint32_t>(count) - 1;
-      i += count;
     }
-    for (const Run& run : txn.runs) {
-      state.policy->Store(run.first, run.count, &keys_[run.first], purpose.staging);
-    }
-    if (later) {
-      positions->resize(positions->size() + num_created);
-      std::iota(positions->end() - static_cast<std::ptrdiff_t>(num_created), positions->end(),
-                static_cast<uint32_t>(held));
-      slots->insert(slots->end(), fresh_slots_.begin(), fresh_slots_.end());
-      Defer(blocks, held, purpose, previous, first_of_call, &txn);
-    }
-    txn.count = positions->size();
-    state.count[static_cast<int>(State::kWriting)] += static_cast<uint32_t>(num_created);
-    state.pinned += static_cast<uint32_t>(num_created);
-    fresh_slots_.clear();
-    // A parent that nothing was stored under, or only blocks that have another.
-    if (!later || held > 0) FreeIfUnused(anchor);
   }
+  for (const Run& run : txn.runs) {
+    state.policy->Store(run.first, run.count, &keys_[run.first], purpose.staging);
+  }
+  txn.count = positions->size();
+  state.count[static_cast<int>(State::kWriting)] += static_cast<uint32_t>(num_created);
+  state.pinned += static_cast<uint32_t>(num_created);
+  fresh_slots_.clear();
+  FreeIfUnused(anchor);  // a parent that nothing was stored under, or only blocks that have another
   uint64_t id = 0;
   if (txn.count > 0) {
     id = next_id_++;
@@ -804,17 +735,11 @@ std::optional<uint64_t> PrefixIndex::ReserveLocked(Tier tier, const BlockKey* pa
 }
 
 size_t PrefixIndex::Commit(uint64_t txn, const uint8_t* ok, size_t count) {
-  const Lock lock(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   auto it = transactions_.find(txn);
   Require(it != transactions_.end(), "commit of an unknown transaction");
   const Transaction& t = it->second;
   Require(ok == nullptr || count == t.count, "commit: one ok byte per reserved block");
-  if ((ok == nullptr || std::memchr(ok, 0, count) == nullptr) && CommitDeferred(txn, t)) {
-    const size_t all = t.count;
-    transactions_.erase(it);
-    return all;
-  }
-  SettleAll();
   size_t published = 0;
   size_t position = t.count;
   // Children first: giving a failed parent back must not free an entry that a child still needs.
@@ -838,7 +763,7 @@ size_t PrefixIndex::Commit(uint64_t txn, const uint8_t* ok, size_t count) {
 }
 
 bool PrefixIndex::Abort(uint64_t txn) {
-  const Call call(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   auto it = transactions_.find(txn);
   if (it == transactions_.end()) return false;
   const Transaction& t = it->second;
@@ -853,7 +778,7 @@ bool PrefixIndex::Abort(uint64_t txn) {
 }
 
 size_t PrefixIndex::Invalidate(Tier tier, const BlockKey* keys, size_t count) {
-  const Call call(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   size_t dropped = 0;
   for (size_t i = count; i-- > 0;) {
     const uint32_t entry = Find(keys[i]);
@@ -863,7 +788,7 @@ size_t PrefixIndex::Invalidate(Tier tier, const BlockKey* keys, size_t count) {
 }
 
 size_t PrefixIndex::InvalidateTier(Tier tier) {
-  const Call call(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   size_t dropped = 0;
   for (uint32_t entry = 0; entry < end_; ++entry) {
     if (!IsFreed(entry)) dropped += Drop(entry, tier);
@@ -873,7 +798,7 @@ size_t PrefixIndex::InvalidateTier(Tier tier) {
 
 size_t PrefixIndex::Restore(Tier tier, const BlockKey* keys, const BlockKey* parents,
                             const SlotId* slots, size_t count, std::vector<uint8_t>* taken) {
-  const Call call(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   TierState& state = Of(tier);
   // With every slot free no block is ready, being written or dying.
   Require(state.pool.num_free() == state.pool.num_slots(), "restore into a tier that is not empty");
@@ -915,7 +840,7 @@ size_t PrefixIndex::Restore(Tier tier, const BlockKey* keys, const BlockKey* par
 
 size_t PrefixIndex::Blocks(Tier tier, std::vector<BlockKey>* keys, std::vector<BlockKey>* parents,
                            std::vector<SlotId>* slots) {
-  const Call call(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   for (uint32_t entry = 0; entry < end_; ++entry) {
     if (IsFreed(entry) || StateOf(entry, tier) != State::kReady) continue;
     keys->push_back(keys_[entry]);
@@ -926,7 +851,7 @@ size_t PrefixIndex::Blocks(Tier tier, std::vector<BlockKey>* keys, std::vector<B
 }
 
 TierStats PrefixIndex::Stats(Tier tier) const {
-  const Lock lock(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   const TierState& state = Of(tier);
   TierStats stats;
   stats.slots = state.pool.num_slots();
@@ -939,58 +864,37 @@ TierStats PrefixIndex::Stats(Tier tier) const {
 }
 
 size_t PrefixIndex::num_leases() const {
-  const Lock lock(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   return leases_.size();
 }
 
 size_t PrefixIndex::num_transactions() const {
-  const Lock lock(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   return transactions_.size();
 }
 
 size_t PrefixIndex::num_entries() const {
-  const Lock lock(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   return num_entries_;
 }
 
 size_t PrefixIndex::memory_bytes() const {
-  const Lock lock(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   const size_t per_entry = sizeof(BlockKey) + sizeof(Node) + tokens_kept_ * sizeof(int32_t) +
                            (tokens_kept_ > 0) + sizeof(uint16_t) + sizeof(uint8_t);
-  size_t bytes = end_ * per_entry + table_.memory_bytes() + roots_.memory_bytes();
-  for (const Deferred& deferred : deferred_) bytes += deferred.slots.size() * sizeof(SlotId);
+  size_t bytes = end_ * per_entry + table_.memory_bytes();
   for (const TierState& state : tiers_) bytes += state.pool.memory_bytes() + state.policy->memory_bytes();
   return bytes;
 }
 
 std::string PrefixIndex::CheckIntegrity() const {
-  const Lock lock(*this);
+  const std::lock_guard<std::mutex> lock(mutex_);
   std::vector<uint32_t> pins[kNumTiers], children[kNumTiers];
   std::vector<uint32_t> structural(end_, 0);
-  std::vector<bool> unsettled(end_, false);
   for (int t = 0; t < kNumTiers; ++t) {
     pins[t].assign(end_, 0);
     children[t].assign(end_, 0);
   }
-  RootFilter roots(num_expected_);
-  size_t num_deferred = 0;
-  for (const Deferred& deferred : deferred_) {
-    size_t position = 0;
-    for (const Run& run : deferred.runs) {
-      for (uint32_t i = 0; i < run.count; ++i, ++position) {
-        if (position >= deferred.num_settled) unsettled[run.first + i] = true;
-      }
-    }
-    if (position != deferred.slots.size()) return "a run that is applied later has lost blocks";
-    num_deferred += position - deferred.num_settled;
-    if (deferred.num_settled > 0) {  // the last of them counts the next one already
-      structural[deferred.previous]++;
-      children[static_cast<int>(deferred.tier)][deferred.previous]++;
-    } else if (deferred.previous == kNil) {
-      roots.Add(keys_[deferred.runs[0].first]);
-    }
-  }
-  if (num_deferred != num_deferred_) return "wrong count of blocks that are applied later";
   for (const auto& [id, lease] : leases_) {
     for (const Run& run : lease) {
       for (uint32_t i = 0; i < run.count; ++i) pins[static_cast<int>(run.tier)][run.first + i]++;
@@ -1000,7 +904,6 @@ std::string PrefixIndex::CheckIntegrity() const {
     size_t count = 0;
     for (const Run& run : txn.runs) {
       for (uint32_t entry = run.first; entry < run.first + run.count; ++entry, ++count) {
-        if (unsettled[entry]) continue;
         pins[static_cast<int>(txn.tier)][entry]++;
         if (StateOf(entry, txn.tier) != State::kWriting) return "a reserved block is not being written";
       }
@@ -1011,45 +914,29 @@ std::string PrefixIndex::CheckIntegrity() const {
   size_t freed = 0;
   for (uint32_t first = first_free_; first != kNil; first = ReadFreeRun(first).next) {
     for (uint32_t id = first; id < first + ReadFreeRun(first).count; ++id, ++freed) {
-      if (!IsFreed(id) || unsettled[id] || !in_use[id]) return "an entry in use is free";
+      if (!IsFreed(id) || !in_use[id]) return "an entry in use is free";
       in_use[id] = false;
     }
   }
   if (num_entries_ + freed != end_) return "entries are lost";
-  size_t doubles = 0;  // of blocks that came twice in one run, which was applied later
   for (uint32_t id = 0; id < end_; ++id) {
-    if (unsettled[id]) in_use[id] = false;
     if (!in_use[id]) continue;
     if (IsFreed(id)) return "a free entry is lost";
-    const uint32_t found = Find(keys_[id]);
-    if (found == kNil) return "an entry is not found by its key";
-    doubles += found != id;
+    if (Find(keys_[id]) != id) return "an entry is not found by its key";
     const Node& node = nodes_[id];
-    if (node.parent == kNil) roots.Add(keys_[id]);
     if (node.parent == kNil) continue;
     structural[node.parent]++;
     for (int t = 0; t < kNumTiers; ++t) {
       children[t][node.parent] += StateOf(id, static_cast<Tier>(t)) != State::kAbsent;
     }
   }
-  if (table_.size() + doubles + num_deferred_ != num_entries_) return "the table has an entry too many";
-  if (!roots_.Same(roots)) return "wrong about entries without a parent";
+  if (table_.size() != num_entries_) return "the table has an entry too many";
   for (int t = 0; t < kNumTiers; ++t) {
     const TierState& state = tiers_[t];
     const Tier tier = static_cast<Tier>(t);
     std::unordered_set<SlotId> used;
     std::vector<bool> evictable(end_, false);
     uint32_t pinned = 0, count[4] = {};
-    for (const Deferred& deferred : deferred_) {
-      if (deferred.tier != tier) continue;
-      const uint32_t left = static_cast<uint32_t>(deferred.slots.size() - deferred.num_settled);
-      pinned += deferred.committed ? 0 : left;
-      count[static_cast<int>(deferred.committed ? State::kReady : State::kWriting)] += left;
-      for (size_t i = deferred.num_settled; i < deferred.slots.size(); ++i) {
-        if (!used.insert(deferred.slots[i]).second) return "a slot is used twice";
-        if (state.pool.IsFree(deferred.slots[i])) return "a slot in use is free";
-      }
-    }
     for (uint32_t id = 0; id < end_; ++id) {
       if (!in_use[id]) continue;
       const Residency& r = At(id, tier);
@@ -1077,14 +964,10 @@ std::string PrefixIndex::CheckIntegrity() const {
       if (count[k] != state.count[k]) return "wrong count of blocks by state";
     }
   }
-  std::vector<bool> expects_children(end_, false);
-  for (const Deferred& deferred : deferred_) {
-    if (deferred.previous != kNil) expects_children[deferred.previous] = true;
-  }
   for (uint32_t id = 0; id < end_; ++id) {
     if (!in_use[id]) continue;
     if (nodes_[id].num_children != structural[id]) return "wrong count of children";
-    bool needed = structural[id] > 0 || expects_children[id];
+    bool needed = structural[id] > 0;
     for (int t = 0; t < kNumTiers; ++t) needed |= StateOf(id, static_cast<Tier>(t)) != State::kAbsent;
     if (!needed) return "an entry that nothing refers to";
   }

@@ -12,26 +12,17 @@
 // Two-phase slots: Reserve hands out slots that nobody can see, Commit makes them readable, Abort
 // gives them back. A lease pins what its reader was promised until it is released.
 //
-// Long runs of new blocks are applied later: Reserve decides everything that its caller is told (that
-// they are new, their slots, their transaction) and keeps the rest, the scattered writes into table,
-// entries and queues, for a thread of the index. Every call that could see the difference first does
-// what is left of it, in the order of the calls, so no result depends on how far that thread has come.
-//
-// Locking: one mutex, held only inside a call, and by the index's thread for a few microseconds at a
-// time. No call waits for anything while holding it, calls nobody who could call back, and takes no
-// other lock; so it can be called under any lock of a caller, and a call takes microseconds.
+// Locking: one mutex, held only inside a call. No call waits for anything while holding it, calls nobody who
+// could call back, and takes no other lock; so it can be called under any lock of a caller, and a call takes
+// microseconds.
 #pragma once
 
-#include <atomic>
-#include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <unordered_map>
 #include <vector>
 
@@ -40,7 +31,6 @@
 #include "index/growing_array.hpp"
 #include "index/key_table.hpp"
 #include "index/mempool.hpp"
-#include "index/root_filter.hpp"
 #include "index/token_hash.hpp"
 
 namespace flexkv {
@@ -61,7 +51,7 @@ struct TierSetup {
 
 // Blocks of a caller: their keys and, where the index keeps tokens, what they must hold. Keys are
 // chained: a key is followed by one that no other key precedes, and none comes twice. One that did
-// would be taken for two when room is made, and may get two slots, of which one is never found.
+// would be taken for two when room is made.
 struct BlockRun {
   const BlockKey* keys = nullptr;
   size_t count = 0;
@@ -84,14 +74,8 @@ struct Purpose {
 
 class PrefixIndex {
  public:
-  // Runs of so many new blocks are applied later; shorter ones are not worth a thread's attention.
-  static constexpr uint32_t kDeferredMin = 256;
-
   // `keep_tokens`: the tokens of blocks are kept and compared, for callers whose keys may collide.
-  // `deferred_min`: for tests, kDeferredMin for everybody else; 0: nothing is applied later.
-  PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block, bool keep_tokens,
-              uint32_t deferred_min = kDeferredMin);
-  ~PrefixIndex();
+  PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block, bool keep_tokens);
 
   // For each of the leading blocks that is readable somewhere, a bit mask of the tiers that hold it
   // (bit 0 CPU, bit 1 SSD) goes to `masks`. Stops at the first block that no tier holds, and returns
@@ -158,9 +142,6 @@ class PrefixIndex {
   size_t Blocks(Tier tier, std::vector<BlockKey>* keys, std::vector<BlockKey>* parents,
                 std::vector<SlotId>* slots);
 
-  // Does now what the index's thread would do later. Returns how many blocks that were.
-  size_t Settle();
-
   TierStats Stats(Tier tier) const;
   size_t num_leases() const;
   size_t num_transactions() const;
@@ -174,7 +155,6 @@ class PrefixIndex {
 
  private:
   static constexpr uint32_t kNil = UINT32_MAX;
-  static constexpr uint32_t kCreated = 1u << 31;
   static constexpr uint32_t kFreed = UINT32_MAX - 1;  // as a parent: the entry is not in use
   enum class State : uint32_t { kAbsent, kWriting, kReady, kDying };
 
@@ -229,24 +209,12 @@ class PrefixIndex {
     std::vector<Run> runs;
     size_t count;
   };
-  // New blocks of one call that are not in the table yet and whose entries are not written, apart from
-  // keys and tokens. Nothing leads to them until they are settled.
-  struct Deferred {
-    uint64_t txn;
-    Tier tier;
-    uint8_t importance;
-    bool staging;
-    bool first_of_call;        // the policies have not been told yet that a call began
-    bool committed = false;
-    uint32_t previous;         // the entry before the next block
-    std::vector<Run> runs;
-    std::vector<SlotId> slots; // of all of them
-    size_t num_settled = 0;    // of the blocks
-    size_t run = 0;            // of the next block
-    uint32_t run_settled = 0;  // blocks of this run
+  // Blocks of a call that follow each other and have entries of consecutive ids.
+  struct Found {
+    uint32_t entry;
+    uint32_t count;
+    bool created;  // just now: of these only the keys are set
   };
-  class Lock;
-  class Call;
   class Toucher;
   class Walk;
   class TokenWalk;
@@ -278,22 +246,23 @@ class PrefixIndex {
   void Tick();
   uint32_t Find(const BlockKey& key) const { return table_.Find(key, keys_.data()); }
   uint32_t FindOrCreate(const BlockKey& key);
-  // Like FindOrCreate, but of a new entry, marked kCreated, only the key is set.
-  uint32_t FindOrName(const BlockKey& key);
-  // Entries of the leading blocks that have one go to `found_`; returns how many these are.
+  // Entries of the leading blocks that have one go to `found_`; returns how many blocks these are.
   size_t FindLeading(const BlockRun& blocks);
+  // Adds to `found_` the entries of all blocks from the `first` on, new ones for those that have none. Returns
+  // how many got one.
   size_t FindOrNameRest(const BlockRun& blocks, size_t first);
-  bool AreNew(const BlockKey* keys, size_t count) const;
+  void AddFound(uint32_t entry);
   Run TakeEntries(size_t count_max);
+  void GiveBack(const Run& run);
+  void AddFreeRun(const Run& run);
+  void EnsureRoom(size_t count);
+  uint32_t InsertNew(const Run& run, const BlockKey* keys, uint32_t* found);
   uint16_t DepthUnder(uint32_t parent) const;
   template <typename AnyWalk>
   size_t MatchAlong(AnyWalk& walk, size_t count, uint8_t* masks);
   template <typename AnyWalk>
   uint64_t AcquireAlong(AnyWalk& walk, size_t count, std::optional<Tier> tier, bool use, uint8_t* tiers,
                         SlotId* slots, size_t* found);
-  std::optional<uint64_t> ReserveLocked(Tier tier, const BlockKey* parent, const BlockRun& wanted,
-                                        const Purpose& purpose, std::vector<uint32_t>* positions,
-                                        std::vector<SlotId>* slots);
   void PrefetchKey(Tier tier, const BlockKey& key) const;
   size_t EvictLocked(Tier tier, size_t count, const std::function<bool(size_t, uint32_t)>& admits);
   std::optional<size_t> MakeRoom(Tier tier, const BlockKey* parent, uint32_t anchor,
@@ -312,27 +281,9 @@ class PrefixIndex {
   void Free(uint32_t entry);
   bool Drop(uint32_t entry, Tier tier);
 
-  // ---- what is applied later (prefix_index_deferred.cpp) ----
-  bool MayDefer(size_t count) const;
-  bool MayFollowDeferred(const TierState& state, const BlockRun& blocks) const;
-  void PrepareToDefer(size_t count);
-  uint32_t FindDeferred(const BlockKey& key) const;
-  uint32_t FindOrCreateParent(const BlockKey& key);
-  void Defer(const BlockRun& blocks, size_t first, const Purpose& purpose, uint32_t previous,
-             bool first_of_call, Transaction* txn);
-  bool CommitDeferred(uint64_t id, const Transaction& txn);
-  size_t SettleSome(size_t count_max);
-  size_t SettleAll() { return deferred_.empty() ? 0 : SettleDeferred(); }
-  size_t SettleDeferred();
-  void SettleInBackground();
-
   const uint32_t tokens_kept_;
-  const uint32_t deferred_min_;
-  const uint32_t num_expected_;  // entries
   mutable std::mutex mutex_;
-  mutable std::atomic<int> num_waiting_ = 0;  // calls that want the mutex
   KeyTable table_;
-  RootFilter roots_;  // entries without a parent, and the first of each run in `deferred_`
   GrowingArray<BlockKey> keys_;
   GrowingArray<Node> nodes_;
   GrowingArray<int32_t> tokens_;
@@ -346,13 +297,8 @@ class PrefixIndex {
   std::unordered_map<uint64_t, std::vector<Run>> leases_;
   std::unordered_map<uint64_t, Transaction> transactions_;
   uint64_t next_id_ = 1;
-  std::deque<Deferred> deferred_;  // in the order of the calls
-  size_t num_deferred_ = 0;        // blocks
-  std::condition_variable deferred_changed_;
-  bool stopping_ = false;
-  std::thread settler_;  // started when there is something to do for the first time
   // Within Reserve: entries of its blocks, and slots for those that are new.
-  std::vector<uint32_t> found_;
+  std::vector<Found> found_;
   std::vector<SlotId> fresh_slots_;
 };
 

@@ -23,7 +23,6 @@
 #include "index/key_table.hpp"
 #include "index/mempool.hpp"
 #include "index/prefix_index.hpp"
-#include "index/root_filter.hpp"
 #include "index/token_hash.hpp"
 
 using namespace flexkv;
@@ -351,38 +350,6 @@ void TestKeyTableReserves(Rng& rng) {
   CHECK(table.memory_bytes() == bytes);
 }
 
-// ---- RootFilter ----
-
-// Never wrong about what is in it, also where so many keys share a cell that it loses count.
-void TestRootFilter(Rng& rng) {
-  constexpr size_t kEntries = 1u << 20;
-  RootFilter filter(kEntries);
-  std::multiset<uint64_t> model;
-  const BlockKey crowded{77, 0};
-  for (int i = 0; i < 300; ++i) filter.Add(crowded);
-  for (int i = 0; i < 299; ++i) filter.Remove(crowded);
-  CHECK(filter.MayHold(crowded));
-  for (int step = 0; step < 20000; ++step) {
-    const uint64_t number = Below(rng, 2000) * 131;  // several of a cell
-    if (Chance(rng, 0.5)) {
-      filter.Add({number, 1});
-      model.insert(number);
-    } else if (const auto found = model.find(number); found != model.end()) {
-      filter.Remove({number, 1});
-      model.erase(found);
-    }
-    if (model.count(number) > 0) CHECK(filter.MayHold({number, 1}));
-  }
-  RootFilter fresh(kEntries);
-  for (const uint64_t number : model) fresh.Add({number, 1});
-  CHECK(filter.Same(fresh));
-  fresh.Add({131, 1});
-  CHECK(!filter.Same(fresh));
-  int wrong = 0;
-  for (int i = 0; i < 10000; ++i) wrong += filter.MayHold({rng(), rng()});
-  CHECK(wrong < 500);
-}
-
 // ---- GrowingArray ----
 
 void TestGrowingArray(Rng& rng) {
@@ -485,11 +452,7 @@ class Client {
     } else if (kind < 95) {
       index_.Invalidate(tier, keys.data(), keys.size());
     } else if (kind < 98) {
-      if (Chance(rng_, 0.3)) {
-        index_.Settle();
-      } else {
-        index_.Evict(tier, Below(rng_, 4));
-      }
+      index_.Evict(tier, Below(rng_, 4));
     } else {
       const TierStats stats = index_.Stats(tier);
       CHECK(stats.free + stats.ready + stats.writing <= stats.slots);
@@ -577,9 +540,7 @@ class Client {
 
 void TestIndexUnderThreads(Rng& rng, EvictionPolicyKind policy, double seconds) {
   constexpr uint32_t kCpuSlots = 40, kSsdSlots = 90;
-  // Runs of two blocks wait already for the index's thread, which is one more in the game.
-  constexpr uint32_t kDeferredFrom = 2;
-  PrefixIndex index({kCpuSlots, policy}, {kSsdSlots, policy}, kTokens, true, kDeferredFrom);
+  PrefixIndex index({kCpuSlots, policy}, {kSsdSlots, policy}, kTokens, true);
   const Tree tree({1, 2});
   std::vector<std::atomic<uint32_t>> owners(kSsdSlots * kNumTiers);
   std::vector<Client> clients;
@@ -654,7 +615,6 @@ int main(int argc, char** argv) {
   TestKeyTable(rng);
   TestKeyTableWithEqualTags();
   TestKeyTableReserves(rng);
-  TestRootFilter(rng);
   TestGrowingArray(rng);
   const auto last = EvictionPolicyKind::kFifo;  // of the enum
   const double each = seconds / (static_cast<double>(last) + 1);

@@ -62,7 +62,6 @@ class Setup:
     ssd_policy: _core.EvictionPolicy = Policy.LRU
     tokens_kept: int = 0  # per block; 0: none are
     blocks_per_namespace: int = 30
-    deferred_min: int = 0  # new blocks that the index applies later; 0: none
 
 
 class Blocks:
@@ -163,7 +162,6 @@ class IndexModel:
             setup.ssd_policy,
             tokens_per_block=setup.tokens_kept or 16,
             keep_tokens=setup.tokens_kept > 0,
-            deferred_min=setup.deferred_min,
         )
         self.policy = {CPU: setup.cpu_policy, SSD: setup.ssd_policy}
         self.slots = {CPU: setup.cpu_slots, SSD: setup.ssd_slots}
@@ -533,11 +531,6 @@ class IndexModel:
         expect(evicted, wanted, "blocks evicted")
         self._take_evicted(tier, range(wanted, wanted + 1))
 
-    def settle(self) -> None:
-        """What the index does later changes nothing that can be seen, whenever it is done."""
-        self.index.settle()
-        expect(self.index.settle(), 0, "blocks left to settle")
-
     def restore(self, tier: _core.Tier, records: Sequence[tuple[int, bool, int]]) -> None:
         """Each record is (block, whether it names its parent, slot), the last written last."""
         blocks = [block for block, _, _ in records]
@@ -612,14 +605,10 @@ class RandomDriver:
     def __init__(self, setup: Setup, rng: random.Random) -> None:
         self.model = IndexModel(setup)
         self.rng = rng
-        # The same block twice in one call breaks the contract, and what then happens depends on whether the
-        # call is applied later.
-        self._doubles = 0.05 if setup.deferred_min == 0 else 0.0
         self._rules = (
             [self._match, self._acquire, self._acquire, self._release, self._release, self._end, self._end]
             + [self._reserve] * 4
             + [self._evict, self._invalidate, self._writer]
-            + ([self.model.settle] if setup.deferred_min else [])
             + ([self._match_tokens, self._acquire_tokens] if setup.tokens_kept else [])
         )
 
@@ -673,7 +662,7 @@ class RandomDriver:
         parent, path = self._path()
         if self.rng.random() < 0.2:
             parent = 0
-        if self.rng.random() < self._doubles:
+        if self.rng.random() < 0.05:
             path.append(path[-1])
         lookup = self.rng.choice(self.LOOKUPS)
         tier, importance = self.rng.choice(TIERS), self.rng.choice(self.IMPORTANCES)
@@ -737,7 +726,7 @@ def random_setup(policy: _core.EvictionPolicy, rng: random.Random) -> Setup:
     cpu_slots, ssd_slots = rng.randint(1, 9), rng.randrange(15)
     other = rng.choice((policy, *Policy.__members__.values()))
     tokens_kept, blocks = rng.choice((0, 1, 9)), rng.choice((12, 30))
-    return Setup(cpu_slots, ssd_slots, policy, other, tokens_kept, blocks, rng.choice((0, 1, 2, 3)))
+    return Setup(cpu_slots, ssd_slots, policy, other, tokens_kept, blocks)
 
 
 def run_episodes(policy: _core.EvictionPolicy, seed: int, operations: int) -> None:

@@ -29,7 +29,6 @@ class IndexMachine(RuleBasedStateMachine):
         cpu_policy=st.sampled_from(POLICIES),
         ssd_policy=st.sampled_from(POLICIES),
         tokens_kept=st.sampled_from([0, 1, 9]),
-        deferred_min=st.sampled_from([0, 1, 2]),
         records=records,
     )
     def start(
@@ -37,15 +36,9 @@ class IndexMachine(RuleBasedStateMachine):
         cpu_policy: Policy,
         ssd_policy: Policy,
         tokens_kept: int,
-        deferred_min: int,
         records: list[tuple[int, bool, int]],
     ) -> None:
-        setup = Setup(
-            cpu_policy=cpu_policy, ssd_policy=ssd_policy, tokens_kept=tokens_kept, deferred_min=deferred_min
-        )
-        # To ask for all blocks makes the index do at once what it would have done later.
-        self.asks_always = deferred_min == 0
-        self.model = IndexModel(setup)
+        self.model = IndexModel(Setup(cpu_policy=cpu_policy, ssd_policy=ssd_policy, tokens_kept=tokens_kept))
         self.model.restore(SSD, records)
 
     def part(self, leaf: int, skip: int) -> tuple[int, list[int]]:
@@ -133,20 +126,11 @@ class IndexMachine(RuleBasedStateMachine):
     def restore(self, tier: object, records: list[tuple[int, bool, int]]) -> None:
         self.model.restore(tier, records)
 
-    @rule()
-    def settle(self) -> None:
-        self.model.settle()
-
-    @rule()
-    def blocks(self) -> None:
-        self.model.check_blocks()
-
     @invariant()
     def consistent(self) -> None:
         if hasattr(self, "model"):
             self.model.check()
-            if self.asks_always:
-                self.model.check_blocks()
+            self.model.check_blocks()
 
 
 TestIndexAgainstModel = IndexMachine.TestCase

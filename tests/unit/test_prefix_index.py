@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 
 import numpy as np
 import pytest
@@ -78,10 +77,10 @@ def test_blocks_that_are_held_or_being_written_are_not_reserved_twice() -> None:
 
 
 def test_who_writes_a_block_is_known_until_it_is_there() -> None:
-    index = _core.PrefixIndex(8, 8, deferred_min=2)
+    index = _core.PrefixIndex(8, 8)
     store(index, CPU, 1)
     first, _, _ = index.reserve(CPU, None, keys(1, 2))
-    later, _, _ = index.reserve(CPU, keys(2)[0], keys(3, 4))  # which the index applies later
+    later, _, _ = index.reserve(CPU, keys(2)[0], keys(3, 4))
     to_ssd, _, _ = index.reserve(SSD, None, keys(1))
 
     def writers(tier: _core.Tier) -> list[int]:
@@ -352,9 +351,9 @@ def test_records_whose_parents_go_in_a_circle_are_evicted_all_the_same() -> None
     assert index.num_entries == 0
 
 
-# ---- Long runs of new blocks, which are applied later ----
+# ---- Long runs of new blocks ----
 
-LONG = 600  # blocks, more than enough to be applied later
+LONG = 600  # blocks
 
 
 def store_all(index: _core.PrefixIndex, run: np.ndarray, parent: np.ndarray | None = None) -> None:
@@ -364,23 +363,8 @@ def store_all(index: _core.PrefixIndex, run: np.ndarray, parent: np.ndarray | No
     assert index.commit(reserved[0]) == len(run)
 
 
-def test_a_long_run_is_applied_later_and_by_itself() -> None:
-    index = _core.PrefixIndex(2 * LONG, 0)
-    store_all(index, keys(*range(1, LONG + 1)))
-    stats = index.stats(CPU)
-    assert (stats.ready, stats.pinned, stats.free, index.num_entries) == (LONG, 0, LONG, LONG)
-    assert index.settle() == LONG
-    assert index.settle() == 0
-    for attempt in range(1, 50):
-        store_all(index, keys(*range(1000 * attempt, 1000 * attempt + 300)))
-        time.sleep(0.02 * attempt)
-        if index.settle() == 0:  # the index's thread was faster
-            return
-    pytest.fail("nobody settles what was left to do")
-
-
 @pytest.mark.parametrize("commit_first", [True, False])
-def test_a_run_that_waits_is_found_from_its_middle(commit_first: bool) -> None:
+def test_a_long_run_is_found_from_its_middle(commit_first: bool) -> None:
     index = _core.PrefixIndex(2 * LONG, 0)
     run = keys(*range(1, LONG + 1))
     txn, _, slots = index.reserve(CPU, None, run)
@@ -396,7 +380,7 @@ def test_a_run_that_waits_is_found_from_its_middle(commit_first: bool) -> None:
     assert index.release(lease)
 
 
-def test_a_run_that_waits_can_be_evicted_aborted_and_invalidated() -> None:
+def test_a_long_run_can_be_evicted_aborted_and_invalidated() -> None:
     index = _core.PrefixIndex(LONG, 0)
     run = keys(*range(1, LONG + 1))
     store_all(index, run)
@@ -416,7 +400,7 @@ def test_a_run_that_waits_can_be_evicted_aborted_and_invalidated() -> None:
     assert index.check_integrity() == ""
 
 
-def test_runs_that_wait_may_follow_each_other() -> None:
+def test_long_runs_may_follow_each_other() -> None:
     index = _core.PrefixIndex(10 * LONG, 0)
     first, second, other = keys(*range(1, 301)), keys(*range(301, 601)), keys(*range(2001, 2301))
     store_all(index, first)
@@ -433,7 +417,7 @@ def test_runs_that_wait_may_follow_each_other() -> None:
     assert len(index.match(first)) in (0, 290)
 
 
-def test_runs_that_wait_are_as_old_as_the_calls_that_stored_them() -> None:
+def test_long_runs_are_as_old_as_the_calls_that_stored_them() -> None:
     index = _core.PrefixIndex(10 * LONG, 0)
     older, newer = keys(*range(1, 301)), keys(*range(2001, 2301))
     first, _, _ = index.reserve(CPU, None, older)
@@ -445,7 +429,7 @@ def test_runs_that_wait_are_as_old_as_the_calls_that_stored_them() -> None:
 
 
 @pytest.mark.parametrize("again", [slice(0, 600), slice(0, 300), slice(250, 600), slice(590, 900)])
-def test_blocks_of_a_run_that_waits_are_not_new(again: slice) -> None:
+def test_blocks_of_a_long_run_are_not_new_again(again: slice) -> None:
     """Whether they are its beginning, its middle, or what a new run goes into."""
     index = _core.PrefixIndex(10 * LONG, 0)
     numbers = list(range(1, 1001))
@@ -485,20 +469,21 @@ def test_a_long_run_takes_what_was_given_back_in_pieces() -> None:
 
 
 def test_keys_that_come_twice_in_a_long_run_do_no_harm() -> None:
-    """Keys are chained, so none does; a caller who breaks that wastes a slot and no more."""
+    """Keys are chained, so none does; a block that comes again is the one that is there."""
     index = _core.PrefixIndex(2 * LONG, 0)
     run = keys(*range(1, LONG + 1))
     run[400] = run[200]
-    store_all(index, run)
-    assert index.settle() == LONG
+    txn, positions, _ = index.reserve(CPU, None, run)
+    assert positions.tolist() == [i for i in range(LONG) if i != 400]
+    index.commit(txn)
     assert index.check_integrity() == ""
     assert len(index.match(run)) == LONG
-    assert index.evict(CPU, LONG) == LONG
+    assert index.evict(CPU, LONG) == LONG - 1
     assert index.num_entries == 0
     assert index.check_integrity() == ""
 
 
-def test_tokens_of_a_run_that_waits_are_compared() -> None:
+def test_tokens_of_a_long_run_are_compared() -> None:
     index = _core.PrefixIndex(2 * LONG, 0, tokens_per_block=4, keep_tokens=True)
     run = keys(*range(1, LONG + 1))
     tokens = np.arange(4 * LONG, dtype=np.int32)
