@@ -11,7 +11,7 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly ROOT BUILD=$ROOT/build/fuzz CSRC=$ROOT/csrc
 # What csrc/testing/fuzz links: the store and what is under it.
-readonly SOURCES=(testing/fuzz/fuzz_ssd_files ssd/{ssd_store,ssd_format,disk,io_engine,checksum})
+readonly SOURCES=(testing/fuzz/fuzz_ssd_files ssd/{ssd_image,ssd_format,disk,io_engine,checksum})
 # A finding must end the run. Memory is a matter of the invariants: see Load.
 readonly FLAGS=(-std=c++20 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -Wall -Wextra -Wshadow
     "-I$CSRC")

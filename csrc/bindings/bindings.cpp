@@ -12,6 +12,7 @@
 #include "memory/block_layout.hpp"
 #include "memory/host_pool.hpp"
 #include "ssd/io_engine.hpp"
+#include "ssd/ssd_reader.hpp"
 #include "ssd/ssd_store.hpp"
 #include "testing/fault_disk.hpp"
 #include "transfer/transfer_engine.hpp"

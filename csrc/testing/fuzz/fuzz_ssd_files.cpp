@@ -20,7 +20,7 @@
 #include "ssd/checksum.hpp"
 #include "ssd/disk.hpp"
 #include "ssd/ssd_format.hpp"
-#include "ssd/ssd_store.hpp"
+#include "ssd/ssd_image.hpp"
 
 namespace flexkv {
 
@@ -484,7 +484,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   MemoryDisk disk({std::move(files.slots), slots_size}, {std::move(files.journal), journal_size});
   disk.Fault(longest_read, failing_read == SIZE_MAX ? -1 : static_cast<int>(failing_read));
   try {
-    const SsdImage image = SsdShard::Load(disk, kSlotsFd, mode & kNoJournal ? -1 : kJournalFd, "fuzz");
+    const SsdImage image = LoadImage(disk, kSlotsFd, mode & kNoJournal ? -1 : kJournalFd, "fuzz");
     CheckImage(image, slots_size, journal_size);
   } catch (const MismatchError&) {
   } catch (const SystemError&) {
