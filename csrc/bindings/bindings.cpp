@@ -5,6 +5,7 @@
 
 #include <optional>
 
+#include "copy/cpu_copy.hpp"
 #include "cuda/cuda_driver.hpp"
 #include "cuda/cuda_slots.hpp"
 #include "index/admission_filter.hpp"

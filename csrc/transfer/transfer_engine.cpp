@@ -8,6 +8,7 @@
 #include <span>
 #include <utility>
 
+#include "copy/cpu_copy.hpp"
 #include "copy/cuda_copier.hpp"
 #include "cuda/cuda_driver.hpp"
 

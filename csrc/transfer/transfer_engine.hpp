@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "base/types.hpp"
+#include "copy/cpu_copy.hpp"
 #include "copy/layer_gate.hpp"
 #include "memory/block_layout.hpp"
 #include "memory/host_pool.hpp"
