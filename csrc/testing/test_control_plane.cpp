@@ -321,6 +321,26 @@ void TestKeyTable(Rng& rng) {
   }
 }
 
+// Keys get consecutive entries up to the first that has one, which is named.
+void TestKeyTableInsertsRuns(Rng& rng) {
+  for (const size_t count : {1, 15, 16, 17, 100}) {
+    KeyTable table(1);
+    std::vector<BlockKey> keys(2 * count + 1), added;
+    for (size_t i = 0; i < count; ++i) added.push_back(MakeKey(rng, false));
+    uint32_t found;
+    CHECK(table.InsertNew(added.data(), count, 0, keys.data(), &found) == count);
+    for (uint32_t id = 0; id < count; ++id) CHECK(keys[id] == added[id] && table.Find(added[id], keys.data()) == id);
+    const size_t known = Below(rng, count);  // comes again behind so many new ones
+    std::vector<BlockKey> more;
+    for (size_t i = 0; i < count; ++i) more.push_back(i == known ? added[i] : MakeKey(rng, false));
+    const uint32_t first = static_cast<uint32_t>(count);
+    CHECK(table.InsertNew(more.data(), count, first, keys.data(), &found) == known);
+    CHECK(found == known);
+    for (uint32_t i = 0; i < known; ++i) CHECK(table.Find(more[i], keys.data()) == first + i);
+    CHECK(table.size() == count + known);
+  }
+}
+
 // Two keys of one tag and different bytes: the array of keys decides.
 void TestKeyTableWithEqualTags() {
   // BlockKeyHash folds the halves: lo ^ (hi * odd) is the same for these.
@@ -613,6 +633,7 @@ int main(int argc, char** argv) {
   TestBucketQueue(rng);
   TestBucketQueuesShareLinks(rng);
   TestKeyTable(rng);
+  TestKeyTableInsertsRuns(rng);
   TestKeyTableWithEqualTags();
   TestKeyTableReserves(rng);
   TestGrowingArray(rng);
