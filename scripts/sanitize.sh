@@ -66,8 +66,7 @@ with_core() {
     # keep what the sanitizer writes: the process ends with it.
     (cd "$ROOT" && env LD_PRELOAD="${preload[*]}" ASAN_OPTIONS="$ASAN_OPTIONS:detect_leaks=0" \
         FAKE_CUDA_FLAGS="-O1 -g1 -fsanitize=$sanitizer" "$PYTHON" \
-        csrc/testing/pytest_with_core.py "build/sanitize-$sanitizer/_core.so" -q --capture=sys \
-        -p no:cacheprovider "$@")
+        csrc/testing/pytest_with_core.py "build/sanitize-$sanitizer" -q --capture=sys -p no:cacheprovider "$@")
 }
 
 self_test() {

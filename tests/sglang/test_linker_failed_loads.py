@@ -22,6 +22,7 @@ from linker_steps import (
     sequence,
     store_on_ssd_alone,
 )
+from sglang_flexkv_testing import FaultyDisk
 
 from sglang_flexkv import _core
 
@@ -141,7 +142,7 @@ def test_a_disk_that_hangs_is_noticed_while_a_forward_waits(
     make_rig: MakeRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sglang_flexkv.ssdtier._STALL_S", 0.3)
-    disk = _core.FaultyDisk(1)
+    disk = FaultyDisk(1)
     rig = make_rig(ssd_dir=tmp_path, disk=disk)
     tokens = sequence(1)
     store_on_ssd_alone(rig, tokens)

@@ -1,16 +1,20 @@
-"""The rooms of the C++ core: an include may only point to a room below, and files include each other in no circle."""
+"""Rooms of the C++ core: an include points to a room below, and no files include each other in a circle."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import sglang_flexkv_testing
+
+from sglang_flexkv import _core
 
 CSRC = Path(__file__).resolve().parents[2] / "csrc"
 
-# What each room may include, besides itself. Nobody includes `testing` but the bindings.
+# What each room may include, besides itself. What is not shipped is `testing`, and nobody includes it.
 BELOW: dict[str, set[str]] = {
     "base": set(),
     "index": {"base"},
@@ -19,7 +23,7 @@ BELOW: dict[str, set[str]] = {
     "copy": {"base", "cuda", "memory"},
     "ssd": {"base", "memory"},
     "transfer": {"base", "cuda", "memory", "copy", "ssd"},
-    "bindings": {"base", "index", "cuda", "memory", "copy", "ssd", "transfer", "testing"},
+    "bindings": {"base", "index", "cuda", "memory", "copy", "ssd", "transfer"},
     "testing": {"base", "index", "cuda", "memory", "copy", "ssd", "transfer"},
 }
 
@@ -105,6 +109,7 @@ def test_no_file_includes_itself_in_a_circle() -> None:
         ("cuda/cuda_stream.hpp", "copy/cuda_copier.hpp"),
         ("ssd/ssd_store.cpp", "transfer/transfer_engine.hpp"),
         ("ssd/ssd_store.cpp", "testing/fault_disk.hpp"),
+        ("bindings/ssd.cpp", "testing/fault_disk.hpp"),
         ("index/eviction.cpp", "bucket_queue.hpp"),
     ],
 )
@@ -115,3 +120,13 @@ def test_an_include_that_points_up_is_found(name: str, included: str) -> None:
 def test_a_circle_through_a_source_is_found() -> None:
     texts = {"ssd/a.hpp": "", "ssd/a.cpp": '#include "ssd/b.hpp"', "ssd/b.hpp": '#include "ssd/a.hpp"'}
     assert circle(arrows_of(texts)) == ["ssd/a", "ssd/b", "ssd/a"]
+
+
+def test_users_get_no_disks_that_fail() -> None:
+    """They are in a module of their own, which wheels are built without."""
+    core = Path(_core.__file__)
+    assert b"FaultyDisk" not in core.read_bytes()
+    assert b"FaultyDisk" in Path(sglang_flexkv_testing.__file__).read_bytes()
+    build = tomllib.loads((CSRC.parent / "pyproject.toml").read_text())["tool"]["scikit-build"]
+    assert build["cmake"]["define"]["FLEXKV_TESTING"] == "OFF"
+    assert [override["if"] for override in build["overrides"]] == [{"state": "editable"}]

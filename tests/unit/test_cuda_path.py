@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fake_cuda import ALWAYS, NEVER, PIN_CHUNK_BYTES, Dam, FakeCuda, Rig, build
+from sglang_flexkv_testing import FaultyDisk
 
 from sglang_flexkv import _core
 
@@ -509,9 +510,9 @@ def test_the_layer_counter_makes_the_current_stream_wait(
 NAMES = np.array([(1, 1), (2, 2)], np.uint64)  # of two blocks in SSD slots 3 and 4
 
 
-def store_on_ssd(rig: Rig, directory: Path) -> _core.FaultyDisk:
+def store_on_ssd(rig: Rig, directory: Path) -> FaultyDisk:
     """Puts an SSD tier that is read layer by layer under the rig, and host slots 0 and 1 into it."""
-    disk = _core.FaultyDisk(1)
+    disk = FaultyDisk(1)
     store = _core.SsdStore(
         [(str(directory), str(directory / "slots"), str(directory / "journal"))],
         b"namespace of rig",

@@ -16,6 +16,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+from sglang_flexkv_testing import FaultyDisk
 from ssd_rig import run_until_killed
 
 from sglang_flexkv import (
@@ -678,9 +679,9 @@ def test_the_example_runs() -> None:
 # ---- faster than the disk ----
 
 
-def slow_to_write(pool: Any, tmp_path: Path) -> _core.FaultyDisk:
+def slow_to_write(pool: Any, tmp_path: Path) -> FaultyDisk:
     """Puts a disk under the pool that takes its time for every write."""
-    disk = _core.FaultyDisk(1)
+    disk = FaultyDisk(1)
     disk.set_fault("write", 1.0, delay_s=0.005)
     pool.manager.shutdown()
     pool.manager = KVManager(pool.manager.model_config, pool.manager.cache_config)

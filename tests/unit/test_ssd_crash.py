@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sglang_flexkv_testing import PowerLossDisk
 from ssd_rig import Memory, Rig, memory_directory
 
 from sglang_flexkv import _core
@@ -224,7 +225,7 @@ def test_power_fails_at_any_moment(fast_directory: Path, part: int) -> None:
         ledger, number = Ledger(), 0
         # More than once on the same files: what a recovery leaves behind must be recovered as well.
         for _ in range(2):
-            disk = _core.PowerLossDisk()
+            disk = PowerLossDisk()
             rig = Rig(directory, memory, disk=disk)
             number = _work(rig, ledger, rng, rng.randint(2, 80), number)
             lost: list[int] = []
@@ -252,7 +253,7 @@ def test_power_fails_at_any_moment(fast_directory: Path, part: int) -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_cleared_and_synced_is_gone_after_power_loss(fast_directory: Path, seed: int) -> None:
     memory = Memory(SLOTS, 2, 8192)
-    disk = _core.PowerLossDisk()
+    disk = PowerLossDisk()
     rig = Rig(fast_directory, memory, disk=disk)
     assert rig.write({slot: slot for slot in range(SLOTS)})
     assert rig.store.sync(30.0)
@@ -273,7 +274,7 @@ def test_cleared_and_synced_is_gone_after_power_loss(fast_directory: Path, seed:
 @pytest.mark.parametrize("seed", range(8))
 def test_what_must_not_be_kept_is_gone_after_power_loss(fast_directory: Path, seed: int) -> None:
     memory = Memory(SLOTS, 2, 8192)
-    disk = _core.PowerLossDisk()
+    disk = PowerLossDisk()
     rig = Rig(fast_directory, memory, disk=disk)
     rig.store.clear(False)  # from here on the weights are not those of the namespace
     assert rig.write({slot: slot for slot in range(SLOTS)})

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sglang_flexkv_testing import FaultyDisk
 
 from sglang_flexkv import (
     CacheConfig,
@@ -21,7 +22,6 @@ from sglang_flexkv import (
     KVResponse,
     KVResponseStatus,
     ModelConfig,
-    _core,
     ssdtier,
 )
 from sglang_flexkv.kvtask import KVTaskEngine
@@ -38,7 +38,7 @@ class Cache:
 
     def __init__(self, directory: Path, io_engine: str) -> None:
         self.directory = directory
-        self.disk = _core.FaultyDisk(5)
+        self.disk = FaultyDisk(5)
         layout = KVCacheLayout(KVCacheLayoutType.LAYERWISE, 2, POOL, BLOCK, 2, 64)
         self.kv = torch.zeros(layout.kv_shape, dtype=torch.float32)
         self.manager = KVManager(

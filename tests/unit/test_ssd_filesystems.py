@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from sglang_flexkv_testing import FaultyDisk
 from ssd_rig import NAMESPACE, Memory, Rig, key_of, memory_directory, slots_of
 
 from sglang_flexkv import _core
@@ -39,7 +40,7 @@ def directory() -> Iterator[Path]:
 
 def refusing(**faults: int) -> _core.Disk:
     """A disk on which these calls always end with these errors."""
-    disk = _core.FaultyDisk(1)
+    disk = FaultyDisk(1)
     for operation, error in faults.items():
         disk.set_fault(operation, 1.0, error)
     return disk

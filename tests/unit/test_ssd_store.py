@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from sglang_flexkv_testing import FaultyDisk
 from ssd_rig import run_until_killed
 
 from sglang_flexkv import _core
@@ -630,7 +631,7 @@ def test_sync_means_that_it_is_on_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("operation", ["sync", "write"])
 def test_a_journal_that_cannot_be_written_is_said_so(tmp_path: Path, operation: str) -> None:
-    disk = _core.FaultyDisk(1)
+    disk = FaultyDisk(1)
     store = open_store(tmp_path, disk=disk)
     publish(store, {0: 1})
     assert store.core.sync(20.0)
@@ -647,7 +648,7 @@ def test_a_journal_that_cannot_be_written_is_said_so(tmp_path: Path, operation: 
 
 
 def test_sync_does_not_wait_for_a_disk_that_hangs(tmp_path: Path) -> None:
-    disk = _core.FaultyDisk(1)
+    disk = FaultyDisk(1)
     store = open_store(tmp_path, disk=disk)
     disk.set_fault("sync", 1.0, delay_s=2.0)
     publish(store, {0: 1})
@@ -748,7 +749,7 @@ def test_a_directory_that_fails_gives_the_others_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize("operation", ["open", "read", "write", "sync", "reserve", "rename"])
 def test_a_disk_that_fails_at_the_start_is_named(tmp_path: Path, operation: str) -> None:
     filled(tmp_path, blocks={0: 1})
-    disk = _core.FaultyDisk(1)
+    disk = FaultyDisk(1)
     disk.set_fault(operation, 1.0, errno.EIO)
     # Only a new journal is renamed, and only a damaged or smaller one is new.
     slots = 4 if operation == "rename" else 8

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sglang_flexkv_testing import FaultyDisk
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.storage import DeviceBuffers
@@ -435,7 +436,7 @@ def test_a_short_file_fails_the_read_and_what_depends_on_it(rig: Rig, left: int)
 
 
 def test_an_error_of_the_disk_is_a_failure_and_not_a_hang(make_rig: MakeRig) -> None:
-    disk = _core.FaultyDisk(1)
+    disk = FaultyDisk(1)
     rig = make_rig(disk=disk)
     rig.save(keys(0, 1), ints(0, 1), ints(0, 1))
     assert rig.store.sync(20.0)
@@ -577,7 +578,7 @@ def test_layers_of_a_read_go_on_to_the_device(make_rig: MakeRig, slices_per_read
 
 
 def test_early_layers_are_used_while_later_ones_are_still_read(make_rig: MakeRig) -> None:
-    disk = _core.FaultyDisk(3)
+    disk = FaultyDisk(3)
     rig = make_rig(row_bytes=512, slices_per_read=1, num_directories=1, io_depth=1, disk=disk)
     rig.save(keys(0, 1), ints(0, 1), ints(0, 1))
     disk.set_fault("read", 1.0, delay_s=0.3)
@@ -629,7 +630,7 @@ def test_a_load_that_fails_spoils_no_other_of_its_gate(
     make_rig: MakeRig, bad_layer: int, bad_first: bool
 ) -> None:
     """It ends while the others are on their way: no layer of theirs opens too early."""
-    disk = _core.FaultyDisk(3)
+    disk = FaultyDisk(3)
     rig = make_rig(row_bytes=512, slices_per_read=1, num_directories=1, io_depth=1, disk=disk)
     blocks = rig.save(keys(0, 1), ints(0, 1), ints(0, 1))
     path, offset = rig.place(1)
@@ -740,7 +741,7 @@ def test_what_a_read_costs_is_learned_anew_when_the_disk_changes() -> None:
 
 
 def test_background_graphs_are_refused_when_too_much_is_queued(make_rig: MakeRig) -> None:
-    disk = _core.FaultyDisk(3)
+    disk = FaultyDisk(3)
     rig = make_rig(row_bytes=512, queue_bytes=8 * LAYERS * 4096, disk=disk)
     rig.save(keys(*range(20)), np.arange(20), np.arange(20))
     disk.set_fault("read", 1.0, delay_s=1.0)
@@ -812,7 +813,7 @@ def test_the_event_fd_says_when_there_is_something_to_poll(rig: Rig) -> None:
 def test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once(make_rig: MakeRig) -> None:
     """2,000 graphs over a disk that fails, lies, stops half way and is slow, with cancels, deadlines, gates
     and back pressure."""
-    disk = _core.FaultyDisk(11)
+    disk = FaultyDisk(11)
     rig = make_rig(row_bytes=512, slices_per_read=1, queue_bytes=1, disk=disk)
     rig.save(keys(*range(SLOTS)), np.arange(SLOTS), np.arange(SLOTS))
     for operation in ("read", "write"):
