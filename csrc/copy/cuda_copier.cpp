@@ -83,6 +83,10 @@ void CudaCopier::Submit(DeviceCopy copy) {
   wake_.notify_all();
 }
 
+std::shared_ptr<LayerGate> CudaCopier::MakeGate(int num_layers) const {
+  return std::make_shared<LayerGate>(num_layers, cuda_);
+}
+
 void CudaCopier::LoadsSubmitted(LayerGate& gate, int loads) {
   if (!gate.Submitted(loads)) return;
   {

@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "base/types.hpp"
+#include "copy/copier.hpp"
 #include "copy/cuda_paths.hpp"
 #include "copy/layer_gate.hpp"
 #include "cuda/cuda_slots.hpp"
@@ -34,47 +35,22 @@
 
 namespace flexkv {
 
-// One copy of some layers of some blocks. What it points to lives until on_end was called.
-struct DeviceCopy {
-  CopiedBlocks blocks;
-  // Where the blocks are on the device, if that is yet to come: `bind` completes `blocks` then. From a thread of the
-  // copier, the same for all copies of one direction. Throws UsageError for slots that cannot be.
-  std::shared_ptr<AwaitedSlots> awaited;
-  std::function<void(CopiedBlocks* blocks)> bind;
-  int layer_begin = 0;
-  int layer_end = 0;
-  std::shared_ptr<LayerGate> gate;  // whose loads are copied as one
-  bool follows_read = false;  // some layers of a load, as they come from SSD: not to be held back
-  const std::vector<uint64_t>* wait_events = nullptr;  // CUDA events before which nothing is touched
-  const std::atomic<bool>* cancelled = nullptr;
-  // With a gate, from a thread of the copier, before on_end: the copies of these layers are on a stream, and the
-  // event behind them. Not called for layers that could not be queued.
-  std::function<void(int layer_begin, int layer_end, const StreamEvent& event)> on_queued;
-  // Called once, from a thread of the copier, when nothing of this copy touches memory any more.
-  std::function<void(OpStatus status, std::string error)> on_end;
-};
-
-class CudaCopier {
+class CudaCopier final : public Copier {
  public:
   // Throws SystemError if the device gives not even a stream.
   CudaCopier(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout, std::shared_ptr<HostPool> host);
-  // Every copy must have ended.
-  ~CudaCopier();
+  ~CudaCopier() override;
 
-  void Submit(DeviceCopy copy);
-  // So many loads of the gate are submitted, or will be layer by layer as reads go on. With the last of them those
-  // go that were held back for it.
-  void LoadsSubmitted(LayerGate& gate, int loads);
-
-  const std::shared_ptr<CudaDriver>& cuda() const { return cuda_; }
-  // Reads the slots of copies that are submitted later.
-  SlotReader& slot_reader() { return slot_reader_; }
-  // For how long the device has copied in one direction, so far, by its own clock.
-  double busy_s(bool to_device) const { return (to_device ? loads_ : stores_).busy_s.load(); }
-  // The host's time for queueing the copies of one direction, so far.
-  double queue_s(bool to_device) const { return (to_device ? loads_ : stores_).queue_s.load(); }
-  // Which ways copies take here, and what the device cannot do, in words.
-  const std::string& note() const { return note_; }
+  void Submit(DeviceCopy copy) override;
+  // With the last of them those go that were held back for it.
+  void LoadsSubmitted(LayerGate& gate, int loads) override;
+  std::shared_ptr<LayerGate> MakeGate(int num_layers) const override;
+  SlotReader* slot_reader() override { return &slot_reader_; }
+  std::optional<Times> TimesOf(bool to_device) const override {
+    const Direction& direction = to_device ? loads_ : stores_;
+    return Times{direction.busy_s.load(), direction.queue_s.load()};
+  }
+  const std::string& note() const override { return note_; }
 
  private:
   // A copy, from Submit to its end.

@@ -11,28 +11,13 @@
 #include <string>
 #include <vector>
 
+#include "copy/copier.hpp"
 #include "cuda/cuda_driver.hpp"
 #include "cuda/cuda_stream.hpp"
 #include "memory/block_layout.hpp"
 #include "memory/host_pool.hpp"
 
 namespace flexkv {
-
-// Which bytes: some blocks of one layout. Who asks keeps the arrays alive.
-struct CopiedBlocks {
-  const int64_t* host_slots = nullptr;   // one per block
-  const int64_t* token_slots = nullptr;  // tokens_per_block per block
-  const int64_t* first_rows = nullptr;   // what BlockLayout::FirstRows says of token_slots
-  size_t count = 0;
-  bool to_device = false;
-  // What Summarize finds out: the rows of every block follow one another; the last of the host slots.
-  bool in_sequence = true;
-  int64_t last_host_slot = 0;
-
-  void Summarize();
-  // Those of two copies, summarized; the arrays are still those of this one.
-  CopiedBlocks With(const CopiedBlocks& others) const;
-};
 
 // The copy engines: no part of the GPU's processors, but a price per piece, so for pieces that are large enough
 // (cuda_measure.hpp). What lies side by side in both places is one piece.

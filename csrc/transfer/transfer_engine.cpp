@@ -5,10 +5,9 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <span>
 #include <utility>
 
-#include "copy/cpu_copy.hpp"
+#include "copy/cpu_copier.hpp"
 #include "copy/cuda_copier.hpp"
 #include "cuda/cuda_driver.hpp"
 
@@ -16,72 +15,11 @@ namespace flexkv {
 
 namespace {
 
-// One unit of work of a copy thread: large enough to hide the queue, small enough that a load that
-// arrives behind a large store waits for well under a millisecond.
-constexpr size_t kCopyChunkBytes = size_t{512} << 10;
-
 bool IsDeviceCopy(TransferType type) {
   return type == TransferType::kH2D || type == TransferType::kD2H;
 }
 
 }  // namespace
-
-// ---- graphs ------------------------------------------------------------------------------------
-
-enum class LayerState : uint8_t { kUnknown, kQueued, kPassed };
-
-struct TransferEngine::Op {
-  Graph* graph = nullptr;
-  OpSpec spec;
-  // Device copies; of one that awaited its slots touched by the thread of the copier alone.
-  std::vector<int64_t> token_slots;  // if they were awaited, else they are in `spec`
-  std::vector<int64_t> first_rows;
-  size_t num_blocks = 0;
-  size_t waiting_for = 0;
-  bool poisoned = false;             // a dependency did not get done
-  std::vector<uint32_t> successors;
-  OpResult result;
-  std::unique_ptr<SsdTransfer> disk;  // disk ops that have started
-
-  // Device copies, under the engine's mutex: pieces are ranges of layers.
-  int pieces_running = 0;
-  int layers_left = 0;
-  bool more_pieces = false;           // what it follows by layers has not ended
-  std::string error;
-  // What the gate knows of each of its layers. Each is written by one thread at a time, and the op's end comes after
-  // all of them, so without a lock.
-  std::vector<LayerState> at_gate;
-};
-
-struct TransferEngine::Graph {
-  uint64_t id = 0;
-  std::vector<Op> ops;
-  std::shared_ptr<LayerGate> gate;
-  std::vector<uint64_t> wait_events;
-  double deadline_s = 0;
-  size_t left = 0;
-  std::atomic<bool> cancelled{false};
-  std::string error;
-};
-
-// A piece of a device copy: some layers of all its blocks.
-struct TransferEngine::CopyJob {
-  Op* op = nullptr;
-  int layer_begin = 0;
-  int layer_end = 0;
-  int layers_per_chunk = 1;
-  size_t blocks_per_chunk = 1;
-  size_t chunks_per_group = 1;                  // a group: the layers of a chunk, over all blocks
-  size_t num_chunks = 0;
-  size_t next = 0;                              // under copy_mutex_
-  std::atomic<size_t> left{0};
-  std::atomic<bool> incomplete{false};          // some of its chunks were not copied: it was cancelled
-  std::vector<std::atomic<size_t>> group_left;  // chunks that are missing per group
-  std::once_flag ordered;
-  std::vector<BlockCopy> blocks;                // in the order of their rows
-
-  int next_layer() const { return layer_begin + static_cast<int>(next / chunks_per_group) * layers_per_chunk; }
-};
 
 TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads,
                                int cuda_device, size_t queue_bytes, const std::string& cuda_library)
@@ -94,22 +32,19 @@ TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> hos
   Require(copy_threads > 0, "the transfer engine needs at least one copy thread");
   slices_ = SlicesOf(layout_, host_->slot_bytes(), kSlicesMax);
   std::shared_ptr<CudaDriver> cuda = cuda_device >= 0 ? CudaDriver::Load(cuda_device, cuda_library) : nullptr;
-  // Everything that can fail comes before the first thread, which nobody would join.
   host_->StartPinning(cuda);
-  if (cuda) copier_ = std::make_unique<CudaCopier>(cuda, layout_, host_);
+  if (cuda) {
+    copier_ = std::make_unique<CudaCopier>(cuda, layout_, host_);
+  } else {
+    copier_ = std::make_unique<CpuCopier>(layout_, host_, copy_threads);
+  }
   event_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (event_fd_ < 0) throw SystemError(std::string("eventfd: ") + std::strerror(errno));
-  for (int i = 0; i < copy_threads && !cuda; ++i) copy_threads_.emplace_back([this] { CopyLoop(); });
 }
 
-std::shared_ptr<LayerGate> TransferEngine::MakeGate(int num_layers) const {
-  return std::make_shared<LayerGate>(num_layers, copier_ ? copier_->cuda() : nullptr);
-}
+std::shared_ptr<LayerGate> TransferEngine::MakeGate(int num_layers) const { return copier_->MakeGate(num_layers); }
 
-const std::string& TransferEngine::cuda_note() const {
-  static const std::string kNone;
-  return copier_ ? copier_->note() : kNone;
-}
+const std::string& TransferEngine::cuda_note() const { return copier_->note(); }
 
 TransferEngine::~TransferEngine() {
   {
@@ -119,12 +54,6 @@ TransferEngine::~TransferEngine() {
   // Ops in the queues are drained as cancelled, running ones end: nobody writes to memory that is
   // about to be freed.
   Drain(1e9);
-  stop_.store(true);
-  {
-    std::lock_guard<std::mutex> lock(copy_mutex_);
-  }
-  copy_wake_.notify_all();
-  for (std::thread& thread : copy_threads_) thread.join();
   copier_.reset();
   lanes_.clear();
   close(event_fd_);
@@ -173,8 +102,9 @@ double TransferEngine::Now() const {
 }
 
 std::shared_ptr<AwaitedSlots> TransferEngine::ReadSlots(uint64_t address, size_t count, uint64_t stream) {
-  Require(copier_ != nullptr, "only a pool on a GPU has token slots to wait for");
-  return copier_->slot_reader().Read(address, count, stream);
+  SlotReader* reader = copier_->slot_reader();
+  Require(reader != nullptr, "only a pool on a GPU has token slots to wait for");
+  return reader->Read(address, count, stream);
 }
 
 uint64_t TransferEngine::Submit(GraphSpec spec) {
@@ -205,7 +135,7 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
             "layers out of range");
     if (IsDeviceCopy(s.type)) {
       if (s.awaited) {
-        Require(copier_ != nullptr, "only a pool on a GPU has token slots to wait for");
+        Require(copier_->slot_reader() != nullptr, "only a pool on a GPU has token slots to wait for");
         Require(far_side.size() == op.num_blocks, "a device copy needs the place of each block's token slots");
         check_slots(far_side, s.awaited->size() / per_block, "awaited");
       } else {
@@ -278,7 +208,7 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
   }
   for (Op* op : ready) Dispatch(op);
   // The graph may have ended meanwhile.
-  if (copier_ && gate && num_loads > 0) copier_->LoadsSubmitted(*gate, static_cast<int>(num_loads));
+  if (gate && num_loads > 0) copier_->LoadsSubmitted(*gate, static_cast<int>(num_loads));
   return id;
 }
 
@@ -327,10 +257,11 @@ TransferStats TransferEngine::Stats() const {
   std::lock_guard<std::mutex> lock(mutex_);
   TransferStats stats = stats_;
   for (TransferType type : {TransferType::kH2D, TransferType::kD2H}) {
-    if (!copier_) continue;
-    // On a GPU a copy that is submitted may wait for a forward first: the device's own clock tells.
-    stats.busy_s[static_cast<int>(type)] = copier_->busy_s(type == TransferType::kH2D);
-    stats.queue_s[static_cast<int>(type)] = copier_->queue_s(type == TransferType::kH2D);
+    // What is submitted may wait for a forward first: where the device has a clock of its own, that one tells.
+    if (const std::optional<Copier::Times> times = copier_->TimesOf(type == TransferType::kH2D)) {
+      stats.busy_s[static_cast<int>(type)] = times->busy_s;
+      stats.queue_s[static_cast<int>(type)] = times->queue_s;
+    }
   }
   return stats;
 }
@@ -394,33 +325,74 @@ void TransferEngine::StartPiece(Op* op, int layer_begin, int layer_end) {
     if (!op->more_pieces) FinishCopy(op);
     return;  // else it ends when what it follows has ended
   }
-  if (copier_) {
-    StartCudaCopy(op, layer_begin, layer_end);
-    return;
+  DeviceCopy copy;
+  copy.blocks = BlocksOf(op);
+  if (op->spec.awaited) {
+    copy.awaited = op->spec.awaited;
+    copy.bind = [this, op](CopiedBlocks* blocks) { BindSlots(op, blocks); };
   }
-  auto job = std::make_shared<CopyJob>();
-  job->op = op;
-  job->layer_begin = layer_begin;
-  job->layer_end = layer_end;
-  const int layers = layer_end - layer_begin;
-  const size_t layer_bytes = layout_.layer_bytes(layer_begin);
-  job->layers_per_chunk =
-      static_cast<int>(std::clamp<size_t>(kCopyRunBytes / layer_bytes, 1, static_cast<size_t>(layers)));
-  const size_t slice = layer_bytes * static_cast<size_t>(job->layers_per_chunk);
-  const size_t groups = static_cast<size_t>((layers + job->layers_per_chunk - 1) / job->layers_per_chunk);
-  // Several threads share even a small layer: a forward waits for the first one.
-  const size_t share = (op->num_blocks + copy_threads_.size() - 1) / copy_threads_.size();
-  job->blocks_per_chunk = std::clamp<size_t>(kCopyChunkBytes / slice, 1, std::max<size_t>(1, share));
-  job->chunks_per_group = (op->num_blocks + job->blocks_per_chunk - 1) / job->blocks_per_chunk;
-  job->num_chunks = job->chunks_per_group * groups;
-  job->left.store(job->num_chunks);
-  job->group_left = std::vector<std::atomic<size_t>>(groups);
-  for (auto& left : job->group_left) left.store(job->chunks_per_group);
-  {
-    std::lock_guard<std::mutex> lock(copy_mutex_);
-    copy_queue_[op->spec.type == TransferType::kH2D ? 0 : 1].push_back(std::move(job));
+  copy.layer_begin = layer_begin;
+  copy.layer_end = layer_end;
+  copy.gate = op->graph->gate;
+  copy.follows_read = op->spec.after_layers >= 0;
+  copy.wait_events = &op->graph->wait_events;
+  copy.cancelled = &op->graph->cancelled;
+  copy.on_landed = [this, op](int begin, int end) {
+    if (op->spec.type == TransferType::kH2D) Pass(op, begin, end);
+  };
+  copy.on_queued = [op](int begin, int end, const StreamEvent& event) {
+    // Where a piece before has failed, all layers have been passed.
+    if (op->at_gate[begin] != LayerState::kUnknown) return;
+    std::fill(op->at_gate.begin() + begin, op->at_gate.begin() + end, LayerState::kQueued);
+    op->graph->gate->Queued(begin, end, event);
+  };
+  copy.on_end = [this, op, layer_begin, layer_end](OpStatus status, std::string error) {
+    const bool done = status == OpStatus::kDone;
+    if (done && op->spec.type == TransferType::kH2D) Pass(op, layer_begin, layer_end);
+    // What is still being read for it is of no use any more: nobody need wait for that.
+    if (status == OpStatus::kFailed) PassRest(op);
+    if (status == OpStatus::kFailed && error.empty()) error = "a copy on the GPU failed";
+    EndPiece(op, done ? layer_end - layer_begin : 0, std::move(error));
+  };
+  copier_->Submit(std::move(copy));
+}
+
+// Of a device copy.
+CopiedBlocks TransferEngine::BlocksOf(const Op* op) {
+  const OpSpec& s = op->spec;
+  CopiedBlocks blocks;
+  blocks.to_device = s.type == TransferType::kH2D;
+  blocks.host_slots = (blocks.to_device ? s.src : s.dst).data();
+  blocks.count = op->num_blocks;
+  if (!s.awaited) {
+    blocks.token_slots = (blocks.to_device ? s.dst : s.src).data();
+    blocks.first_rows = op->first_rows.data();
   }
-  copy_wake_.notify_all();
+  return blocks;
+}
+
+void TransferEngine::BindSlots(Op* op, CopiedBlocks* blocks) const {
+  const OpSpec& s = op->spec;
+  if (op->token_slots.empty()) {  // or a piece before has done it
+    const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
+    std::vector<int64_t> slots;
+    slots.reserve(op->num_blocks * per_block);
+    for (int64_t place : s.type == TransferType::kH2D ? s.dst : s.src) {
+      const int64_t* of_block = s.awaited->data() + static_cast<size_t>(place) * per_block;
+      slots.insert(slots.end(), of_block, of_block + per_block);
+    }
+    op->first_rows = layout_.FirstRows(slots.data(), op->num_blocks);
+    op->token_slots = std::move(slots);
+  }
+  blocks->token_slots = op->token_slots.data();
+  blocks->first_rows = op->first_rows.data();
+}
+// One more or one less transfer of this type is moving bytes. Called with the mutex held.
+void TransferEngine::Busy(TransferType type, int change) {
+  const int t = static_cast<int>(type);
+  if (running_[t] == 0) busy_since_s_[t] = Now();
+  running_[t] += change;
+  if (running_[t] == 0) stats_.busy_s[t] += Now() - busy_since_s_[t];
 }
 
 void TransferEngine::EndPiece(Op* op, int layers_copied, std::string error) {
@@ -518,270 +490,6 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
     return;
   }
   for (Op* next : ready) Dispatch(next);
-}
-
-// ---- copies on the CPU -------------------------------------------------------------------------
-
-// The job whose next layer comes first in the model: all loads of a batch share its gate, which opens
-// a layer when the last of them has it.
-std::shared_ptr<TransferEngine::CopyJob> TransferEngine::NextJob(CopyQueue* queue) {
-  return *std::min_element(queue->begin(), queue->end(),
-                           [](const auto& a, const auto& b) { return a->next_layer() < b->next_layer(); });
-}
-
-void TransferEngine::CopyLoop() {
-  std::unique_lock<std::mutex> lock(copy_mutex_);
-  for (;;) {
-    copy_wake_.wait(lock, [this] { return stop_.load() || !copy_queue_[0].empty() || !copy_queue_[1].empty(); });
-    if (stop_.load()) return;
-    CopyQueue& queue = !copy_queue_[0].empty() ? copy_queue_[0] : copy_queue_[1];
-    std::shared_ptr<CopyJob> job = &queue == &copy_queue_[0] ? NextJob(&queue) : queue.front();
-    const size_t chunk = job->next++;
-    if (job->next == job->num_chunks) queue.erase(std::find(queue.begin(), queue.end(), job));
-    lock.unlock();
-    CopyChunk(*job, chunk);
-    lock.lock();
-  }
-}
-
-void TransferEngine::OrderByRow(CopyJob& job) const {
-  const OpSpec& s = job.op->spec;
-  const bool to_device = s.type == TransferType::kH2D;
-  const std::vector<int64_t>& host_slots = to_device ? s.src : s.dst;
-  const std::vector<int64_t>& token_slots = to_device ? s.dst : s.src;
-  const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
-  std::vector<std::pair<int64_t, size_t>> rows(job.op->num_blocks);
-  for (size_t b = 0; b < rows.size(); ++b) {
-    const int64_t first = job.op->first_rows[b];
-    rows[b] = {first >= 0 ? first : token_slots[b * per_block], b};
-  }
-  std::sort(rows.begin(), rows.end());
-  job.blocks.reserve(rows.size());
-  for (const auto& [row, b] : rows) {
-    job.blocks.push_back(
-        {host_->Slot(host_slots[b]), token_slots.data() + b * per_block, job.op->first_rows[b]});
-  }
-}
-
-void TransferEngine::CopyChunk(CopyJob& job, size_t chunk) {
-  Op* op = job.op;
-  const bool to_device = op->spec.type == TransferType::kH2D;
-  const size_t group = chunk / job.chunks_per_group;
-  const int layer_begin = job.layer_begin + static_cast<int>(group) * job.layers_per_chunk;
-  const int layer_end = std::min(job.layer_end, layer_begin + job.layers_per_chunk);
-  const size_t first = chunk % job.chunks_per_group * job.blocks_per_chunk;
-  const size_t last = std::min(op->num_blocks, first + job.blocks_per_chunk);
-  // A cancelled job still counts its chunks down, so that it ends once, but moves nothing more.
-  if (op->graph->cancelled.load(std::memory_order_relaxed)) {
-    job.incomplete.store(true);
-  } else {
-    std::call_once(job.ordered, [&] { OrderByRow(job); });
-    const auto blocks = std::span(job.blocks).subspan(first, last - first);
-    CopyLayersCpu(layout_, layer_begin, layer_end, blocks, to_device);
-    FenceCopies();
-  }
-  if (job.group_left[group].fetch_sub(1) == 1 && to_device && !job.incomplete.load()) {
-    Pass(op, layer_begin, layer_end);
-  }
-  if (job.left.fetch_sub(1) == 1) {
-    EndPiece(op, job.incomplete.load() ? 0 : job.layer_end - job.layer_begin, "");
-  }
-}
-
-// Some layers of one block of a read are in host memory.
-void TransferEngine::ForwardBlock(Op* op, size_t block, int layer_begin, int layer_end) {
-  const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
-  for (uint32_t next : op->successors) {
-    Op& load = op->graph->ops[next];
-    if (load.spec.after_layers < 0 || !BeginPiece(&load)) continue;
-    const BlockCopy one{host_->Slot(load.spec.src[block]), load.spec.dst.data() + block * per_block,
-                        load.first_rows[block]};
-    CopyLayersCpu(layout_, layer_begin, layer_end, {&one, 1}, true);
-    FenceCopies();
-    EndPiece(&load, 0, "");
-  }
-}
-
-// ---- copies on a GPU ---------------------------------------------------------------------------
-
-void TransferEngine::BindSlots(Op* op, CopiedBlocks* blocks) const {
-  const OpSpec& s = op->spec;
-  if (op->token_slots.empty()) {  // or a piece before has done it
-    const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
-    std::vector<int64_t> slots;
-    slots.reserve(op->num_blocks * per_block);
-    for (int64_t place : s.type == TransferType::kH2D ? s.dst : s.src) {
-      const int64_t* of_block = s.awaited->data() + static_cast<size_t>(place) * per_block;
-      slots.insert(slots.end(), of_block, of_block + per_block);
-    }
-    op->first_rows = layout_.FirstRows(slots.data(), op->num_blocks);
-    op->token_slots = std::move(slots);
-  }
-  blocks->token_slots = op->token_slots.data();
-  blocks->first_rows = op->first_rows.data();
-}
-
-void TransferEngine::StartCudaCopy(Op* op, int layer_begin, int layer_end) {
-  const OpSpec& s = op->spec;
-  const bool to_device = s.type == TransferType::kH2D;
-  DeviceCopy copy;
-  copy.blocks.to_device = to_device;
-  copy.blocks.host_slots = (to_device ? s.src : s.dst).data();
-  copy.blocks.count = op->num_blocks;
-  if (s.awaited) {
-    copy.awaited = s.awaited;
-    copy.bind = [this, op](CopiedBlocks* blocks) { BindSlots(op, blocks); };
-  } else {
-    copy.blocks.token_slots = (to_device ? s.dst : s.src).data();
-    copy.blocks.first_rows = op->first_rows.data();
-  }
-  copy.layer_begin = layer_begin;
-  copy.layer_end = layer_end;
-  copy.gate = op->graph->gate;
-  copy.follows_read = s.after_layers >= 0;
-  copy.wait_events = &op->graph->wait_events;
-  copy.cancelled = &op->graph->cancelled;
-  copy.on_queued = [op](int begin, int end, const StreamEvent& event) {
-    // Where a piece before has failed, all layers have been passed.
-    if (op->at_gate[begin] != LayerState::kUnknown) return;
-    std::fill(op->at_gate.begin() + begin, op->at_gate.begin() + end, LayerState::kQueued);
-    op->graph->gate->Queued(begin, end, event);
-  };
-  copy.on_end = [this, op, layer_begin, layer_end](OpStatus status, std::string error) {
-    const bool done = status == OpStatus::kDone;
-    if (done && op->spec.type == TransferType::kH2D) Pass(op, layer_begin, layer_end);
-    // What is still being read for it is of no use any more: nobody need wait for that.
-    if (status == OpStatus::kFailed) PassRest(op);
-    if (status == OpStatus::kFailed && error.empty()) error = "a copy on the GPU failed";
-    EndPiece(op, done ? layer_end - layer_begin : 0, std::move(error));
-  };
-  copier_->Submit(std::move(copy));
-}
-
-// ---- disk --------------------------------------------------------------------------------------
-
-void TransferEngine::StartDiskOp(Op* op) {
-  const bool write = op->spec.type == TransferType::kH2Disk;
-  auto disk = std::make_unique<SsdTransfer>();
-  SsdTransfer* transfer = disk.get();
-  transfer->write = write;
-  transfer->keys = op->spec.keys.data();
-  transfer->host_slots = (write ? op->spec.src : op->spec.dst).data();
-  transfer->ssd_slots = (write ? op->spec.dst : op->spec.src).data();
-  transfer->num_blocks = op->num_blocks;
-  while (slices_[transfer->slice_begin].layer_begin != op->spec.layer_begin) transfer->slice_begin++;
-  uint32_t slice_end = transfer->slice_begin + 1;
-  while (slices_[slice_end - 1].layer_end != op->spec.layer_end) slice_end++;
-  transfer->step_ends = {slice_end};
-  const std::vector<Op>& ops = op->graph->ops;
-  const bool followed = std::any_of(op->successors.begin(), op->successors.end(),
-                                    [&](uint32_t next) { return ops[next].spec.after_layers >= 0; });
-  if (followed) {
-    std::vector<size_t> bytes;
-    for (uint32_t i = transfer->slice_begin; i < slice_end; ++i) bytes.push_back(slices_[i].bytes);
-    const size_t per_read = slices_per_read_ > 0 ? slices_per_read_ : SlicesPerRead(read_cost_, op->num_blocks, bytes);
-    transfer->step_ends = StepsOfRead(bytes.size(), per_read);
-    for (uint32_t& end : transfer->step_ends) end += transfer->slice_begin;
-    // On a CPU the thread that has verified a block copies it on: it is in that core's cache, and memory is
-    // what attention and load both want.
-    if (!copier_) {
-      transfer->on_block = [this, op, transfer](uint32_t step, uint32_t block) {
-        ForwardBlock(op, block, slices_[transfer->step_begin(step)].layer_begin,
-                     slices_[transfer->step_ends[step] - 1].layer_end);
-      };
-    }
-    transfer->on_step = [this, op, transfer](uint32_t step) {
-      ForwardLayers(op, slices_[transfer->step_begin(step)].layer_begin,
-                    slices_[transfer->step_ends[step] - 1].layer_end);
-    };
-  }
-  transfer->deadline_s = op->graph->deadline_s;
-  transfer->cancelled = &op->graph->cancelled;
-  transfer->on_end = [this, op] { EndDiskOp(op); };
-  op->disk = std::move(disk);
-  std::vector<std::vector<uint32_t>> by_lane(lanes_.size());
-  for (size_t b = 0; b < op->num_blocks; ++b) {
-    by_lane[static_cast<size_t>(transfer->ssd_slots[b]) % lanes_.size()].push_back(static_cast<uint32_t>(b));
-  }
-  size_t lanes = 0;
-  for (const auto& blocks : by_lane) lanes += !blocks.empty();
-  transfer->Reset(lanes);
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    Busy(op->spec.type, +1);
-    if (!write && running_[static_cast<int>(op->spec.type)] > 1) reads_mixed_s_ = Now();
-    if (followed) {
-      stats_.layers_per_read = 0;
-      for (uint32_t step = 0; step < transfer->num_steps(); ++step) {
-        const int layers =
-            slices_[transfer->step_ends[step] - 1].layer_end - slices_[transfer->step_begin(step)].layer_begin;
-        stats_.layers_per_read = std::max(stats_.layers_per_read, static_cast<uint32_t>(layers));
-      }
-    }
-  }
-  // The last lane may end the op, and the graph with it, before this loop does: nothing of the op is
-  // touched in it.
-  for (size_t i = 0; i < by_lane.size(); ++i) {
-    if (!by_lane[i].empty()) lanes_[i]->Start(transfer, std::move(by_lane[i]));
-  }
-}
-
-void TransferEngine::EndDiskOp(Op* op) {
-  SsdTransfer& disk = *op->disk;
-  const auto count = [&](BlockOutcome outcome) { return disk.count[static_cast<int>(outcome)].load(); };
-  const bool failed = count(BlockOutcome::kFailed) > 0 || count(BlockOutcome::kCorrupt) > 0;
-  const OpStatus status = failed                               ? OpStatus::kFailed
-                          : count(BlockOutcome::kDropped) > 0 ? OpStatus::kCancelled
-                                                              : OpStatus::kDone;
-  op->result.corrupt = count(BlockOutcome::kCorrupt);
-  LearnReadCost(*op, status);
-  std::string error = status == OpStatus::kCancelled ? WhyCancelled(*op) : disk.error;
-  std::vector<uint8_t> ok;
-  if (status != OpStatus::kDone) {
-    for (BlockOutcome outcome : disk.outcome) ok.push_back(outcome == BlockOutcome::kGood);
-  }
-  Finish(op, status, std::move(error), std::move(ok));
-}
-
-// Only from reads that had the disk's reads for themselves, as far as we know.
-void TransferEngine::LearnReadCost(const Op& op, OpStatus status) {
-  const SsdTransfer& disk = *op.disk;
-  bool alone;
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    const bool others = running_[static_cast<int>(op.spec.type)] > 1;
-    alone = !others && reads_mixed_s_ < op.result.start_s;
-    if (others && !disk.write) reads_mixed_s_ = Now();
-    Busy(op.spec.type, -1);
-  }
-  if (disk.write || !alone || status != OpStatus::kDone) return;
-  size_t bytes = 0;
-  for (uint32_t i = disk.slice_begin; i < disk.step_ends.back(); ++i) bytes += slices_[i].bytes;
-  read_cost_.Observe(static_cast<double>(op.num_blocks * disk.num_steps()),
-                     static_cast<double>(op.num_blocks * bytes), Now() - op.result.start_s);
-}
-
-// One more or one less transfer of this type is moving bytes. Called with the mutex held.
-void TransferEngine::Busy(TransferType type, int change) {
-  const int t = static_cast<int>(type);
-  if (running_[t] == 0) busy_since_s_[t] = Now();
-  running_[t] += change;
-  if (running_[t] == 0) stats_.busy_s[t] += Now() - busy_since_s_[t];
-}
-
-// Layers of all blocks of a read are in host memory.
-void TransferEngine::ForwardLayers(Op* op, int layer_begin, int layer_end) {
-  std::vector<Op>& ops = op->graph->ops;
-  for (uint32_t next : op->successors) {
-    Op& load = ops[next];
-    if (load.spec.after_layers < 0 || load.num_blocks == 0) continue;
-    if (copier_) {
-      StartPiece(&load, layer_begin, layer_end);
-    } else if (BeginPiece(&load)) {  // and so before each of its blocks: they have been copied
-      Pass(&load, layer_begin, layer_end);
-      EndPiece(&load, layer_end - layer_begin, "");
-    }
-  }
 }
 
 }  // namespace flexkv

@@ -17,12 +17,11 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <thread>
 #include <unordered_map>
 #include <vector>
 
 #include "base/types.hpp"
-#include "copy/cpu_copy.hpp"
+#include "copy/copier.hpp"
 #include "copy/layer_gate.hpp"
 #include "memory/block_layout.hpp"
 #include "memory/host_pool.hpp"
@@ -30,57 +29,10 @@
 #include "ssd/ssd_lane.hpp"
 #include "ssd/ssd_store.hpp"
 #include "transfer/cost_fit.hpp"
+#include "transfer/graph.hpp"
 
 namespace flexkv {
 
-class AwaitedSlots;
-class CudaCopier;
-struct CopiedBlocks;
-
-enum class TransferType : uint8_t { kH2D, kD2H, kDisk2H, kH2Disk };
-constexpr int kNumTransferTypes = 4;
-
-struct OpSpec {
-  TransferType type = TransferType::kH2D;
-  // Token slots of the device pool (tokens_per_block per block), host slots, or SSD slots.
-  std::vector<int64_t> src;
-  std::vector<int64_t> dst;
-  // Device copies: the slots are on their way (TransferEngine::ReadSlots). Instead of them `src` or `dst` then says
-  // for each block which one of these it is, tokens_per_block slots being one.
-  std::shared_ptr<AwaitedSlots> awaited;
-  int layer_begin = 0;
-  int layer_end = 0;    // 0: all layers. Disk ops move whole slices (see SlicesOf)
-  std::vector<BlockKey> keys;   // disk ops: which block each slot holds, or is to hold
-  std::vector<uint32_t> after;  // positions of ops in the graph that must be done first
-  // H2D: position of the DISK2H op of the same layers that it follows layer by layer, or -1. The read
-  // then goes in steps of a few layers, as many as its measured cost makes worth while.
-  int32_t after_layers = -1;
-};
-
-struct GraphSpec {
-  std::vector<OpSpec> ops;
-  // Passed at every layer by every H2D op of the graph, whatever becomes of it; or, a gate with one layer, by
-  // its D2H op when the device's slots may be written again.
-  std::shared_ptr<LayerGate> gate;
-  std::vector<uint64_t> wait_events;   // CUDA events to wait for before touching the device pool
-  double timeout_s = 0;                // ops that have not started by then are cancelled; 0: none
-  bool background = false;             // nobody waits for it: refused when too much is queued
-};
-
-struct OpResult {
-  OpStatus status = OpStatus::kPending;
-  std::vector<uint8_t> ok;   // disk ops: per block; empty when all are like `status`
-  uint32_t corrupt = 0;      // blocks that were read but are not what was written
-  double start_s = 0;        // on the engine's monotonic clock
-  double end_s = 0;
-};
-
-struct GraphResult {
-  uint64_t graph = 0;
-  bool done = false;         // every op is done
-  std::string error;         // the first failure, in words
-  std::vector<OpResult> ops;
-};
 
 struct TransferStats {
   uint64_t ops_done[kNumTransferTypes] = {};
@@ -151,10 +103,8 @@ class TransferEngine {
   double Now() const;
 
  private:
-  struct Graph;
-  struct Op;
-  struct CopyJob;
-  using CopyQueue = std::deque<std::shared_ptr<CopyJob>>;
+  using Graph = RunningGraph;
+  using Op = RunningOp;
   void Dispatch(Op* op);
   // Starts to copy some layers of an op, unless it is given up.
   void StartPiece(Op* op, int layer_begin, int layer_end);
@@ -168,14 +118,10 @@ class TransferEngine {
   // never will.
   void Pass(Op* op, int layer_begin, int layer_end);
   void PassRest(Op* op);
-  std::shared_ptr<CopyJob> NextJob(CopyQueue* queue);
   void Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok);
   bool ShouldSkip(const Op& op) const;
   static std::string WhyCancelled(const Op& op);
-  void CopyLoop();
-  void OrderByRow(CopyJob& job) const;
-  void CopyChunk(CopyJob& job, size_t chunk);
-  void StartCudaCopy(Op* op, int layer_begin, int layer_end);
+  static CopiedBlocks BlocksOf(const Op* op);
   void BindSlots(Op* op, CopiedBlocks* blocks) const;
   void StartDiskOp(Op* op);
   void EndDiskOp(Op* op);
@@ -212,14 +158,7 @@ class TransferEngine {
   double busy_since_s_[kNumTransferTypes] = {};
   double reads_mixed_s_ = 0;    // when two reads from disk last ran at the same time
 
-  std::unique_ptr<CudaCopier> copier_;  // where the device pool is on a GPU
-  // Copies where it is CPU memory. Index 0: loads (H2D), index 1: stores (D2H). The threads serve both,
-  // loads first.
-  std::mutex copy_mutex_;
-  std::condition_variable copy_wake_;
-  CopyQueue copy_queue_[2];
-  std::vector<std::thread> copy_threads_;
-  std::atomic<bool> stop_{false};
+  std::unique_ptr<Copier> copier_;
 };
 
 }  // namespace flexkv
