@@ -21,6 +21,11 @@ readonly TORCHVISION_VERSION=0.28.0
 readonly TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 readonly DISK_NEEDED_CPU_MB=4000 DISK_NEEDED_GPU_MB=25000
 readonly HEARTBEAT_S=10
+# Packages that can be done without, and what is missed then.
+readonly -A WITHOUT=(
+    [fio]="disk benchmarks will have nothing to compare with"
+    [libssl-dev]="SGLang cannot compile its hashing of pages, they are hashed in Python"
+)
 readonly IMPORT_CHECK='
 import torchvision, sgl_kernel
 import sglang.launch_server, sglang.bench_serving
@@ -111,6 +116,8 @@ missing_packages() {
 sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
         echo "python$PYTHON_VERSION-dev"
     [[ -f /usr/include/xxhash.h || -f /usr/local/include/xxhash.h ]] || echo libxxhash-dev
+    # SGLang compiles its hashing of pages with it; where it cannot, ours hashes them in Python.
+    [[ -f /usr/include/openssl/sha.h || -f /usr/local/include/openssl/sha.h ]] || echo libssl-dev
     # The benchmarks compare against what fio reads from the same disk; nothing else needs it.
     command -v fio >/dev/null || echo fio
 }
@@ -131,11 +138,11 @@ install_system_packages() {
     fi
     mapfile -t still < <(missing_packages)
     for package in "${still[@]}"; do
-        [[ $package == fio ]] || die "the system lacks: ${still[*]}" \
+        [[ -n ${WITHOUT[$package]:-} ]] || die "the system lacks: ${still[*]}" \
             "Install them with your package manager, for example" \
             "    apt-get update && apt-get install ${still[*]}" \
             "and run scripts/setup.sh again. What apt said is in $LOG."
-        say "    fio could not be installed: disk benchmarks will have nothing to compare with"
+        say "    $package could not be installed: ${WITHOUT[$package]}"
     done
 }
 
