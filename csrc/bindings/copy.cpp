@@ -29,8 +29,8 @@ void BindCopy(py::module_& m) {
   // For benchmarks and tests: the copy primitive by itself.
   m.def(
       "stream_copy",
-      [](py::array_t<uint8_t, py::array::c_style>& dst,
-         const py::array_t<uint8_t, py::array::c_style>& src, size_t way) {
+      [](py::array_t<uint8_t, py::array::c_style>& dst, const py::array_t<uint8_t, py::array::c_style>& src,
+         size_t way) {
         if (dst.size() != src.size()) throw UsageError("stream_copy: sizes differ");
         char* to = reinterpret_cast<char*>(dst.mutable_data());
         const char* from = reinterpret_cast<const char*>(src.data());

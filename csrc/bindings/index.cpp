@@ -198,8 +198,8 @@ void BindIndex(py::module_& m) {
       .def(
           "reserve",
           [](PrefixIndex& index, Tier tier, const std::optional<Keys>& parent, const Keys& keys,
-             const std::optional<py::array>& tokens, uint8_t importance,
-             bool staging, bool required) -> py::object {
+             const std::optional<py::array>& tokens, uint8_t importance, bool staging,
+             bool required) -> py::object {
             const RunView run(keys, tokens, index.tokens_kept());
             const BlockKey* parent_key = parent ? SingleKey(*parent) : nullptr;
             // Kept between calls: memory that is new each time costs more than what is done here.
@@ -210,7 +210,8 @@ void BindIndex(py::module_& m) {
               py::gil_scoped_release nogil;
               positions.clear();
               slots.clear();
-              txn = index.Reserve(tier, parent_key, run.blocks, {importance, staging, required}, &positions, &slots);
+              txn = index.Reserve(tier, parent_key, run.blocks, {importance, staging, required}, &positions,
+                                  &slots);
             }
             if (!txn) return py::none();
             return py::make_tuple(*txn, ToInt64(positions.data(), positions.size()),
@@ -222,8 +223,7 @@ void BindIndex(py::module_& m) {
           "commit",
           [](PrefixIndex& index, uint64_t txn,
              const std::optional<py::array_t<uint8_t, py::array::c_style>>& ok) {
-            return index.Commit(txn, ok ? ok->data() : nullptr,
-                                ok ? static_cast<size_t>(ok->size()) : 0);
+            return index.Commit(txn, ok ? ok->data() : nullptr, ok ? static_cast<size_t>(ok->size()) : 0);
           },
           py::arg("txn"), py::arg("ok") = std::nullopt)
       .def("abort", &PrefixIndex::Abort, py::arg("txn"), NoGil())

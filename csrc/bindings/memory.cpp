@@ -35,8 +35,7 @@ void BindMemory(py::module_& m) {
           [](std::shared_ptr<HostPool> pool, int64_t slot) {
             Require(slot >= 0 && static_cast<size_t>(slot) < pool->num_slots(), "no such host slot");
             return py::array_t<uint8_t>(static_cast<py::ssize_t>(pool->slot_bytes()),
-                                        reinterpret_cast<uint8_t*>(pool->Slot(slot)),
-                                        py::cast(pool));
+                                        reinterpret_cast<uint8_t*>(pool->Slot(slot)), py::cast(pool));
           },
           py::arg("slot"));
 }

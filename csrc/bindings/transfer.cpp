@@ -12,9 +12,7 @@ namespace flexkv {
 
 namespace {
 
-std::vector<int64_t> ToVector(const Int64s& values) {
-  return {values.data(), values.data() + values.size()};
-}
+std::vector<int64_t> ToVector(const Int64s& values) { return {values.data(), values.data() + values.size()}; }
 
 py::dict StatsDict(const TransferStats& stats) {
   static const char* const kNames[kNumTransferTypes] = {"H2D", "D2H", "DISK2H", "H2DISK"};
@@ -63,9 +61,8 @@ void BindTransfer(py::module_& m) {
                const KeyView view = View(*keys);
                copied.assign(view.data, view.data + view.size);
              }
-             return OpSpec{type,        ToVector(src), ToVector(dst),     std::move(awaited),
-                           layer_begin, layer_end,     std::move(copied), std::move(after),
-                           after_layers};
+             return OpSpec{type,      ToVector(src),     ToVector(dst),    std::move(awaited), layer_begin,
+                           layer_end, std::move(copied), std::move(after), after_layers};
            }),
            py::arg("type"), py::arg("src"), py::arg("dst"), py::arg("layer_begin") = 0,
            py::arg("layer_end") = 0, py::arg("after") = std::vector<uint32_t>{},
@@ -115,9 +112,8 @@ void BindTransfer(py::module_& m) {
             return engine.Submit(
                 GraphSpec{std::move(ops), std::move(gate), std::move(wait_events), timeout_s, background});
           },
-          py::arg("ops"), py::arg("gate") = nullptr,
-          py::arg("wait_events") = std::vector<uint64_t>{}, py::arg("timeout_s") = 0.0,
-          py::arg("background") = false)
+          py::arg("ops"), py::arg("gate") = nullptr, py::arg("wait_events") = std::vector<uint64_t>{},
+          py::arg("timeout_s") = 0.0, py::arg("background") = false)
       .def("cancel", &TransferEngine::Cancel, py::arg("graph"), NoGil())
       .def("poll", &TransferEngine::Poll, NoGil())
       .def("wait", &TransferEngine::Wait, py::arg("graph"), py::arg("timeout_s"), NoGil())

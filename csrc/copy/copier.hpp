@@ -45,7 +45,7 @@ struct DeviceCopy {
   int layer_begin = 0;
   int layer_end = 0;
   std::shared_ptr<LayerGate> gate;  // whose loads are copied as one
-  bool follows_read = false;  // some layers of a load, as they come from SSD: not to be held back
+  bool follows_read = false;        // some layers of a load, as they come from SSD: not to be held back
   const std::vector<uint64_t>* wait_events = nullptr;  // CUDA events before which nothing is touched
   const std::atomic<bool>* cancelled = nullptr;
   // From a thread of the copier, before on_end: all blocks have these layers. Not called by a copier that can say so

@@ -31,33 +31,33 @@
 
 namespace flexkv {
 
-constexpr uint32_t kCopyThreads = 128;     // of a CTA
-constexpr uint32_t kCopyCtas = 16;         // of a launch, at most
+constexpr uint32_t kCopyThreads = 128;          // of a CTA
+constexpr uint32_t kCopyCtas = 16;              // of a launch, at most
 constexpr uint32_t kCopyCtasPerProcessor = 12;  // fit, which leaves a thread 40 registers
-constexpr uint32_t kUnitsInFlight = 4;     // loads of a thread before its first store
+constexpr uint32_t kUnitsInFlight = 4;          // loads of a thread before its first store
 constexpr uint32_t kTeamLog2Max = 5;
 
 // One buffer of one layer.
 struct CopyBuffer {
-  uint64_t base;        // address of row 0 on the device
+  uint64_t base;  // address of row 0 on the device
   uint64_t row_stride;
-  uint64_t offset;      // where the block's rows start in a slot
-  uint64_t row_bytes;   // below 4 GiB
+  uint64_t offset;     // where the block's rows start in a slot
+  uint64_t row_bytes;  // below 4 GiB
 };
 
 // The kernel's argument.
 struct CopyGroup {
-  const CopyBuffer* buffers;   // of the group
-  const uint32_t* slots;       // slot of each block
-  const uint32_t* rows;        // first row of each block on the device; with listed_rows all of its rows
-  uint64_t base;               // address of slot 0, as the device sees it
+  const CopyBuffer* buffers;  // of the group
+  const uint32_t* slots;      // slot of each block
+  const uint32_t* rows;       // first row of each block on the device; with listed_rows all of its rows
+  uint64_t base;              // address of slot 0, as the device sees it
   uint64_t slot_bytes;
-  uint32_t num_runs;           // of all blocks together, below 2^31
+  uint32_t num_runs;  // of all blocks together, below 2^31
   uint32_t runs_per_block;
-  uint32_t runs_per_buffer;    // of one block
+  uint32_t runs_per_buffer;  // of one block
   uint32_t rows_per_run;
-  uint32_t listed_rows;        // rows listed per block; 0: the rows of each block follow one another
-  uint32_t team_log2;          // threads of a team
+  uint32_t listed_rows;  // rows listed per block; 0: the rows of each block follow one another
+  uint32_t team_log2;    // threads of a team
   uint32_t to_device;
 };
 
@@ -87,7 +87,8 @@ template <typename Access>
 FLEXKV_DEVICE void CopyAsThread(const CopyGroup& group, uint32_t thread, uint32_t num_threads) {
   using Unit = typename Access::Unit;
   const uint32_t lane = thread & ((1u << group.team_log2) - 1);
-  for (uint32_t run = thread >> group.team_log2; run < group.num_runs; run += num_threads >> group.team_log2) {
+  for (uint32_t run = thread >> group.team_log2; run < group.num_runs;
+       run += num_threads >> group.team_log2) {
     const CopyRun place = PlaceOfRun(group, run);
     const uint64_t from = group.to_device != 0 ? place.slot : place.device;
     const uint64_t to = group.to_device != 0 ? place.device : place.slot;

@@ -18,14 +18,14 @@ struct CpuCopier::Job {
   DeviceCopy copy;
   int layers_per_chunk = 1;
   size_t blocks_per_chunk = 1;
-  size_t chunks_per_group = 1;                  // a group: the layers of a chunk, over all blocks
+  size_t chunks_per_group = 1;  // a group: the layers of a chunk, over all blocks
   size_t num_chunks = 0;
-  size_t next = 0;                              // under mutex_
+  size_t next = 0;  // under mutex_
   std::atomic<size_t> left{0};
   std::atomic<bool> incomplete{false};          // some of its chunks were not copied: it was cancelled
   std::vector<std::atomic<size_t>> group_left;  // chunks that are missing per group
   std::once_flag ordered;
-  std::vector<BlockCopy> blocks;                // in the order of their rows
+  std::vector<BlockCopy> blocks;  // in the order of their rows
 
   int next_layer() const {
     return copy.layer_begin + static_cast<int>(next / chunks_per_group) * layers_per_chunk;
@@ -60,7 +60,8 @@ void CpuCopier::Submit(DeviceCopy copy) {
   const size_t groups = (layers + per_chunk - 1) / per_chunk;
   // Several threads share even a small layer: a forward waits for the first one.
   const size_t share = (num_blocks + threads_.size() - 1) / threads_.size();
-  job->blocks_per_chunk = std::clamp<size_t>(kChunkBytes / (layer_bytes * per_chunk), 1, std::max<size_t>(1, share));
+  job->blocks_per_chunk =
+      std::clamp<size_t>(kChunkBytes / (layer_bytes * per_chunk), 1, std::max<size_t>(1, share));
   job->chunks_per_group = (num_blocks + job->blocks_per_chunk - 1) / job->blocks_per_chunk;
   job->num_chunks = job->chunks_per_group * groups;
   job->left.store(job->num_chunks);
@@ -82,7 +83,8 @@ void CpuCopier::CopyAtOnce(const CopiedBlocks& blocks, size_t block, int layer_b
 
 BlockCopy CpuCopier::At(const CopiedBlocks& blocks, size_t block) const {
   const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
-  return {host_->Slot(blocks.host_slots[block]), blocks.token_slots + block * per_block, blocks.first_rows[block]};
+  return {host_->Slot(blocks.host_slots[block]), blocks.token_slots + block * per_block,
+          blocks.first_rows[block]};
 }
 
 std::shared_ptr<CpuCopier::Job> CpuCopier::NextJob(const Queue& queue) {
@@ -134,8 +136,10 @@ void CpuCopier::CopyChunk(Job& job, size_t chunk) {
     CopyLayersCpu(layout_, layer_begin, layer_end, blocks, copy.blocks.to_device);
     FenceCopies();
   }
-  if (job.group_left[group].fetch_sub(1) == 1 && !job.incomplete.load()) copy.on_landed(layer_begin, layer_end);
-  if (job.left.fetch_sub(1) == 1) copy.on_end(job.incomplete.load() ? OpStatus::kCancelled : OpStatus::kDone, "");
+  if (job.group_left[group].fetch_sub(1) == 1 && !job.incomplete.load())
+    copy.on_landed(layer_begin, layer_end);
+  if (job.left.fetch_sub(1) == 1)
+    copy.on_end(job.incomplete.load() ? OpStatus::kCancelled : OpStatus::kDone, "");
 }
 
 }  // namespace flexkv

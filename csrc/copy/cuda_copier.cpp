@@ -48,10 +48,12 @@ CudaCopier::CudaCopier(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layo
   kernel_path_ = std::make_unique<KernelPath>(cuda_, layout_, *host_, *loads_.stream);
   if (kernel_path_->usable()) {
     std::string problem;
-    engine_piece_bytes_ = MeasureEnginePieceBytes(*cuda_, *kernel_path_, *timed_events_, *loads_.stream, &problem);
-    note_ = "copy engines from " + std::to_string((problem.empty() ? engine_piece_bytes_ : kEnginePieceBytes) >> 10) +
-            " KiB a piece (" + (problem.empty() ? "measured" : "not measured: " + problem) + "), below by kernel; here " +
-            std::to_string(engine_path_.piece_bytes(true) >> 10) + " KiB";
+    engine_piece_bytes_ =
+        MeasureEnginePieceBytes(*cuda_, *kernel_path_, *timed_events_, *loads_.stream, &problem);
+    note_ = "copy engines from " +
+            std::to_string((problem.empty() ? engine_piece_bytes_ : kEnginePieceBytes) >> 10) +
+            " KiB a piece (" + (problem.empty() ? "measured" : "not measured: " + problem) +
+            "), below by kernel; here " + std::to_string(engine_path_.piece_bytes(true) >> 10) + " KiB";
     if (!problem.empty()) engine_piece_bytes_ = kEnginePieceBytes;
   } else {
     note_ = "copy engines alone: " + kernel_path_->note();
@@ -125,7 +127,8 @@ void CudaCopier::Loop(Direction& direction) {
 
 void CudaCopier::StartWaiting(Direction& direction) {
   std::deque<Submission> ready, held_back;
-  std::set<const LayerGate*> incomplete;  // some of their loads wait for slots, which all of a batch get at one time
+  std::set<const LayerGate*>
+      incomplete;  // some of their loads wait for slots, which all of a batch get at one time
   slot_reader_.Collect();
   for (Submission& submission : direction.waiting) {
     if (!AwaitsSlots(submission)) continue;
@@ -192,8 +195,8 @@ bool CudaCopier::IsPinned(const CopiedBlocks& blocks) const {
 
 bool CudaCopier::GoesByKernel(const CopiedBlocks& blocks, bool pinned) const {
   // What is stored leaves the device by the copy engines, so where it goes need not be pinned.
-  return (pinned || !blocks.to_device) && engine_path_.piece_bytes(blocks.in_sequence) < engine_piece_bytes_ &&
-         kernel_path_->Takes(blocks);
+  return (pinned || !blocks.to_device) &&
+         engine_path_.piece_bytes(blocks.in_sequence) < engine_piece_bytes_ && kernel_path_->Takes(blocks);
 }
 
 std::unique_ptr<CudaCopier::Flight> CudaCopier::TakeFlight(std::deque<Submission>& ready) const {
@@ -208,8 +211,9 @@ std::unique_ptr<CudaCopier::Flight> CudaCopier::TakeFlight(std::deque<Submission
   for (Submission& other : ready) {
     const DeviceCopy &first = flight->copy(), &copy = other.copy;
     const CopiedBlocks together = flight->blocks.With(copy.blocks);
-    if (copy.gate == first.gate && copy.layer_begin == first.layer_begin && copy.layer_end == first.layer_end &&
-        IsPinned(copy.blocks) && kernel_path_->Takes(together) == kernel_path_->Takes(flight->blocks)) {
+    if (copy.gate == first.gate && copy.layer_begin == first.layer_begin &&
+        copy.layer_end == first.layer_end && IsPinned(copy.blocks) &&
+        kernel_path_->Takes(together) == kernel_path_->Takes(flight->blocks)) {
       flight->blocks = together;
       flight->submissions.push_back(std::move(other));
     } else {
@@ -283,14 +287,15 @@ void CudaCopier::Queue(Direction& direction, std::unique_ptr<Flight> flight) {
   }
   std::string ignored;
   flight->start = timed_events_->Record(stream.get(), &ignored);
-  good = good && (!flight->described || kernel_path_->QueueDescriptors(flight->blocks, *flight->described, stream,
-                                                                       &flight->error));
+  good = good && (!flight->described ||
+                  kernel_path_->QueueDescriptors(flight->blocks, *flight->described, stream, &flight->error));
   if (good) direction.to_device ? QueueLoad(*flight, stream) : QueueStore(*flight, stream);
   // Whatever was queued must have left the pools before the slots are given to somebody else, so one that failed
   // half-way is followed to its end, too; without an event, to the end of its stream.
   flight->end = timed_events_->Record(stream.get(), &ignored);
   direction.flights.push_back(std::move(flight));
-  direction.queue_s.fetch_add(std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
+  direction.queue_s.fetch_add(
+      std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
 }
 
 bool CudaCopier::QueueLoad(Flight& flight, CopyStream& stream) {
@@ -306,8 +311,8 @@ bool CudaCopier::QueueLoad(Flight& flight, CopyStream& stream) {
     }
     int end = begin;
     size_t bytes = 0;
-    while (end < copy.layer_end &&
-           (end - begin < (copy.gate && begin == copy.layer_begin ? 1 : layers_min) || bytes < kGroupBytesMin)) {
+    while (end < copy.layer_end && (end - begin < (copy.gate && begin == copy.layer_begin ? 1 : layers_min) ||
+                                    bytes < kGroupBytesMin)) {
       bytes += layout_.layer_bytes(end) * blocks.count;
       ++end;
     }
@@ -326,7 +331,8 @@ bool CudaCopier::QueueStore(Flight& flight, CopyStream& stream) {
   const DeviceCopy& copy = flight.copy();
   const CopiedBlocks& blocks = flight.blocks;
   if (!flight.by_kernel) {
-    return engine_path_.Queue(blocks, copy.layer_begin, copy.layer_end, flight.pinned, stream, &flight.error) &&
+    return engine_path_.Queue(blocks, copy.layer_begin, copy.layer_end, flight.pinned, stream,
+                              &flight.error) &&
            TellQueued(flight, 0, 1, stream);
   }
   for (size_t first = 0; first < blocks.count; first += kernel_path_->slots_on_device()) {
@@ -335,7 +341,8 @@ bool CudaCopier::QueueStore(Flight& flight, CopyStream& stream) {
     if (!kernel_path_->QueueGather(blocks, *flight.described, first, count, copy.layer_begin, copy.layer_end,
                                    stream, &flight.error) ||
         !engine_path_.QueueFromSlots(blocks, first, count, copy.layer_begin, copy.layer_end,
-                                     kernel_path_->address_of_slots(), flight.pinned, stream, &flight.error)) {
+                                     kernel_path_->address_of_slots(), flight.pinned, stream,
+                                     &flight.error)) {
       return false;
     }
   }

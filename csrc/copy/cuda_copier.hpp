@@ -62,8 +62,9 @@ class CudaCopier final : public Copier {
   // What goes to a stream as one: a copy, or loads of one gate and the same layers.
   struct Flight {
     std::vector<Submission> submissions;
-    CopiedBlocks blocks;                                       // of all of them
-    std::vector<int64_t> host_slots, token_slots, first_rows;  // what `blocks` points to, unless it is one copy
+    CopiedBlocks blocks;  // of all of them
+    std::vector<int64_t> host_slots, token_slots,
+        first_rows;  // what `blocks` points to, unless it is one copy
     std::vector<uint64_t> wait_events;
     size_t events_seen = 0;  // of wait_events, that have happened
     bool by_kernel = false, pinned = false;

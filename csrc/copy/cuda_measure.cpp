@@ -61,8 +61,8 @@ double BestOf(CudaDriver& cuda, EventPool& timed, CopyStream& stream, QueueCopy 
 
 }  // namespace
 
-size_t MeasureEnginePieceBytes(CudaDriver& cuda, const KernelPath& kernel, EventPool& timed, CopyStream& stream,
-                               std::string* note) {
+size_t MeasureEnginePieceBytes(CudaDriver& cuda, const KernelPath& kernel, EventPool& timed,
+                               CopyStream& stream, std::string* note) {
   const Scratch scratch(cuda);
   if (!scratch.good()) {
     *note = "no memory to measure with";
@@ -90,7 +90,8 @@ size_t MeasureEnginePieceBytes(CudaDriver& cuda, const KernelPath& kernel, Event
           }
           bool good = note->empty();
           for (uint32_t i = 0; i < count && good; ++i) {
-            good = cuda.CopyToDevice(to[i], reinterpret_cast<const void*>(from[i]), piece, stream.get(), note);
+            good =
+                cuda.CopyToDevice(to[i], reinterpret_cast<const void*>(from[i]), piece, stream.get(), note);
           }
           return good;
         },
@@ -102,7 +103,8 @@ size_t MeasureEnginePieceBytes(CudaDriver& cuda, const KernelPath& kernel, Event
       words[i] = host_slot(i);
       words[count + i] = i;
     }
-    if (!cuda.CopyToDevice(description, scratch.host() + kBytes, kDescriptionBytes, stream.get(), note)) return 0;
+    if (!cuda.CopyToDevice(description, scratch.host() + kBytes, kDescriptionBytes, stream.get(), note))
+      return 0;
     CopyGroup group{};
     group.buffers = reinterpret_cast<const CopyBuffer*>(description);
     group.slots = reinterpret_cast<const uint32_t*>(description + kWordsAt);

@@ -13,7 +13,7 @@ namespace flexkv {
 // engines are about as fast as the kernel, or faster: they take nothing from the GPU's processors. That the kernel
 // runs once here means besides that its first launch, which loads it, is not one that a forward waits for. 0 if
 // something failed, with the reason in *note.
-size_t MeasureEnginePieceBytes(CudaDriver& cuda, const KernelPath& kernel, EventPool& timed, CopyStream& stream,
-                               std::string* note);
+size_t MeasureEnginePieceBytes(CudaDriver& cuda, const KernelPath& kernel, EventPool& timed,
+                               CopyStream& stream, std::string* note);
 
 }  // namespace flexkv

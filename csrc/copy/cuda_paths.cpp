@@ -50,15 +50,14 @@ size_t EnginePath::piece_bytes(bool rows_in_sequence) const {
 
 // Calls take(piece) until it returns false. `rows` are the block's rows unless they follow first_row >= 0.
 template <typename Take>
-void EnginePath::ForEachPiece(char* slot, const int64_t* rows, int64_t first_row, int layer_begin, int layer_end,
-                              Take take) const {
+void EnginePath::ForEachPiece(char* slot, const int64_t* rows, int64_t first_row, int layer_begin,
+                              int layer_end, Take take) const {
   Piece piece{slot + layout_.layer_offset(layer_begin), 0, 0};
   for (int layer = layer_begin; layer < layer_end; ++layer) {
     for (const DeviceBuffer& buffer : layout_.buffers(layer)) {
       const bool whole = first_row >= 0 && buffer.row_stride == buffer.row_bytes;
       const int64_t pieces = whole ? 1 : layout_.rows_per_block();
-      const size_t bytes =
-          static_cast<size_t>(buffer.row_bytes * (whole ? layout_.rows_per_block() : 1));
+      const size_t bytes = static_cast<size_t>(buffer.row_bytes * (whole ? layout_.rows_per_block() : 1));
       for (int64_t i = 0; i < pieces; ++i) {
         const int64_t row = first_row >= 0 ? first_row + i : rows[i];
         const uint64_t device = buffer.base + static_cast<uint64_t>(row * buffer.row_stride);
@@ -75,8 +74,8 @@ void EnginePath::ForEachPiece(char* slot, const int64_t* rows, int64_t first_row
   take(piece);
 }
 
-bool EnginePath::Queue(const CopiedBlocks& blocks, int layer_begin, int layer_end, bool pinned, CopyStream& stream,
-                       std::string* error) {
+bool EnginePath::Queue(const CopiedBlocks& blocks, int layer_begin, int layer_end, bool pinned,
+                       CopyStream& stream, std::string* error) {
   const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
   Batch batch{stream, blocks.to_device, pinned, error};
   bool good = true;
@@ -94,8 +93,8 @@ bool EnginePath::QueueFromSlots(const CopiedBlocks& blocks, size_t first, size_t
   const size_t bytes = layout_.layer_offset(layer_end - 1) + layout_.layer_bytes(layer_end - 1) - offset;
   Batch batch{stream, false, pinned, error};
   for (size_t i = 0; i < count; ++i) {
-    if (!Add(batch, {host_.Slot(blocks.host_slots[first + i]) + offset, slots + i * host_.slot_bytes() + offset,
-                     bytes})) {
+    if (!Add(batch, {host_.Slot(blocks.host_slots[first + i]) + offset,
+                     slots + i * host_.slot_bytes() + offset, bytes})) {
       return false;
     }
   }
@@ -128,7 +127,8 @@ bool EnginePath::Flush(Batch& batch) {
       sizes[i] = pieces[i].bytes;
     }
     if (!batch.to_device) from.swap(to);
-    if (cuda_->CopyBatch(to.data(), from.data(), sizes.data(), pieces.size(), batch.stream.get(), batch.error)) {
+    if (cuda_->CopyBatch(to.data(), from.data(), sizes.data(), pieces.size(), batch.stream.get(),
+                         batch.error)) {
       pieces.clear();
       return true;
     }
@@ -238,7 +238,8 @@ std::optional<KernelPath::Descriptors> KernelPath::Describe(const CopiedBlocks& 
   Descriptors described{at, blocks.in_sequence ? 0 : static_cast<size_t>(layout_.rows_per_block())};
   uint32_t* out = ring_ + at;
   for (size_t b = 0; b < blocks.count; ++b) {
-    *out++ = static_cast<uint32_t>(blocks.to_device ? static_cast<size_t>(blocks.host_slots[b]) : b % num_slots_);
+    *out++ =
+        static_cast<uint32_t>(blocks.to_device ? static_cast<size_t>(blocks.host_slots[b]) : b % num_slots_);
   }
   for (size_t b = 0; b < blocks.count; ++b) {
     if (described.listed_rows == 0) {
@@ -253,8 +254,8 @@ std::optional<KernelPath::Descriptors> KernelPath::Describe(const CopiedBlocks& 
   return described;
 }
 
-bool KernelPath::QueueDescriptors(const CopiedBlocks& blocks, const Descriptors& described, CopyStream& stream,
-                                  std::string* error) {
+bool KernelPath::QueueDescriptors(const CopiedBlocks& blocks, const Descriptors& described,
+                                  CopyStream& stream, std::string* error) {
   // Copied once: the kernel would fetch them over the link again and again, each time before it knows an address.
   const size_t words = blocks.count * (1 + std::max<size_t>(1, described.listed_rows));
   stream.MakeRoom(1);
@@ -268,19 +269,22 @@ bool KernelPath::QueueLoad(const CopiedBlocks& blocks, const Descriptors& descri
                 reinterpret_cast<uint64_t>(host_.base()), stream, error);
 }
 
-bool KernelPath::QueueGather(const CopiedBlocks& blocks, const Descriptors& described, size_t first, size_t count,
-                             int layer_begin, int layer_end, CopyStream& stream, std::string* error) {
+bool KernelPath::QueueGather(const CopiedBlocks& blocks, const Descriptors& described, size_t first,
+                             size_t count, int layer_begin, int layer_end, CopyStream& stream,
+                             std::string* error) {
   return Launch(blocks, described, first, count, layer_begin, layer_end, slots_, stream, error);
 }
 
 bool KernelPath::Launch(const CopiedBlocks& blocks, const Descriptors& described, size_t first, size_t count,
-                        int layer_begin, int layer_end, uint64_t base, CopyStream& stream, std::string* error) {
+                        int layer_begin, int layer_end, uint64_t base, CopyStream& stream,
+                        std::string* error) {
   const size_t rows_per_block = static_cast<size_t>(layout_.rows_per_block());
   const bool by_row = described.listed_rows != 0 || !whole_buffers_;
   uint64_t run_bytes = 0;
   for (int layer = layer_begin; layer < layer_end; ++layer) {
     for (const DeviceBuffer& buffer : layout_.buffers(layer)) {
-      run_bytes = std::max(run_bytes, static_cast<uint64_t>(buffer.row_bytes) * (by_row ? 1 : rows_per_block));
+      run_bytes =
+          std::max(run_bytes, static_cast<uint64_t>(buffer.row_bytes) * (by_row ? 1 : rows_per_block));
     }
   }
   const uint32_t* slots = reinterpret_cast<const uint32_t*>(device_ring_ + described.at * sizeof(uint32_t));

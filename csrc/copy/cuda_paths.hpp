@@ -122,10 +122,10 @@ class KernelPath {
   uint64_t table_ = 0;                // CopyBuffer of every layer's buffers, on the device
   uint32_t* ring_ = nullptr;          // words, pinned
   uint64_t device_ring_ = 0;
-  uint64_t slots_ = 0;                // what is stored on its way to the host
+  uint64_t slots_ = 0;  // what is stored on its way to the host
   size_t num_slots_ = 0;
   std::mutex mutex_;
-  std::deque<Span> spans_;            // of the ring, in use, oldest first
+  std::deque<Span> spans_;  // of the ring, in use, oldest first
 };
 
 }  // namespace flexkv

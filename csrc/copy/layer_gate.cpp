@@ -61,7 +61,8 @@ void LayerGate::Pass(int layer, bool was_queued) {
 
 // With the mutex held.
 void LayerGate::Open() {
-  while (open_queued_ < num_layers_ && layers_[static_cast<size_t>(open_queued_)].left_queued <= 0) ++open_queued_;
+  while (open_queued_ < num_layers_ && layers_[static_cast<size_t>(open_queued_)].left_queued <= 0)
+    ++open_queued_;
   int open = open_.load(std::memory_order_relaxed);
   while (open < num_layers_ && layers_[static_cast<size_t>(open)].left <= 0) ++open;
   open_.store(open, std::memory_order_release);
@@ -83,7 +84,8 @@ bool LayerGate::StreamWait(int layer, uint64_t stream, double timeout_s) {
   uint64_t number = 0;
   {
     std::unique_lock<std::mutex> lock(mutex_);
-    if (!changed_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return open_queued_ > layer; })) {
+    if (!changed_.wait_for(lock, std::chrono::duration<double>(timeout_s),
+                           [&] { return open_queued_ > layer; })) {
       return false;
     }
     // Not open before those below it. What was queued last lands last.
@@ -98,7 +100,8 @@ bool LayerGate::StreamWait(int layer, uint64_t stream, double timeout_s) {
     if (number == 0 || (waiting_stream_ == stream && waiting_number_ >= number)) return true;
   }
   std::string error;
-  if (!cuda_->StreamWaitEvent(reinterpret_cast<void*>(stream), reinterpret_cast<uint64_t>(event.get()), &error)) {
+  if (!cuda_->StreamWaitEvent(reinterpret_cast<void*>(stream), reinterpret_cast<uint64_t>(event.get()),
+                              &error)) {
     return Wait(layer, timeout_s) > 0;
   }
   std::lock_guard<std::mutex> lock(mutex_);

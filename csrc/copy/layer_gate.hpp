@@ -64,12 +64,12 @@ class LayerGate {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<Layer> layers_;
-  int open_queued_ = 0;           // layers that will be open when the stream of copies gets there
-  uint64_t last_number_ = 0;      // events have running numbers: all copies of a gate are on one stream
-  int unsubmitted_ = 0;           // loads that are expected and not even known to the engine
+  int open_queued_ = 0;       // layers that will be open when the stream of copies gets there
+  uint64_t last_number_ = 0;  // events have running numbers: all copies of a gate are on one stream
+  int unsubmitted_ = 0;       // loads that are expected and not even known to the engine
   std::chrono::steady_clock::time_point submitted_;  // when the last one came
-  uint64_t waiting_stream_ = 0;   // the last one that was told to wait,
-  uint64_t waiting_number_ = 0;   // and for which event
+  uint64_t waiting_stream_ = 0;                      // the last one that was told to wait,
+  uint64_t waiting_number_ = 0;                      // and for which event
 };
 
 }  // namespace flexkv

@@ -8,18 +8,19 @@ namespace flexkv {
 
 namespace {
 // Values of cuda.h, where each has the name in the comment.
-constexpr unsigned kStreamNonBlocking = 1;            // CU_STREAM_NON_BLOCKING
-constexpr unsigned kEventDefault = 0;                 // CU_EVENT_DEFAULT
-constexpr unsigned kEventDisableTiming = 2;           // CU_EVENT_DISABLE_TIMING
-constexpr unsigned kHostPortable = 1;                 // CU_MEMHOST{REGISTER,ALLOC}_PORTABLE
-constexpr unsigned kHostDeviceMap = 2;                // CU_MEMHOST{REGISTER,ALLOC}_DEVICEMAP
-constexpr int kSourceInStreamOrder = 1;               // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
-constexpr unsigned kPreferOverlapWithCompute = 1;     // CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
-constexpr int kMultiprocessorCount = 16;              // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-constexpr int kHostPointerForRegisteredMemory = 91;   // CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
-constexpr int kCaptureModeRelaxed = 2;                // CU_STREAM_CAPTURE_MODE_RELAXED
-constexpr int kErrorNotReady = 600;                   // CUDA_ERROR_NOT_READY
-constexpr int kErrorNotSupported = 801;               // CUDA_ERROR_NOT_SUPPORTED
+constexpr unsigned kStreamNonBlocking = 1;         // CU_STREAM_NON_BLOCKING
+constexpr unsigned kEventDefault = 0;              // CU_EVENT_DEFAULT
+constexpr unsigned kEventDisableTiming = 2;        // CU_EVENT_DISABLE_TIMING
+constexpr unsigned kHostPortable = 1;              // CU_MEMHOST{REGISTER,ALLOC}_PORTABLE
+constexpr unsigned kHostDeviceMap = 2;             // CU_MEMHOST{REGISTER,ALLOC}_DEVICEMAP
+constexpr int kSourceInStreamOrder = 1;            // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
+constexpr unsigned kPreferOverlapWithCompute = 1;  // CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
+constexpr int kMultiprocessorCount = 16;           // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
+constexpr int kHostPointerForRegisteredMemory =
+    91;                                  // CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
+constexpr int kCaptureModeRelaxed = 2;   // CU_STREAM_CAPTURE_MODE_RELAXED
+constexpr int kErrorNotReady = 600;      // CUDA_ERROR_NOT_READY
+constexpr int kErrorNotSupported = 801;  // CUDA_ERROR_NOT_SUPPORTED
 
 template <typename Fn>
 bool Find(void* library, const char* name, Fn* out) {
@@ -121,8 +122,8 @@ CudaDriver::Stream CudaDriver::CreateStream(bool urgent) {
   std::string error;
   int least = 0, greatest = 0;
   if (!Ok(priority_range_(&least, &greatest), "cuCtxGetStreamPriorityRange", &error) ||
-      !Ok(stream_create_(&stream, kStreamNonBlocking, urgent ? greatest : least), "cuStreamCreateWithPriority",
-          &error)) {
+      !Ok(stream_create_(&stream, kStreamNonBlocking, urgent ? greatest : least),
+          "cuStreamCreateWithPriority", &error)) {
     throw SystemError(error);
   }
   return stream;
@@ -144,8 +145,9 @@ bool CudaDriver::Synchronize(Stream stream, std::string* error) {
 
 CudaDriver::Event CudaDriver::CreateEvent(bool timed, std::string* error) {
   void* event = nullptr;
-  return Ok(event_create_(&event, timed ? kEventDefault : kEventDisableTiming), "cuEventCreate", error) ? event
-                                                                                                        : nullptr;
+  return Ok(event_create_(&event, timed ? kEventDefault : kEventDisableTiming), "cuEventCreate", error)
+             ? event
+             : nullptr;
 }
 
 void CudaDriver::DestroyEvent(Event event) { event_destroy_(event); }
@@ -163,7 +165,8 @@ double CudaDriver::SecondsBetween(Event start, Event end) {
   return event_elapsed_(&milliseconds, start, end) == 0 ? static_cast<double>(milliseconds) / 1e3 : 0;
 }
 
-bool CudaDriver::CopyToDevice(uint64_t dst, const void* src, size_t bytes, Stream stream, std::string* error) {
+bool CudaDriver::CopyToDevice(uint64_t dst, const void* src, size_t bytes, Stream stream,
+                              std::string* error) {
   return Ok(copy_htod_(dst, src, bytes, stream), "cuMemcpyHtoDAsync", error);
 }
 
@@ -175,10 +178,9 @@ bool CudaDriver::CopyBatch(uint64_t* dsts, uint64_t* srcs, size_t* sizes, size_t
                            std::string* error) {
   CopyAttributes attributes{kSourceInStreamOrder, {0, 0}, {0, 0}, kPreferOverlapWithCompute};
   size_t first = 0, failed_at = 0;
-  const int code =
-      copy_batch_ != nullptr
-          ? copy_batch_(dsts, srcs, sizes, count, &attributes, &first, 1, stream)
-          : copy_batch_12_(dsts, srcs, sizes, count, &attributes, &first, 1, &failed_at, stream);
+  const int code = copy_batch_ != nullptr
+                       ? copy_batch_(dsts, srcs, sizes, count, &attributes, &first, 1, stream)
+                       : copy_batch_12_(dsts, srcs, sizes, count, &attributes, &first, 1, &failed_at, stream);
   if (code == kErrorNotSupported) {
     batch_copies_.store(false);
     return false;
@@ -224,7 +226,8 @@ CudaDriver::Kernel CudaDriver::FindKernel(void* module, const char* name, std::s
 bool CudaDriver::Launch(Kernel kernel, unsigned ctas, unsigned threads, void* argument, Stream stream,
                         std::string* error) {
   void* arguments[] = {argument};
-  return Ok(launch_(kernel, ctas, 1, 1, threads, 1, 1, 0, stream, arguments, nullptr), "cuLaunchKernel", error);
+  return Ok(launch_(kernel, ctas, 1, 1, threads, 1, 1, 0, stream, arguments, nullptr), "cuLaunchKernel",
+            error);
 }
 
 }  // namespace flexkv

@@ -55,7 +55,8 @@ class CudaDriver {
   bool CopyToHost(void* dst, uint64_t src, size_t bytes, Stream stream, std::string* error);
   // Many copies in one call, in any order among themselves. Without has_batch_copies it is an error. A driver
   // that has the call and does not support it here ends has_batch_copies and returns false without an error.
-  bool CopyBatch(uint64_t* dsts, uint64_t* srcs, size_t* sizes, size_t count, Stream stream, std::string* error);
+  bool CopyBatch(uint64_t* dsts, uint64_t* srcs, size_t* sizes, size_t count, Stream stream,
+                 std::string* error);
 
   // Registers memory for DMA and for access by kernels.
   bool HostRegister(void* ptr, size_t bytes);
@@ -71,7 +72,8 @@ class CudaDriver {
   void UnloadModule(void* module);
   Kernel FindKernel(void* module, const char* name, std::string* error);
   // `argument` is copied before the call returns.
-  bool Launch(Kernel kernel, unsigned ctas, unsigned threads, void* argument, Stream stream, std::string* error);
+  bool Launch(Kernel kernel, unsigned ctas, unsigned threads, void* argument, Stream stream,
+              std::string* error);
 
  private:
   friend class CudaContext;
@@ -112,7 +114,8 @@ class CudaDriver {
   int (*event_elapsed_)(float*, void*, void*) = nullptr;
   int (*copy_htod_)(uint64_t, const void*, size_t, void*) = nullptr;
   int (*copy_dtoh_)(void*, uint64_t, size_t, void*) = nullptr;
-  int (*copy_batch_)(uint64_t*, uint64_t*, size_t*, size_t, CopyAttributes*, size_t*, size_t, void*) = nullptr;
+  int (*copy_batch_)(uint64_t*, uint64_t*, size_t*, size_t, CopyAttributes*, size_t*, size_t,
+                     void*) = nullptr;
   int (*copy_batch_12_)(uint64_t*, uint64_t*, size_t*, size_t, CopyAttributes*, size_t*, size_t, size_t*,
                         void*) = nullptr;
   int (*host_register_)(void*, size_t, unsigned) = nullptr;

@@ -114,8 +114,8 @@ uint32_t BlockGraph::FindOrCreate(const BlockKey& key) {
   return entry;
 }
 
-void BlockGraph::WriteNew(const Run& run, const SlotId* slots, uint8_t importance, uint32_t previous, bool linked,
-                          bool goes_on) {
+void BlockGraph::WriteNew(const Run& run, const SlotId* slots, uint8_t importance, uint32_t previous,
+                          bool linked, bool goes_on) {
   const int t = static_cast<int>(run.tier);
   uint32_t depth = DepthUnder(previous);
   for (uint32_t i = 0; i < run.count; ++i) {
@@ -264,8 +264,7 @@ void BlockGraph::PrefetchKey(Tier tier, const BlockKey& key) const {
   Of(tier).policy->PrefetchPast(key);
 }
 
-size_t BlockGraph::Evict(Tier tier, size_t count,
-                         const std::function<bool(size_t, uint32_t)>& admits) {
+size_t BlockGraph::Evict(Tier tier, size_t count, const std::function<bool(size_t, uint32_t)>& admits) {
   TierState& state = Of(tier);
   // Victims lie anywhere in memory. Those that come next are fetched while the first ones go: first
   // their entries, and when those are there the bucket that their key points to.

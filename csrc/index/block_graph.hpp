@@ -68,7 +68,9 @@ class BlockGraph {
   void Prefetch(const BlockKey& key) const { table_.Prefetch(key); }
   bool InUse(uint32_t entry) const { return nodes_[entry].parent != kFreed; }
   // Whether there is such an entry, with this key.
-  bool Is(uint32_t entry, const BlockKey& key) const { return entry < end_ && keys_[entry] == key && InUse(entry); }
+  bool Is(uint32_t entry, const BlockKey& key) const {
+    return entry < end_ && keys_[entry] == key && InUse(entry);
+  }
   const BlockKey& KeyOf(uint32_t entry) const { return keys_[entry]; }
   const BlockKey* KeysFrom(uint32_t entry) const { return &keys_[entry]; }
   uint32_t ParentOf(uint32_t entry) const { return nodes_[entry].parent; }
@@ -206,9 +208,7 @@ class BlockGraph {
   }
 
   Residency& At(uint32_t entry, Tier tier) { return nodes_[entry].tier[static_cast<int>(tier)]; }
-  const Residency& At(uint32_t entry, Tier tier) const {
-    return nodes_[entry].tier[static_cast<int>(tier)];
-  }
+  const Residency& At(uint32_t entry, Tier tier) const { return nodes_[entry].tier[static_cast<int>(tier)]; }
   int32_t* Tokens(uint32_t entry) { return &tokens_[static_cast<size_t>(entry) * tokens_kept_]; }
   const int32_t* Tokens(uint32_t entry) const { return &tokens_[static_cast<size_t>(entry) * tokens_kept_]; }
   void ReserveEntries(size_t count, bool populate);
@@ -225,10 +225,10 @@ class BlockGraph {
   GrowingArray<int32_t> tokens_;
   GrowingArray<uint8_t> has_tokens_;
   BlockTraits traits_;
-  uint32_t end_ = 0;             // entries were given out below it
-  uint32_t reserved_ = 0;        // arrays have room up to it
-  uint32_t num_entries_ = 0;     // in use
-  uint32_t first_free_ = kNil;   // run of entries that were given back
+  uint32_t end_ = 0;            // entries were given out below it
+  uint32_t reserved_ = 0;       // arrays have room up to it
+  uint32_t num_entries_ = 0;    // in use
+  uint32_t first_free_ = kNil;  // run of entries that were given back
   TierState tiers_[kNumTiers];
 };
 

@@ -5,9 +5,7 @@
 
 namespace flexkv {
 
-BucketQueue::BucketQueue(GrowingArray<QueueLink>* links) : links_(links), used_(kBuckets, false) {
-  Clear();
-}
+BucketQueue::BucketQueue(GrowingArray<QueueLink>* links) : links_(links), used_(kBuckets, false) { Clear(); }
 
 void BucketQueue::Clear() {
   buckets_.resize(kBuckets);

@@ -329,9 +329,7 @@ class QueuedPolicy final : public EvictionPolicy {
  private:
   static constexpr uint32_t kEntriesEnd = 1u << 31;
 
-  size_t Level(uint32_t id) const {
-    return traits_.importance[id] * Rule::kLevels + rule_.Level(metas_[id]);
-  }
+  size_t Level(uint32_t id) const { return traits_.importance[id] * Rule::kLevels + rule_.Level(metas_[id]); }
 
   void Enter(uint32_t id, bool in_front = false) {
     const size_t level = Level(id);
@@ -352,7 +350,7 @@ class QueuedPolicy final : public EvictionPolicy {
   GrowingArray<QueueLink> links_;
   size_t num_entries_ = 0;
   std::vector<std::unique_ptr<BucketQueue>> queues_;  // by importance, then the rule's level
-  BitTree used_;  // queues that are not empty
+  BitTree used_;                                      // queues that are not empty
 };
 
 }  // namespace

@@ -75,7 +75,7 @@ class EvictionPolicy {
 
 struct EvictionSetup {
   EvictionPolicyKind kind;
-  uint32_t capacity;          // blocks of the tier
+  uint32_t capacity;  // blocks of the tier
   uint32_t tokens_per_block;
 };
 

@@ -22,7 +22,8 @@ void AppendRun(std::vector<Run>* runs, const Run& run) {
 
 }  // namespace
 
-PrefixIndex::PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block, bool keep_tokens)
+PrefixIndex::PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block,
+                         bool keep_tokens)
     : graph_({cpu, ssd}, tokens_per_block, keep_tokens) {}
 
 // ---- looking up, and leases ----
@@ -90,8 +91,8 @@ size_t PrefixIndex::MatchTokens(const TokenRun& run, BlockKey* keys, uint8_t* ma
   return found;
 }
 
-uint64_t PrefixIndex::Acquire(const BlockRun& blocks, std::optional<Tier> tier, bool use,
-                              uint8_t* tiers, SlotId* slots, size_t* found) {
+uint64_t PrefixIndex::Acquire(const BlockRun& blocks, std::optional<Tier> tier, bool use, uint8_t* tiers,
+                              SlotId* slots, size_t* found) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Walk walk(graph_, blocks);
   return AcquireAlong(walk, blocks.count, tier, use, tiers, slots, found);
@@ -188,7 +189,9 @@ std::optional<size_t> PrefixIndex::MakeRoom(Tier tier, const BlockKey* parent, u
   // keeps a request that cannot fit from emptying the tier for nothing.
   if (missing.size() > state.pool.num_slots() - state.pinned) return std::nullopt;
   const uint32_t first = anchor != kNil || blocks.count == 0 ? kNil : graph_.Find(blocks.keys[0]);
-  const uint32_t depth = anchor != kNil ? graph_.DepthUnder(anchor) : first != kNil ? graph_.DepthOf(first) : 0;
+  const uint32_t depth = anchor != kNil  ? graph_.DepthUnder(anchor)
+                         : first != kNil ? graph_.DepthOf(first)
+                                         : 0;
 
   auto newcomer = [&](size_t i) {
     return EvictionPolicy::Newcomer{blocks.keys[missing[i]], depth + missing[i], purpose.importance};
@@ -285,8 +288,10 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
       touched.Add(found.entry, found.count);
       for (uint32_t entry = found.entry; entry < found.entry + found.count; ++entry, ++position) {
         graph_.Link(entry, previous);
-        if (blocks.tokens != nullptr && !graph_.HasTokens(entry)) graph_.KeepTokens(entry, *blocks.tokens, position, 1);
-        if (purpose.importance > graph_.ImportanceOf(entry)) graph_.RaiseImportance(entry, purpose.importance);
+        if (blocks.tokens != nullptr && !graph_.HasTokens(entry))
+          graph_.KeepTokens(entry, *blocks.tokens, position, 1);
+        if (purpose.importance > graph_.ImportanceOf(entry))
+          graph_.RaiseImportance(entry, purpose.importance);
         if (graph_.StateOf(entry, tier) == State::kAbsent) {
           graph_.Occupy(entry, tier, state.pool.Allocate());
           graph_.AddPin(entry, tier);
@@ -375,8 +380,8 @@ size_t PrefixIndex::InvalidateTier(Tier tier) {
   return dropped;
 }
 
-size_t PrefixIndex::Restore(Tier tier, const BlockKey* keys, const BlockKey* parents,
-                            const SlotId* slots, size_t count, std::vector<uint8_t>* taken) {
+size_t PrefixIndex::Restore(Tier tier, const BlockKey* keys, const BlockKey* parents, const SlotId* slots,
+                            size_t count, std::vector<uint8_t>* taken) {
   const std::lock_guard<std::mutex> lock(mutex_);
   TierState& state = graph_.Of(tier);
   // With every slot free no block is ready, being written or dying.
@@ -479,7 +484,8 @@ std::string PrefixIndex::CheckIntegrity() const {
     for (const Run& run : txn.runs) {
       for (uint32_t entry = run.first; entry < run.first + run.count; ++entry, ++count) {
         pins[static_cast<int>(txn.tier)][entry]++;
-        if (graph_.StateOf(entry, txn.tier) != State::kWriting) return "a reserved block is not being written";
+        if (graph_.StateOf(entry, txn.tier) != State::kWriting)
+          return "a reserved block is not being written";
       }
     }
     if (count != txn.count) return "a transaction has lost blocks";

@@ -23,12 +23,12 @@
 namespace flexkv {
 
 struct TierStats {
-  uint32_t slots = 0;       // capacity
-  uint32_t free = 0;        // never written or given back
-  uint32_t ready = 0;       // readable blocks
-  uint32_t writing = 0;     // reserved, not committed yet
-  uint32_t pinned = 0;      // blocks with at least one pin
-  uint64_t evicted = 0;     // blocks that left this tier to make room, since start
+  uint32_t slots = 0;    // capacity
+  uint32_t free = 0;     // never written or given back
+  uint32_t ready = 0;    // readable blocks
+  uint32_t writing = 0;  // reserved, not committed yet
+  uint32_t pinned = 0;   // blocks with at least one pin
+  uint64_t evicted = 0;  // blocks that left this tier to make room, since start
 };
 
 // What blocks are stored for.
@@ -57,8 +57,8 @@ class PrefixIndex {
   // ends the search (see Writer). `use`: they are going to be read, which is what eviction
   // policies count; otherwise they are only looked at. Of each of the first `found` blocks `tiers`
   // and `slots` say where it is. Zero blocks: no lease (id 0).
-  uint64_t Acquire(const BlockRun& blocks, std::optional<Tier> tier, bool use, uint8_t* tiers,
-                   SlotId* slots, size_t* found);
+  uint64_t Acquire(const BlockRun& blocks, std::optional<Tier> tier, bool use, uint8_t* tiers, SlotId* slots,
+                   size_t* found);
 
   // Hash and acquire in one, in all tiers.
   uint64_t AcquireTokens(const TokenRun& run, bool use, BlockKey* keys, uint8_t* tiers, SlotId* slots,
@@ -101,8 +101,8 @@ class PrefixIndex {
   // contradict each other the later one is believed: of two with one key or one slot only the last
   // is taken, and none whose slot does not exist. `taken` gets a 1 for each that was published.
   // The tier must be empty. Returns how many were published.
-  size_t Restore(Tier tier, const BlockKey* keys, const BlockKey* parents, const SlotId* slots,
-                 size_t count, std::vector<uint8_t>* taken);
+  size_t Restore(Tier tier, const BlockKey* keys, const BlockKey* parents, const SlotId* slots, size_t count,
+                 std::vector<uint8_t>* taken);
 
   // All readable blocks of a tier, in no order; an all-zero parent means none. Returns how many.
   size_t Blocks(Tier tier, std::vector<BlockKey>* keys, std::vector<BlockKey>* parents,
@@ -148,9 +148,8 @@ class PrefixIndex {
   // how many got one.
   size_t FindOrNameRest(const BlockRun& blocks, size_t first);
   void AddFound(uint32_t entry);
-  std::optional<size_t> MakeRoom(Tier tier, const BlockKey* parent, uint32_t anchor,
-                                 const BlockRun& blocks, const std::vector<uint32_t>& missing,
-                                 const Purpose& purpose);
+  std::optional<size_t> MakeRoom(Tier tier, const BlockKey* parent, uint32_t anchor, const BlockRun& blocks,
+                                 const std::vector<uint32_t>& missing, const Purpose& purpose);
 
   mutable std::mutex mutex_;
   BlockGraph graph_;

@@ -7,16 +7,16 @@
 namespace flexkv {
 namespace {
 
-constexpr double kGain = 3.0;            // bonus of a mean class, in mean reuse ages
-constexpr double kSizeDamp = 0.5;        // a tier that outlasts reuses has less to decide
-constexpr double kCountHalfLife = 8.0;   // of uses, in mean reuse ages
-constexpr double kDecay = 0.995;         // of all statistics, per refresh
-constexpr double kRefreshShare = 0.25;   // of the capacity: ticks between refreshes
-constexpr double kPriorTrials = 100.0;   // blocks a class needs to be taken for something of its own
-constexpr double kHorizon = 24.0;        // capacities: a later use says nothing about keeping
-constexpr double kDeadBand = 0.5;        // standard errors that count as no evidence
-constexpr double kSmallTier = 300.0;     // blocks: in a tier of some dozen prompts more is needed
-constexpr double kCountSteps = 48.0;     // of a count's code per doubling
+constexpr double kGain = 3.0;           // bonus of a mean class, in mean reuse ages
+constexpr double kSizeDamp = 0.5;       // a tier that outlasts reuses has less to decide
+constexpr double kCountHalfLife = 8.0;  // of uses, in mean reuse ages
+constexpr double kDecay = 0.995;        // of all statistics, per refresh
+constexpr double kRefreshShare = 0.25;  // of the capacity: ticks between refreshes
+constexpr double kPriorTrials = 100.0;  // blocks a class needs to be taken for something of its own
+constexpr double kHorizon = 24.0;       // capacities: a later use says nothing about keeping
+constexpr double kDeadBand = 0.5;       // standard errors that count as no evidence
+constexpr double kSmallTier = 300.0;    // blocks: in a tier of some dozen prompts more is needed
+constexpr double kCountSteps = 48.0;    // of a count's code per doubling
 constexpr double kCountClassEnds[] = {1.0001, 1.5, 2, 3, 5};
 // Until a tier has seen something itself: what was seen on other traces, worth so many blocks.
 constexpr double kInitialTrials = 500.0;
@@ -32,9 +32,7 @@ constexpr uint64_t kAgeUnits = 1 << 14;  // of the time for which a ghost's age 
 }  // namespace
 
 ReuseModel::ReuseModel(uint32_t capacity, uint32_t deep)
-    : capacity_(std::max(1u, capacity)),
-      deep_(deep),
-      horizon_(static_cast<uint64_t>(kHorizon * capacity_)) {
+    : capacity_(std::max(1u, capacity)), deep_(deep), horizon_(static_cast<uint64_t>(kHorizon * capacity_)) {
   const double initial = std::min(kInitialTrials, kInitialTrialsShare * capacity_);
   for (int kind = 0; kind < kKinds; ++kind) {
     trials_[kind] = initial;

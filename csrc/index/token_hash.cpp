@@ -95,7 +95,8 @@ BlockKey KeyOfPageHash(std::string_view hex, const BlockKey& name_space) {
     }
   }
   if (hex.size() < 2 * bytes.size() || seen >= 16) {
-    throw UsageError("the hash of a page begins with 32 hexadecimal digits, unlike '" + std::string(hex) + "'");
+    throw UsageError("the hash of a page begins with 32 hexadecimal digits, unlike '" + std::string(hex) +
+                     "'");
   }
   BlockKey key;
   std::memcpy(&key, bytes.data(), sizeof key);

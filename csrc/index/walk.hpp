@@ -25,7 +25,7 @@ struct BlockRun {
 struct TokenRun {
   BlockKey name_space;  // who may share its blocks
   TokenView tokens;
-  size_t count = 0;     // blocks
+  size_t count = 0;  // blocks
 };
 
 // Tells the policies of entries that were looked at, run by run.
@@ -68,7 +68,8 @@ class Walk {
       ahead_ = block;
     } else {
       // One miss is likely to be followed by more: their buckets are fetched while we wait for this.
-      for (ahead_ = std::max(ahead_, block); ahead_ < std::min(block + KeyTable::kAhead, blocks_.count); ++ahead_) {
+      for (ahead_ = std::max(ahead_, block); ahead_ < std::min(block + KeyTable::kAhead, blocks_.count);
+           ++ahead_) {
         graph_.Prefetch(blocks_.keys[ahead_]);
       }
       entry = graph_.Find(key);
@@ -92,8 +93,7 @@ class Walk {
 // and only what is not is hashed.
 class TokenWalk {
  public:
-  TokenWalk(BlockGraph& graph, const TokenRun& run, BlockKey* keys)
-      : graph_(graph), run_(run), keys_(keys) {
+  TokenWalk(BlockGraph& graph, const TokenRun& run, BlockKey* keys) : graph_(graph), run_(run), keys_(keys) {
     Require(run.tokens.per_block == graph.tokens_kept(), "this index keeps no tokens, or of other blocks");
   }
 
@@ -106,7 +106,8 @@ class TokenWalk {
     } else {
       Name(block);
       entry = graph_.Find(keys_[block]);
-      if (entry != BlockGraph::kNil && !graph_.HoldsTokens(entry, run_.tokens, block)) entry = BlockGraph::kNil;
+      if (entry != BlockGraph::kNil && !graph_.HoldsTokens(entry, run_.tokens, block))
+        entry = BlockGraph::kNil;
     }
     named_ = block + 1;
     previous_ = entry;

@@ -8,9 +8,7 @@ namespace flexkv {
 
 BlockLayout::BlockLayout(std::vector<std::vector<DeviceBuffer>> layers, int64_t tokens_per_block,
                          int64_t tokens_per_row)
-    : layers_(std::move(layers)),
-      tokens_per_block_(tokens_per_block),
-      tokens_per_row_(tokens_per_row) {
+    : layers_(std::move(layers)), tokens_per_block_(tokens_per_block), tokens_per_row_(tokens_per_row) {
   Require(!layers_.empty(), "a layout needs at least one layer");
   Require(tokens_per_block > 0 && tokens_per_row > 0 && tokens_per_block % tokens_per_row == 0,
           "tokens_per_row must divide tokens_per_block");
@@ -42,8 +40,7 @@ std::vector<int64_t> BlockLayout::FirstRows(const int64_t* token_slots, size_t c
       }
       consecutive = consecutive && slots[i] == slots[0] + i;
     }
-    Require(consecutive || tokens_per_row_ == 1,
-            "a pool laid out by page needs blocks of whole pages");
+    Require(consecutive || tokens_per_row_ == 1, "a pool laid out by page needs blocks of whole pages");
     first[b] = consecutive ? slots[0] / tokens_per_row_ : -1;
   }
   return first;

@@ -14,10 +14,10 @@
 namespace flexkv {
 
 struct DeviceBuffer {
-  uint64_t base = 0;          // address of row 0, on the CPU or on the GPU
+  uint64_t base = 0;  // address of row 0, on the CPU or on the GPU
   int64_t num_rows = 0;
-  int64_t row_bytes = 0;      // bytes of a row that are copied
-  int64_t row_stride = 0;     // bytes from one row to the next
+  int64_t row_bytes = 0;   // bytes of a row that are copied
+  int64_t row_stride = 0;  // bytes from one row to the next
 };
 
 class BlockLayout {
@@ -54,7 +54,7 @@ class BlockLayout {
 // neighbouring layers as fill whole pages.
 struct Slice {
   size_t offset = 0;
-  size_t bytes = 0;      // a multiple of kIoAlignment; the last slice takes the slot's padding
+  size_t bytes = 0;  // a multiple of kIoAlignment; the last slice takes the slot's padding
   int layer_begin = 0;
   int layer_end = 0;
 };

@@ -36,7 +36,8 @@ class PinTurn {
     const std::string name = "sglang-flexkv-pins-" + std::to_string(getuid());
     std::memcpy(address.sun_path + 1, name.data(), name.size());
     const socklen_t size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + name.size());
-    return socket_ < 0 || bind(socket_, reinterpret_cast<sockaddr*>(&address), size) == 0 || errno != EADDRINUSE;
+    return socket_ < 0 || bind(socket_, reinterpret_cast<sockaddr*>(&address), size) == 0 ||
+           errno != EADDRINUSE;
   }
   ~PinTurn() {
     if (socket_ >= 0) close(socket_);
@@ -48,16 +49,14 @@ class PinTurn {
 
 }  // namespace
 
-HostPool::HostPool(size_t num_slots, size_t slot_bytes)
-    : num_slots_(num_slots), slot_bytes_(slot_bytes) {
-  Require(slot_bytes > 0 && slot_bytes % kIoAlignment == 0,
-          "slot_bytes must be a positive multiple of 4096");
+HostPool::HostPool(size_t num_slots, size_t slot_bytes) : num_slots_(num_slots), slot_bytes_(slot_bytes) {
+  Require(slot_bytes > 0 && slot_bytes % kIoAlignment == 0, "slot_bytes must be a positive multiple of 4096");
   Require(num_slots > 0, "a host pool needs at least one slot");
   mapped_bytes_ = AlignUp(total_bytes(), kIoAlignment);
   // NORESERVE: the size was checked against the machine's memory; overcommit must not refuse it.
   const size_t reserved_bytes = mapped_bytes_ + kHugePageBytes;
-  void* mem = mmap(nullptr, reserved_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
-                   -1, 0);
+  void* mem = mmap(nullptr, reserved_bytes, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (mem == MAP_FAILED) {
     throw SystemError("cannot map " + std::to_string(mapped_bytes_) +
                       " bytes for the CPU tier: " + std::strerror(errno));

@@ -137,7 +137,8 @@ int Disk::FillHoles(int fd, uint64_t bytes, bool* by_writing) {
     while (at < end) {
       const size_t piece = std::min<uint64_t>(kFillBytes, end - at);
       std::memset(buffer.get(), 0, piece);
-      const size_t held = std::min<uint64_t>(piece, static_cast<uint64_t>(size) - std::min<uint64_t>(at, size));
+      const size_t held =
+          std::min<uint64_t>(piece, static_cast<uint64_t>(size) - std::min<uint64_t>(at, size));
       int error = held > 0 ? ReadAll(fd, buffer.get(), held, at) : 0;
       if (error == 0) error = WriteAll(fd, buffer.get(), piece, at);
       if (error < 0) return error;

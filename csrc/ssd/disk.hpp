@@ -32,8 +32,8 @@ class Disk : public FileCalls {
   virtual void Close(int fd);
   int64_t Read(int fd, void* data, size_t bytes, uint64_t offset) override;
   int64_t Write(int fd, const void* data, size_t bytes, uint64_t offset) override;
-  virtual int Sync(int fd);                                // the file's data, as fdatasync
-  virtual int Reserve(int fd, uint64_t bytes);             // as fallocate from 0
+  virtual int Sync(int fd);                     // the file's data, as fdatasync
+  virtual int Reserve(int fd, uint64_t bytes);  // as fallocate from 0
   virtual int Truncate(int fd, uint64_t bytes);
   virtual int64_t Size(int fd);
   virtual int Rename(const std::string& from, const std::string& to);

@@ -72,8 +72,8 @@ class UringEngine final : public IoEngine {
     sqe_bytes_ = params.sq_entries * sizeof(io_uring_sqe);
     ring_ = mmap(nullptr, ring_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, ring_fd_,
                  IORING_OFF_SQ_RING);
-    void* sqes = mmap(nullptr, sqe_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE,
-                      ring_fd_, IORING_OFF_SQES);
+    void* sqes = mmap(nullptr, sqe_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, ring_fd_,
+                      IORING_OFF_SQES);
     wake_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
     if (ring_ == MAP_FAILED || sqes == MAP_FAILED || wake_fd_ < 0) {
       const std::string why = std::strerror(errno);
@@ -231,8 +231,8 @@ class UringEngine final : public IoEngine {
     arg.ts = reinterpret_cast<uint64_t>(&ts);
     if (queued_ == 0 && wait == 0) return;
     const unsigned flags = wait > 0 ? IORING_ENTER_GETEVENTS | IORING_ENTER_EXT_ARG : 0u;
-    const int entered = RingEnter(ring_fd_, queued_, wait, flags, wait > 0 ? &arg : nullptr,
-                                  wait > 0 ? sizeof arg : 0);
+    const int entered =
+        RingEnter(ring_fd_, queued_, wait, flags, wait > 0 ? &arg : nullptr, wait > 0 ? sizeof arg : 0);
     if (entered >= 0) {
       queued_ -= std::min(queued_, static_cast<unsigned>(entered));
       return;
@@ -286,10 +286,10 @@ class UringEngine final : public IoEngine {
   io_uring_cqe* cqes_ = nullptr;
   unsigned queued_ = 0;  // entries that the kernel has not been told of
   bool wake_armed_ = false;
-  bool woken_ = false;   // since the last Reap began
-  std::vector<iovec> buffers_;   // registered, by address
-  std::vector<Io*> again_;       // short transfers that go on
-  std::vector<Io*> refused_;     // failed before they started
+  bool woken_ = false;          // since the last Reap began
+  std::vector<iovec> buffers_;  // registered, by address
+  std::vector<Io*> again_;      // short transfers that go on
+  std::vector<Io*> refused_;    // failed before they started
 };
 
 class ThreadEngine final : public IoEngine {

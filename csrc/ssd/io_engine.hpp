@@ -31,7 +31,7 @@ struct Io {
   int error = 0;      // out: 0, or an errno; ENODATA when the file ends early
   uint32_t done = 0;  // bytes moved so far; the engine's
   void* owner = nullptr;
-  uint32_t tag = 0;   // the owner's
+  uint32_t tag = 0;  // the owner's
 };
 
 class IoEngine {

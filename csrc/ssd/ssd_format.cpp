@@ -152,9 +152,9 @@ Decoded DecodeJournalHeader(const char* page, JournalHeader* header, uint32_t* v
 
 void AppendFrame(std::string* out, const BlockKey& generation, uint64_t number, const std::string& records,
                  size_t num_slices) {
-  Require(!records.empty() && records.size() <= kFramePayloadMax &&
-              records.size() % RecordBytes(num_slices) == 0,
-          "a frame holds whole records, at least one and at most 1 MiB of them");
+  Require(
+      !records.empty() && records.size() <= kFramePayloadMax && records.size() % RecordBytes(num_slices) == 0,
+      "a frame holds whole records, at least one and at most 1 MiB of them");
   FrameHeader header{};
   header.magic = kFrameMagic;
   header.record_bytes = static_cast<uint32_t>(RecordBytes(num_slices));

@@ -11,21 +11,21 @@
 namespace flexkv {
 
 constexpr uint32_t kSsdFormatVersion = 1;
-constexpr size_t kSsdPage = kIoAlignment;        // superblocks, journal header, frames start on pages
+constexpr size_t kSsdPage = kIoAlignment;             // superblocks, journal header, frames start on pages
 constexpr uint64_t kSlotsOffset = uint64_t{1} << 20;  // of slot 0; aligned for every disk and RAID
-constexpr size_t kSlicesMax = 256;               // of a slot
+constexpr size_t kSlicesMax = 256;                    // of a slot
 constexpr size_t kFramePayloadMax = size_t{1} << 20;
 constexpr size_t kLabelMax = 1024;
 
 // Two copies lie on the first two pages of the slot file; the one with the higher sequence counts.
 struct Superblock {
   uint64_t sequence = 0;
-  BlockKey generation;         // changes when the contents are given up; a journal must have the same
-  BlockKey name_space;         // of the keys
+  BlockKey generation;  // changes when the contents are given up; a journal must have the same
+  BlockKey name_space;  // of the keys
   uint64_t num_slots = 0;
   std::vector<uint32_t> slice_bytes;  // of a slot, multiples of a page
-  bool keep = true;            // false: the contents must not outlive the process that wrote them
-  std::string label;           // for people
+  bool keep = true;                   // false: the contents must not outlive the process that wrote them
+  std::string label;                  // for people
   uint64_t slot_bytes() const {
     uint64_t sum = 0;
     for (uint32_t bytes : slice_bytes) sum += bytes;
@@ -68,9 +68,9 @@ void AppendFrame(std::string* out, const BlockKey& generation, uint64_t number, 
 
 struct FrameView {
   uint64_t number = 0;
-  size_t count = 0;            // records
+  size_t count = 0;  // records
   const char* records = nullptr;
-  size_t bytes = 0;            // of the frame with its padding
+  size_t bytes = 0;  // of the frame with its padding
 };
 // Reads the frame that starts at `data`, which holds `available` bytes. False unless all of it is
 // there, intact, and of this generation.

@@ -24,8 +24,7 @@ void Apply(SsdImage* image, const char* data) {
   // Of a dropped block the sequence is kept until the end of the replay: it outranks older records.
   entry = {record.kind == RecordKind::kStored ? record.key : BlockKey{}, record.parent, record.sequence};
   const uint64_t slices = NumSlices(image->superblock);
-  std::memcpy(image->checksums.get() + record.slot * slices, data + sizeof record,
-              slices * sizeof(uint64_t));
+  std::memcpy(image->checksums.get() + record.slot * slices, data + sizeof record, slices * sizeof(uint64_t));
 }
 
 int Replay(Disk& disk, int fd, const JournalHeader& header, SsdImage* image) {
@@ -43,7 +42,8 @@ int Replay(Disk& disk, int fd, const JournalHeader& header, SsdImage* image) {
       base += at;
       have -= at;
       at = 0;
-      const size_t wanted = std::min<uint64_t>(window.size() - have, static_cast<uint64_t>(size) - base - have);
+      const size_t wanted =
+          std::min<uint64_t>(window.size() - have, static_cast<uint64_t>(size) - base - have);
       const int error = disk.ReadAll(fd, window.data() + have, wanted, base + have);
       if (error < 0) return error;
       have += wanted;

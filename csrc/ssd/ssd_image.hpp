@@ -36,15 +36,15 @@ struct SsdEntry {
 // What is in the files of one shard.
 struct SsdImage {
   Superblock superblock;
-  std::vector<SsdEntry> entries;       // per slot that lies within the file
+  std::vector<SsdEntry> entries;  // per slot that lies within the file
   std::unique_ptr<uint64_t[], void (*)(void*)> checksums{nullptr, std::free};  // [slot][slice]
   uint64_t num_live = 0;
-  uint64_t journal_end = kSsdPage;     // where the next frame goes
+  uint64_t journal_end = kSsdPage;  // where the next frame goes
   uint64_t next_frame = 1;
   uint64_t frames = 0;
   uint64_t records = 0;
   uint64_t last_sequence = 0;
-  uint64_t damaged_bytes = 0;          // of the journal, in front of its last good frame
+  uint64_t damaged_bytes = 0;  // of the journal, in front of its last good frame
 };
 
 inline uint64_t NumSlices(const Superblock& superblock) { return superblock.slice_bytes.size(); }

@@ -30,7 +30,8 @@ class SsdJournal {
   void Continue(const SsdImage& image);
 
   // Adds a frame of these records to `frames`, which are to be appended before any other.
-  void AddFrame(const BlockKey& generation, const std::string& records, size_t num_slices, std::string* frames);
+  void AddFrame(const BlockKey& generation, const std::string& records, size_t num_slices,
+                std::string* frames);
   int Append(const std::string& frames);
   // Names that still lead to the file.
   int Links() { return disk_->Links(fd_); }

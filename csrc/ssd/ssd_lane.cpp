@@ -103,7 +103,8 @@ void SsdLane::Loop() {
     EndIfDone(&writes_);
     if (reads_.empty() && writes_.empty() && stop_.load()) return;
     if (register_memory_) RegisterMemory();
-    double wait_s = in_flight_ > 0 || !reads_.empty() || !writes_.empty() || register_memory_ ? kTickS : kIdleS;
+    double wait_s =
+        in_flight_ > 0 || !reads_.empty() || !writes_.empty() || register_memory_ ? kTickS : kIdleS;
     if (held_back_s > 0) wait_s = std::min(wait_s, held_back_s);
     ended.clear();
     engine_->Reap(&ended, wait_s);
@@ -161,8 +162,7 @@ SsdLane::Work* SsdLane::NextWork(bool write) {
     if (work->all_started()) continue;
     if (write) return work.get();
     const bool stepwise = static_cast<bool>(work->transfer->on_step);
-    if (best == nullptr || (stepwise && !best->transfer->on_step) ||
-        (stepwise && work->step < best->step)) {
+    if (best == nullptr || (stepwise && !best->transfer->on_step) || (stepwise && work->step < best->step)) {
       best = work.get();
     }
   }
@@ -200,7 +200,8 @@ bool SsdLane::Prepare(Work* work, Flight* flight) {
     // From here on the slot does not hold what it held before, whatever becomes of the write.
     shard_.Retire(slot);
     for (uint32_t slice = slice_begin; slice < slice_end; ++slice) {
-      shard_.SetChecksum(t.keys[block], slot, slice, host_->Slot(t.host_slots[block]) + slice_offsets_[slice]);
+      shard_.SetChecksum(t.keys[block], slot, slice,
+                         host_->Slot(t.host_slots[block]) + slice_offsets_[slice]);
     }
   }
   work->in_flight++;
@@ -218,15 +219,17 @@ void SsdLane::Land(Flight* flight) {
   } else if (flight->error != 0) {
     Spoil(&t, block, BlockOutcome::kFailed);
     error = std::string(t.write ? "SSD write failed: " : "SSD read failed: ") +
-            (flight->error == ENODATA   ? "the file is shorter than it should be"
+            (flight->error == ENODATA     ? "the file is shorter than it should be"
              : flight->error == ECANCELED ? "it took too long"
                                           : std::strerror(flight->error));
   } else {
     landed = true;
     if (!t.write) {
       const uint32_t slot = static_cast<uint32_t>(static_cast<size_t>(t.ssd_slots[block]) / num_shards_);
-      for (uint32_t slice = t.step_begin(flight->step); slice < t.step_ends[flight->step] && landed; ++slice) {
-        landed = shard_.Verify(t.keys[block], slot, slice, host_->Slot(t.host_slots[block]) + slice_offsets_[slice]);
+      for (uint32_t slice = t.step_begin(flight->step); slice < t.step_ends[flight->step] && landed;
+           ++slice) {
+        landed = shard_.Verify(t.keys[block], slot, slice,
+                               host_->Slot(t.host_slots[block]) + slice_offsets_[slice]);
       }
     }
     if (!landed && t.cancelled->load(std::memory_order_relaxed)) {

@@ -52,8 +52,8 @@ struct SsdTransfer {
   const int64_t* ssd_slots = nullptr;
   size_t num_blocks = 0;
   uint32_t slice_begin = 0;
-  std::vector<uint32_t> step_ends;            // slices; every step begins where the one before it ends
-  double deadline_s = 0;                      // what has not started by then is dropped; 0: none
+  std::vector<uint32_t> step_ends;  // slices; every step begins where the one before it ends
+  double deadline_s = 0;            // what has not started by then is dropped; 0: none
   const std::atomic<bool>* cancelled = nullptr;
   // Called by a lane when it has read a step of a block and found it right, by several lanes at the same
   // time. May be empty.
@@ -61,7 +61,7 @@ struct SsdTransfer {
   // Called by a lane when a step of every block is there. May be empty; if not, somebody waits for the
   // steps, and they go before other reads.
   std::function<void(uint32_t step)> on_step;
-  std::function<void()> on_end;               // called by the lane that ends last
+  std::function<void()> on_end;  // called by the lane that ends last
 
   uint32_t num_steps() const { return static_cast<uint32_t>(step_ends.size()); }
   uint32_t step_begin(uint32_t step) const { return step == 0 ? slice_begin : step_ends[step - 1]; }
@@ -75,11 +75,11 @@ struct SsdTransfer {
 
   // Out. Blocks are told apart by their byte: every block belongs to one lane.
   std::vector<BlockOutcome> outcome;
-  std::vector<std::atomic<size_t>> step_left; // blocks that are missing
-  std::atomic<size_t> left{0};                // lanes that are not done
-  std::atomic<uint32_t> count[4] = {};        // blocks by outcome, kGood left out
+  std::vector<std::atomic<size_t>> step_left;  // blocks that are missing
+  std::atomic<size_t> left{0};                 // lanes that are not done
+  std::atomic<uint32_t> count[4] = {};         // blocks by outcome, kGood left out
   std::mutex mutex;
-  std::string error;                          // the first
+  std::string error;  // the first
 };
 
 class SsdLane {
@@ -105,7 +105,7 @@ class SsdLane {
     SsdTransfer* transfer = nullptr;
     std::vector<uint32_t> blocks;
     uint32_t step = 0;
-    size_t next = 0;     // into blocks, within the step
+    size_t next = 0;  // into blocks, within the step
     size_t in_flight = 0;
 
     bool all_started() const { return step == transfer->num_steps(); }

@@ -33,9 +33,9 @@ std::vector<uint32_t> SsdReader::Verify(const std::vector<uint32_t>& slots) {
     size_t at = 0;
     for (uint32_t slice = 0; slice < slices && good; ++slice) {
       const uint32_t length = image_.superblock.slice_bytes[slice];
-      good = image_.checksums[slot * slices + slice] ==
-             SliceChecksum(image_.entries[slot].key, image_.superblock.generation, slice, data.data() + at,
-                           length);
+      good = image_.checksums[slot * slices + slice] == SliceChecksum(image_.entries[slot].key,
+                                                                      image_.superblock.generation, slice,
+                                                                      data.data() + at, length);
       at += length;
     }
     if (!good) bad.push_back(slot);

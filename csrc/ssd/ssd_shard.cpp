@@ -141,8 +141,8 @@ void SsdShard::StartSuperblock() {
 
 void SsdShard::Create(uint64_t num_slots) {
   image_ = {};
-  image_.superblock = {0, RandomId(), options_.name_space, num_slots, options_.slice_bytes, true,
-                       options_.label};
+  image_.superblock = {0,    RandomId(),    options_.name_space, num_slots, options_.slice_bytes,
+                       true, options_.label};
   AllocateSlots(&image_, num_slots);
   const uint64_t bytes = kSlotsOffset + num_slots * image_.superblock.slot_bytes();
   const int64_t size = disk_->Size(slots_fd_);
@@ -185,7 +185,8 @@ void SsdShard::Resize(uint64_t num_slots) {
   // Slots that go must be gone from the journal before the file is cut, and those that were cut off must
   // not come back with zeros in them; damage is written away.
   if (num_slots < before || was_cut || image_.damaged_bytes > 0) {
-    if (const int error = Compact(image_.superblock); error < 0) Throw(paths_.journal, "cannot be rewritten", error);
+    if (const int error = Compact(image_.superblock); error < 0)
+      Throw(paths_.journal, "cannot be rewritten", error);
   }
   StartSuperblock();
   if (disk_->Size(slots_fd_) > static_cast<int64_t>(bytes)) {
@@ -345,8 +346,8 @@ void SsdShard::JournalLoop() {
     if (error == 0) {
       durable_ = ticket;
     } else {
-      error_ = "the journal in " + paths_.directory + " cannot be written: " +
-               (error == -ENOENT ? "its files were removed" : Reason(error));
+      error_ = "the journal in " + paths_.directory +
+               " cannot be written: " + (error == -ENOENT ? "its files were removed" : Reason(error));
     }
     done_.notify_all();
   }

@@ -28,11 +28,11 @@ namespace flexkv {
 struct SsdStoreOptions {
   std::vector<SsdPaths> shards;
   BlockKey name_space;
-  uint64_t num_slots = 0;                // over all shards
-  std::vector<uint32_t> slice_bytes;     // of a slot
+  uint64_t num_slots = 0;             // over all shards
+  std::vector<uint32_t> slice_bytes;  // of a slot
   std::string label;
-  bool fresh_on_mismatch = false;        // give up files of another format or namespace
-  double commit_interval_s = 0.1;        // records wait so long for company
+  bool fresh_on_mismatch = false;  // give up files of another format or namespace
+  double commit_interval_s = 0.1;  // records wait so long for company
 };
 
 struct SsdStoreStats {
@@ -40,7 +40,7 @@ struct SsdStoreStats {
   uint64_t compactions = 0;
   uint64_t journal_bytes = 0;
   uint64_t published = 0;
-  uint64_t durable = 0;    // published and synced
+  uint64_t durable = 0;  // published and synced
 };
 
 class SsdShard {

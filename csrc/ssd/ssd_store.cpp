@@ -28,7 +28,8 @@ SsdStore::SsdStore(SsdStoreOptions options, std::shared_ptr<Disk> disk)
     }
     sequence_ = std::max(sequence_, shards_[i]->last_sequence());
   }
-  std::sort(found.begin(), found.end(), [](const Found& a, const Found& b) { return a.sequence < b.sequence; });
+  std::sort(found.begin(), found.end(),
+            [](const Found& a, const Found& b) { return a.sequence < b.sequence; });
   recovered_.keys.reserve(found.size());
   recovered_.parents.reserve(found.size());
   recovered_.slots.reserve(found.size());

@@ -68,9 +68,9 @@ struct Queue {
 
 struct Stream {
   Queue* queue = nullptr;
-  size_t unfinished = 0;   // its commands, under the queue's mutex
-  uint64_t lost = 0;       // the device's life in which it was lost, under the queue's mutex
-  double model_us = 0;     // how long a GPU would have taken for them, touched by the queue's thread alone
+  size_t unfinished = 0;  // its commands, under the queue's mutex
+  uint64_t lost = 0;      // the device's life in which it was lost, under the queue's mutex
+  double model_us = 0;    // how long a GPU would have taken for them, touched by the queue's thread alone
 };
 
 struct Event {
@@ -176,8 +176,8 @@ int Enter(const char* call) {
   return d.broken.load();
 }
 
-#define ENTER()                                             \
-  std::lock_guard<std::recursive_mutex> in(device().lock);  \
+#define ENTER()                                            \
+  std::lock_guard<std::recursive_mutex> in(device().lock); \
   if (const int code = Enter(__func__); code != 0) return code
 
 void RunQueue(Queue* queue) {
@@ -470,9 +470,7 @@ void fake_adopt(uint64_t address, size_t bytes) {
 }
 
 // A caller that no injected fault meets.
-int fake_is_idle(void* handle) {
-  return Idle(handle);
-}
+int fake_is_idle(void* handle) { return Idle(handle); }
 
 void* fake_record(void* stream) {
   Event* event = new Event();
@@ -639,14 +637,16 @@ int cuStreamWaitValue32_v2(void* stream, uint64_t address, uint32_t value, unsig
   ENTER();
   Push(stream, Does::kTell, [=] {
     const std::atomic_ref<uint32_t> word(*reinterpret_cast<uint32_t*>(address));
-    while (static_cast<int32_t>(word.load() - value) < 0) std::this_thread::sleep_for(std::chrono::microseconds(20));
+    while (static_cast<int32_t>(word.load() - value) < 0)
+      std::this_thread::sleep_for(std::chrono::microseconds(20));
   });
   return 0;
 }
 
 int cuStreamWriteValue32_v2(void* stream, uint64_t address, uint32_t value, unsigned) {
   ENTER();
-  Push(stream, Does::kTell, [=] { std::atomic_ref<uint32_t>(*reinterpret_cast<uint32_t*>(address)).store(value); });
+  Push(stream, Does::kTell,
+       [=] { std::atomic_ref<uint32_t>(*reinterpret_cast<uint32_t*>(address)).store(value); });
   return 0;
 }
 
@@ -659,7 +659,8 @@ struct CopyAttributes {
 
 static int CopyBatch(uint64_t* to, uint64_t* from, size_t* sizes, size_t count, CopyAttributes* attributes,
                      size_t* first, size_t num_attributes, void* stream) {
-  if (count == 0 || num_attributes != 1 || first[0] != 0 || attributes[0].source_order != 1) return kInvalidValue;
+  if (count == 0 || num_attributes != 1 || first[0] != 0 || attributes[0].source_order != 1)
+    return kInvalidValue;
   std::vector<size_t> order(count);
   for (size_t i = 0; i < count; ++i) order[i] = i;
   {
@@ -689,8 +690,8 @@ int cuMemcpyBatchAsync(uint64_t* to, uint64_t* from, size_t* sizes, size_t count
 #endif
 
 #if FAKE_CUDA >= 13
-int cuMemcpyBatchAsync_v2(uint64_t* to, uint64_t* from, size_t* sizes, size_t count, CopyAttributes* attributes,
-                          size_t* first, size_t num_attributes, void* stream) {
+int cuMemcpyBatchAsync_v2(uint64_t* to, uint64_t* from, size_t* sizes, size_t count,
+                          CopyAttributes* attributes, size_t* first, size_t num_attributes, void* stream) {
   ENTER();
   return CopyBatch(to, from, sizes, count, attributes, first, num_attributes, stream);
 }
@@ -784,7 +785,8 @@ int cuLaunchKernel(void* function, unsigned ctas, unsigned, unsigned, unsigned t
     loaded = !device().loaded_kernels.insert(function).second;
   }
   if (!loaded) Drain();
-  if (ctas > kCtasMax || threads > kThreadsMax) device().Violation("a copy takes room that other kernels need");
+  if (ctas > kCtasMax || threads > kThreadsMax)
+    device().Violation("a copy takes room that other kernels need");
   Push(stream, Does::kMove, [=] {
     reinterpret_cast<Kernel>(function)(group, ctas * threads);
     double bytes = 0;

@@ -49,8 +49,7 @@ void FaultyDisk::SetFault(const std::string& operation, double probability, int 
   Require(probability >= 0 && probability <= 1, "a probability is between 0 and 1");
   Require(error >= 0 && delay_s >= 0, "an errno and a delay are not negative");
   Require(call || (error == 0 && delay_s == 0), operation + " takes neither an error nor a delay");
-  Require(!call || probability == 0 || error > 0 || delay_s > 0,
-          operation + " needs an error or a delay");
+  Require(!call || probability == 0 || error > 0 || delay_s > 0, operation + " needs an error or a delay");
   std::lock_guard<std::mutex> lock(mutex_);
   faults_[operation] = {probability, error, delay_s};
 }
@@ -169,7 +168,9 @@ class FaultyDisk::ShortDisk final : public Disk {
 class FaultyDisk::Engine final : public IoEngine {
  public:
   Engine(FaultyDisk* disk, IoEngineKind kind, int depth, std::string* note)
-      : disk_(disk), short_disk_(disk), inner_(MakeIoEngine(kind, depth, &short_disk_, note)),
+      : disk_(disk),
+        short_disk_(disk),
+        inner_(MakeIoEngine(kind, depth, &short_disk_, note)),
         calls_disk_(std::string_view(inner_->name()) == "threads") {}
 
   const char* name() const override { return inner_->name(); }

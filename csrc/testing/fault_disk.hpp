@@ -132,7 +132,7 @@ class PowerLossDisk : public Disk {
     std::string directory;
     std::string from;  // "" for a creation
     std::string to;
-    std::string undo;  // a link to the file that `to` led to before, "" if there was none
+    std::string undo;   // a link to the file that `to` led to before, "" if there was none
     Identity identity;  // of what `to` leads to since
     Identity replaced;  // of what it led to before
   };
@@ -144,10 +144,10 @@ class PowerLossDisk : public Disk {
 
   std::mutex mutex_;
   bool off_ = false;
-  uint64_t clock_ = 0;  // counts writes and changes of directories
+  uint64_t clock_ = 0;                        // counts writes and changes of directories
   std::vector<std::shared_ptr<File>> files_;  // in the order in which they were first opened
   std::map<int, std::shared_ptr<File>> open_;
-  std::vector<DirectoryChange> changes_;      // not durable, oldest first
+  std::vector<DirectoryChange> changes_;  // not durable, oldest first
 };
 
 }  // namespace flexkv

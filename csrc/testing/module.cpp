@@ -22,5 +22,6 @@ PYBIND11_MODULE(sglang_flexkv_testing, m) {
       .def("injected", &FaultyDisk::Injected);
   py::class_<PowerLossDisk, Disk, std::shared_ptr<PowerLossDisk>>(m, "PowerLossDisk")
       .def(py::init<>())
-      .def("power_fail", &PowerLossDisk::PowerFail, py::arg("seed"), py::call_guard<py::gil_scoped_release>());
+      .def("power_fail", &PowerLossDisk::PowerFail, py::arg("seed"),
+           py::call_guard<py::gil_scoped_release>());
 }

@@ -329,7 +329,8 @@ void TestKeyTableInsertsRuns(Rng& rng) {
     for (size_t i = 0; i < count; ++i) added.push_back(MakeKey(rng, false));
     uint32_t found;
     CHECK(table.InsertNew(added.data(), count, 0, keys.data(), &found) == count);
-    for (uint32_t id = 0; id < count; ++id) CHECK(keys[id] == added[id] && table.Find(added[id], keys.data()) == id);
+    for (uint32_t id = 0; id < count; ++id)
+      CHECK(keys[id] == added[id] && table.Find(added[id], keys.data()) == id);
     const size_t known = Below(rng, count);  // comes again behind so many new ones
     std::vector<BlockKey> more;
     for (size_t i = 0; i < count; ++i) more.push_back(i == known ? added[i] : MakeKey(rng, false));

@@ -18,7 +18,8 @@ constexpr double kSlowerMax = 1.08;
 constexpr double kStepS = 200e-6;
 }  // namespace
 
-CostFit::CostFit(double assumed_x_s, double assumed_y_s) : assumed_x_s_(assumed_x_s), assumed_y_s_(assumed_y_s) {
+CostFit::CostFit(double assumed_x_s, double assumed_y_s)
+    : assumed_x_s_(assumed_x_s), assumed_y_s_(assumed_y_s) {
   Require(assumed_x_s > 0 && assumed_y_s > 0, "assumed costs must be above 0");
 }
 

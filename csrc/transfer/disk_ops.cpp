@@ -29,7 +29,8 @@ void TransferEngine::StartDiskOp(Op* op) {
   if (followed) {
     std::vector<size_t> bytes;
     for (uint32_t i = transfer->slice_begin; i < slice_end; ++i) bytes.push_back(slices_[i].bytes);
-    const size_t per_read = slices_per_read_ > 0 ? slices_per_read_ : SlicesPerRead(read_cost_, op->num_blocks, bytes);
+    const size_t per_read =
+        slices_per_read_ > 0 ? slices_per_read_ : SlicesPerRead(read_cost_, op->num_blocks, bytes);
     transfer->step_ends = StepsOfRead(bytes.size(), per_read);
     for (uint32_t& end : transfer->step_ends) end += transfer->slice_begin;
     if (copier_->copies_at_once()) {
@@ -61,8 +62,8 @@ void TransferEngine::StartDiskOp(Op* op) {
     if (followed) {
       stats_.layers_per_read = 0;
       for (uint32_t step = 0; step < transfer->num_steps(); ++step) {
-        const int layers =
-            slices_[transfer->step_ends[step] - 1].layer_end - slices_[transfer->step_begin(step)].layer_begin;
+        const int layers = slices_[transfer->step_ends[step] - 1].layer_end -
+                           slices_[transfer->step_begin(step)].layer_begin;
         stats_.layers_per_read = std::max(stats_.layers_per_read, static_cast<uint32_t>(layers));
       }
     }
@@ -78,7 +79,7 @@ void TransferEngine::EndDiskOp(Op* op) {
   SsdTransfer& disk = *op->disk;
   const auto count = [&](BlockOutcome outcome) { return disk.count[static_cast<int>(outcome)].load(); };
   const bool failed = count(BlockOutcome::kFailed) > 0 || count(BlockOutcome::kCorrupt) > 0;
-  const OpStatus status = failed                               ? OpStatus::kFailed
+  const OpStatus status = failed                              ? OpStatus::kFailed
                           : count(BlockOutcome::kDropped) > 0 ? OpStatus::kCancelled
                                                               : OpStatus::kDone;
   op->result.corrupt = count(BlockOutcome::kCorrupt);

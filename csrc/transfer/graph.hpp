@@ -27,7 +27,7 @@ struct OpSpec {
   // for each block which one of these it is, tokens_per_block slots being one.
   std::shared_ptr<AwaitedSlots> awaited;
   int layer_begin = 0;
-  int layer_end = 0;    // 0: all layers. Disk ops move whole slices (see SlicesOf)
+  int layer_end = 0;            // 0: all layers. Disk ops move whole slices (see SlicesOf)
   std::vector<BlockKey> keys;   // disk ops: which block each slot holds, or is to hold
   std::vector<uint32_t> after;  // positions of ops in the graph that must be done first
   // H2D: position of the DISK2H op of the same layers that it follows layer by layer, or -1. The read
@@ -40,23 +40,23 @@ struct GraphSpec {
   // Passed at every layer by every H2D op of the graph, whatever becomes of it; or, a gate with one layer, by
   // its D2H op when the device's slots may be written again.
   std::shared_ptr<LayerGate> gate;
-  std::vector<uint64_t> wait_events;   // CUDA events to wait for before touching the device pool
-  double timeout_s = 0;                // ops that have not started by then are cancelled; 0: none
-  bool background = false;             // nobody waits for it: refused when too much is queued
+  std::vector<uint64_t> wait_events;  // CUDA events to wait for before touching the device pool
+  double timeout_s = 0;               // ops that have not started by then are cancelled; 0: none
+  bool background = false;            // nobody waits for it: refused when too much is queued
 };
 
 struct OpResult {
   OpStatus status = OpStatus::kPending;
-  std::vector<uint8_t> ok;   // disk ops: per block; empty when all are like `status`
-  uint32_t corrupt = 0;      // blocks that were read but are not what was written
-  double start_s = 0;        // on the engine's monotonic clock
+  std::vector<uint8_t> ok;  // disk ops: per block; empty when all are like `status`
+  uint32_t corrupt = 0;     // blocks that were read but are not what was written
+  double start_s = 0;       // on the engine's monotonic clock
   double end_s = 0;
 };
 
 struct GraphResult {
   uint64_t graph = 0;
-  bool done = false;         // every op is done
-  std::string error;         // the first failure, in words
+  bool done = false;  // every op is done
+  std::string error;  // the first failure, in words
   std::vector<OpResult> ops;
 };
 
@@ -73,7 +73,7 @@ struct RunningOp {
   std::vector<int64_t> first_rows;
   size_t num_blocks = 0;
   size_t waiting_for = 0;
-  bool poisoned = false;             // a dependency did not get done
+  bool poisoned = false;  // a dependency did not get done
   std::vector<uint32_t> successors;
   OpResult result;
   std::unique_ptr<SsdTransfer> disk;  // disk ops that have started
@@ -81,7 +81,7 @@ struct RunningOp {
   // Device copies, under the engine's mutex: pieces are ranges of layers.
   int pieces_running = 0;
   int layers_left = 0;
-  bool more_pieces = false;           // what it follows by layers has not ended
+  bool more_pieces = false;  // what it follows by layers has not ended
   std::string error;
   // What the gate knows of each of its layers. Each is written by one thread at a time, and the op's end comes after
   // all of them, so without a lock.

@@ -15,9 +15,7 @@ namespace flexkv {
 
 namespace {
 
-bool IsDeviceCopy(TransferType type) {
-  return type == TransferType::kH2D || type == TransferType::kD2H;
-}
+bool IsDeviceCopy(TransferType type) { return type == TransferType::kH2D || type == TransferType::kD2H; }
 
 }  // namespace
 
@@ -42,7 +40,9 @@ TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> hos
   if (event_fd_ < 0) throw SystemError(std::string("eventfd: ") + std::strerror(errno));
 }
 
-std::shared_ptr<LayerGate> TransferEngine::MakeGate(int num_layers) const { return copier_->MakeGate(num_layers); }
+std::shared_ptr<LayerGate> TransferEngine::MakeGate(int num_layers) const {
+  return copier_->MakeGate(num_layers);
+}
 
 const std::string& TransferEngine::cuda_note() const { return copier_->note(); }
 
@@ -136,7 +136,8 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
     if (IsDeviceCopy(s.type)) {
       if (s.awaited) {
         Require(copier_->slot_reader() != nullptr, "only a pool on a GPU has token slots to wait for");
-        Require(far_side.size() == op.num_blocks, "a device copy needs the place of each block's token slots");
+        Require(far_side.size() == op.num_blocks,
+                "a device copy needs the place of each block's token slots");
         check_slots(far_side, s.awaited->size() / per_block, "awaited");
       } else {
         Require(far_side.size() == op.num_blocks * per_block,
@@ -151,7 +152,8 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
       check_slots(far_side, ssd_ ? ssd_->num_slots() : SIZE_MAX, "SSD");
       auto starts = [&](int layer) {
         return layer == layout_.num_layers() ||
-               std::any_of(slices_.begin(), slices_.end(), [&](const Slice& x) { return x.layer_begin == layer; });
+               std::any_of(slices_.begin(), slices_.end(),
+                           [&](const Slice& x) { return x.layer_begin == layer; });
       };
       Require(starts(s.layer_begin) && starts(s.layer_end), "a disk op moves whole slices of layers");
     }
@@ -239,8 +241,7 @@ bool TransferEngine::Wait(uint64_t graph, double timeout_s) {
 
 bool TransferEngine::Drain(double timeout_s) {
   std::unique_lock<std::mutex> lock(mutex_);
-  return ended_.wait_for(lock, std::chrono::duration<double>(timeout_s),
-                         [&] { return graphs_.empty(); });
+  return ended_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return graphs_.empty(); });
 }
 
 bool TransferEngine::DrainDevice(double timeout_s) {
@@ -456,10 +457,9 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
     stats_.queued_blocks[type] -= op->num_blocks;
     if (status == OpStatus::kDone) {
       stats_.ops_done[type]++;
-      stats_.bytes[type] +=
-          op->num_blocks * (layout_.layer_offset(op->spec.layer_end - 1) +
-                            layout_.layer_bytes(op->spec.layer_end - 1) -
-                            layout_.layer_offset(op->spec.layer_begin));
+      stats_.bytes[type] += op->num_blocks * (layout_.layer_offset(op->spec.layer_end - 1) +
+                                              layout_.layer_bytes(op->spec.layer_end - 1) -
+                                              layout_.layer_offset(op->spec.layer_begin));
     } else if (status == OpStatus::kFailed) {
       stats_.ops_failed[type]++;
     } else {

@@ -33,25 +33,24 @@
 
 namespace flexkv {
 
-
 struct TransferStats {
   uint64_t ops_done[kNumTransferTypes] = {};
   uint64_t ops_failed[kNumTransferTypes] = {};
   uint64_t ops_cancelled[kNumTransferTypes] = {};
   uint64_t bytes[kNumTransferTypes] = {};
-  double busy_s[kNumTransferTypes] = {};  // time in which at least one was moving bytes
-  double queue_s[kNumTransferTypes] = {};  // copies on a GPU: the host's time for queueing them
+  double busy_s[kNumTransferTypes] = {};           // time in which at least one was moving bytes
+  double queue_s[kNumTransferTypes] = {};          // copies on a GPU: the host's time for queueing them
   uint64_t queued_blocks[kNumTransferTypes] = {};  // of ops that have not ended
   uint64_t corrupt_blocks = 0;
   uint64_t refused_graphs[kNumTransferTypes] = {};  // background graphs that found this queue full
-  uint32_t layers_per_read = 0;      // at most, of the last read that was followed by layers
+  uint32_t layers_per_read = 0;                     // at most, of the last read that was followed by layers
 };
 
 struct SsdIoOptions {
   IoEngineKind kind = IoEngineKind::kAuto;
-  int depth = 64;               // transfers in flight per directory
-  double write_bytes_per_s = 0; // over all directories; 0: no limit
-  uint32_t slices_per_read = 0; // of reads that are followed by layers; 0: by measured cost
+  int depth = 64;                // transfers in flight per directory
+  double write_bytes_per_s = 0;  // over all directories; 0: no limit
+  uint32_t slices_per_read = 0;  // of reads that are followed by layers; 0: by measured cost
 };
 
 class TransferEngine {
@@ -131,7 +130,8 @@ class TransferEngine {
   void Busy(TransferType type, int change);
   // No copy from or to the device has started and not ended. Called with the mutex held.
   bool DeviceIsIdle() const {
-    return running_[static_cast<int>(TransferType::kH2D)] + running_[static_cast<int>(TransferType::kD2H)] == 0;
+    return running_[static_cast<int>(TransferType::kH2D)] + running_[static_cast<int>(TransferType::kD2H)] ==
+           0;
   }
 
   const BlockLayout layout_;
@@ -154,9 +154,9 @@ class TransferEngine {
   std::deque<GraphResult> results_;
   TransferStats stats_;
   uint64_t next_graph_ = 1;
-  int running_[kNumTransferTypes] = {};          // pieces, or disk ops, that move bytes
+  int running_[kNumTransferTypes] = {};  // pieces, or disk ops, that move bytes
   double busy_since_s_[kNumTransferTypes] = {};
-  double reads_mixed_s_ = 0;    // when two reads from disk last ran at the same time
+  double reads_mixed_s_ = 0;  // when two reads from disk last ran at the same time
 
   std::unique_ptr<Copier> copier_;
 };

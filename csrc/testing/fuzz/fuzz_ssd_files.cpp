@@ -29,14 +29,14 @@ bool fuzz_self_test = false;
 namespace {
 
 enum Mode : uint8_t {
-  kBuilt = 1,       // else raw
-  kReseal = 2,      // new checksums after the edits
+  kBuilt = 1,   // else raw
+  kReseal = 2,  // new checksums after the edits
   kNoJournal = 4,
-  kFaults = 8,      // short reads, and maybe one that fails
-  kHole = 16,       // zeros in the journal: frames that are further apart than the window that reads it
-  kTail = 32,       // the slot file goes on, so that slots can lie inside it
+  kFaults = 8,  // short reads, and maybe one that fails
+  kHole = 16,   // zeros in the journal: frames that are further apart than the window that reads it
+  kTail = 32,   // the slot file goes on, so that slots can lie inside it
   kEdits = 64,
-  kOneCopy = 128,   // built: the second superblock is left blank
+  kOneCopy = 128,  // built: the second superblock is left blank
 };
 
 constexpr int kSlotsFd = 0, kJournalFd = 1;
@@ -287,7 +287,8 @@ void Edit(const std::string& edits, Files* files) {
       offset = files->frames[(how >> 4) % files->frames.size()] + where % 128;
     }
     offset %= file.size();
-    std::memcpy(file.data() + offset, &what, std::min(how & 16 ? size_t{1} : size_t{4}, file.size() - offset));
+    std::memcpy(file.data() + offset, &what,
+                std::min(how & 16 ? size_t{1} : size_t{4}, file.size() - offset));
   }
 }
 
@@ -316,7 +317,8 @@ void CheckSuperblock(const char* page) {
   Check(superblock.slot_bytes() >= kSsdPage, "a slot has bytes");
   std::string encoded(kSsdPage, 'x');
   EncodeSuperblock(superblock, encoded.data());
-  Check(DecodeSuperblock(encoded.data(), &again, &version) == Decoded::kOk, "what was decoded can be encoded");
+  Check(DecodeSuperblock(encoded.data(), &again, &version) == Decoded::kOk,
+        "what was decoded can be encoded");
   Check(Equal(superblock, again), "a superblock survives encoding");
 }
 
@@ -348,7 +350,8 @@ void CheckFrame(const std::string& journal, size_t at, const JournalHeader& head
 
 void CheckDecoders(const Files& files) {
   for (size_t copy = 0; copy < 2; ++copy) {
-    std::string page = copy * kSsdPage < files.slots.size() ? files.slots.substr(copy * kSsdPage, kSsdPage) : "";
+    std::string page =
+        copy * kSsdPage < files.slots.size() ? files.slots.substr(copy * kSsdPage, kSsdPage) : "";
     page.resize(kSsdPage);
     CheckSuperblock(page.data());
   }
@@ -417,10 +420,12 @@ std::vector<std::string> FuzzSeeds() {
     AppendFrame(&journal, superblock.generation, number, records, 2);
   }
   const auto head = [](int mode, size_t length) {
-    return std::string{static_cast<char>(mode), static_cast<char>(length & 0xFF), static_cast<char>(length >> 8)};
+    return std::string{static_cast<char>(mode), static_cast<char>(length & 0xFF),
+                       static_cast<char>(length >> 8)};
   };
   // Tail, faults and edits come first in an input: see LLVMFuzzerTestOneInput.
-  const std::string tail("\x40\x01\0", 3), faults("\x01\0\x05", 3), edit("\x01\x08\x20\0\0\xFF\xFF\xFF\x7F", 9);
+  const std::string tail("\x40\x01\0", 3), faults("\x01\0\x05", 3),
+      edit("\x01\x08\x20\0\0\xFF\xFF\xFF\x7F", 9);
   std::vector<std::string> seeds;
   seeds.push_back(head(kTail, slots.size()) + tail + slots + journal);
   seeds.push_back(head(0, slots.size()) + slots + journal);
