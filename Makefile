@@ -14,7 +14,7 @@ models: setup  ## make the small random-weight models
 	$(PYTHON) scripts/make_models.py
 
 test: setup models  ## run all tests; ARGS="-k name" selects
-	$(PYTHON) -m pytest tests -q -n auto --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTHON) -m pytest tests -q $(ARGS)
 
 demo: setup models  ## run the demo; ARGS are passed on
 	$(PYTHON) demo/demo.py $(ARGS)
