@@ -32,9 +32,10 @@ from sglang_flexkv.storage import ssd_tools
 ROOT = Path(__file__).parents[2]
 POOL_TOKENS = 2048
 RUNNING_MAX = 4
-QUEUED_MAX = 6
+# Of as many requests as this none is refused, however late the scheduler comes to look at them.
+QUEUED_MAX = 8
 # Nothing waits that long unless the server is paused.
-WAITING_S = 8
+WAITING_S = 20
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +227,7 @@ def wait_for_end(requests: list[Request], why: str) -> None:
 
 def test_requests_that_are_preempted(server: SGLangServer) -> None:
     rng = random.Random(4)
-    prompts = stored(server, rng, RUNNING_MAX + 4, 150)
+    prompts = stored(server, rng, QUEUED_MAX, 150)
     with ThreadPoolExecutor(len(prompts)) as pool:
         low = [Request(pool, server, prompt, 150, priority=0) for prompt in prompts[:RUNNING_MAX]]
         for each in low:
@@ -244,7 +245,7 @@ def test_everything_is_given_up_or_paused(server: SGLangServer, how: str) -> Non
     """While some requests run, others load or wait."""
     rng = random.Random(5)
     for _ in range(2):
-        prompts = stored(server, rng, RUNNING_MAX + 3, 150)
+        prompts = stored(server, rng, QUEUED_MAX - 1, 150)
         with ThreadPoolExecutor(len(prompts)) as pool:
             requests = [Request(pool, server, prompt, 60) for prompt in prompts]
             requests[0].begun.wait()
