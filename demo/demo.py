@@ -34,12 +34,12 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 
 from answers import ASK, EXACT, difference  # noqa: E402
 from server import DTYPE, SGLangServer  # noqa: E402
+from workload import some_tokens  # noqa: E402
 
 from sglang_flexkv.replay.planner import KvShape  # noqa: E402
 
 MODEL = ROOT / "models" / "small-gqa"
 NEW_TOKENS = 8
-VOCABULARY = range(300, 4000)
 CPU_TIER_PROMPTS = 5  # prompts that fit into the CPU tier
 DEVICE_PROMPTS = 2.5  # prompts that fit on the device
 
@@ -132,8 +132,8 @@ def main() -> int:
     token_bytes = KvShape.of_model(options.model, dtype=DTYPE).bytes_per_token
     rng = random.Random(2024)
     # A length that is no multiple of the block size, as in life: the end of a prompt is always computed.
-    prompts = [[rng.choice(VOCABULARY) for _ in range(options.tokens + 7)] for _ in range(options.prompts)]
-    others = [[rng.choice(VOCABULARY) for _ in range(options.tokens)] for _ in range(CPU_TIER_PROMPTS + 1)]
+    prompts = [some_tokens(rng, options.tokens + 7) for _ in range(options.prompts)]
+    others = [some_tokens(rng, options.tokens) for _ in range(CPU_TIER_PROMPTS + 1)]
 
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="demo-", dir=ROOT / "build") as scratch:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from answers import ASK, EXACT, difference, differing, rounding
 from server import KV_ITEM_BYTES, SGLangServer
-from workload import VOCABULARY, conversations
+from workload import conversations, some_tokens
 
 from sglang_flexkv import _core
 
@@ -108,11 +108,7 @@ def test_of_a_batch_only_the_request_whose_blocks_are_damaged_runs_again(
 ) -> None:
     """The others load beside it, in the same forward, and go on with what they have loaded."""
     rng = random.Random(8)
-
-    def prompt(length: int) -> list[int]:
-        return [rng.choice(VOCABULARY) for _ in range(length)]
-
-    damaged, *others = prompts = [prompt(length) for length in (600, 300, 310)]
+    damaged, *others = prompts = [some_tokens(rng, length) for length in (600, 300, 310)]
     cpu_tokens = 4000
     directory = tmp_path / "ssd"
     settings = f"cpu_cache_gb: {cpu_tokens * TOKEN_BYTES / 2**30}\ncpu_eviction_policy: lru\n"
@@ -120,9 +116,9 @@ def test_of_a_batch_only_the_request_whose_blocks_are_damaged_runs_again(
     with server_over(directory, tmp_path, tp_size, settings) as server:
         expected = [server.generate(damaged, NEW_TOKENS, **ASK)]
         for _ in range(2):  # it leaves the CPU tier: SSD alone has it
-            server.generate(prompt(cpu_tokens // 2), NEW_TOKENS)
+            server.generate(some_tokens(rng, cpu_tokens // 2), NEW_TOKENS)
         expected += [server.generate(other, NEW_TOKENS, **ASK) for other in others]
-        server.generate(prompt(2500), NEW_TOKENS)  # they leave the device
+        server.generate(some_tokens(rng, 2500), NEW_TOKENS)  # they leave the device
         assert damage(directory, f"tp{tp_size - 1}", every=8) > 10
         failed = server.metric("flexkv_failed_loads_total", tp_rank="0")
         loaded = server.metric("flexkv_loaded_tokens_total", tier="cpu", tp_rank="0")

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from server import SGLangServer
-from workload import VOCABULARY
+from workload import some_tokens
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = 6
@@ -29,7 +29,7 @@ def test_embeddings_of_what_is_loaded_are_those_of_what_is_computed(tmp_path: Pa
         "chunked-prefill-size": 2048,
     }
     rng = random.Random(3)
-    prompts = [[rng.choice(VOCABULARY) for _ in range(PROMPT_TOKENS)] for _ in range(PROMPTS)]
+    prompts = [some_tokens(rng, PROMPT_TOKENS) for _ in range(PROMPTS)]
     with SGLangServer(ROOT / "models" / "small-gqa", flags, log_path=tmp_path / "server.log") as server:
 
         def embed(prompt: list[int]) -> list[float]:

@@ -25,7 +25,7 @@ import psutil
 import pytest
 from server import DTYPE, ON_CPU, SGLangServer
 from test_damaged_blocks import damage
-from workload import VOCABULARY
+from workload import some_tokens
 
 from sglang_flexkv.storage import ssd_tools
 
@@ -69,16 +69,12 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
     assert "sglang-flexkv closed: nothing left held" in log, server.log_tail()
 
 
-def some(rng: random.Random, length: int) -> list[int]:
-    return [rng.choice(VOCABULARY) for _ in range(length)]
-
-
 def stored(server: SGLangServer, rng: random.Random, count: int, length: int) -> list[list[int]]:
     """Prompts that have left the device: the last ones are in the CPU tier, the others on SSD alone."""
-    prompts = [some(rng, length + number) for number in range(count)]
+    prompts = [some_tokens(rng, length + number) for number in range(count)]
     for prompt in prompts:
         server.generate(prompt, 1)
-    server.generate(some(rng, POOL_TOKENS - 200), 1)
+    server.generate(some_tokens(rng, POOL_TOKENS - 200), 1)
     return prompts
 
 
@@ -269,7 +265,7 @@ def test_engines_in_one_process_and_a_signal_to_their_group(tmp_path: Path) -> N
     config = tmp_path / "flexkv.yaml"
     config.write_text(f"cpu_cache_gb: 0.005\nssd_cache_gb: 0.5\nssd_cache_dir: {ssd}\nload_policy: load\n")
     rng = random.Random(6)
-    prompts = [some(rng, 300) for _ in range(8)]
+    prompts = [some_tokens(rng, 300) for _ in range(8)]
     job: dict[str, Any] = {
         "arguments": {
             "model_path": str(ROOT / "models" / "tiny-gqa"),

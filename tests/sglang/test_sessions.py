@@ -20,7 +20,7 @@ import pytest
 from answers import ASK, difference, differing, rounding
 from server import SGLangServer
 from test_damaged_blocks import damage
-from workload import VOCABULARY
+from workload import some_tokens
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-gqa"
@@ -64,10 +64,6 @@ def server(
     assert "sglang-flexkv closed: nothing left held" in log, server.log_tail()
 
 
-def some(rng: random.Random, length: int) -> list[int]:
-    return [rng.choice(VOCABULARY) for _ in range(length)]
-
-
 def uncached(server: SGLangServer, tokens: list[int], new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
     answer = server.generate(tokens, new_tokens, cache_salt=uuid.uuid4().hex, **ASK)
     assert answer["meta_info"]["cached_tokens"] == 0
@@ -76,7 +72,7 @@ def uncached(server: SGLangServer, tokens: list[int], new_tokens: int = NEW_TOKE
 
 def drive_out(server: SGLangServer, rng: random.Random) -> None:
     """Fills the device and the CPU tier with something else."""
-    server.generate_many([some(rng, POOL_TOKENS - 700) for _ in range(2)], 1, concurrency=1)
+    server.generate_many([some_tokens(rng, POOL_TOKENS - 700) for _ in range(2)], 1, concurrency=1)
 
 
 @dataclass
@@ -130,7 +126,7 @@ def test_sessions_answer_as_if_nothing_were_cached(server: SGLangServer) -> None
     """Several at once, five turns each, beside others that push everything off the device."""
     rng = random.Random(1)
     for mode in modes(server):
-        prompts = [some(rng, 150), some(rng, 170)]
+        prompts = [some_tokens(rng, 150), some_tokens(rng, 170)]
         for prompt in prompts:
             server.generate(prompt, 1)
         drive_out(server, rng)
@@ -141,7 +137,9 @@ def test_sessions_answer_as_if_nothing_were_cached(server: SGLangServer) -> None
             own, session = random.Random(number), Session(server, mode)
             loaded = 0
             for turn in range(TURNS):
-                meta = session.ask(prompts[number % 2] if turn == 0 else some(own, own.randint(20, 50)))
+                meta = session.ask(
+                    prompts[number % 2] if turn == 0 else some_tokens(own, own.randint(20, 50))
+                )
                 details = meta["cached_tokens_details"] or {}
                 loaded += details.get("host", 0) + details.get("storage", 0)
                 if mode == "streaming" and turn > 0:
@@ -151,7 +149,7 @@ def test_sessions_answer_as_if_nothing_were_cached(server: SGLangServer) -> None
 
         with ThreadPoolExecutor(8) as pool:
             conversations = [pool.submit(converse, number) for number in range(4)]
-            others = [pool.submit(server.generate, some(rng, 400), 4) for _ in range(4)]
+            others = [pool.submit(server.generate, some_tokens(rng, 400), 4) for _ in range(4)]
             sessions = [each.result()[0] for each in conversations]
             assert sum(each.result()[1] for each in conversations) > 0
             for each in others:
@@ -164,7 +162,7 @@ def test_sessions_answer_as_if_nothing_were_cached(server: SGLangServer) -> None
 @pytest.mark.parametrize("streaming", [True, False])
 def test_a_turn_whose_blocks_are_damaged_is_computed(server: SGLangServer, streaming: bool) -> None:
     rng = random.Random(2 + streaming)
-    prompt = some(rng, 400)
+    prompt = some_tokens(rng, 400)
     server.generate(prompt, 1)
     drive_out(server, rng)
     config = Path(str(server.flags["flexkv-config-file"]))
@@ -173,7 +171,7 @@ def test_a_turn_whose_blocks_are_damaged_is_computed(server: SGLangServer, strea
     session = Session(server, "streaming" if streaming else "joined")
     session.ask(prompt)
     assert server.metric("flexkv_failed_loads_total") > before, server.log_tail()
-    session.ask(some(rng, 50))
+    session.ask(some_tokens(rng, 50))
     session.check()
     session.close()
 
@@ -207,10 +205,10 @@ def turn(session: Session, tokens: list[int], max_new_tokens: int, rid: str | No
 def test_a_flush_between_two_turns_and_while_one_waits(server: SGLangServer) -> None:
     rng = random.Random(4)
     session = Session(server, "streaming")
-    session.ask(some(rng, 200))
+    session.ask(some_tokens(rng, 200))
     server.flush_cache()
-    session.ask(some(rng, 40))
-    tokens = some(rng, 40)
+    session.ask(some_tokens(rng, 40))
+    tokens = some_tokens(rng, 40)
 
     def pause_and_flush() -> None:
         # The turn goes back into the queue, and waits there.
@@ -223,7 +221,7 @@ def test_a_flush_between_two_turns_and_while_one_waits(server: SGLangServer) -> 
     alone = uncached(server, session.tokens + tokens, 300)
     assert difference(answer, alone, rounding(MODEL)) is None
     session.tokens += tokens + answer["output_ids"]
-    session.ask(some(rng, 40))
+    session.ask(some_tokens(rng, 40))
     session.check()
     session.close()
 
@@ -231,12 +229,14 @@ def test_a_flush_between_two_turns_and_while_one_waits(server: SGLangServer) -> 
 def test_a_session_goes_on_after_a_turn_that_was_given_up(server: SGLangServer) -> None:
     rng = random.Random(5)
     session = Session(server, "streaming")
-    session.ask(some(rng, 200))
+    session.ask(some_tokens(rng, 200))
     for number in range(2):
         rid = f"given-up-{number}"
-        answer = begin(server, turn(session, some(rng, 100), 1000, rid), lambda rid=rid: server.abort(rid))
+        answer = begin(
+            server, turn(session, some_tokens(rng, 100), 1000, rid), lambda rid=rid: server.abort(rid)
+        )
         assert answer["meta_info"]["finish_reason"]["type"] == "abort"
         drive_out(server, rng)
-        session.ask(some(rng, 40))
+        session.ask(some_tokens(rng, 40))
     session.check()
     session.close()

@@ -17,6 +17,11 @@ class Turn:
     tokens: tuple[int, ...]
 
 
+def some_tokens(rng: random.Random, length: int) -> list[int]:
+    """A prompt that nobody else has."""
+    return [rng.choice(VOCABULARY) for _ in range(length)]
+
+
 def conversations(
     count: int, turns: int, *, seed: int, first_max: int = 700, turn_max: int = 450, system_prompts: int = 3
 ) -> list[Turn]:
@@ -26,15 +31,11 @@ def conversations(
     share a system prompt.
     """
     rng = random.Random(seed)
-
-    def some(length: int) -> list[int]:
-        return [rng.choice(VOCABULARY) for _ in range(length)]
-
-    systems = [some(rng.randint(50, 400)) for _ in range(system_prompts)]
+    systems = [some_tokens(rng, rng.randint(50, 400)) for _ in range(system_prompts)]
     so_far = [list(systems[i % system_prompts]) for i in range(count)]
     out = []
     for number in range(turns):
         for i in range(count):
-            so_far[i] += some(rng.randint(7, first_max if number == 0 else turn_max))
+            so_far[i] += some_tokens(rng, rng.randint(7, first_max if number == 0 else turn_max))
             out.append(Turn(i, number, tuple(so_far[i])))
     return out
