@@ -56,7 +56,7 @@ def main(
         console.print(f"[yellow]{trace_file} is not there: only synthetic traces[/yellow]")
     for kind in track(TraceKind, "synthetic traces", console=console, transient=True):
         trace = _synthetic(kind, requests, seed)
-        sizes = [max(8, trace.blocks.num_blocks // part) for part in _PARTS]
+        sizes = [max(8, trace.num_blocks // part) for part in _PARTS]
         _measure(report, kind.value, trace, sizes)
     _summarise(report, trace_file.stem if recorded else None)
     for name in dict.fromkeys(row["trace"] for row in report.rows):
@@ -93,15 +93,15 @@ def _percent(result: Result, lru: dict[int, float]) -> float:
 def _check_unlimited(report: Report, trace: Trace) -> None:
     seen: set[int] = set()
     expected = []
-    for request, path in zip(trace.requests, trace.blocks.paths, strict=True):
-        repeated = sum(block in seen for block in path)
-        expected.append(min(repeated * trace.tokens_per_block, request.input_tokens))
-        seen.update(path)
+    for tokens, path in zip(trace.input_lengths.tolist(), trace.paths(), strict=True):
+        repeated = sum(block in seen for block in path.tolist())
+        expected.append(min(repeated * trace.tokens_per_block, tokens))
+        seen.update(path.tolist())
     for policy in _POLICIES:
-        setup = TierSetup(trace.blocks.num_blocks, cpu_policy=policy)
+        setup = TierSetup(trace.num_blocks, cpu_policy=policy)
         hits = simulate(trace, setup).hit_tokens
         report.check("hits of a tier with room for all", bool(np.array_equal(hits, expected)), len(hits))
-    small = TierSetup(max(8, trace.blocks.num_blocks // 16))
+    small = TierSetup(max(8, trace.num_blocks // 16))
     first, second = (simulate(trace, small).hit_tokens for _ in range(2))
     report.check("hits of a second run", bool(np.array_equal(first, second)), len(first))
 

@@ -99,9 +99,9 @@ def replay(
             check_can_plot()
         _check_outputs(plot, json_to)
         trace = load_trace(trace_file, tokens_per_block, requests)
-        num_blocks = trace.blocks.num_blocks
+        num_blocks = trace.num_blocks
         sizes = sizes or sorted({max(1, num_blocks // part) for part in _DEFAULT_SIZES})
-        with _progress(len(trace.requests) * len(sizes) * len(policies)) as bar:
+        with _progress(trace.num_requests * len(sizes) * len(policies)) as bar:
             results = compare(
                 trace,
                 TierSetup(sizes[0], ssd_blocks, ssd_policy=on_ssd),
@@ -257,8 +257,8 @@ class _Bar:
 def _print_trace(file: Path, trace: Trace) -> None:
     tokens = trace.input_tokens
     say(
-        f"{escape(str(file))}: {len(trace.requests):,} requests, {tokens:,} input tokens, "
-        f"{trace.blocks.num_blocks:,} different blocks of {trace.tokens_per_block} tokens"
+        f"{escape(str(file))}: {trace.num_requests:,} requests, {tokens:,} input tokens, "
+        f"{trace.num_blocks:,} different blocks of {trace.tokens_per_block} tokens"
     )
 
 

@@ -64,7 +64,7 @@ def compare(
         bound = optimum(trace, size + base.ssd_blocks) if with_optimum else None
         for policy in policies:
             replay = simulate(trace, replace(base, cpu_blocks=size, cpu_policy=policy), progress)
-            half = len(trace.requests) // 2
+            half = trace.num_requests // 2
             results.append(
                 _result(
                     replay,

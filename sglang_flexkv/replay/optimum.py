@@ -10,6 +10,7 @@ request.
 from __future__ import annotations
 
 import heapq
+from array import array
 
 import numpy as np
 import numpy.typing as npt
@@ -19,21 +20,23 @@ from sglang_flexkv.replay.trace import Trace
 
 def optimum(trace: Trace, capacity_blocks: int) -> npt.NDArray[np.int64]:
     """Tokens that each request hits in an optimal cache of one tier that starts empty, [requests]."""
-    paths, num_blocks = trace.blocks
-    next_uses = _next_uses(paths, num_blocks)
-    never = len(paths)
-    next_use = [never] * num_blocks
-    parent = [-1] * num_blocks
-    resident = [False] * num_blocks
-    children = [0] * num_blocks  # resident ones
-    # Leaves as (-next use, block). An entry whose block has gone, got a child or was used since is passed
-    # over. Blocks of the present request need no protection: they are used again no later than what follows
-    # them, so they are never farther away than a block that is to be stored behind them.
-    leaves: list[tuple[int, int]] = []
+    num_blocks, never = trace.num_blocks, trace.num_requests
+    next_uses = _next_uses(trace)
+    next_use = array("i", [never]) * num_blocks
+    parent = array("i", [-1]) * num_blocks
+    resident = bytearray(num_blocks)
+    children = array("i", [0]) * num_blocks  # resident ones
+    # Leaves, the one used last first, each as one small number: (never - next use) * num_blocks + block. An
+    # entry whose block has gone, got a child or was used since is passed over. Blocks of the present
+    # request need no protection: they are used again no later than what follows them, so they are never
+    # farther away than a block that is to be stored behind them.
+    leaves: list[int] = []
     free = capacity_blocks
-    hits = np.zeros(len(paths), np.int64)
+    hits = np.zeros(never, np.int64)
 
-    for number, (path, uses) in enumerate(zip(paths, next_uses, strict=True)):
+    for number, (blocks, begin) in enumerate(zip(trace.paths(), trace.starts, strict=False)):
+        path = blocks.tolist()
+        uses = next_uses[begin : begin + len(path)].tolist()
         held = 0
         while held < len(path) and resident[path[held]]:
             held += 1
@@ -47,19 +50,19 @@ def optimum(trace: Trace, capacity_blocks: int) -> npt.NDArray[np.int64]:
                 break  # neither this block nor what follows it is worth a place
             if free == 0:
                 while leaves:
-                    negative, victim = leaves[0]
-                    if resident[victim] and not children[victim] and next_use[victim] == -negative:
+                    sooner, victim = divmod(leaves[0], num_blocks)
+                    if resident[victim] and not children[victim] and next_use[victim] == never - sooner:
                         break
                     heapq.heappop(leaves)
-                if not leaves or -leaves[0][0] <= use:
+                if not leaves or never - leaves[0] // num_blocks <= use:
                     break
-                victim = heapq.heappop(leaves)[1]
+                victim = heapq.heappop(leaves) % num_blocks
                 resident[victim] = False
                 above = parent[victim]
                 if above >= 0:
                     children[above] -= 1
                     if not children[above]:
-                        heapq.heappush(leaves, (-next_use[above], above))
+                        heapq.heappush(leaves, (never - next_use[above]) * num_blocks + above)
             else:
                 free -= 1
             parent[block] = path[stored - 1] if stored else -1
@@ -69,19 +72,18 @@ def optimum(trace: Trace, capacity_blocks: int) -> npt.NDArray[np.int64]:
             stored += 1
         if stored and not children[path[stored - 1]]:
             last = path[stored - 1]
-            heapq.heappush(leaves, (-next_use[last], last))
-    ends = hits * trace.tokens_per_block
-    return np.minimum(ends, np.array([request.input_tokens for request in trace.requests], np.int64))
+            heapq.heappush(leaves, (never - next_use[last]) * num_blocks + last)
+    return np.minimum(hits * trace.tokens_per_block, trace.input_lengths)
 
 
-def _next_uses(paths: list[list[int]], num_blocks: int) -> list[list[int]]:
-    """Of each block of each request the number of the next request that has it, or that of all requests."""
-    coming = [len(paths)] * num_blocks
-    result: list[list[int]] = []
-    for number in range(len(paths) - 1, -1, -1):
-        path = paths[number]
-        result.append([coming[block] for block in path])
-        for block in path:
-            coming[block] = number
-    result.reverse()
+def _next_uses(trace: Trace) -> npt.NDArray[np.int32]:
+    """Of each block of each request, one after the other, the number of the next request that has it, or that
+    of all requests."""
+    coming = np.full(trace.num_blocks, trace.num_requests, np.int32)
+    result = np.empty(len(trace.blocks), np.int32)
+    for number in range(trace.num_requests - 1, -1, -1):
+        entries = slice(trace.starts[number], trace.starts[number + 1])
+        path = trace.blocks[entries]
+        result[entries] = coming[path]
+        coming[path] = number
     return result

@@ -242,7 +242,7 @@ class _Bench:
 
     def sizes(self, gib: float, count: int) -> list[int]:
         """What is tried of an available size, in blocks: more than the trace has makes no difference."""
-        largest = min(self.blocks_in(gib), self.trace.blocks.num_blocks)
+        largest = min(self.blocks_in(gib), self.trace.num_blocks)
         return sorted({largest >> halves for halves in range(count)} - {0})
 
     def try_out(self, setup: TierSetup) -> Candidate:
@@ -297,7 +297,7 @@ def make_plan(trace: Trace, shape: KvShape, hardware: Hardware, progress: Progre
             "check --tokens-per-block and the model"
         )
     ssd_sizes = bench.sizes(hardware.ssd_gib, _SSD_SIZES) if hardware.ssd_gib else []
-    device_blocks = min(bench.blocks_in(hardware.gpu_kv_gib), trace.blocks.num_blocks)
+    device_blocks = min(bench.blocks_in(hardware.gpu_kv_gib), trace.num_blocks)
     base = TierSetup(cpu_sizes[0], device_blocks=device_blocks)
     setups = [
         replace(base, cpu_blocks=cpu, ssd_blocks=ssd)
@@ -321,7 +321,7 @@ def make_plan(trace: Trace, shape: KvShape, hardware: Hardware, progress: Progre
     if chosen.ssd_blocks:
         chosen = _best_admission(bench, chosen)
     first = next(iter(bench.tried.values()))
-    tokens = trace.input_tokens / len(trace.requests)
+    tokens = trace.input_tokens / trace.num_requests
     return Plan(
         recommended=bench.try_out(chosen),
         best=max(grid.values(), key=lambda candidate: candidate.mean_saving_s),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import cast
 
@@ -219,11 +219,18 @@ def simulate(trace: Trace, setup: TierSetup, progress: Progress | None = None) -
     Raises:
         ConfigError: the sizes make no cache.
     """
-    machine = _Machine(setup, trace.tokens_per_block)
-    count = len(trace.requests)
+    # A tier holds no more than all blocks: room for more would only cost memory here.
+    fitted = replace(
+        setup,
+        cpu_blocks=min(setup.cpu_blocks, trace.num_blocks),
+        ssd_blocks=min(setup.ssd_blocks, trace.num_blocks),
+        device_blocks=min(setup.device_blocks, trace.num_blocks),
+    )
+    machine = _Machine(fitted, trace.tokens_per_block)
+    count = trace.num_requests
     hits = np.zeros((3, count), np.int64)
     control_us = np.zeros(count)
-    for number, request in enumerate(trace.requests):
+    for number, request in enumerate(trace.requests()):
         *hits[:, number], control_us[number] = machine.serve(request)
         if progress is not None and (number + 1) % _PROGRESS_REQUESTS == 0:
             progress(_PROGRESS_REQUESTS)
@@ -232,7 +239,7 @@ def simulate(trace: Trace, setup: TierSetup, progress: Progress | None = None) -
     engine = machine.engine
     return Replay(
         setup=setup,
-        input_tokens=np.array([request.input_tokens for request in trace.requests], np.int64),
+        input_tokens=trace.input_lengths,
         device_hit_tokens=hits[0],
         cpu_hit_tokens=hits[1],
         ssd_hit_tokens=hits[2],

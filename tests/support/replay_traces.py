@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from sglang_flexkv.replay.trace import Request, Trace, keys_from_ids
+from sglang_flexkv.replay.trace import Trace, make_trace
 
 TOKENS = 16
 
@@ -15,17 +15,12 @@ Path_ = tuple[int, ...]  # what is in each block of a prompt
 
 
 def trace_of(prompts: Sequence[Sequence[int]], missing_tokens: int = 0) -> Trace:
-    """Prompts by their contents, which need not be chained: equal leading contents get equal ids.
+    """Prompts by the contents of their blocks.
 
     Args:
         missing_tokens: by how much the last block of each prompt is incomplete.
     """
-    ids: dict[Path_, int] = {}
-    requests = []
-    for number, prompt in enumerate(prompts):
-        path = [ids.setdefault(tuple(prompt[: end + 1]), len(ids)) for end in range(len(prompt))]
-        requests.append(Request(float(number), len(path) * TOKENS - missing_tokens, keys_from_ids(path)))
-    return Trace(requests, TOKENS)
+    return make_trace(((len(prompt) * TOKENS - missing_tokens, prompt) for prompt in prompts), TOKENS)
 
 
 def random_prompts(seed: int, requests: int, length_max: int, branches: int = 3) -> list[Path_]:

@@ -247,7 +247,7 @@ def test_replay_by_default(chat: Path) -> None:
         (("--cpu-blocks", "10,5000000000"), "numbers from 1"),
         (("--cpu-blocks", "ten"), "numbers from 1"),
         (("--ssd-blocks", "5000000000"), "--ssd-blocks"),
-        (("--tokens-per-block", "100"), "correct the line, or give"),
+        (("--tokens-per-block", "100"), "give --tokens-per-block 512, which fits"),
     ],
 )
 def test_replay_says_what_is_wrong(chat: Path, options: tuple[str, ...], message: str) -> None:

@@ -34,7 +34,7 @@ def naive_lru(trace: Trace, capacity: int) -> list[int]:
     last_use: dict[int, int] = {}
     parents: dict[int, int | None] = {}
     hits = []
-    for now, path in enumerate(trace.blocks.paths):
+    for now, path in enumerate(path.tolist() for path in trace.paths()):
         held = held_blocks(path, last_use)
         hits.append(held * TOKENS)
         while len(last_use) + len(path) - held > capacity:
@@ -70,9 +70,9 @@ def test_with_room_for_all_every_repeated_block_is_hit(policy: EvictionPolicy) -
         prefixes = [prompt[: end + 1] for end in range(len(prompt))]
         expected.append(TOKENS * sum(prefix in seen for prefix in prefixes))
         seen.update(prefixes)
-    setup = TierSetup(trace.blocks.num_blocks, cpu_policy=policy)
+    setup = TierSetup(trace.num_blocks, cpu_policy=policy)
     assert simulate(trace, setup).hit_tokens.tolist() == expected
-    assert optimum(trace, trace.blocks.num_blocks).tolist() == expected
+    assert optimum(trace, trace.num_blocks).tolist() == expected
 
 
 def test_the_incomplete_block_at_the_end_counts_by_its_tokens() -> None:
@@ -152,7 +152,7 @@ def test_progress_adds_up() -> None:
 
 def best_of_all(trace: Trace, capacity: int) -> int:
     """Hit blocks of the best there is, by trying every content of the cache after every request."""
-    paths = trace.blocks.paths
+    paths = [path.tolist() for path in trace.paths()]
     parents = {block: parent for path in paths for block, parent in zip(path, [None, *path], strict=False)}
 
     def whole(blocks: tuple[int, ...]) -> bool:
