@@ -56,7 +56,7 @@ from sglang_flexkv.cache.cache_engine import GlobalCacheEngine
 from sglang_flexkv.common.block import SequenceMeta, make_namespace
 from sglang_flexkv.common.config import CacheConfig, EvictionPolicy
 
-CPU, SSD = _core.Tier.CPU, _core.Tier.SSD
+CPU, SSD = 0, 1
 TOKENS_PER_BLOCK = 16
 LONG, SHORT = 128 * 1024, 8 * 1024
 NAMESPACE = make_namespace({"what": "bench_index"})
@@ -215,10 +215,8 @@ class Bench:
 
     def insert(self) -> None:
         index = _core.PrefixIndex(
-            self.blocks + (self.repeats + 1) * self.per_long,
-            0,
-            self.core_policy,
-            self.core_policy,
+            [self.blocks + (self.repeats + 1) * self.per_long],
+            [self.core_policy],
             TOKENS_PER_BLOCK,
         )
         rng = np.random.default_rng(2)
@@ -254,7 +252,7 @@ class Bench:
         rounds = 1 if leaves > EVICTED_AT_ONCE * 10 else self.repeats
         batches = min(self.repeats, leaves // batch // 2) if rounds == 1 else 1
         for _ in range(rounds):
-            index = _core.PrefixIndex(leaves, 0, self.core_policy, self.core_policy, TOKENS_PER_BLOCK)
+            index = _core.PrefixIndex([leaves], [self.core_policy], TOKENS_PER_BLOCK)
             keys = rng.integers(0, 2**64, (leaves, 1, 2), dtype=np.uint64)
             for key in keys:
                 index.commit(index.reserve(CPU, None, key)[0])  # type: ignore[index]
@@ -273,7 +271,7 @@ class Bench:
     def memory(self) -> None:
         per_prompt = 2048 // TOKENS_PER_BLOCK
         slots = self.blocks // per_prompt * per_prompt
-        index = _core.PrefixIndex(slots, slots, self.core_policy, self.core_policy, TOKENS_PER_BLOCK)
+        index = _core.PrefixIndex([slots, slots], [self.core_policy] * 2, TOKENS_PER_BLOCK)
         rng = np.random.default_rng(4)
         for _ in range(slots // per_prompt):
             keys = rng.integers(0, 2**64, (per_prompt, 2), dtype=np.uint64)

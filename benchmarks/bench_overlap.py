@@ -55,7 +55,6 @@ from common import (
 )
 
 from sglang_flexkv import _core
-from sglang_flexkv.cache.cache_engine import CPU
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import CacheConfig
 from sglang_flexkv.common.storage import DeviceBuffers
@@ -405,7 +404,7 @@ class Bench:
     def prepare(self, tier: str) -> None:
         """Leaves the prefix in the CPU tier, or on SSD alone, and nothing of it in the pool."""
         if tier == "ssd":
-            self.engine.clear_tiers(CPU)
+            self.engine.clear_tiers(0)
         else:
             task = self.engine.start_prefetch(self.keys)
             if task is not None:
@@ -416,7 +415,8 @@ class Bench:
         task = self.engine.create_get(self.keys)
         plan = task.plan
         on_ssd = self.shape.num_blocks if tier == "ssd" else 0
-        hit = plan is not None and plan.num_blocks == self.shape.num_blocks and plan.num_ssd_blocks == on_ssd
+        wanted = (self.shape.num_blocks, on_ssd)
+        hit = plan is not None and (plan.num_blocks, plan.num_lower_blocks) == wanted
         report.check(f"loads came from {tier}", hit)
         index, gate = self.counter.open_batch()
         gate.expect(task.num_loads)
@@ -571,7 +571,7 @@ def main(
             report.settings = {
                 "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
                 "attention": bench.prefill.attention_name,
-                "io_engine": bench.engine.io_engine,
+                "io_engine": bench.engine.describe_lower_tiers()["SSD"][1],
                 "mib": bench.pool.num_bytes / MIB,
                 "layers": shape.layers,
                 "tokens": shape.tokens,

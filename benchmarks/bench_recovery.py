@@ -67,9 +67,9 @@ def main(
             begin_s = time.perf_counter()
             store = open_store()
             opened_s = time.perf_counter()
-            index = _core.PrefixIndex(1, blocks)
+            index = _core.PrefixIndex([1, blocks])
             found_keys, found_parents, found_slots = store.core.take_recovered()
-            index.restore(_core.Tier.SSD, found_keys, found_parents, found_slots.astype(np.int32))
+            index.restore(1, found_keys, found_parents, found_slots.astype(np.int32))
             end_s = time.perf_counter()
             report.rows.append(
                 {

@@ -51,7 +51,7 @@ from sglang_flexkv.common.config import CacheConfig, IoEngine
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, TransferType
 from sglang_flexkv.kvtask import _SPILL_BYTES_MAX, _SPILLS_MAX
-from sglang_flexkv.storage.storage_engine import StorageEngine
+from sglang_flexkv.storage.storage_engine import StorageEngine, TierRequest
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
 
 _CASES: tuple[tuple[int, int], ...] = ((1024, 1), (4096, 1), (1024, 16), (4096, 64))  # slot KiB, layers
@@ -89,13 +89,12 @@ class Bench:
         )
         row = torch.zeros((1, slot_bytes // layers), dtype=torch.uint8)
         device = DeviceBuffers([[row] for _ in range(layers)], tokens_per_row=1)
-        self.storage = StorageEngine(config, device, namespace=make_namespace({"bench": layers}))
-        assert self.storage.ssd is not None
-        self.store = self.storage.ssd
+        self.storage = StorageEngine(device, TierRequest(config, make_namespace({"bench": layers})))
+        (self.tier,) = self.storage.lower
         self.transfer = TransferEngine(config, self.storage)
-        self.transfer.attach_ssd(self.store)
-        if not self.transfer.io_engine.startswith(engine.value):
-            raise RuntimeError(f"asked for {engine.value}, got {self.transfer.io_engine}")
+        self.transfer.attach(1, self.tier.core)
+        if self.tier.core.engine_name != engine.value:
+            raise RuntimeError(f"asked for {engine.value}, got {self.tier.core.engine_name}")
         (self.file,) = directory.glob("*.slots")
         self.host = [self.storage.host.slot_view(slot) for slot in range(self.num_slots)]
         self.data = random_bytes((self.num_slots, slot_bytes), 1)
@@ -109,8 +108,7 @@ class Bench:
 
     def close(self) -> None:
         self.transfer.close()
-        del self.store
-        self.storage.close()
+        self.storage.close_lower()
         for file in self.file.parent.glob("flexkv-*"):
             file.unlink()
 
@@ -124,7 +122,7 @@ class Bench:
 
     def _submit(self, job: Job) -> int:
         kind, host, ssd, layer = job
-        src, dst = (host, ssd) if kind is TransferType.H2DISK else (ssd, host)
+        src, dst = (host, ssd) if kind is TransferType.H2LOWER else (ssd, host)
         # As one op of the core: the engine itself asks for no single layers.
         layers = (layer, layer + 1) if layer >= 0 else (0, 0)
         keys = np.ascontiguousarray(self.keys[host])
@@ -158,7 +156,7 @@ class Bench:
 
     def _publish(self, blocks: Slots) -> None:
         nobody = np.zeros((len(blocks), 2), np.uint64)
-        self.store.core.publish(np.ascontiguousarray(self.keys[blocks]), nobody, self.ssd_slots[blocks])
+        self.tier.stored(np.ascontiguousarray(self.keys[blocks]), nobody, self.ssd_slots[blocks])
 
     def write(self) -> float:
         """Writes block i to a random slot of the file. Returns seconds."""
@@ -166,7 +164,7 @@ class Bench:
             slot[:] = data
         self.ssd_slots = self._rng.permutation(self.num_slots)
         blocks = np.arange(self.num_slots)
-        (seconds,) = self._run(self._jobs(TransferType.H2DISK, blocks, self.ssd_slots))
+        (seconds,) = self._run(self._jobs(TransferType.H2LOWER, blocks, self.ssd_slots))
         self._publish(blocks)
         return seconds
 
@@ -175,7 +173,7 @@ class Bench:
         for slot in self.host:
             slot.fill(0xEE)
         order = self._rng.permutation(self.num_slots)
-        (seconds,) = self._run(self._jobs(TransferType.DISK2H, order, self.ssd_slots[order]))
+        (seconds,) = self._run(self._jobs(TransferType.LOWER2H, order, self.ssd_slots[order]))
         return seconds
 
     def mixed(self) -> tuple[float, int]:
@@ -186,8 +184,8 @@ class Bench:
         for block in read:
             self.host[block].fill(0xEE)
         seconds, _ = self._run(
-            self._jobs(TransferType.DISK2H, read, self.ssd_slots[read]),
-            self._jobs(TransferType.H2DISK, write, self.ssd_slots[write]),
+            self._jobs(TransferType.LOWER2H, read, self.ssd_slots[read]),
+            self._jobs(TransferType.H2LOWER, write, self.ssd_slots[write]),
         )
         self._publish(write)
         return seconds, len(read) * self.slot_bytes

@@ -18,7 +18,7 @@ import itertools
 import logging
 import threading
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -32,26 +32,27 @@ from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, Pla
 from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, TokenIds
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import CacheConfig, SsdAdmission
+from sglang_flexkv.common.lower_tier import CPU, LowerTier, TierNumbers
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, SlotsOnTheirWay, TransferType
-from sglang_flexkv.ssdtier import SsdTier
 from sglang_flexkv.storage.ssd_identity import Identity
-from sglang_flexkv.storage.storage_engine import StorageEngine
+from sglang_flexkv.storage.storage_engine import StorageEngine, TierRequest
+from sglang_flexkv.tierlife import TierLife
 from sglang_flexkv.transfer.trace import TransferTrace
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
 
 logger = logging.getLogger(__name__)
 
-# Spills in flight. Enough to keep the disk busy, few enough that a stop does not wait for long.
+# Spills in flight to one tier. Enough to keep a disk busy, few enough that a stop does not wait for long.
 _SPILLS_MAX = 4
 _SPILL_BYTES_MAX = 64 << 20
 
-# Who waits for a task looks after the disk so often meanwhile.
+# Who waits for a task looks after the lower tiers so often meanwhile.
 _WAIT_STEP_S = 0.1
 
 # A stop or a flush waits this long for copies that have started, then says so and goes on waiting.
 _QUIESCE_WARN_S = 30.0
-# An orderly stop gives blocks that wait for SSD so long to get there.
+# An orderly stop gives blocks that wait for a lower tier so long to get there.
 _CLOSE_FLUSH_S = 5.0
 
 
@@ -135,46 +136,41 @@ class KVTaskEngine:
         self.config = config
         self._trace = TransferTrace() if config.trace_file is not None else None
         self._rank_tag = rank_tag
-        self._storage = StorageEngine(
-            config,
-            device,
-            namespace=namespace,
-            label=label,
-            identity=identity,
-            rank_tag=rank_tag,
-            disk=disk,
-        )
+        self._storage = StorageEngine(device, TierRequest(config, namespace, label, identity, rank_tag, disk))
+        self._tier_names = ["CPU", *(tier.name for tier in self._storage.lower)]
         self._lock = threading.RLock()
         self._tasks: dict[int, KVTask] = {}
         self._unlaunched: OrderedDict[int, KVTask] = OrderedDict()  # READY tasks, the oldest first
         self._by_graph: dict[int, KVTask] = {}
-        # Tasks that read from SSD, READY or RUNNING, by the transaction that brings it to the CPU tier.
+        # Tasks that load from a lower tier, READY or RUNNING, by the transaction that brings it to the CPU
+        # tier.
         self._reads: dict[int, KVTask] = {}
         self._ids = itertools.count(1)
         self._leases: set[int] = set()
-        self._spills_running = 0
+        self._spills_running: Counter[int] = Counter()  # by tier
         self._waiting_puts: OrderedDict[int, _WaitingPut] = OrderedDict()  # CREATED tasks, the oldest first
         self._closed = False
         try:
             self._cache = GlobalCacheEngine(
                 config,
+                self._storage.lower,
                 keep_tokens=keep_tokens,
                 spill_blocks_max=max(1, _SPILL_BYTES_MAX // self._storage.slot_bytes),
             )
             self._transfer = TransferEngine(config, self._storage)
-            self._ssd = (
-                SsdTier(
-                    self._storage,
+            self._lives = {
+                number: TierLife(
+                    number,
+                    tier,
                     self._cache,
                     self._transfer,
-                    self._cancel_disk_tasks,
-                    lambda: len(self._disk_tasks()),
+                    self._cancel_tasks_of,
+                    lambda number: len(self._tasks_of(number)),
                 )
-                if config.enable_ssd
-                else None
-            )
+                for number, tier in enumerate(self._storage.lower, start=1)
+            }
         except BaseException:
-            self._storage.close()
+            self._storage.close_lower()
             raise
 
     # ---- what it stands on ----
@@ -195,9 +191,23 @@ class KVTaskEngine:
         return self._storage.slot_bytes
 
     @property
-    def io_engine(self) -> str:
-        """Name of the SSD I/O engine in use, with the reason if it is a fall-back."""
-        return self._transfer.io_engine
+    def tier_names(self) -> Sequence[str]:
+        """As users know them, by number: ``CPU`` and those below it."""
+        return self._tier_names
+
+    @property
+    def has_lower_tiers(self) -> bool:
+        return bool(self._lives)
+
+    def describe_lower_tiers(self) -> dict[str, tuple[int, str]]:
+        """By name: how many blocks each can hold, and what moves them, with the reason if it is a
+        fall-back."""
+
+        def engine(tier: LowerTier) -> str:
+            note = tier.core.engine_note
+            return f"{tier.core.engine_name} ({note})" if note else tier.core.engine_name
+
+        return {tier.name: (tier.num_slots, engine(tier)) for tier in self._storage.lower}
 
     @property
     def cuda_note(self) -> str:
@@ -229,24 +239,33 @@ class KVTaskEngine:
                 self._leases.add(lease)
             return lease, tiers
 
-    @property
-    def queued_ssd_read_bytes(self) -> int:
-        """Bytes that wait to be read from SSD or are being read."""
-        return self._transfer.queued_blocks(TransferType.DISK2H) * self._storage.slot_bytes
+    def queued_read_bytes(self) -> Counter[int]:
+        """Bytes that wait to be loaded from each lower tier or are being loaded, by its number."""
+        queued = {n: self._transfer.queued_blocks(TransferType.LOWER2H, n) for n in self._lives}
+        return Counter({number: blocks * self._storage.slot_bytes for number, blocks in queued.items()})
+
+    def bytes_by_tier(self, tiers: TierNumbers) -> Counter[int]:
+        """Bytes of blocks that come from lower tiers, by the tier's number.
+
+        Args:
+            tiers: of each block the tier that it is in, uint8 [blocks].
+        """
+        counts = np.bincount(tiers, minlength=1)[1:].tolist()
+        return Counter({n: count * self._storage.slot_bytes for n, count in enumerate(counts, 1) if count})
 
     @property
     def num_spill_dropped_blocks(self) -> int:
-        """Blocks that were to go from the CPU tier to SSD and did not get there."""
+        """Blocks that were to go from the CPU tier to a lower one and did not get there."""
         return self._cache.num_spill_dropped_blocks
 
     @property
-    def num_ssd_reads(self) -> int:
-        """Tasks that bring blocks from SSD to the CPU tier, or are about to."""
+    def num_reads(self) -> int:
+        """Tasks that bring blocks from lower tiers to the CPU tier, or are about to."""
         return len(self._reads)
 
     def find_read(self, key: npt.NDArray[np.uint64]) -> KVTask | None:
-        """The task that brings a block from SSD to the CPU tier, None if nobody does. It ends by itself,
-        whoever forgets it meanwhile.
+        """The task that brings a block from a lower tier to the CPU tier, None if nobody does. It ends by
+        itself, whoever forgets it meanwhile.
 
         Args:
             key: of the block, shape [2].
@@ -255,7 +274,7 @@ class KVTaskEngine:
             return None
         with self._lock:
             self.poll()
-            task = self._reads.get(self._cache.index.writer(_core.Tier.CPU, key))
+            task = self._reads.get(self._cache.index.writer(CPU, key))
             return None if task is None or task.plan is None or task.plan.discarded else task
 
     def unpin(self, lease: int) -> None:
@@ -293,8 +312,8 @@ class KVTaskEngine:
         slots: Slots | SlotsOnTheirWay,
         places_for: Callable[[TransferPlan | None], Slots | None],
     ) -> KVTask:
-        """Stores the blocks that the CPU tier does not hold, so that all of them get to SSD: ``create_put``
-        and ``launch`` in one, put off while too much waits for SSD. ``poll`` starts it then.
+        """Stores the blocks that the CPU tier does not hold, so that all of them get to the lower tiers:
+        ``create_put`` and ``launch`` in one, put off while too much waits for these. ``poll`` starts it then.
 
         Args:
             slots: device token slots.
@@ -321,9 +340,10 @@ class KVTaskEngine:
 
     def _may_put(self, put: _WaitingPut) -> bool:
         coming = sum(
-            len(task.plan.graph.ops[task.plan.txn_op].block_positions)
+            len(op.block_positions)
             for task in self._by_graph.values()
             if task.plan is not None and task.plan.kind is PlanKind.PUT
+            for op in task.plan.graph.ops
         )
         return self._cache.may_put(len(put.keys), coming)
 
@@ -365,7 +385,7 @@ class KVTaskEngine:
         task.become(TaskStatus.READY)
         self._tasks[task.task_id] = task
         self._unlaunched[task.task_id] = task
-        if plan is not None and plan.num_ssd_blocks:
+        if plan is not None and plan.num_lower_blocks:
             self._reads[plan.txn] = task
         return task
 
@@ -443,7 +463,7 @@ class KVTaskEngine:
                 assert task.plan is not None
                 self._finish(task, result)
                 if self._trace is not None:
-                    self._trace.add(task.plan.kind.value, task.plan.graph, result)
+                    self._trace.add(task.plan.kind.value, task.plan.graph, result, self._transfer.name_of)
                 task.held_events.clear()
                 task.error = result.error
                 if task.plan.discarded and task.plan.kind is not PlanKind.GET:
@@ -455,14 +475,14 @@ class KVTaskEngine:
                 else:
                     task.become(TaskStatus.CANCELLED)
                 if task.plan.kind is PlanKind.SPILL:
-                    self._spills_running -= 1
+                    self._spills_running[task.plan.txn_tier] -= 1
                     self._tasks.pop(task.task_id, None)
                 ended.append(task)
             self._reclaim()
             if not self._closed:
-                if self._ssd is not None:
-                    self._ssd.poll()
-                self._start_spills()
+                for number, life in self._lives.items():
+                    life.poll()
+                    self._start_spills(number)
                 self._start_puts()
         return ended
 
@@ -476,12 +496,12 @@ class KVTaskEngine:
             logger.warning("task %d was not launched for %.0f s and is cancelled", task.task_id, age_s)
             self.cancel(task)
 
-    def _start_spills(self) -> None:
-        while self._spills_running < _SPILLS_MAX:
-            plan = self._cache.plan_spill()
+    def _start_spills(self, tier: int) -> None:
+        while self._spills_running[tier] < _SPILLS_MAX:
+            plan = self._cache.plan_spill(tier)
             if plan is None:
                 return
-            self._spills_running += 1
+            self._spills_running[tier] += 1
             self.launch(self._add(plan))
 
     def wait(self, tasks: Iterable[KVTask], timeout_s: float) -> bool:
@@ -494,7 +514,7 @@ class KVTaskEngine:
                         f"task {task.task_id} is {task.status.value}: launch it before waiting"
                     )
                 left = deadline - time.monotonic()
-                # In steps: a disk that hangs is noticed by poll, and nobody else may be calling it.
+                # In steps: a tier that hangs is noticed by poll, and nobody else may be calling it.
                 self._transfer.wait(self._what_ends_next(task), max(0.0, min(left, _WAIT_STEP_S)))
                 self.poll()
                 if left <= 0 and not task.ended:
@@ -534,7 +554,7 @@ class KVTaskEngine:
 
     def quiesce(self) -> None:
         """Cancels everything and waits until nothing touches the device. Keeps what the tiers hold. What is
-        on its way from or to the disk ends by itself: nobody waits for a disk here."""
+        on its way from or to a lower tier ends by itself: nobody waits for a disk here."""
         with self._lock:
             waiting = [put.task for put in self._waiting_puts.values()]
             for task in [*self._tasks.values(), *self._by_graph.values(), *waiting]:
@@ -550,11 +570,16 @@ class KVTaskEngine:
         with self._lock:
             self.quiesce()
             self._tasks.clear()  # nobody comes back for what a flush took away
-            self.clear_tiers(_core.Tier.CPU, _core.Tier.SSD)
+            self.clear_tiers()
 
-    def clear_tiers(self, *tiers: _core.Tier) -> None:
+    def clear_tiers(self, *tiers: int) -> None:
         """Forgets every block of these tiers and what is on its way there, in this process and for the next
-        one. May come at any time: tasks go on, and a get brings what it was planned for."""
+        one. May come at any time: tasks go on, and a get brings what it was planned for.
+
+        Args:
+            tiers: their numbers; none: all of them.
+        """
+        tiers = tiers or tuple(range(len(self._tier_names)))
         with self._lock:
             self._discard(
                 task
@@ -562,17 +587,18 @@ class KVTaskEngine:
                 if task.plan is not None and task.plan.txn_tier in tiers
             )
             self._cache.clear(tiers)
-            if self._ssd is not None and _core.Tier.SSD in tiers:
-                self._ssd.clear()
+            for number, life in self._lives.items():
+                if number in tiers:
+                    life.clear()
 
     def stop_persisting(self) -> None:
-        """Empties the SSD tier and marks it: no other process finds what is in it from now on. For the moment
-        when the weights stop being those that the namespace stands for."""
+        """Empties the lower tiers and marks them: no other process finds what is in them from now on. For the
+        moment when the weights stop being those that the namespace stands for."""
         with self._lock:
-            self._discard(self._disk_tasks())
-            self._cache.clear([_core.Tier.SSD])
-            if self._ssd is not None:
-                self._ssd.stop_persisting()
+            for number, life in self._lives.items():
+                self._discard(self._tasks_of(number))
+                life.stop_persisting()
+            self._cache.clear(self._lives.keys())
 
     @staticmethod
     def _discard(tasks: Iterable[KVTask]) -> None:
@@ -580,25 +606,24 @@ class KVTaskEngine:
             if task.plan is not None:
                 task.plan.discarded = True
 
-    def _disk_tasks(self) -> list[KVTask]:
-        """Running tasks that read or write the disk."""
+    def _tasks_of(self, tier: int) -> list[KVTask]:
+        """Running tasks that load from a lower tier or store in it."""
         return [
             task
             for task in self._by_graph.values()
-            if task.plan is not None
-            and any(not op.transfer_type.touches_device for op in task.plan.graph.ops)
+            if task.plan is not None and any(op.tier == tier for op in task.plan.graph.ops)
         ]
 
-    def _cancel_disk_tasks(self) -> None:
-        tasks = self._disk_tasks()
+    def _cancel_tasks_of(self, tier: int) -> None:
+        tasks = self._tasks_of(tier)
         self._discard(tasks)
         for task in tasks:
             self.cancel(task)
 
     def flush_spills(self, timeout_s: float) -> bool:
-        """Waits until all that waits for SSD is there. False when the time is up first."""
+        """Waits until all that waits for a lower tier is there. False when the time is up first."""
         deadline = time.monotonic() + timeout_s
-        while self._cache.num_waiting_spills or self._spills_running or self._waiting_puts:
+        while self._cache.num_waiting_spills or self._spills_running.total() or self._waiting_puts:
             if time.monotonic() > deadline:
                 return False
             self._transfer.drain(0.05)
@@ -606,13 +631,13 @@ class KVTaskEngine:
         return True
 
     def sync(self, timeout_s: float) -> bool:
-        """Waits until all that is stored is on SSD and would survive a power failure. False when the time is
-        up first, or the disk does not let it."""
+        """Waits until all that is stored is in the lower tiers and would survive a power failure. False when
+        the time is up first, a tier does not let it, or there is none."""
         deadline = time.monotonic() + timeout_s
         return (
             self.flush_spills(timeout_s)
-            and self._ssd is not None
-            and self._ssd.sync(max(0.0, deadline - time.monotonic()))
+            and bool(self._lives)
+            and all(life.sync(max(0.0, deadline - time.monotonic())) for life in self._lives.values())
         )
 
     def check_integrity(self) -> None:
@@ -633,32 +658,33 @@ class KVTaskEngine:
             assert index.num_transactions == reservations, (
                 f"{index.num_transactions} reservations, {reservations} of them with an owner"
             )
-            reads = {task.plan.txn for task in live if task.plan and task.plan.num_ssd_blocks}
+            reads = {task.plan.txn for task in live if task.plan and task.plan.num_lower_blocks}
             assert self._reads.keys() == reads, f"reads {set(self._reads)}, running are {reads}"
 
-    def transfer_stats(self) -> dict[str, dict[str, float]]:
-        """Per transfer type, see TransferEngine.stats."""
-        return self._transfer.stats()
+    def load_stats(self) -> list[dict[str, float]]:
+        """Of the loads from each tier, by its number: to the device from the CPU tier, to the CPU tier from
+        the others. See TransferEngine.stats."""
+        stats, name_of = self._transfer.stats(), self._transfer.name_of
+        return [
+            stats[name_of(TransferType.LOWER2H if tier else TransferType.H2D, tier)]
+            for tier in range(len(self._tier_names))
+        ]
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Tiers (slots, free, ready, writing, pinned, evicted), transfers (see TransferEngine.stats), and
-        tasks: how many are kept, because nobody has forgotten them yet, and how many run."""
+        """Tiers by name (see GlobalCacheEngine.stats and TierLife.stats; saved_write_bytes where not every
+        block is admitted), transfers (see TransferEngine.stats), and tasks: how many are kept, because nobody
+        has forgotten them yet, and how many run."""
         with self._lock:
             out: dict[str, dict[str, float]] = {}
             out["tasks"] = {"kept": len(self._tasks), "running": len(self._by_graph)}
-            for tier in (_core.Tier.CPU, _core.Tier.SSD):
-                s = self._cache.index.stats(tier)
-                out[tier.name] = {
-                    name: getattr(s, name)
-                    for name in ("slots", "free", "ready", "writing", "pinned", "evicted")
-                }
-            out["CPU"]["puts_without_room"] = self._cache.num_puts_without_room
-            if self._ssd is not None:
-                out["SSD"].update(self._ssd.stats())
-                out["SSD"]["dropped"] = self._cache.num_spill_dropped_blocks
-                if self.config.ssd_admission is SsdAdmission.REUSE:
-                    saved = max(0, self._cache.num_offered_to_ssd - self._cache.num_admitted_to_ssd)
-                    out["SSD"]["saved_write_bytes"] = saved * self._storage.slot_bytes
+            for number, name in enumerate(self._tier_names):
+                out[name] = self._cache.stats(number)
+            for number, life in self._lives.items():
+                of_tier = out[self._tier_names[number]]
+                of_tier.update(life.stats())
+                if self._storage.lower[number - 1].admission is SsdAdmission.REUSE:
+                    saved = max(0, of_tier["offered"] - of_tier["admitted"])
+                    of_tier["saved_write_bytes"] = saved * self._storage.slot_bytes
             out.update(self._transfer.stats())
             return out
 
@@ -676,22 +702,23 @@ class KVTaskEngine:
                 self.quiesce,
                 self._take_no_more,
                 self._write_trace,
-                self._close_ssd,
+                self._stop_tiers,
                 self._transfer.close,
-                self._cache.close,  # the last but one to hold the journal
-                self._storage.close,
+                self._close_tiers,
             )
 
     def _flush_before_close(self) -> None:
-        if self._cache.journal is not None:
-            self.flush_spills(_CLOSE_FLUSH_S)  # the next process finds what is on SSD by then
+        if self._cache.stores_below:
+            self.flush_spills(_CLOSE_FLUSH_S)  # the next process finds what is in a lower tier by then
+
+    def _stop_tiers(self) -> None:
+        run_all(*(life.stop for life in self._lives.values()))
+
+    def _close_tiers(self) -> None:
+        run_all(*(life.close for life in self._lives.values()))
 
     def _take_no_more(self) -> None:
         self._closed = True
-
-    def _close_ssd(self) -> None:
-        if self._ssd is not None:
-            self._ssd.close()
 
     def _write_trace(self) -> None:
         path = self.config.trace_file

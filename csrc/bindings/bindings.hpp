@@ -16,12 +16,28 @@
 
 namespace py = pybind11;
 
+// Tiers are numbers in Python.
+template <>
+struct pybind11::detail::type_caster<flexkv::Tier> {
+  PYBIND11_TYPE_CASTER(flexkv::Tier, const_name("int"));
+  bool load(handle source, bool convert) {
+    make_caster<uint8_t> number;
+    if (!number.load(source, convert)) return false;
+    value = flexkv::Tier{cast_op<uint8_t>(number)};
+    return true;
+  }
+  static handle cast(flexkv::Tier tier, return_value_policy, handle) {
+    return PyLong_FromLong(static_cast<long>(tier));
+  }
+};
+
 namespace flexkv {
 
 // From the bottom: a room's signatures name types of those before it.
 void BindIndex(py::module_& m);
 void BindMemory(py::module_& m);
 void BindCopy(py::module_& m);
+void BindTier(py::module_& m);
 void BindSsd(py::module_& m);
 void BindTransfer(py::module_& m);
 

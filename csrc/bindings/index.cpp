@@ -60,8 +60,6 @@ py::array_t<T> Leading(py::array_t<T>& values, size_t count) {
 }  // namespace
 
 void BindIndex(py::module_& m) {
-  py::enum_<Tier>(m, "Tier").value("CPU", Tier::kCpu).value("SSD", Tier::kSsd);
-
   py::class_<TierStats>(m, "TierStats")
       .def_readonly("slots", &TierStats::slots)
       .def_readonly("free", &TierStats::free)
@@ -109,14 +107,17 @@ void BindIndex(py::module_& m) {
       py::arg("page_hashes"), py::arg("namespace"));
 
   py::class_<PrefixIndex>(m, "PrefixIndex")
-      .def(py::init([](uint32_t cpu_slots, uint32_t ssd_slots, EvictionPolicyKind cpu_policy,
-                       EvictionPolicyKind ssd_policy, uint32_t tokens_per_block, bool keep_tokens) {
-             return std::make_unique<PrefixIndex>(TierSetup{cpu_slots, cpu_policy},
-                                                  TierSetup{ssd_slots, ssd_policy}, tokens_per_block,
-                                                  keep_tokens);
+      .def(py::init([](const std::vector<uint32_t>& slots,
+                       const std::optional<std::vector<EvictionPolicyKind>>& policies,
+                       uint32_t tokens_per_block, bool keep_tokens) {
+             Require(!policies || policies->size() == slots.size(), "an index needs a policy for each tier");
+             std::vector<TierSetup> tiers;
+             for (size_t t = 0; t < slots.size(); ++t) {
+               tiers.push_back({slots[t], policies ? (*policies)[t] : EvictionPolicyKind::kLru});
+             }
+             return std::make_unique<PrefixIndex>(tiers, tokens_per_block, keep_tokens);
            }),
-           py::arg("cpu_slots"), py::arg("ssd_slots"), py::arg("cpu_policy") = EvictionPolicyKind::kLru,
-           py::arg("ssd_policy") = EvictionPolicyKind::kLru, py::arg("tokens_per_block") = 16,
+           py::arg("slots"), py::arg("policies") = std::nullopt, py::arg("tokens_per_block") = 16,
            py::arg("keep_tokens") = false)
       .def(
           "match",

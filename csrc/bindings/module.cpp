@@ -27,6 +27,7 @@ PYBIND11_MODULE(_core, m) {
   BindIndex(m);
   BindMemory(m);
   BindCopy(m);
+  BindTier(m);
   BindSsd(m);
   BindTransfer(m);
 }

@@ -10,6 +10,7 @@
 #include "ssd/ssd_format.hpp"
 #include "ssd/ssd_reader.hpp"
 #include "ssd/ssd_store.hpp"
+#include "ssd/ssd_tier.hpp"
 
 namespace flexkv {
 
@@ -99,6 +100,14 @@ void BindSsd(py::module_& m) {
         out["durable"] = stats.durable;
         return out;
       });
+
+  py::class_<SsdTier, LowerTier, std::shared_ptr<SsdTier>>(m, "SsdTier")
+      .def(py::init([](std::shared_ptr<SsdStore> store, IoEngineKind io_engine, int io_depth,
+                       double write_bytes_per_s) {
+             return std::make_shared<SsdTier>(std::move(store),
+                                              SsdIoOptions{io_engine, io_depth, write_bytes_per_s});
+           }),
+           py::arg("store"), py::arg("io_engine"), py::arg("io_depth"), py::arg("write_bytes_per_s") = 0.0);
 
   py::class_<SsdReader>(m, "SsdReader")
       .def(py::init<const std::string&, const std::string&>(), py::arg("slots"), py::arg("journal"), NoGil())

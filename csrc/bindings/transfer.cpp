@@ -14,24 +14,22 @@ namespace {
 
 std::vector<int64_t> ToVector(const Int64s& values) { return {values.data(), values.data() + values.size()}; }
 
-py::dict StatsDict(const TransferStats& stats) {
-  static const char* const kNames[kNumTransferTypes] = {"H2D", "D2H", "DISK2H", "H2DISK"};
+py::dict StatsDict(const std::vector<TransferStats>& routes) {
   py::dict out;
-  for (int t = 0; t < kNumTransferTypes; ++t) {
+  for (const TransferStats& stats : routes) {
     py::dict one;
-    one["ops_done"] = stats.ops_done[t];
-    one["ops_failed"] = stats.ops_failed[t];
-    one["ops_cancelled"] = stats.ops_cancelled[t];
-    one["bytes"] = stats.bytes[t];
-    one["busy_s"] = stats.busy_s[t];
-    one["queued_blocks"] = stats.queued_blocks[t];
-    one["refused_graphs"] = stats.refused_graphs[t];
-    one["queue_s"] = stats.queue_s[t];
-    out[kNames[t]] = one;
+    one["ops_done"] = stats.ops_done;
+    one["ops_failed"] = stats.ops_failed;
+    one["ops_cancelled"] = stats.ops_cancelled;
+    one["bytes"] = stats.bytes;
+    one["busy_s"] = stats.busy_s;
+    one["queued_blocks"] = stats.queued_blocks;
+    one["refused_graphs"] = stats.refused_graphs;
+    one["queue_s"] = stats.queue_s;
+    one["corrupt_blocks"] = stats.corrupt_blocks;
+    one["layers_per_read"] = stats.layers_per_read;
+    out[stats.name.c_str()] = one;
   }
-  // What was read and was not what had been written: never used, read again by computing it.
-  out["DISK2H"]["corrupt_blocks"] = stats.corrupt_blocks;
-  out["DISK2H"]["layers_per_read"] = stats.layers_per_read;
   return out;
 }
 
@@ -41,8 +39,8 @@ void BindTransfer(py::module_& m) {
   py::enum_<TransferType>(m, "TransferType")
       .value("H2D", TransferType::kH2D)
       .value("D2H", TransferType::kD2H)
-      .value("DISK2H", TransferType::kDisk2H)
-      .value("H2DISK", TransferType::kH2Disk);
+      .value("LOWER2H", TransferType::kLower2H)
+      .value("H2LOWER", TransferType::kH2Lower);
   py::enum_<OpStatus>(m, "OpStatus")
       .value("PENDING", OpStatus::kPending)
       .value("DONE", OpStatus::kDone)
@@ -55,18 +53,28 @@ void BindTransfer(py::module_& m) {
   py::class_<OpSpec>(m, "OpSpec")
       .def(py::init([](TransferType type, const Int64s& src, const Int64s& dst, int layer_begin,
                        int layer_end, std::vector<uint32_t> after, const std::optional<Keys>& keys,
-                       int after_layers, std::shared_ptr<AwaitedSlots> awaited) {
+                       int after_layers, std::shared_ptr<AwaitedSlots> awaited, std::optional<Tier> tier) {
              std::vector<BlockKey> copied;
              if (keys) {
                const KeyView view = View(*keys);
                copied.assign(view.data, view.data + view.size);
              }
-             return OpSpec{type,      ToVector(src),     ToVector(dst),    std::move(awaited), layer_begin,
-                           layer_end, std::move(copied), std::move(after), after_layers};
+             const bool device = type == TransferType::kH2D || type == TransferType::kD2H;
+             return OpSpec{type,
+                           tier.value_or(device ? Tier::kCpu : Tier{1}),
+                           ToVector(src),
+                           ToVector(dst),
+                           std::move(awaited),
+                           layer_begin,
+                           layer_end,
+                           std::move(copied),
+                           std::move(after),
+                           after_layers};
            }),
            py::arg("type"), py::arg("src"), py::arg("dst"), py::arg("layer_begin") = 0,
            py::arg("layer_end") = 0, py::arg("after") = std::vector<uint32_t>{},
-           py::arg("keys") = std::nullopt, py::arg("after_layers") = -1, py::arg("awaited") = nullptr);
+           py::arg("keys") = std::nullopt, py::arg("after_layers") = -1, py::arg("awaited") = nullptr,
+           py::arg("tier") = std::nullopt);
 
   py::class_<OpResult>(m, "OpResult")
       .def_readonly("status", &OpResult::status)
@@ -83,25 +91,19 @@ void BindTransfer(py::module_& m) {
 
   py::class_<TransferEngine>(m, "TransferEngine")
       .def(py::init([](const BlockLayout& layout, std::shared_ptr<HostPool> host, int copy_threads,
-                       int cuda_device, size_t queue_bytes, const std::string& cuda_library) {
+                       int cuda_device, size_t queue_bytes, const std::vector<std::string>& lower_tiers,
+                       const std::string& cuda_library) {
              py::gil_scoped_release nogil;
              return std::make_unique<TransferEngine>(layout, std::move(host), copy_threads, cuda_device,
-                                                     queue_bytes, cuda_library);
+                                                     queue_bytes, lower_tiers, cuda_library);
            }),
            py::arg("layout"), py::arg("host"), py::arg("copy_threads"), py::arg("cuda_device"),
-           py::arg("queue_bytes") = 0, py::arg("cuda_library") = CudaDriver::kLibrary)
+           py::arg("queue_bytes") = 0, py::arg("lower_tiers") = std::vector<std::string>{},
+           py::arg("cuda_library") = CudaDriver::kLibrary)
       .def("make_gate", &TransferEngine::MakeGate, py::arg("num_layers"), NoGil())
-      .def(
-          "attach_ssd",
-          [](TransferEngine& engine, std::shared_ptr<SsdStore> store, IoEngineKind io_engine, int io_depth,
-             double write_bytes_per_s, uint32_t slices_per_read) {
-            py::gil_scoped_release nogil;
-            engine.AttachSsd(std::move(store), {io_engine, io_depth, write_bytes_per_s, slices_per_read});
-          },
-          py::arg("store"), py::arg("io_engine"), py::arg("io_depth"), py::arg("write_bytes_per_s") = 0.0,
-          py::arg("slices_per_read") = 0)
-      .def("detach_ssd", &TransferEngine::DetachSsd, NoGil())
-      .def_property_readonly("ssd_oldest_io_s", &TransferEngine::ssd_oldest_io_s)
+      .def("attach", &TransferEngine::Attach, py::arg("number"), py::arg("tier"),
+           py::arg("slices_per_read") = 0, NoGil())
+      .def("detach", &TransferEngine::Detach, py::arg("number"), NoGil())
       .def("read_slots", &TransferEngine::ReadSlots, py::arg("address"), py::arg("count"), py::arg("stream"),
            NoGil())
       .def(
@@ -123,8 +125,6 @@ void BindTransfer(py::module_& m) {
       .def_property_readonly("event_fd", &TransferEngine::event_fd)
       .def_property_readonly("num_pending", &TransferEngine::num_pending)
       .def_property_readonly("cuda_note", &TransferEngine::cuda_note)
-      .def_property_readonly("io_engine_name", &TransferEngine::io_engine_name)
-      .def_property_readonly("io_engine_note", &TransferEngine::io_engine_note)
       .def_property_readonly("now_s", &TransferEngine::Now);
 
   py::class_<CostFit>(m, "CostFit")

@@ -11,21 +11,32 @@ constexpr uint32_t kEntriesMin = 1024;
 constexpr uint32_t kEntriesPopulated = 1u << 21;
 constexpr uint32_t kEntriesMax = 1u << 31;
 
+uint32_t SlotsOfLargest(const std::vector<TierSetup>& tiers) {
+  uint64_t slots_max = 0, slots = 0;
+  for (const TierSetup& tier : tiers) {
+    slots_max = std::max<uint64_t>(slots_max, tier.slots);
+    slots += tier.slots;
+  }
+  Require(!tiers.empty() && tiers.size() <= kTiersMax, "an index has 1 to 8 tiers");
+  Require(slots <= kEntriesMax, "the tiers of an index have at most 2^31 slots together");
+  return static_cast<uint32_t>(slots_max);
+}
+
 }  // namespace
 
-BlockGraph::BlockGraph(const TierSetup (&tiers)[kNumTiers], uint32_t tokens_per_block, bool keep_tokens)
+BlockGraph::BlockGraph(const std::vector<TierSetup>& tiers, uint32_t tokens_per_block, bool keep_tokens)
     : tokens_kept_(keep_tokens ? tokens_per_block : 0),
-      table_(std::max(tiers[0].slots, tiers[1].slots)),
-      tiers_{TierState(tiers[0].slots), TierState(tiers[1].slots)} {
-  for (int t = 0; t < kNumTiers; ++t) {
-    Require(tiers[t].slots <= kEntriesMax / kNumTiers, "a tier holds at most 2^30 slots");
-    tiers_[t].policy = MakeEvictionPolicy({tiers[t].policy, tiers[t].slots, tokens_per_block}, traits_);
+      node_bytes_(sizeof(Node) + tiers.size() * sizeof(Residency)),
+      table_(SlotsOfLargest(tiers)) {
+  for (const TierSetup& tier : tiers) {
+    tiers_.emplace_back(tier.slots);
+    tiers_.back().policy = MakeEvictionPolicy({tier.policy, tier.slots, tokens_per_block}, traits_);
   }
-  ReserveEntries(std::clamp(std::max(tiers[0].slots, tiers[1].slots), kEntriesMin, kEntriesPopulated), true);
+  ReserveEntries(std::clamp(SlotsOfLargest(tiers), kEntriesMin, kEntriesPopulated), true);
 }
 
 size_t BlockGraph::memory_bytes() const {
-  const size_t per_entry = sizeof(BlockKey) + sizeof(Node) + tokens_kept_ * sizeof(int32_t) +
+  const size_t per_entry = sizeof(BlockKey) + node_bytes_ + tokens_kept_ * sizeof(int32_t) +
                            (tokens_kept_ > 0) + sizeof(uint16_t) + sizeof(uint8_t);
   size_t bytes = end_ * per_entry + table_.memory_bytes();
   for (const TierState& state : tiers_) bytes += state.pool.memory_bytes() + state.policy->memory_bytes();
@@ -35,7 +46,7 @@ size_t BlockGraph::memory_bytes() const {
 void BlockGraph::ReserveEntries(size_t count, bool populate) {
   Require(count <= kEntriesMax, "the index is full");
   keys_.Reserve(count, populate);
-  nodes_.Reserve(count, populate);
+  nodes_.Reserve(count * node_bytes_, populate);
   if (tokens_kept_ > 0) {
     tokens_.Reserve(count * tokens_kept_, populate);
     has_tokens_.Reserve(count, populate);
@@ -108,7 +119,8 @@ uint32_t BlockGraph::FindOrCreate(const BlockKey& key) {
   const Run run = TakeEntries(1);
   if (InsertNew(run, &key, &found) == 0) return found;
   const uint32_t entry = run.first;
-  nodes_[entry] = {kNil, 0, {}};
+  NodeOf(entry) = {kNil, 0};
+  std::fill_n(TiersOf(entry), tiers_.size(), Residency{});
   traits_.depth[entry] = 0;
   traits_.importance[entry] = 0;
   return entry;
@@ -116,15 +128,16 @@ uint32_t BlockGraph::FindOrCreate(const BlockKey& key) {
 
 void BlockGraph::WriteNew(const Run& run, const SlotId* slots, uint8_t importance, uint32_t previous,
                           bool linked, bool goes_on) {
-  const int t = static_cast<int>(run.tier);
+  const size_t t = static_cast<size_t>(run.tier);
   uint32_t depth = DepthUnder(previous);
   for (uint32_t i = 0; i < run.count; ++i) {
     const uint32_t has_child = i + 1 < run.count || goes_on;
-    Node& node = nodes_[run.first + i];
+    Node& node = NodeOf(run.first + i);
     node.parent = i == 0 ? previous : run.first + i - 1;
     node.num_children = has_child;
-    for (int other = 0; other < kNumTiers; ++other) {
-      Residency& r = node.tier[other];
+    Residency* tiers = TiersOf(run.first + i);
+    for (size_t other = 0; other < tiers_.size(); ++other) {
+      Residency& r = tiers[other];
       r.slot = other == t ? slots[i] : 0;
       r.children = other == t ? has_child : 0;
       r.word = other == t ? Residency::kWritten : 0;
@@ -135,8 +148,8 @@ void BlockGraph::WriteNew(const Run& run, const SlotId* slots, uint8_t importanc
   Of(run.tier).count[static_cast<int>(State::kWriting)] += run.count;
   Of(run.tier).pinned += run.count;
   if (!linked && previous != kNil) {
-    nodes_[previous].num_children++;
-    Residency& above = nodes_[previous].tier[t];
+    NodeOf(previous).num_children++;
+    Residency& above = At(previous, run.tier);
     above.children++;
     if (above.evictable()) UpdateEvictable(previous, run.tier);
   }
@@ -162,18 +175,18 @@ void BlockGraph::KeepTokens(uint32_t entry, const TokenView& tokens, size_t bloc
 void BlockGraph::Link(uint32_t child, uint32_t parent) {
   // A key is a chained hash: a block has one parent for ever. A parent that is given later than the
   // child (write_back spills leaves first) is linked then.
-  if (parent == kNil || parent == child || nodes_[child].parent != kNil) return;
+  if (parent == kNil || parent == child || NodeOf(child).parent != kNil) return;
   // Chained keys know no circle, but a disk's records may claim one. Only what has children of its
   // own can be its parent's ancestor.
-  if (nodes_[child].num_children > 0) {
-    for (uint32_t above = parent; above != kNil; above = nodes_[above].parent) {
+  if (NodeOf(child).num_children > 0) {
+    for (uint32_t above = parent; above != kNil; above = NodeOf(above).parent) {
       if (above == child) return;
     }
   }
-  nodes_[child].parent = parent;
-  nodes_[parent].num_children++;
+  NodeOf(child).parent = parent;
+  NodeOf(parent).num_children++;
   traits_.depth[child] = DepthUnder(parent);
-  for (int t = 0; t < kNumTiers; ++t) {
+  for (size_t t = 0; t < tiers_.size(); ++t) {
     const Tier tier = static_cast<Tier>(t);
     if (StateOf(child, tier) == State::kAbsent) continue;
     At(parent, tier).children++;
@@ -183,25 +196,26 @@ void BlockGraph::Link(uint32_t child, uint32_t parent) {
 
 void BlockGraph::RaiseImportance(uint32_t entry, uint8_t importance) {
   // A policy knows where a block is queued by what the block is.
-  for (int t = 0; t < kNumTiers; ++t) {
-    if (nodes_[entry].tier[t].evictable()) tiers_[t].policy->SetEvictable(entry, false, false);
+  Residency* tiers = TiersOf(entry);
+  for (size_t t = 0; t < tiers_.size(); ++t) {
+    if (tiers[t].evictable()) tiers_[t].policy->SetEvictable(entry, false, false);
   }
   traits_.importance[entry] = importance;
-  for (int t = 0; t < kNumTiers; ++t) {
-    if (nodes_[entry].tier[t].evictable()) tiers_[t].policy->SetEvictable(entry, true, false);
+  for (size_t t = 0; t < tiers_.size(); ++t) {
+    if (tiers[t].evictable()) tiers_[t].policy->SetEvictable(entry, true, false);
   }
 }
 
 void BlockGraph::FreeIfUnused(uint32_t entry) {
   while (entry != kNil) {
-    Node& node = nodes_[entry];
-    if (node.num_children != 0) return;
-    for (const Residency& r : node.tier) {
-      if (r.state() != State::kAbsent || r.pins() != 0) return;
+    if (NodeOf(entry).num_children != 0) return;
+    const Residency* tiers = TiersOf(entry);
+    for (size_t t = 0; t < tiers_.size(); ++t) {
+      if (tiers[t].state() != State::kAbsent || tiers[t].pins() != 0) return;
     }
-    const uint32_t parent = node.parent;
+    const uint32_t parent = NodeOf(entry).parent;
     Free(entry);
-    if (parent != kNil) nodes_[parent].num_children--;
+    if (parent != kNil) NodeOf(parent).num_children--;
     entry = parent;  // a placeholder goes with its last child
   }
 }
@@ -223,7 +237,7 @@ void BlockGraph::UpdateEvictable(uint32_t entry, Tier tier, bool laid_bare) {
 void BlockGraph::Occupy(uint32_t entry, Tier tier, SlotId slot) {
   At(entry, tier).slot = slot;
   SetState(entry, tier, State::kWriting);
-  const uint32_t parent = nodes_[entry].parent;
+  const uint32_t parent = NodeOf(entry).parent;
   if (parent != kNil) {
     At(parent, tier).children++;
     UpdateEvictable(parent, tier);
@@ -235,7 +249,7 @@ void BlockGraph::Vacate(uint32_t entry, Tier tier) {
   SetState(entry, tier, State::kAbsent);
   UpdateEvictable(entry, tier);
   Of(tier).policy->Remove(entry, keys_[entry]);
-  const uint32_t parent = nodes_[entry].parent;
+  const uint32_t parent = NodeOf(entry).parent;
   if (parent != kNil) {
     At(parent, tier).children--;
     UpdateEvictable(parent, tier, true);
@@ -285,7 +299,7 @@ size_t BlockGraph::Evict(Tier tier, size_t count, const std::function<bool(size_
       last = state.policy->After(last);
       if (last == EvictionPolicy::kNone) break;
       state.policy->Prefetch(last);
-      __builtin_prefetch(&nodes_[last], 1);
+      __builtin_prefetch(&NodeOf(last), 1);
       __builtin_prefetch(&keys_[last]);
       ahead[num_seen++ % kLookahead] = last;
     }
@@ -293,7 +307,7 @@ size_t BlockGraph::Evict(Tier tier, size_t count, const std::function<bool(size_
       PrefetchKey(tier, keys_[ahead[(num_ahead + kLookahead / 2 - 1) % kLookahead]]);
     }
     // Where a prompt goes from its end, its parents follow, which mostly lie before it.
-    if (victim >= kLookahead && nodes_[victim].parent == victim - 1) {
+    if (victim >= kLookahead && NodeOf(victim).parent == victim - 1) {
       PrefetchKey(tier, keys_[victim - kLookahead / 2]);
     }
     Drop(victim, tier);

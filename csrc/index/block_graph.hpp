@@ -53,12 +53,13 @@ class BlockGraph {
     uint64_t evicted = 0;
   };
 
-  BlockGraph(const TierSetup (&tiers)[kNumTiers], uint32_t tokens_per_block, bool keep_tokens);
+  BlockGraph(const std::vector<TierSetup>& tiers, uint32_t tokens_per_block, bool keep_tokens);
 
   // ---- what is there ----
 
-  TierState& Of(Tier tier) { return tiers_[static_cast<int>(tier)]; }
-  const TierState& Of(Tier tier) const { return tiers_[static_cast<int>(tier)]; }
+  size_t num_tiers() const { return tiers_.size(); }
+  TierState& Of(Tier tier) { return tiers_[static_cast<size_t>(tier)]; }
+  const TierState& Of(Tier tier) const { return tiers_[static_cast<size_t>(tier)]; }
   uint32_t tokens_kept() const { return tokens_kept_; }
   uint32_t num_entries() const { return num_entries_; }
   uint32_t end() const { return end_; }  // all entries are below it
@@ -66,14 +67,14 @@ class BlockGraph {
 
   uint32_t Find(const BlockKey& key) const { return table_.Find(key, keys_.data()); }
   void Prefetch(const BlockKey& key) const { table_.Prefetch(key); }
-  bool InUse(uint32_t entry) const { return nodes_[entry].parent != kFreed; }
+  bool InUse(uint32_t entry) const { return NodeOf(entry).parent != kFreed; }
   // Whether there is such an entry, with this key.
   bool Is(uint32_t entry, const BlockKey& key) const {
     return entry < end_ && keys_[entry] == key && InUse(entry);
   }
   const BlockKey& KeyOf(uint32_t entry) const { return keys_[entry]; }
   const BlockKey* KeysFrom(uint32_t entry) const { return &keys_[entry]; }
-  uint32_t ParentOf(uint32_t entry) const { return nodes_[entry].parent; }
+  uint32_t ParentOf(uint32_t entry) const { return NodeOf(entry).parent; }
   uint8_t ImportanceOf(uint32_t entry) const { return traits_.importance[entry]; }
   uint16_t DepthOf(uint32_t entry) const { return traits_.depth[entry]; }
   uint16_t DepthUnder(uint32_t parent) const;
@@ -81,16 +82,17 @@ class BlockGraph {
   SlotId SlotOf(uint32_t entry, Tier tier) const { return At(entry, tier).slot; }
   // A bit per tier.
   uint8_t ReadableTiers(uint32_t entry) const {
+    const Residency* tiers = TiersOf(entry);
     uint8_t mask = 0;
-    for (int t = 0; t < kNumTiers; ++t) {
-      mask |= static_cast<uint8_t>((nodes_[entry].tier[t].state() == State::kReady) << t);
+    for (size_t t = 0; t < tiers_.size(); ++t) {
+      mask |= static_cast<uint8_t>((tiers[t].state() == State::kReady) << t);
     }
     return mask;
   }
 
   // Whether there is such an entry, behind `parent`, whose tokens are known and these.
   bool Continues(uint32_t entry, uint32_t parent, const TokenView& tokens, size_t block) const {
-    return parent != kNil && entry < end_ && nodes_[entry].parent == parent && has_tokens_[entry] &&
+    return parent != kNil && entry < end_ && NodeOf(entry).parent == parent && has_tokens_[entry] &&
            tokens.Equal(block, Tokens(entry));
   }
   // Compares the tokens. Of an entry whose tokens are not known they are kept.
@@ -163,7 +165,7 @@ class BlockGraph {
 
   // Checks every invariant against a fresh walk; returns "" or what is broken. `pins`: how many there should be, per
   // tier and entry.
-  std::string Check(const std::vector<uint32_t> (&pins)[kNumTiers]) const;
+  std::string Check(const std::vector<std::vector<uint32_t>>& pins) const;
 
  private:
   static constexpr uint32_t kFreed = UINT32_MAX - 1;  // as a parent: the entry is not in use
@@ -185,30 +187,35 @@ class BlockGraph {
 
   // An entry without any residency is a placeholder: it keeps the place of a block that only its
   // children refer to, so that leaf-first order survives children that arrive before their parent.
-  // Entries that are not in use are kept as runs: see FreeRun.
+  // Entries that are not in use are kept as runs: see FreeRun. Behind a node in memory come its residencies, one per
+  // tier: a tier costs what it takes and no more, and with two of them two entries share a cache line.
   struct Node {
     uint32_t parent;
     uint32_t num_children;  // entries whose parent this is
-    Residency tier[kNumTiers];
   };
-  static_assert(sizeof(Node) == 32, "two entries share a cache line");
+  static_assert(sizeof(Node) + 2 * sizeof(Residency) == 32, "two entries share a cache line");
+  Node& NodeOf(uint32_t entry) { return *reinterpret_cast<Node*>(&nodes_[entry * node_bytes_]); }
+  const Node& NodeOf(uint32_t entry) const {
+    return *reinterpret_cast<const Node*>(&nodes_[entry * node_bytes_]);
+  }
+  Residency* TiersOf(uint32_t entry) { return reinterpret_cast<Residency*>(&NodeOf(entry) + 1); }
+  const Residency* TiersOf(uint32_t entry) const {
+    return reinterpret_cast<const Residency*>(&NodeOf(entry) + 1);
+  }
 
   // Free entries of consecutive ids; written into the first of them.
   struct FreeRun {
     uint32_t next;  // run
     uint32_t count;
   };
-  FreeRun ReadFreeRun(uint32_t first) const {
-    return {nodes_[first].num_children, nodes_[first].tier[0].children};
-  }
+  FreeRun ReadFreeRun(uint32_t first) const { return {NodeOf(first).num_children, TiersOf(first)->children}; }
   void WriteFreeRun(uint32_t first, const FreeRun& run) {
-    nodes_[first].parent = kFreed;
-    nodes_[first].num_children = run.next;
-    nodes_[first].tier[0].children = run.count;
+    NodeOf(first) = {kFreed, run.next};
+    TiersOf(first)->children = run.count;
   }
 
-  Residency& At(uint32_t entry, Tier tier) { return nodes_[entry].tier[static_cast<int>(tier)]; }
-  const Residency& At(uint32_t entry, Tier tier) const { return nodes_[entry].tier[static_cast<int>(tier)]; }
+  Residency& At(uint32_t entry, Tier tier) { return TiersOf(entry)[static_cast<size_t>(tier)]; }
+  const Residency& At(uint32_t entry, Tier tier) const { return TiersOf(entry)[static_cast<size_t>(tier)]; }
   int32_t* Tokens(uint32_t entry) { return &tokens_[static_cast<size_t>(entry) * tokens_kept_]; }
   const int32_t* Tokens(uint32_t entry) const { return &tokens_[static_cast<size_t>(entry) * tokens_kept_]; }
   void ReserveEntries(size_t count, bool populate);
@@ -219,9 +226,10 @@ class BlockGraph {
   void PrefetchKey(Tier tier, const BlockKey& key) const;
 
   const uint32_t tokens_kept_;
+  const size_t node_bytes_;  // of a node and its residencies
   KeyTable table_;
   GrowingArray<BlockKey> keys_;
-  GrowingArray<Node> nodes_;
+  GrowingArray<char> nodes_;
   GrowingArray<int32_t> tokens_;
   GrowingArray<uint8_t> has_tokens_;
   BlockTraits traits_;
@@ -229,7 +237,7 @@ class BlockGraph {
   uint32_t reserved_ = 0;       // arrays have room up to it
   uint32_t num_entries_ = 0;    // in use
   uint32_t first_free_ = kNil;  // run of entries that were given back
-  TierState tiers_[kNumTiers];
+  std::vector<TierState> tiers_;
 };
 
 }  // namespace flexkv

@@ -7,10 +7,9 @@
 
 namespace flexkv {
 
-std::string BlockGraph::Check(const std::vector<uint32_t> (&pins)[kNumTiers]) const {
-  std::vector<uint32_t> children[kNumTiers];
+std::string BlockGraph::Check(const std::vector<std::vector<uint32_t>>& pins) const {
+  std::vector<std::vector<uint32_t>> children(tiers_.size(), std::vector<uint32_t>(end_, 0));
   std::vector<uint32_t> structural(end_, 0);
-  for (int t = 0; t < kNumTiers; ++t) children[t].assign(end_, 0);
   std::vector<bool> in_use(end_, true);
   size_t freed = 0;
   for (uint32_t first = first_free_; first != kNil; first = ReadFreeRun(first).next) {
@@ -24,15 +23,15 @@ std::string BlockGraph::Check(const std::vector<uint32_t> (&pins)[kNumTiers]) co
     if (!in_use[id]) continue;
     if (!InUse(id)) return "a free entry is lost";
     if (Find(keys_[id]) != id) return "an entry is not found by its key";
-    const Node& node = nodes_[id];
-    if (node.parent == kNil) continue;
-    structural[node.parent]++;
-    for (int t = 0; t < kNumTiers; ++t) {
-      children[t][node.parent] += StateOf(id, static_cast<Tier>(t)) != State::kAbsent;
+    const uint32_t parent = ParentOf(id);
+    if (parent == kNil) continue;
+    structural[parent]++;
+    for (size_t t = 0; t < tiers_.size(); ++t) {
+      children[t][parent] += StateOf(id, static_cast<Tier>(t)) != State::kAbsent;
     }
   }
   if (table_.size() != num_entries_) return "the table has an entry too many";
-  for (int t = 0; t < kNumTiers; ++t) {
+  for (size_t t = 0; t < tiers_.size(); ++t) {
     const TierState& state = tiers_[t];
     const Tier tier = static_cast<Tier>(t);
     std::unordered_set<SlotId> used;
@@ -67,9 +66,9 @@ std::string BlockGraph::Check(const std::vector<uint32_t> (&pins)[kNumTiers]) co
   }
   for (uint32_t id = 0; id < end_; ++id) {
     if (!in_use[id]) continue;
-    if (nodes_[id].num_children != structural[id]) return "wrong count of children";
+    if (NodeOf(id).num_children != structural[id]) return "wrong count of children";
     bool needed = structural[id] > 0;
-    for (int t = 0; t < kNumTiers; ++t) needed |= StateOf(id, static_cast<Tier>(t)) != State::kAbsent;
+    for (size_t t = 0; t < tiers_.size(); ++t) needed |= StateOf(id, static_cast<Tier>(t)) != State::kAbsent;
     if (!needed) return "an entry that nothing refers to";
   }
   return "";

@@ -22,9 +22,12 @@ void AppendRun(std::vector<Run>* runs, const Run& run) {
 
 }  // namespace
 
-PrefixIndex::PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block,
-                         bool keep_tokens)
-    : graph_({cpu, ssd}, tokens_per_block, keep_tokens) {}
+PrefixIndex::PrefixIndex(const std::vector<TierSetup>& tiers, uint32_t tokens_per_block, bool keep_tokens)
+    : graph_(tiers, tokens_per_block, keep_tokens) {}
+
+void PrefixIndex::RequireTier(Tier tier) const {
+  Require(static_cast<size_t>(tier) < graph_.num_tiers(), "there is no tier of this number");
+}
 
 // ---- looking up, and leases ----
 
@@ -60,7 +63,7 @@ uint64_t PrefixIndex::AcquireAlong(AnyWalk& walk, size_t count, std::optional<Ti
     if (mask == 0) break;
     const Tier chosen = static_cast<Tier>(std::countr_zero(mask));
     // Somebody else is bringing it to the CPU tier right now, where it can be read when he is done.
-    if (!tier && chosen == Tier::kSsd && graph_.StateOf(entry, Tier::kCpu) == State::kWriting) break;
+    if (!tier && chosen != Tier::kCpu && graph_.StateOf(entry, Tier::kCpu) == State::kWriting) break;
     graph_.AddPin(entry, chosen);
     touched.Add(entry);
     AppendRun(&pins, {entry, 1, chosen});
@@ -93,6 +96,7 @@ size_t PrefixIndex::MatchTokens(const TokenRun& run, BlockKey* keys, uint8_t* ma
 
 uint64_t PrefixIndex::Acquire(const BlockRun& blocks, std::optional<Tier> tier, bool use, uint8_t* tiers,
                               SlotId* slots, size_t* found) {
+  if (tier) RequireTier(*tier);
   const std::lock_guard<std::mutex> lock(mutex_);
   Walk walk(graph_, blocks);
   return AcquireAlong(walk, blocks.count, tier, use, tiers, slots, found);
@@ -122,6 +126,7 @@ bool PrefixIndex::Release(uint64_t lease) {
 }
 
 uint64_t PrefixIndex::Writer(Tier tier, const BlockKey& key) {
+  RequireTier(tier);
   const std::lock_guard<std::mutex> lock(mutex_);
   const uint32_t entry = graph_.Find(key);
   if (entry == kNil || graph_.StateOf(entry, tier) != State::kWriting) return 0;
@@ -137,6 +142,7 @@ uint64_t PrefixIndex::Writer(Tier tier, const BlockKey& key) {
 // ---- storing ----
 
 size_t PrefixIndex::Evict(Tier tier, size_t count) {
+  RequireTier(tier);
   const std::lock_guard<std::mutex> lock(mutex_);
   graph_.Tick();
   return graph_.Evict(tier, count, nullptr);
@@ -220,6 +226,7 @@ std::optional<size_t> PrefixIndex::MakeRoom(Tier tier, const BlockKey* parent, u
 std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, const BlockRun& wanted,
                                              const Purpose& purpose, std::vector<uint32_t>* positions,
                                              std::vector<SlotId>* slots) {
+  RequireTier(tier);
   Require(purpose.importance <= kImportanceMax, "importance is out of range");
   if (wanted.tokens != nullptr) wanted.tokens->RequireFit(wanted.count);
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -362,6 +369,7 @@ bool PrefixIndex::Abort(uint64_t txn) {
 // ---- forgetting, and coming back ----
 
 size_t PrefixIndex::Invalidate(Tier tier, const BlockKey* keys, size_t count) {
+  RequireTier(tier);
   const std::lock_guard<std::mutex> lock(mutex_);
   size_t dropped = 0;
   for (size_t i = count; i-- > 0;) {
@@ -372,6 +380,7 @@ size_t PrefixIndex::Invalidate(Tier tier, const BlockKey* keys, size_t count) {
 }
 
 size_t PrefixIndex::InvalidateTier(Tier tier) {
+  RequireTier(tier);
   const std::lock_guard<std::mutex> lock(mutex_);
   size_t dropped = 0;
   for (uint32_t entry = 0; entry < graph_.end(); ++entry) {
@@ -382,6 +391,7 @@ size_t PrefixIndex::InvalidateTier(Tier tier) {
 
 size_t PrefixIndex::Restore(Tier tier, const BlockKey* keys, const BlockKey* parents, const SlotId* slots,
                             size_t count, std::vector<uint8_t>* taken) {
+  RequireTier(tier);
   const std::lock_guard<std::mutex> lock(mutex_);
   TierState& state = graph_.Of(tier);
   // With every slot free no block is ready, being written or dying.
@@ -424,6 +434,7 @@ size_t PrefixIndex::Restore(Tier tier, const BlockKey* keys, const BlockKey* par
 
 size_t PrefixIndex::Blocks(Tier tier, std::vector<BlockKey>* keys, std::vector<BlockKey>* parents,
                            std::vector<SlotId>* slots) {
+  RequireTier(tier);
   const std::lock_guard<std::mutex> lock(mutex_);
   for (uint32_t entry = 0; entry < graph_.end(); ++entry) {
     if (!graph_.InUse(entry) || graph_.StateOf(entry, tier) != State::kReady) continue;
@@ -438,6 +449,7 @@ size_t PrefixIndex::Blocks(Tier tier, std::vector<BlockKey>* keys, std::vector<B
 // ---- what is there ----
 
 TierStats PrefixIndex::Stats(Tier tier) const {
+  RequireTier(tier);
   const std::lock_guard<std::mutex> lock(mutex_);
   const TierState& state = graph_.Of(tier);
   TierStats stats;
@@ -472,18 +484,17 @@ size_t PrefixIndex::memory_bytes() const {
 
 std::string PrefixIndex::CheckIntegrity() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<uint32_t> pins[kNumTiers];
-  for (auto& of_tier : pins) of_tier.assign(graph_.end(), 0);
+  std::vector<std::vector<uint32_t>> pins(graph_.num_tiers(), std::vector<uint32_t>(graph_.end(), 0));
   for (const auto& [id, lease] : leases_) {
     for (const Run& run : lease) {
-      for (uint32_t i = 0; i < run.count; ++i) pins[static_cast<int>(run.tier)][run.first + i]++;
+      for (uint32_t i = 0; i < run.count; ++i) pins[static_cast<size_t>(run.tier)][run.first + i]++;
     }
   }
   for (const auto& [id, txn] : transactions_) {
     size_t count = 0;
     for (const Run& run : txn.runs) {
       for (uint32_t entry = run.first; entry < run.first + run.count; ++entry, ++count) {
-        pins[static_cast<int>(txn.tier)][entry]++;
+        pins[static_cast<size_t>(txn.tier)][entry]++;
         if (graph_.StateOf(entry, txn.tier) != State::kWriting)
           return "a reserved block is not being written";
       }

@@ -41,10 +41,10 @@ struct Purpose {
 class PrefixIndex {
  public:
   // `keep_tokens`: the tokens of blocks are kept and compared, for callers whose keys may collide.
-  PrefixIndex(const TierSetup& cpu, const TierSetup& ssd, uint32_t tokens_per_block, bool keep_tokens);
+  PrefixIndex(const std::vector<TierSetup>& tiers, uint32_t tokens_per_block, bool keep_tokens);
 
   // For each of the leading blocks that is readable somewhere, a bit mask of the tiers that hold it
-  // (bit 0 CPU, bit 1 SSD) goes to `masks`. Stops at the first block that no tier holds, and returns
+  // (bit 0 the CPU tier, and so on) goes to `masks`. Stops at the first block that no tier holds, and returns
   // how many there were. Marks them as looked at.
   size_t Match(const BlockRun& blocks, uint8_t* masks);
 
@@ -53,7 +53,7 @@ class PrefixIndex {
   size_t MatchTokens(const TokenRun& run, BlockKey* keys, uint8_t* masks);
 
   // Pins the leading readable blocks, each in its nearest tier, and returns the lease. `tier`
-  // restricts the search to one tier; without it a block that is on its way from SSD to the CPU tier
+  // restricts the search to one tier; without it a block that is on its way from a lower tier to the CPU tier
   // ends the search (see Writer). `use`: they are going to be read, which is what eviction
   // policies count; otherwise they are only looked at. Of each of the first `found` blocks `tiers`
   // and `slots` say where it is. Zero blocks: no lease (id 0).
@@ -137,6 +137,7 @@ class PrefixIndex {
     bool created;  // just now: of these only the keys are set
   };
 
+  void RequireTier(Tier tier) const;
   template <typename AnyWalk>
   size_t MatchAlong(AnyWalk& walk, size_t count, uint8_t* masks);
   template <typename AnyWalk>

@@ -50,7 +50,7 @@ class BlockLayout {
   int64_t num_rows_ = 0;
 };
 
-// A piece of a slot that the SSD tier reads, writes and verifies by itself: one layer, or as few
+// A piece of a slot that a lower tier moves and verifies by itself: one layer, or as few
 // neighbouring layers as fill whole pages.
 struct Slice {
   size_t offset = 0;
@@ -58,6 +58,8 @@ struct Slice {
   int layer_begin = 0;
   int layer_end = 0;
 };
+// Slices of a slot, at most; the SSD tier's format has room for so many.
+constexpr size_t kSlicesMax = 256;
 // At most `max` slices that cover a slot.
 std::vector<Slice> SlicesOf(const BlockLayout& layout, size_t slot_bytes, size_t max);
 

@@ -7,13 +7,13 @@
 #include <vector>
 
 #include "base/types.hpp"
+#include "memory/block_layout.hpp"
 
 namespace flexkv {
 
 constexpr uint32_t kSsdFormatVersion = 1;
 constexpr size_t kSsdPage = kIoAlignment;             // superblocks, journal header, frames start on pages
 constexpr uint64_t kSlotsOffset = uint64_t{1} << 20;  // of slot 0; aligned for every disk and RAID
-constexpr size_t kSlicesMax = 256;                    // of a slot
 constexpr size_t kFramePayloadMax = size_t{1} << 20;
 constexpr size_t kLabelMax = 1024;
 

@@ -19,18 +19,6 @@ constexpr double kIdleS = 10;
 // The limit on writes may save up so much of what was not used.
 constexpr double kBurstS = 0.05;
 
-// A block keeps the first that went wrong with it.
-void Spoil(SsdTransfer* t, uint32_t block, BlockOutcome outcome) {
-  if (t->outcome[block] != BlockOutcome::kGood) return;
-  t->outcome[block] = outcome;
-  t->count[static_cast<int>(outcome)]++;
-}
-
-// What has not started of it is not to start any more.
-bool GivenUp(const SsdTransfer& t, double now_s) {
-  return t.cancelled->load(std::memory_order_relaxed) || (t.deadline_s > 0 && now_s > t.deadline_s);
-}
-
 }  // namespace
 
 double WriteLimit::Take(size_t bytes, double now_s) {
@@ -44,16 +32,13 @@ double WriteLimit::Take(size_t bytes, double now_s) {
   return 0;
 }
 
-SsdLane::SsdLane(std::shared_ptr<SsdStore> store, size_t shard, std::shared_ptr<HostPool> host,
-                 std::vector<size_t> slice_offsets, std::unique_ptr<IoEngine> engine,
-                 std::shared_ptr<WriteLimit> limit, std::chrono::steady_clock::time_point epoch)
+SsdLane::SsdLane(std::shared_ptr<SsdStore> store, size_t shard, LowerTier::Above above,
+                 std::unique_ptr<IoEngine> engine, std::shared_ptr<WriteLimit> limit)
     : store_(std::move(store)),
       shard_(store_->shard(shard)),
-      host_(std::move(host)),
-      slice_offsets_(std::move(slice_offsets)),
+      above_(std::move(above)),
       engine_(std::move(engine)),
       limit_(std::move(limit)),
-      epoch_(epoch),
       num_shards_(store_->num_shards()) {
   // As many again as can be in flight: what has landed is verified while others fly.
   flights_.resize(2 * static_cast<size_t>(engine_->depth()));
@@ -68,16 +53,12 @@ SsdLane::~SsdLane() {
   thread_.join();
 }
 
-double SsdLane::Now() const {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - epoch_).count();
-}
-
 double SsdLane::oldest_s() const {
   const double start_s = oldest_start_s_.load(std::memory_order_relaxed);
   return start_s > 0 ? Now() - start_s : 0;
 }
 
-void SsdLane::Start(SsdTransfer* transfer, std::vector<uint32_t> blocks) {
+void SsdLane::Start(TierTransfer* transfer, std::vector<uint32_t> blocks) {
   auto work = std::make_unique<Work>();
   work->transfer = transfer;
   work->blocks = std::move(blocks);
@@ -90,7 +71,7 @@ void SsdLane::Start(SsdTransfer* transfer, std::vector<uint32_t> blocks) {
 
 void SsdLane::TakeInbox() {
   std::lock_guard<std::mutex> lock(mutex_);
-  for (auto& work : inbox_) (work->transfer->write ? writes_ : reads_).push_back(std::move(work));
+  for (auto& work : inbox_) (work->transfer->store ? writes_ : reads_).push_back(std::move(work));
   inbox_.clear();
 }
 
@@ -138,7 +119,7 @@ double SsdLane::Refill() {
         if (reading && writes_in_flight_ >= std::max(1, depth / 8)) break;
         // What is given up passes without waiting for its turn.
         const double now = Now();
-        if (!GivenUp(*work->transfer, now) && (wait_s = limit_->Take(slice_offsets_.back(), now)) > 0) break;
+        if (!work->transfer->GivenUp(now) && (wait_s = limit_->Take(slice_offsets_.back(), now)) > 0) break;
       }
       Flight* flight = free_.back();
       if (!Prepare(work, flight)) continue;
@@ -171,7 +152,7 @@ SsdLane::Work* SsdLane::NextWork(bool write) {
 
 // Makes the next block of `work` ready to be moved. False if it is not to be moved any more.
 bool SsdLane::Prepare(Work* work, Flight* flight) {
-  SsdTransfer& t = *work->transfer;
+  TierTransfer& t = *work->transfer;
   const uint32_t block = work->blocks[work->next];
   const uint32_t step = work->step;
   if (++work->next == work->blocks.size()) {
@@ -179,73 +160,66 @@ bool SsdLane::Prepare(Work* work, Flight* flight) {
     work->step++;
   }
   const double now = Now();
-  if (GivenUp(t, now)) Spoil(&t, block, BlockOutcome::kDropped);
-  if (t.outcome[block] != BlockOutcome::kGood) return false;  // the rest of it is of no use
-  const uint32_t slot = static_cast<uint32_t>(static_cast<size_t>(t.ssd_slots[block]) / num_shards_);
+  if (t.GivenUp(now)) t.Spoil(block, BlockOutcome::kDropped);
+  if (!t.Good(block)) return false;  // the rest of it is of no use
+  const uint32_t slot = static_cast<uint32_t>(static_cast<size_t>(t.tier_slots[block]) / num_shards_);
   const uint32_t slice_begin = t.step_begin(step);
   const uint32_t slice_end = t.step_ends[step];
   const size_t begin = slice_offsets_[slice_begin];
   *flight = Flight{};
-  flight->write = t.write;
+  flight->write = t.store;
   flight->fd = shard_.fd();
   flight->offset = kSlotsOffset + slot * slice_offsets_.back() + begin;
-  flight->data = host_->Slot(t.host_slots[block]) + begin;
+  flight->data = HostSlot(t.host_slots[block]) + begin;
   flight->bytes = static_cast<uint32_t>(slice_offsets_[slice_end] - begin);
   flight->work = work;
   flight->block = block;
   flight->step = step;
   flight->start_s = now;
   flight->busy = true;
-  if (t.write) {
+  if (t.store) {
     // From here on the slot does not hold what it held before, whatever becomes of the write.
     shard_.Retire(slot);
     for (uint32_t slice = slice_begin; slice < slice_end; ++slice) {
-      shard_.SetChecksum(t.keys[block], slot, slice,
-                         host_->Slot(t.host_slots[block]) + slice_offsets_[slice]);
+      shard_.SetChecksum(t.keys[block], slot, slice, HostSlot(t.host_slots[block]) + slice_offsets_[slice]);
     }
   }
   work->in_flight++;
   return true;
 }
 
+bool SsdLane::IsWhatWasWritten(const Flight& flight) const {
+  const TierTransfer& t = *flight.work->transfer;
+  const uint32_t slot = static_cast<uint32_t>(static_cast<size_t>(t.tier_slots[flight.block]) / num_shards_);
+  for (uint32_t slice = t.step_begin(flight.step); slice < t.step_ends[flight.step]; ++slice) {
+    if (!shard_.Verify(t.keys[flight.block], slot, slice,
+                       HostSlot(t.host_slots[flight.block]) + slice_offsets_[slice])) {
+      return false;
+    }
+  }
+  return true;
+}
+
 void SsdLane::Land(Flight* flight) {
   Work* work = flight->work;
-  SsdTransfer& t = *work->transfer;
+  TierTransfer& t = *work->transfer;
   const uint32_t block = flight->block;
-  std::string error;
-  bool landed = false;
   if (flight->error == ECANCELED && t.cancelled->load(std::memory_order_relaxed)) {
-    Spoil(&t, block, BlockOutcome::kDropped);
+    t.Spoil(block, BlockOutcome::kDropped);
   } else if (flight->error != 0) {
-    Spoil(&t, block, BlockOutcome::kFailed);
-    error = std::string(t.write ? "SSD write failed: " : "SSD read failed: ") +
-            (flight->error == ENODATA     ? "the file is shorter than it should be"
-             : flight->error == ECANCELED ? "it took too long"
-                                          : std::strerror(flight->error));
+    t.Spoil(block, BlockOutcome::kFailed,
+            std::string(t.store ? "SSD write failed: " : "SSD read failed: ") +
+                (flight->error == ENODATA     ? "the file is shorter than it should be"
+                 : flight->error == ECANCELED ? "it took too long"
+                                              : std::strerror(flight->error)));
+  } else if (t.store || IsWhatWasWritten(*flight)) {
+    t.Land(flight->step, block);
+  } else if (t.cancelled->load(std::memory_order_relaxed)) {
+    // Cancelled because the store was cleared: says nothing about the disk.
+    t.Spoil(block, BlockOutcome::kDropped);
   } else {
-    landed = true;
-    if (!t.write) {
-      const uint32_t slot = static_cast<uint32_t>(static_cast<size_t>(t.ssd_slots[block]) / num_shards_);
-      for (uint32_t slice = t.step_begin(flight->step); slice < t.step_ends[flight->step] && landed;
-           ++slice) {
-        landed = shard_.Verify(t.keys[block], slot, slice,
-                               host_->Slot(t.host_slots[block]) + slice_offsets_[slice]);
-      }
-    }
-    if (!landed && t.cancelled->load(std::memory_order_relaxed)) {
-      // Cancelled because the store was cleared: says nothing about the disk.
-      Spoil(&t, block, BlockOutcome::kDropped);
-    } else if (!landed) {
-      Spoil(&t, block, BlockOutcome::kCorrupt);
-      error = "SSD read failed: a block is not what was written";
-    }
+    t.Spoil(block, BlockOutcome::kCorrupt, "SSD read failed: a block is not what was written");
   }
-  if (!error.empty()) {
-    std::lock_guard<std::mutex> lock(t.mutex);
-    if (t.error.empty()) t.error = error;
-  }
-  if (landed && t.on_block) t.on_block(flight->step, block);
-  if (landed && t.step_left[flight->step].fetch_sub(1) == 1 && t.on_step) t.on_step(flight->step);
   flight->busy = false;
   free_.push_back(flight);
   work->in_flight--;
@@ -258,12 +232,9 @@ void SsdLane::EndIfDone(std::deque<std::unique_ptr<Work>>* queue) {
       ++it;
       continue;
     }
-    SsdTransfer* transfer = work.transfer;
+    TierTransfer* transfer = work.transfer;
     it = queue->erase(it);
-    if (transfer->left.fetch_sub(1) == 1) {
-      const auto on_end = std::move(transfer->on_end);
-      on_end();  // the transfer may be gone when it returns
-    }
+    transfer->End();
   }
 }
 
@@ -273,7 +244,7 @@ void SsdLane::WatchClock() {
   for (Flight& flight : flights_) {
     if (!flight.busy) continue;
     if (oldest_s == 0 || flight.start_s < oldest_s) oldest_s = flight.start_s;
-    const SsdTransfer& t = *flight.work->transfer;
+    const TierTransfer& t = *flight.work->transfer;
     const bool late = now - flight.start_s > kIoTimeoutS || (t.deadline_s > 0 && now > t.deadline_s) ||
                       t.cancelled->load(std::memory_order_relaxed);
     if (late && !flight.asked) {
@@ -285,10 +256,10 @@ void SsdLane::WatchClock() {
 }
 
 void SsdLane::RegisterMemory() {
-  const size_t populated = host_->populated_bytes();
-  const size_t bytes = std::min(kRegisterBytes, host_->total_bytes() - registered_bytes_);
+  const size_t populated = above_.host->populated_bytes();
+  const size_t bytes = std::min(kRegisterBytes, above_.host->total_bytes() - registered_bytes_);
   if (populated < registered_bytes_ + bytes) return;
-  register_memory_ = bytes > 0 && engine_->RegisterMemory(host_->base() + registered_bytes_, bytes);
+  register_memory_ = bytes > 0 && engine_->RegisterMemory(above_.host->base() + registered_bytes_, bytes);
   if (register_memory_) registered_bytes_ += bytes;
 }
 

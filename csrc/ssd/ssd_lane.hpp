@@ -7,18 +7,16 @@
 #pragma once
 
 #include <atomic>
-#include <chrono>
 #include <deque>
-#include <functional>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
-#include "memory/host_pool.hpp"
 #include "ssd/io_engine.hpp"
 #include "ssd/ssd_store.hpp"
+#include "tier/lower_tier.hpp"
 
 namespace flexkv {
 
@@ -36,65 +34,18 @@ class WriteLimit {
   double last_s_ = 0;
 };
 
-enum class BlockOutcome : uint8_t {
-  kGood,
-  kFailed,   // an I/O error
-  kCorrupt,  // failed verification
-  kDropped,  // not moved: cancelled, or too late
-};
-
-// One op of a graph: the same slices of some blocks, in one direction. It may go in steps: the first slices
-// of all blocks, then the next of all blocks.
-struct SsdTransfer {
-  bool write = false;
-  const BlockKey* keys = nullptr;
-  const int64_t* host_slots = nullptr;
-  const int64_t* ssd_slots = nullptr;
-  size_t num_blocks = 0;
-  uint32_t slice_begin = 0;
-  std::vector<uint32_t> step_ends;  // slices; every step begins where the one before it ends
-  double deadline_s = 0;            // what has not started by then is dropped; 0: none
-  const std::atomic<bool>* cancelled = nullptr;
-  // Called by a lane when it has read a step of a block and found it right, by several lanes at the same
-  // time. May be empty.
-  std::function<void(uint32_t step, uint32_t block)> on_block;
-  // Called by a lane when a step of every block is there. May be empty; if not, somebody waits for the
-  // steps, and they go before other reads.
-  std::function<void(uint32_t step)> on_step;
-  std::function<void()> on_end;  // called by the lane that ends last
-
-  uint32_t num_steps() const { return static_cast<uint32_t>(step_ends.size()); }
-  uint32_t step_begin(uint32_t step) const { return step == 0 ? slice_begin : step_ends[step - 1]; }
-  // Prepares what the lanes write to.
-  void Reset(size_t num_lanes) {
-    outcome.assign(num_blocks, BlockOutcome::kGood);
-    step_left = std::vector<std::atomic<size_t>>(num_steps());
-    for (auto& blocks : step_left) blocks.store(num_blocks);
-    left.store(num_lanes);
-  }
-
-  // Out. Blocks are told apart by their byte: every block belongs to one lane.
-  std::vector<BlockOutcome> outcome;
-  std::vector<std::atomic<size_t>> step_left;  // blocks that are missing
-  std::atomic<size_t> left{0};                 // lanes that are not done
-  std::atomic<uint32_t> count[4] = {};         // blocks by outcome, kGood left out
-  std::mutex mutex;
-  std::string error;  // the first
-};
-
 class SsdLane {
  public:
   // Calls that take longer are asked to end, and fail.
   static constexpr double kIoTimeoutS = 20;
 
-  SsdLane(std::shared_ptr<SsdStore> store, size_t shard, std::shared_ptr<HostPool> host,
-          std::vector<size_t> slice_offsets, std::unique_ptr<IoEngine> engine,
-          std::shared_ptr<WriteLimit> limit, std::chrono::steady_clock::time_point epoch);
+  SsdLane(std::shared_ptr<SsdStore> store, size_t shard, LowerTier::Above above,
+          std::unique_ptr<IoEngine> engine, std::shared_ptr<WriteLimit> limit);
   // Everything that was started must have ended.
   ~SsdLane();
 
   // Moves those blocks of the transfer that belong to this directory.
-  void Start(SsdTransfer* transfer, std::vector<uint32_t> blocks);
+  void Start(TierTransfer* transfer, std::vector<uint32_t> blocks);
   // For how long the oldest transfer that is on its way has been so; 0 if there is none.
   double oldest_s() const;
   // Ends what was cancelled without waiting for something else to happen.
@@ -102,7 +53,7 @@ class SsdLane {
 
  private:
   struct Work {
-    SsdTransfer* transfer = nullptr;
+    TierTransfer* transfer = nullptr;
     std::vector<uint32_t> blocks;
     uint32_t step = 0;
     size_t next = 0;  // into blocks, within the step
@@ -119,7 +70,8 @@ class SsdLane {
     bool asked = false;  // to end early
   };
 
-  double Now() const;
+  double Now() const { return above_.Now(); }
+  char* HostSlot(int64_t slot) const { return above_.host->Slot(slot); }
   void Loop();
   void TakeInbox();
   // Starts what may be started. Returns how long to wait before writes may go on, 0 if they are not
@@ -127,6 +79,7 @@ class SsdLane {
   double Refill();
   Work* NextWork(bool write);
   bool Prepare(Work* work, Flight* flight);
+  bool IsWhatWasWritten(const Flight& flight) const;
   void Land(Flight* flight);
   void EndIfDone(std::deque<std::unique_ptr<Work>>* queue);
   void WatchClock();
@@ -134,11 +87,10 @@ class SsdLane {
 
   const std::shared_ptr<SsdStore> store_;
   SsdShard& shard_;
-  const std::shared_ptr<HostPool> host_;
-  const std::vector<size_t> slice_offsets_;  // one more than slices
+  const LowerTier::Above above_;
+  const std::vector<size_t>& slice_offsets_ = above_.slice_offsets;
   const std::unique_ptr<IoEngine> engine_;
   const std::shared_ptr<WriteLimit> limit_;
-  const std::chrono::steady_clock::time_point epoch_;
   const size_t num_shards_;
 
   std::mutex mutex_;

@@ -397,6 +397,7 @@ void TestGrowingArray(Rng& rng) {
 // all n.
 constexpr size_t kTreeBlocks = 300;
 constexpr size_t kTokens = 8;
+constexpr size_t kTiers = 3;
 
 struct Tree {
   explicit Tree(const BlockKey& name_space) : space(name_space) {
@@ -435,7 +436,7 @@ class Client {
     }
     const TokenView view{tokens.data(), false, kTokens};
     const BlockRun blocks{keys.data(), keys.size(), Chance(rng_, 0.5) ? &view : nullptr};
-    const Tier tier = Chance(rng_, 0.5) ? Tier::kCpu : Tier::kSsd;
+    const Tier tier{static_cast<uint8_t>(Below(rng_, kTiers))};
     const size_t kind = Below(rng_, 100);
     std::vector<uint8_t> tiers(keys.size());
     std::vector<SlotId> slots(keys.size());
@@ -502,7 +503,7 @@ class Client {
   };
 
   std::atomic<uint32_t>& Owner(Tier tier, SlotId slot) {
-    return owners_[static_cast<size_t>(slot) * kNumTiers + static_cast<size_t>(tier)];
+    return owners_[static_cast<size_t>(slot) * kTiers + static_cast<size_t>(tier)];
   }
 
   void Reserve(Tier tier, const std::vector<size_t>& path, size_t skip, const BlockRun& blocks) {
@@ -560,10 +561,10 @@ class Client {
 };
 
 void TestIndexUnderThreads(Rng& rng, EvictionPolicyKind policy, double seconds) {
-  constexpr uint32_t kCpuSlots = 40, kSsdSlots = 90;
-  PrefixIndex index({kCpuSlots, policy}, {kSsdSlots, policy}, kTokens, true);
+  constexpr uint32_t kSlots[kTiers] = {40, 90, 60};
+  PrefixIndex index({{kSlots[0], policy}, {kSlots[1], policy}, {kSlots[2], policy}}, kTokens, true);
   const Tree tree({1, 2});
-  std::vector<std::atomic<uint32_t>> owners(kSsdSlots * kNumTiers);
+  std::vector<std::atomic<uint32_t>> owners(kSlots[1] * kTiers);
   std::vector<Client> clients;
   for (int i = 0; i < 4; ++i) clients.emplace_back(index, tree, rng(), owners.data());
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
@@ -581,7 +582,8 @@ void TestIndexUnderThreads(Rng& rng, EvictionPolicyKind policy, double seconds) 
   CHECK(index.CheckIntegrity() == "");
   CHECK(index.num_leases() == 0);
   CHECK(index.num_transactions() == 0);
-  for (const Tier tier : {Tier::kCpu, Tier::kSsd}) {
+  for (uint8_t t = 0; t < kTiers; ++t) {
+    const Tier tier{t};
     CHECK(index.Stats(tier).pinned == 0);
     CHECK(index.Stats(tier).writing == 0);
     CHECK(index.Stats(tier).evicted > 0);

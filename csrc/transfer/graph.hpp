@@ -9,28 +9,29 @@
 
 #include "base/types.hpp"
 #include "copy/layer_gate.hpp"
-#include "ssd/ssd_lane.hpp"
+#include "tier/lower_tier.hpp"
 
 namespace flexkv {
 
 class AwaitedSlots;
 
-enum class TransferType : uint8_t { kH2D, kD2H, kDisk2H, kH2Disk };
-constexpr int kNumTransferTypes = 4;
+// Between device and host, and between host and a tier below.
+enum class TransferType : uint8_t { kH2D, kD2H, kLower2H, kH2Lower };
 
 struct OpSpec {
   TransferType type = TransferType::kH2D;
-  // Token slots of the device pool (tokens_per_block per block), host slots, or SSD slots.
+  Tier tier = Tier::kCpu;  // lower ops: which one; else the CPU tier
+  // Token slots of the device pool (tokens_per_block per block), host slots, or slots of the lower tier.
   std::vector<int64_t> src;
   std::vector<int64_t> dst;
   // Device copies: the slots are on their way (TransferEngine::ReadSlots). Instead of them `src` or `dst` then says
   // for each block which one of these it is, tokens_per_block slots being one.
   std::shared_ptr<AwaitedSlots> awaited;
   int layer_begin = 0;
-  int layer_end = 0;            // 0: all layers. Disk ops move whole slices (see SlicesOf)
-  std::vector<BlockKey> keys;   // disk ops: which block each slot holds, or is to hold
+  int layer_end = 0;            // 0: all layers. Lower ops move whole slices (see SlicesOf)
+  std::vector<BlockKey> keys;   // lower ops: which block each slot holds, or is to hold
   std::vector<uint32_t> after;  // positions of ops in the graph that must be done first
-  // H2D: position of the DISK2H op of the same layers that it follows layer by layer, or -1. The read
+  // H2D: position of the LOWER2H op of the same layers that it follows layer by layer, or -1. The read
   // then goes in steps of a few layers, as many as its measured cost makes worth while.
   int32_t after_layers = -1;
 };
@@ -47,7 +48,7 @@ struct GraphSpec {
 
 struct OpResult {
   OpStatus status = OpStatus::kPending;
-  std::vector<uint8_t> ok;  // disk ops: per block; empty when all are like `status`
+  std::vector<uint8_t> ok;  // lower ops: per block; empty when all are like `status`
   uint32_t corrupt = 0;     // blocks that were read but are not what was written
   double start_s = 0;       // on the engine's monotonic clock
   double end_s = 0;
@@ -76,7 +77,7 @@ struct RunningOp {
   bool poisoned = false;  // a dependency did not get done
   std::vector<uint32_t> successors;
   OpResult result;
-  std::unique_ptr<SsdTransfer> disk;  // disk ops that have started
+  std::unique_ptr<TierTransfer> lower;  // lower ops that have started
 
   // Device copies, under the engine's mutex: pieces are ranges of layers.
   int pieces_running = 0;

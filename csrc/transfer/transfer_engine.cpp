@@ -20,7 +20,8 @@ bool IsDeviceCopy(TransferType type) { return type == TransferType::kH2D || type
 }  // namespace
 
 TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads,
-                               int cuda_device, size_t queue_bytes, const std::string& cuda_library)
+                               int cuda_device, size_t queue_bytes,
+                               const std::vector<std::string>& lower_tiers, const std::string& cuda_library)
     : layout_(std::move(layout)),
       queue_blocks_((queue_bytes + layout_.block_bytes() - 1) / layout_.block_bytes()),
       host_(std::move(host)),
@@ -28,6 +29,15 @@ TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> hos
   Require(host_ != nullptr, "the transfer engine needs a host pool");
   Require(host_->slot_bytes() >= layout_.block_bytes(), "a host slot is smaller than a block");
   Require(copy_threads > 0, "the transfer engine needs at least one copy thread");
+  Require(lower_tiers.size() < kTiersMax, "too many tiers");
+  routes_.resize(2 + 2 * lower_tiers.size());
+  routes_[0].stats.name = "H2D";
+  routes_[1].stats.name = "D2H";
+  for (size_t i = 0; i < lower_tiers.size(); ++i) {
+    below_.push_back(std::make_unique<Below>());
+    routes_[2 * i + 2].stats.name = lower_tiers[i] + "2H";
+    routes_[2 * i + 3].stats.name = "H2" + lower_tiers[i];
+  }
   slices_ = SlicesOf(layout_, host_->slot_bytes(), kSlicesMax);
   std::shared_ptr<CudaDriver> cuda = cuda_device >= 0 ? CudaDriver::Load(cuda_device, cuda_library) : nullptr;
   host_->StartPinning(cuda);
@@ -55,46 +65,37 @@ TransferEngine::~TransferEngine() {
   // about to be freed.
   Drain(1e9);
   copier_.reset();
-  lanes_.clear();
+  for (auto& below : below_) {
+    if (below->tier) below->tier->Detach();
+  }
   close(event_fd_);
 }
 
-void TransferEngine::AttachSsd(std::shared_ptr<SsdStore> store, const SsdIoOptions& options) {
-  Require(lanes_.empty(), "an SSD tier is attached already");
-  Require(store->slot_bytes() == host_->slot_bytes() && store->slice_bytes().size() == slices_.size(),
-          "the SSD tier has slots of another shape");
+TransferEngine::Below& TransferEngine::BelowOf(Tier number) {
+  const size_t tier = static_cast<size_t>(number);
+  Require(tier >= 1 && tier <= below_.size(), "there is no lower tier of this number");
+  return *below_[tier - 1];
+}
+
+void TransferEngine::Attach(Tier number, std::shared_ptr<LowerTier> tier, uint32_t slices_per_read) {
+  Below& below = BelowOf(number);
+  Require(below.tier == nullptr, "a tier is attached already");
   std::vector<size_t> offsets;
   for (const Slice& slice : slices_) offsets.push_back(slice.offset);
   offsets.push_back(host_->slot_bytes());
-  auto limit = std::make_shared<WriteLimit>(options.write_bytes_per_s);
-  io_note_.clear();
-  std::vector<std::unique_ptr<SsdLane>> lanes;
-  for (size_t shard = 0; shard < store->num_shards(); ++shard) {
-    auto engine = store->disk()->MakeEngine(options.kind, options.depth, &io_note_);
-    io_name_ = engine->name();
-    lanes.push_back(
-        std::make_unique<SsdLane>(store, shard, host_, offsets, std::move(engine), limit, epoch_));
-  }
+  tier->Attach({host_, std::move(offsets), epoch_});
   std::lock_guard<std::mutex> lock(mutex_);
-  lanes_ = std::move(lanes);
-  ssd_ = std::move(store);
-  slices_per_read_ = options.slices_per_read;
+  below.tier = std::move(tier);
+  below.slices_per_read = slices_per_read;
 }
 
-void TransferEngine::DetachSsd() {
-  std::vector<std::unique_ptr<SsdLane>> lanes;  // their threads are joined without the lock
+void TransferEngine::Detach(Tier number) {
+  std::shared_ptr<LowerTier> tier;  // its threads are joined without the lock
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    lanes.swap(lanes_);
+    tier.swap(BelowOf(number).tier);
   }
-  lanes.clear();
-  ssd_.reset();
-}
-
-double TransferEngine::ssd_oldest_io_s() const {
-  double oldest = 0;
-  for (const auto& lane : lanes_) oldest = std::max(oldest, lane->oldest_s());
-  return oldest;
+  if (tier) tier->Detach();
 }
 
 double TransferEngine::Now() const {
@@ -125,7 +126,7 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
     op.graph = graph.get();
     op.spec = std::move(spec.ops[i]);
     OpSpec& s = op.spec;
-    const bool to_host = s.type == TransferType::kD2H || s.type == TransferType::kDisk2H;
+    const bool to_host = s.type == TransferType::kD2H || s.type == TransferType::kLower2H;
     const std::vector<int64_t>& host_side = to_host ? s.dst : s.src;
     const std::vector<int64_t>& far_side = to_host ? s.src : s.dst;
     op.num_blocks = host_side.size();
@@ -144,18 +145,20 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
                 "a device copy needs tokens_per_block token slots for each block");
         op.first_rows = layout_.FirstRows(far_side.data(), op.num_blocks);
       }
+      Require(s.tier == Tier::kCpu, "a device copy is one of the CPU tier");
       if (graph->gate) op.at_gate.resize(static_cast<size_t>(layout_.num_layers()));
     } else {
       Require(far_side.size() == op.num_blocks && s.keys.size() == op.num_blocks,
-              "a disk op needs one SSD slot and one key for each block");
-      // A plan may have been made before the tier was taken away: its disk ops fail, they are no misuse.
-      check_slots(far_side, ssd_ ? ssd_->num_slots() : SIZE_MAX, "SSD");
+              "a lower op needs one slot of its tier and one key for each block");
+      // A plan may have been made before the tier was taken away: its ops fail, they are no misuse.
+      const Below& below = BelowOf(s.tier);
+      check_slots(far_side, below.tier ? below.tier->num_slots() : SIZE_MAX, "tier");
       auto starts = [&](int layer) {
         return layer == layout_.num_layers() ||
                std::any_of(slices_.begin(), slices_.end(),
                            [&](const Slice& x) { return x.layer_begin == layer; });
       };
-      Require(starts(s.layer_begin) && starts(s.layer_end), "a disk op moves whole slices of layers");
+      Require(starts(s.layer_begin) && starts(s.layer_end), "a lower op moves whole slices of layers");
     }
     for (uint32_t before : s.after) {
       Require(before < i, "an op can only depend on ops that come before it in the graph");
@@ -168,7 +171,7 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
       Require(s.type == TransferType::kH2D && s.after.empty() && before < i,
               "only a load can follow by layers, one op before it, and nothing else");
       const OpSpec& read = graph->ops[before].spec;
-      Require(read.type == TransferType::kDisk2H && read.layer_begin == s.layer_begin &&
+      Require(read.type == TransferType::kLower2H && read.layer_begin == s.layer_begin &&
                   read.layer_end == s.layer_end && read.dst == s.src,
               "a load follows a read of the same layers of the same blocks");
       graph->ops[before].successors.push_back(static_cast<uint32_t>(i));
@@ -186,13 +189,14 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
     if (spec.background && queue_blocks_ > 0) {
       // What is queued of the types it needs; one graph always fits, or a large one never would.
       for (const Op& op : graph->ops) {
-        if (stats_.queued_blocks[static_cast<int>(op.spec.type)] >= queue_blocks_) {
-          stats_.refused_graphs[static_cast<int>(op.spec.type)]++;
+        TransferStats& stats = RouteOf(op).stats;
+        if (stats.queued_blocks >= queue_blocks_) {
+          stats.refused_graphs++;
           return 0;
         }
       }
     }
-    for (const Op& op : graph->ops) stats_.queued_blocks[static_cast<int>(op.spec.type)] += op.num_blocks;
+    for (const Op& op : graph->ops) RouteOf(op).stats.queued_blocks += op.num_blocks;
     id = graph->id = next_graph_++;
     for (Op& op : graph->ops) {
       if (op.waiting_for == 0) ready.push_back(&op);
@@ -219,7 +223,9 @@ bool TransferEngine::Cancel(uint64_t graph) {
   auto it = graphs_.find(graph);
   if (it == graphs_.end()) return false;
   it->second->cancelled.store(true);
-  for (auto& lane : lanes_) lane->Wake();
+  for (auto& below : below_) {
+    if (below->tier) below->tier->Wake();
+  }
   return true;
 }
 
@@ -254,14 +260,15 @@ size_t TransferEngine::num_pending() const {
   return graphs_.size();
 }
 
-TransferStats TransferEngine::Stats() const {
+std::vector<TransferStats> TransferEngine::Stats() const {
   std::lock_guard<std::mutex> lock(mutex_);
-  TransferStats stats = stats_;
-  for (TransferType type : {TransferType::kH2D, TransferType::kD2H}) {
+  std::vector<TransferStats> stats;
+  for (const Route& route : routes_) stats.push_back(route.stats);
+  for (const bool to_device : {true, false}) {
     // What is submitted may wait for a forward first: where the device has a clock of its own, that one tells.
-    if (const std::optional<Copier::Times> times = copier_->TimesOf(type == TransferType::kH2D)) {
-      stats.busy_s[static_cast<int>(type)] = times->busy_s;
-      stats.queue_s[static_cast<int>(type)] = times->queue_s;
+    if (const std::optional<Copier::Times> times = copier_->TimesOf(to_device)) {
+      stats[!to_device].busy_s = times->busy_s;
+      stats[!to_device].queue_s = times->queue_s;
     }
   }
   return stats;
@@ -301,10 +308,10 @@ void TransferEngine::Dispatch(Op* op) {
   } else if (op->num_blocks == 0) {
     ForwardLayers(op, s.layer_begin, s.layer_end);
     Finish(op, OpStatus::kDone, "", {});
-  } else if (ssd_ == nullptr) {
-    Finish(op, OpStatus::kFailed, "there is no SSD tier at the moment", {});
+  } else if (BelowOf(s.tier).tier == nullptr) {
+    Finish(op, OpStatus::kFailed, "the tier is away at the moment", {});
   } else {
-    StartDiskOp(op);
+    StartLowerOp(op);
   }
 }
 
@@ -316,7 +323,7 @@ bool TransferEngine::BeginPiece(Op* op) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (ShouldSkip(*op)) return false;
   op->pieces_running++;
-  Busy(op->spec.type, +1);
+  Busy(&RouteOf(*op), +1);
   if (op->result.start_s == 0) op->result.start_s = Now();
   return true;
 }
@@ -388,19 +395,19 @@ void TransferEngine::BindSlots(Op* op, CopiedBlocks* blocks) const {
   blocks->token_slots = op->token_slots.data();
   blocks->first_rows = op->first_rows.data();
 }
-// One more or one less transfer of this type is moving bytes. Called with the mutex held.
-void TransferEngine::Busy(TransferType type, int change) {
-  const int t = static_cast<int>(type);
-  if (running_[t] == 0) busy_since_s_[t] = Now();
-  running_[t] += change;
-  if (running_[t] == 0) stats_.busy_s[t] += Now() - busy_since_s_[t];
+
+// One more or one less op of this route is moving bytes. Called with the mutex held.
+void TransferEngine::Busy(Route* route, int change) {
+  if (route->running == 0) route->busy_since_s = Now();
+  route->running += change;
+  if (route->running == 0) route->stats.busy_s += Now() - route->busy_since_s;
 }
 
 void TransferEngine::EndPiece(Op* op, int layers_copied, std::string error) {
   bool finish;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    Busy(op->spec.type, -1);
+    Busy(&RouteOf(*op), -1);
     if (DeviceIsIdle()) ended_.notify_all();
     op->layers_left -= layers_copied;
     if (op->error.empty()) op->error = std::move(error);
@@ -453,19 +460,19 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
     op->result.ok = std::move(ok);
     op->result.end_s = Now();
     if (op->result.start_s == 0) op->result.start_s = op->result.end_s;
-    const int type = static_cast<int>(op->spec.type);
-    stats_.queued_blocks[type] -= op->num_blocks;
+    TransferStats& stats = RouteOf(*op).stats;
+    stats.queued_blocks -= op->num_blocks;
     if (status == OpStatus::kDone) {
-      stats_.ops_done[type]++;
-      stats_.bytes[type] += op->num_blocks * (layout_.layer_offset(op->spec.layer_end - 1) +
-                                              layout_.layer_bytes(op->spec.layer_end - 1) -
-                                              layout_.layer_offset(op->spec.layer_begin));
+      stats.ops_done++;
+      stats.bytes += op->num_blocks * (layout_.layer_offset(op->spec.layer_end - 1) +
+                                       layout_.layer_bytes(op->spec.layer_end - 1) -
+                                       layout_.layer_offset(op->spec.layer_begin));
     } else if (status == OpStatus::kFailed) {
-      stats_.ops_failed[type]++;
+      stats.ops_failed++;
     } else {
-      stats_.ops_cancelled[type]++;
+      stats.ops_cancelled++;
     }
-    stats_.corrupt_blocks += op->result.corrupt;
+    stats.corrupt_blocks += op->result.corrupt;
     if (!error.empty() && graph->error.empty()) graph->error = std::move(error);
     for (uint32_t next : op->successors) {
       Op& successor = graph->ops[next];

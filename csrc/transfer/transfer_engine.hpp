@@ -1,4 +1,4 @@
-// The data plane: runs graphs of copies between the device pool, the host pool and the SSD files.
+// The data plane: runs graphs of copies between the device pool, the host pool and the tiers below it.
 // It moves bytes and decides nothing.
 //
 // Guarantees: every op of a submitted graph ends exactly once, as done, failed or cancelled; a graph
@@ -25,48 +25,42 @@
 #include "copy/layer_gate.hpp"
 #include "memory/block_layout.hpp"
 #include "memory/host_pool.hpp"
-#include "ssd/io_engine.hpp"
-#include "ssd/ssd_lane.hpp"
-#include "ssd/ssd_store.hpp"
+#include "tier/lower_tier.hpp"
 #include "transfer/cost_fit.hpp"
 #include "transfer/graph.hpp"
 
 namespace flexkv {
 
+// Of all ops between two places, in one direction.
 struct TransferStats {
-  uint64_t ops_done[kNumTransferTypes] = {};
-  uint64_t ops_failed[kNumTransferTypes] = {};
-  uint64_t ops_cancelled[kNumTransferTypes] = {};
-  uint64_t bytes[kNumTransferTypes] = {};
-  double busy_s[kNumTransferTypes] = {};           // time in which at least one was moving bytes
-  double queue_s[kNumTransferTypes] = {};          // copies on a GPU: the host's time for queueing them
-  uint64_t queued_blocks[kNumTransferTypes] = {};  // of ops that have not ended
-  uint64_t corrupt_blocks = 0;
-  uint64_t refused_graphs[kNumTransferTypes] = {};  // background graphs that found this queue full
-  uint32_t layers_per_read = 0;                     // at most, of the last read that was followed by layers
-};
-
-struct SsdIoOptions {
-  IoEngineKind kind = IoEngineKind::kAuto;
-  int depth = 64;                // transfers in flight per directory
-  double write_bytes_per_s = 0;  // over all directories; 0: no limit
-  uint32_t slices_per_read = 0;  // of reads that are followed by layers; 0: by measured cost
+  std::string name;  // H2D, D2H, and of a lower tier named X: X2H, H2X
+  uint64_t ops_done = 0;
+  uint64_t ops_failed = 0;
+  uint64_t ops_cancelled = 0;
+  uint64_t bytes = 0;
+  double busy_s = 0;            // time in which at least one was moving bytes
+  double queue_s = 0;           // copies on a GPU: the host's time for queueing them
+  uint64_t queued_blocks = 0;   // of ops that have not ended
+  uint64_t refused_graphs = 0;  // background graphs that found this queue full
+  // Of loads from a lower tier:
+  uint64_t corrupt_blocks = 0;   // were not what had been stored
+  uint32_t layers_per_read = 0;  // at most, of the last one that was followed by layers
 };
 
 class TransferEngine {
  public:
   // `cuda_device` < 0: the device pool is CPU memory. Background graphs may have `queue_bytes` of each
-  // type of transfer waiting or running, and one graph more; 0: no limit. `cuda_library` is for tests,
-  // see CudaDriver::Load.
+  // type of transfer waiting or running, and one graph more; 0: no limit. `lower_tiers` are the names, in statistics, of
+  // the tiers that may be attached. `cuda_library` is for tests, see CudaDriver::Load.
   TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads, int cuda_device,
-                 size_t queue_bytes, const std::string& cuda_library);
+                 size_t queue_bytes, const std::vector<std::string>& lower_tiers,
+                 const std::string& cuda_library);
   ~TransferEngine();
 
-  // Puts an SSD tier under the engine, or takes it away. No disk op may be pending.
-  void AttachSsd(std::shared_ptr<SsdStore> store, const SsdIoOptions& options);
-  void DetachSsd();
-  // For how long the oldest disk transfer has been on its way; 0 if there is none.
-  double ssd_oldest_io_s() const;
+  // Puts a tier under the engine, or takes it away; 1 is the first below the CPU tier. No op of it may be pending. Loads
+  // that are followed by layers go `slices_per_read` slices at a time, 0: by measured cost.
+  void Attach(Tier number, std::shared_ptr<LowerTier> tier, uint32_t slices_per_read);
+  void Detach(Tier number);
 
   // A gate for graphs of this engine; on a GPU streams can wait for it.
   std::shared_ptr<LayerGate> MakeGate(int num_layers) const;
@@ -94,9 +88,7 @@ class TransferEngine {
 
   int event_fd() const { return event_fd_; }  // readable while Poll has something
   size_t num_pending() const;
-  TransferStats Stats() const;
-  const std::string& io_engine_name() const { return io_name_; }
-  const std::string& io_engine_note() const { return io_note_; }
+  std::vector<TransferStats> Stats() const;
   const std::string& cuda_note() const;  // what the GPU cannot do; empty if everything, or without one
   const std::vector<Slice>& slices() const { return slices_; }
   double Now() const;
@@ -122,29 +114,41 @@ class TransferEngine {
   static std::string WhyCancelled(const Op& op);
   static CopiedBlocks BlocksOf(const Op* op);
   void BindSlots(Op* op, CopiedBlocks* blocks) const;
-  void StartDiskOp(Op* op);
-  void EndDiskOp(Op* op);
+  void StartLowerOp(Op* op);
+  void EndLowerOp(Op* op);
   void ForwardBlock(Op* op, size_t block, int layer_begin, int layer_end);
   void ForwardLayers(Op* op, int layer_begin, int layer_end);
   void LearnReadCost(const Op& op, OpStatus status);
-  void Busy(TransferType type, int change);
-  // No copy from or to the device has started and not ended. Called with the mutex held.
-  bool DeviceIsIdle() const {
-    return running_[static_cast<int>(TransferType::kH2D)] + running_[static_cast<int>(TransferType::kD2H)] ==
-           0;
+
+  // Ops between two places, in one direction.
+  struct Route {
+    TransferStats stats;
+    int running = 0;  // pieces, or lower ops, that move bytes
+    double busy_since_s = 0;
+  };
+  struct Below {
+    std::shared_ptr<LowerTier> tier;  // null: away
+    uint32_t slices_per_read = 0;
+    // Per transfer and per byte. Before anything was read: an NVMe disk of the slower kind.
+    CostFit read_cost{10e-6, 0.5e-9};
+    double reads_mixed_s = 0;  // when two loads last ran at the same time
+  };
+  Route& RouteOf(TransferType type, Tier tier = Tier::kCpu) {
+    const bool out = type == TransferType::kD2H || type == TransferType::kH2Lower;
+    return routes_[2 * static_cast<size_t>(tier) + out];
   }
+  Route& RouteOf(const Op& op) { return RouteOf(op.spec.type, op.spec.tier); }
+  Below& BelowOf(Tier number);
+  void Busy(Route* route, int change);
+  // No copy from or to the device has started and not ended. Called with the mutex held.
+  bool DeviceIsIdle() const { return routes_[0].running + routes_[1].running == 0; }
 
   const BlockLayout layout_;
   const size_t queue_blocks_;  // background graphs are refused beyond; 0: never
   const std::shared_ptr<HostPool> host_;
   std::vector<Slice> slices_;
-  std::shared_ptr<SsdStore> ssd_;
-  std::vector<std::unique_ptr<SsdLane>> lanes_;  // one per directory
-  // Per transfer and per byte. Before anything was read: an NVMe disk of the slower kind.
-  CostFit read_cost_{10e-6, 0.5e-9};
-  uint32_t slices_per_read_ = 0;
+  std::vector<std::unique_ptr<Below>> below_;  // by number, from tier 1 on
   int event_fd_ = -1;
-  std::string io_name_ = "none", io_note_;
   std::chrono::steady_clock::time_point epoch_;
 
   // Graphs and results.
@@ -152,11 +156,8 @@ class TransferEngine {
   std::condition_variable ended_;
   std::unordered_map<uint64_t, std::unique_ptr<Graph>> graphs_;
   std::deque<GraphResult> results_;
-  TransferStats stats_;
+  std::vector<Route> routes_;  // device, then each lower tier: in, out
   uint64_t next_graph_ = 1;
-  int running_[kNumTransferTypes] = {};  // pieces, or disk ops, that move bytes
-  double busy_since_s_[kNumTransferTypes] = {};
-  double reads_mixed_s_ = 0;  // when two reads from disk last ran at the same time
 
   std::unique_ptr<Copier> copier_;
 };

@@ -2,12 +2,15 @@
 
 A plan keeps a lease on what it reads, and the slots that were reserved for what it writes, until
 ``finish`` is called with the outcome of its graph, whatever that is.
+
+Tiers below the CPU tier are a list: each is named by its number and known by its contract alone. Everything
+goes through the CPU tier, in both directions.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -18,24 +21,22 @@ from sglang_flexkv import _core
 from sglang_flexkv.cache.spill_queue import SpillQueue, WaitingBlocks
 from sglang_flexkv.common.block import BlockKeys, SequenceMeta, TokenIds
 from sglang_flexkv.common.config import CacheConfig, EvictionPolicy, SsdAdmission
+from sglang_flexkv.common.lower_tier import CPU, LowerTier, TierNumbers
 from sglang_flexkv.common.transfer import Slots, TransferOp, TransferOpGraph, TransferType
 
 logger = logging.getLogger(__name__)
 
-CPU, SSD = _core.Tier.CPU, _core.Tier.SSD
-_CPU_BIT, _SSD_BIT = 1 << int(CPU), 1 << int(SSD)
-
-# Blocks that one plan copies to SSD, where nobody says how large they are.
+# Blocks that one plan stores in a lower tier, where nobody says how large they are.
 _SPILL_BLOCKS_MAX = 256
 
 _POLICIES = {policy: getattr(_core.EvictionPolicy, policy.name) for policy in EvictionPolicy}
 
 
 class PlanKind(Enum):
-    GET = "get"  # CPU or SSD -> device
-    PUT = "put"  # device -> CPU
-    PREFETCH = "prefetch"  # SSD -> CPU
-    SPILL = "spill"  # CPU -> SSD
+    GET = "get"  # any tier -> device
+    PUT = "put"  # device -> CPU tier
+    PREFETCH = "prefetch"  # lower tiers -> CPU tier
+    SPILL = "spill"  # CPU tier -> a lower tier
 
 
 @dataclass
@@ -46,24 +47,33 @@ class TransferPlan:
     keys: BlockKeys  # the blocks it covers, from the first on
     graph: TransferOpGraph
     parent: BlockKeys | None = None
+    # GET, PREFETCH: of each block the tier that it comes from.
+    tiers: TierNumbers = field(default_factory=lambda: np.zeros(0, np.uint8))
     leases: list[int] = field(default_factory=list)
     txn: int = 0
-    txn_tier: _core.Tier | None = None
-    txn_op: int = -1  # the op that fills the reserved slots
-    num_ssd_blocks: int = 0  # blocks that come from SSD
-    made_room: bool = False  # a put that waited until all of it can be pinned until it is on SSD
+    txn_tier: int = CPU
+    fills: list[int] = field(default_factory=list)  # ops that fill the reserved slots
+    made_room: bool = False  # a put that waited until all of it can be pinned until lower tiers have it
     discarded: bool = False  # what it writes must not be published: the cache was cleared meanwhile
 
     @property
     def num_blocks(self) -> int:
         return len(self.keys)
 
+    @property
+    def num_lower_blocks(self) -> int:
+        """Blocks that come from below the CPU tier."""
+        return int(np.count_nonzero(self.tiers))
+
+    def num_blocks_from(self, tier: int) -> int:
+        return int(np.count_nonzero(self.tiers == tier))
+
 
 @dataclass(frozen=True)
 class MatchResult:
     """How much of a sequence is held, counted in leading blocks."""
 
-    tiers: npt.NDArray[np.uint8]  # per block a mask of tiers: 1 CPU, 2 SSD
+    tiers: npt.NDArray[np.uint8]  # per block a mask of tiers: 1 CPU, 2 the first below it, and so on
 
     @property
     def num_blocks(self) -> int:
@@ -73,49 +83,71 @@ class MatchResult:
     @property
     def num_cpu_blocks(self) -> int:
         """Leading blocks that the CPU tier holds."""
-        missing = np.flatnonzero((self.tiers & _CPU_BIT) == 0)
+        missing = np.flatnonzero((self.tiers & (1 << CPU)) == 0)
         return int(missing[0]) if len(missing) else len(self.tiers)
+
+
+class _Below:
+    """What is to be decided about one lower tier."""
+
+    def __init__(
+        self, number: int, tier: LowerTier, queue: SpillQueue, seen: _core.AdmissionFilter | None
+    ) -> None:
+        self.number, self.tier, self.queue = number, tier, queue
+        self.is_in = False  # takes part, between take_in and take_out
+        self.seen = seen  # blocks that were; if there is one, only what is in it goes to the tier
+        self.num_offered = 0  # blocks that came to the CPU tier while this one took part
+        self.num_admitted = 0  # of them (or later, of those that were used again) meant for this one
+        # Failed transfers in a row, by their direction: a disk that only reads is no disk to write to.
+        self.failures = {TransferType.LOWER2H: 0, TransferType.H2LOWER: 0}
+        self.error = ""  # of the last of them
 
 
 class GlobalCacheEngine:
     """Decides for all tiers. Not thread-safe by itself: one owner calls it.
 
     Args:
+        lower: the tiers below the CPU tier, nearest first. None of them takes part before ``take_in``.
         keep_tokens: for callers whose keys are SequenceMeta's: what is found is compared token by token.
-        spill_blocks_max: blocks that one plan copies to SSD.
+        spill_blocks_max: blocks that one plan stores in a lower tier.
     """
 
     def __init__(
         self,
         config: CacheConfig,
+        lower: Sequence[LowerTier] = (),
         *,
         keep_tokens: bool = False,
         spill_blocks_max: int = _SPILL_BLOCKS_MAX,
     ) -> None:
         self.config = config
         self.index = _core.PrefixIndex(
-            config.num_cpu_blocks,
-            config.num_ssd_blocks if config.enable_ssd else 0,
-            _POLICIES[config.cpu_eviction_policy],
-            _POLICIES[config.ssd_eviction_policy],
+            [config.num_cpu_blocks, *(tier.num_slots for tier in lower)],
+            [_POLICIES[config.cpu_eviction_policy], *(_POLICIES[tier.eviction_policy] for tier in lower)],
             config.tokens_per_block,
             keep_tokens,
         )
-        # The SSD tier takes part only between ssd_online and ssd_offline.
-        self.journal: _core.SsdStore | None = None
-        # Failed SSD transfers in a row, by what they were: a disk that only reads is no disk to write to.
-        self._ssd_failures = {kind: 0 for kind in PlanKind}
-        self.ssd_error = ""  # of the last of them
-        # Blocks that were seen; with ssd_admission=reuse only what is in it goes to SSD.
-        self._seen = (
-            _core.AdmissionFilter(2 * (config.num_cpu_blocks + config.num_ssd_blocks))
-            if config.ssd_admission is SsdAdmission.REUSE
-            else None
-        )
-        self.num_offered_to_ssd = 0  # blocks that came to the CPU tier while there was an SSD tier
-        self.num_admitted_to_ssd = 0  # of them (or later, of those that were used again) meant for SSD
-        self._to_spill = SpillQueue(self.index, config.num_cpu_blocks, spill_blocks_max)
+        self._below = [
+            _Below(
+                number,
+                tier,
+                SpillQueue(self.index, number, len(lower), config.num_cpu_blocks, spill_blocks_max),
+                _core.AdmissionFilter(2 * (config.num_cpu_blocks + tier.num_slots))
+                if tier.admission is SsdAdmission.REUSE
+                else None,
+            )
+            for number, tier in enumerate(lower, start=1)
+        ]
         self.num_puts_without_room = 0
+
+    @property
+    def stores_below(self) -> bool:
+        """Whether some lower tier takes part."""
+        return any(self._taking_part)
+
+    @property
+    def _taking_part(self) -> Iterator[_Below]:
+        return (below for below in self._below if below.is_in)
 
     def match(self, keys: BlockKeys) -> MatchResult:
         """Looks a sequence up in all tiers and marks what it finds as used."""
@@ -126,8 +158,8 @@ class GlobalCacheEngine:
     def plan_get(
         self, blocks: BlockKeys | SequenceMeta, tokens: TokenIds | None = None
     ) -> TransferPlan | None:
-        """Plan that brings the leading held blocks to the device, by way of the CPU tier where they are on
-        SSD. Covers fewer blocks than are held if the CPU tier has no room. None: nothing to bring.
+        """Plan that brings the leading held blocks to the device, by way of the CPU tier where they are in a
+        lower one. Covers fewer blocks than are held if the CPU tier has no room. None: nothing to bring.
 
         Args:
             blocks: their keys, or a whole sequence, which is given its keys on the way.
@@ -147,7 +179,7 @@ class GlobalCacheEngine:
     def _plan_fetch(
         self,
         keys: BlockKeys,
-        acquired: tuple[int, npt.NDArray[np.uint8], Slots],
+        acquired: tuple[int, TierNumbers, Slots],
         tokens: TokenIds | None,
         *,
         to_device: bool = True,
@@ -156,63 +188,74 @@ class GlobalCacheEngine:
         while True:
             lease, tiers, slots = acquired
             held = len(tiers)
-            on_ssd = np.flatnonzero(tiers == int(SSD))
-            if held == 0 or (not to_device and len(on_ssd) == 0):
+            lower = np.flatnonzero(tiers)
+            if held == 0 or (not to_device and len(lower) == 0):
                 self.index.release(lease)
                 return None
             plan = TransferPlan(
                 PlanKind.GET if to_device else PlanKind.PREFETCH,
                 keys[:held],
                 TransferOpGraph(),
+                tiers=tiers,
                 leases=[lease],
-                num_ssd_blocks=len(on_ssd),
             )
-            host_slots = slots.copy() if len(on_ssd) else slots
-            if len(on_ssd):
+            host_slots = slots
+            if len(lower):
                 reserved = self.index.reserve(CPU, None, plan.keys, tokens, staging=True, required=True)
                 if reserved is None:  # no room: take less
                     self.index.release(lease)
-                    limit = int(on_ssd[0]) + (len(on_ssd) // 2 if len(on_ssd) > 1 else 0)
+                    limit = int(lower[0]) + (len(lower) // 2 if len(lower) > 1 else 0)
                     if limit == 0:
                         return None
                     acquired = self.index.acquire(keys[:limit], use=to_device, tokens=tokens)
                     continue
                 plan.txn, positions, staged = reserved
-                assert np.array_equal(positions, on_ssd), "a block on its way was acquired"
-                plan.txn_tier = CPU
-                host_slots[on_ssd] = staged
-                plan.txn_op = plan.graph.add_transfer_op(
-                    TransferOp(
-                        TransferType.DISK2H,
-                        on_ssd,
-                        src_block_ids=slots[on_ssd],
-                        dst_block_ids=host_slots[on_ssd],
-                        keys=np.ascontiguousarray(plan.keys[on_ssd]),
-                    )
-                )
-            if to_device:
-                in_cpu = np.flatnonzero(tiers == int(CPU))
-                for positions, read in ((in_cpu, -1), (on_ssd, plan.txn_op)):
-                    if len(positions):
-                        plan.graph.add_transfer_op(
-                            TransferOp(
-                                TransferType.H2D,
-                                positions,
-                                src_block_ids=host_slots[positions],
-                                follows_layers_of=read,
-                            )
-                        )
+                assert np.array_equal(positions, lower), "a block on its way was acquired"
+                host_slots = slots.copy()
+                host_slots[lower] = staged
+            self._add_fetches(plan, slots, host_slots, to_device=to_device)
             return plan
 
+    def _add_fetches(self, plan: TransferPlan, slots: Slots, host_slots: Slots, *, to_device: bool) -> None:
+        """The ops of a get or a prefetch: for each tier the load from there, and behind it the copy to the
+        device."""
+        for tier in np.unique(plan.tiers).tolist():
+            positions = np.flatnonzero(plan.tiers == tier)
+            load = -1
+            if tier != CPU:
+                load = plan.graph.add_transfer_op(
+                    TransferOp(
+                        TransferType.LOWER2H,
+                        positions,
+                        src_block_ids=slots[positions],
+                        dst_block_ids=host_slots[positions],
+                        keys=np.ascontiguousarray(plan.keys[positions]),
+                        tier=tier,
+                    )
+                )
+                plan.fills.append(load)
+            if to_device:
+                plan.graph.add_transfer_op(
+                    TransferOp(
+                        TransferType.H2D,
+                        positions,
+                        src_block_ids=host_slots[positions],
+                        follows_layers_of=load,
+                    )
+                )
+
     def may_put(self, num_blocks: int, num_coming: int) -> bool:
-        """Whether so many blocks can all be pinned until they are on SSD. What holds them up goes on by
-        itself, and nothing does while the SSD tier is out.
+        """Whether so many blocks can all be pinned until every lower tier has them. What holds them up goes
+        on by itself, and nothing does for a tier that is out.
 
         Args:
             num_coming: blocks of puts that run.
         """
-        before = self._to_spill.num_unfinished + num_coming
-        return self.journal is None or before == 0 or before + num_blocks <= self._to_spill.pinned_max
+        for below in self._taking_part:
+            before = below.queue.num_unfinished + num_coming
+            if before and before + num_blocks > below.queue.pinned_max:
+                return False
+        return True
 
     def plan_put(
         self,
@@ -232,36 +275,35 @@ class GlobalCacheEngine:
         Returns:
             A plan (with an empty graph if every block is held), or None if pins leave no room.
         """
-        # On its way to SSD a block passes through the CPU tier: what that tier does not want for itself, SSD
-        # may well keep.
-        reserved = self.index.reserve(
-            CPU, parent, keys, tokens, importance, required=self.journal is not None
-        )
+        # On its way down a block passes through the CPU tier: what that tier does not want for itself, a
+        # lower one may well keep.
+        reserved = self.index.reserve(CPU, parent, keys, tokens, importance, required=self.stores_below)
         if reserved is None:
             self.num_puts_without_room += 1
             return None
         txn, positions, slots = reserved
-        plan = TransferPlan(PlanKind.PUT, keys, TransferOpGraph(), parent, txn=txn, txn_tier=CPU)
+        plan = TransferPlan(PlanKind.PUT, keys, TransferOpGraph(), parent, txn=txn)
         if txn:
-            plan.txn_op = plan.graph.add_transfer_op(
-                TransferOp(TransferType.D2H, positions, dst_block_ids=slots)
+            plan.fills.append(
+                plan.graph.add_transfer_op(TransferOp(TransferType.D2H, positions, dst_block_ids=slots))
             )
         return plan
 
-    def plan_spill(self) -> TransferPlan | None:
-        """Plan that copies blocks that wait for it from the CPU tier to SSD. None: nothing waits, or so much
-        is being copied that it has to wait on."""
-        while self.journal is not None and (blocks := self._to_spill.take()) is not None:
+    def plan_spill(self, tier: int) -> TransferPlan | None:
+        """Plan that copies blocks that wait for it from the CPU tier to a lower one. None: nothing waits, or
+        so much is being copied that it has to wait on."""
+        below = self._below[tier - 1]
+        while below.is_in and (blocks := below.queue.take()) is not None:
             assert blocks.cpu_slots is not None
-            reserved = self.index.reserve(SSD, blocks.parent, blocks.keys)
+            reserved = self.index.reserve(tier, blocks.parent, blocks.keys)
             if reserved is None or reserved[0] == 0:
                 self.index.release(blocks.lease)
-                self._to_spill.end(len(blocks.keys))
+                below.queue.end(len(blocks.keys))
                 if reserved is None:  # pins leave no room
-                    self._to_spill.drop(blocks.keys)
+                    below.queue.drop(blocks.keys)
                 continue
-            txn, positions, ssd_slots = reserved
-            self.num_admitted_to_ssd += len(positions)
+            txn, positions, slots = reserved
+            below.num_admitted += len(positions)
             plan = TransferPlan(
                 PlanKind.SPILL,
                 blocks.keys,
@@ -269,15 +311,18 @@ class GlobalCacheEngine:
                 blocks.parent,
                 leases=[blocks.lease],
                 txn=txn,
-                txn_tier=SSD,
+                txn_tier=tier,
             )
-            plan.txn_op = plan.graph.add_transfer_op(
-                TransferOp(
-                    TransferType.H2DISK,
-                    positions,
-                    src_block_ids=blocks.cpu_slots[positions],
-                    dst_block_ids=ssd_slots,
-                    keys=np.ascontiguousarray(blocks.keys[positions]),
+            plan.fills.append(
+                plan.graph.add_transfer_op(
+                    TransferOp(
+                        TransferType.H2LOWER,
+                        positions,
+                        src_block_ids=blocks.cpu_slots[positions],
+                        dst_block_ids=slots,
+                        keys=np.ascontiguousarray(blocks.keys[positions]),
+                        tier=tier,
+                    )
                 )
             )
             return plan
@@ -292,140 +337,169 @@ class GlobalCacheEngine:
             result: what became of the plan's graph; None if it never ran.
         """
         if plan.txn:
-            op = result.ops[plan.txn_op] if result is not None else None
-            if (
-                op is None
-                or plan.discarded
-                or op.status in (_core.OpStatus.CANCELLED, _core.OpStatus.PENDING)
-            ):
+            statuses = [result.ops[op].status for op in plan.fills] if result is not None else []
+            over = (_core.OpStatus.DONE, _core.OpStatus.FAILED)
+            if result is None or plan.discarded or not any(status in over for status in statuses):
                 self.index.abort(plan.txn)
-                if plan.kind is PlanKind.SPILL and self.journal is None:
-                    self._to_spill.drop(plan.keys)  # the tier was taken out
+                if plan.kind is PlanKind.SPILL and not self._below[plan.txn_tier - 1].is_in:
+                    self._below[plan.txn_tier - 1].queue.drop(plan.keys)  # the tier was taken out
             else:
-                self._finish_writes(plan, op, result.error if result is not None else "")
-        if plan.kind is PlanKind.GET and self._seen is not None and result is not None and result.done:
-            self._queue_spill(None, plan.keys)  # used again: worth its place on SSD
+                self._finish_writes(plan, result)
+        if plan.kind is PlanKind.GET and result is not None and result.done:
+            for below in self._taking_part:
+                if below.seen is not None:  # used again: worth its place there
+                    below.queue.add(WaitingBlocks(None, plan.keys))
         for lease in plan.leases:
             self.index.release(lease)
         if plan.kind is PlanKind.SPILL:
-            self._to_spill.end(len(plan.keys))
+            self._below[plan.txn_tier - 1].queue.end(len(plan.keys))
 
-    def _finish_writes(self, plan: TransferPlan, op: _core.OpResult, error: str) -> None:
+    def _finish_writes(self, plan: TransferPlan, result: _core.GraphResult) -> None:
         """Publishes those reserved blocks of a plan that were filled."""
-        moved = plan.graph.ops[plan.txn_op]
-        ok = op.ok if op.status == _core.OpStatus.FAILED else np.ones(len(moved.block_positions), np.uint8)
-        if len(ok) == 0:
-            self.index.abort(plan.txn)
-            if plan.kind is PlanKind.SPILL:
-                self._to_spill.drop(plan.keys)
-            return
-        # The journal first: once the index has it, the block can be evicted and its slot written anew.
+        filled = np.zeros(len(plan.keys), np.uint8)
+        outcomes = []
+        for number in plan.fills:
+            moved, outcome = plan.graph.ops[number], result.ops[number]
+            ok = outcome.ok
+            if outcome.status == _core.OpStatus.DONE:
+                ok = np.ones(len(moved.block_positions), np.uint8)
+            if len(ok) == len(moved.block_positions) and outcome.status != _core.OpStatus.CANCELLED:
+                filled[moved.block_positions] = ok
+                outcomes.append((moved, ok, outcome.corrupt))
+        reserved = np.sort(np.concatenate([plan.graph.ops[op].block_positions for op in plan.fills]))
+        # The tier first: once the index has it, the block can be evicted and its slot written anew.
         if plan.kind is PlanKind.SPILL:
-            self._journal_blocks(plan, moved, ok)
-        self.index.commit(plan.txn, ok)
+            self._tell_stored(plan, filled)
+        self.index.commit(plan.txn, filled[reserved])
         if plan.kind is PlanKind.PUT:
-            self._offer_to_ssd(plan)
+            if filled[reserved].any():
+                self._offer_below(plan)
             return
         if plan.kind is PlanKind.SPILL:
-            self._to_spill.num_dropped += int((ok == 0).sum())
-        if plan.kind is not PlanKind.SPILL and not ok.all():
+            queue = self._below[plan.txn_tier - 1].queue
+            if not outcomes:
+                queue.drop(plan.keys)
+            else:
+                queue.num_dropped += int((filled[reserved] == 0).sum())
+        for moved, ok, corrupt in outcomes:
+            self._note_outcome(moved, ok, corrupt, result.error)
+
+    def _note_outcome(self, moved: TransferOp, ok: npt.NDArray[np.uint8], corrupt: int, error: str) -> None:
+        """Takes in how an op of a lower tier ended."""
+        below = self._below[moved.tier - 1]
+        if moved.transfer_type is TransferType.LOWER2H and not ok.all():
             # What cannot be read back, or is not what was written, is not there.
             assert moved.keys is not None
             assert moved.src_block_ids is not None
-            self.index.invalidate(SSD, np.ascontiguousarray(moved.keys[ok == 0]))
-            if self.journal is not None:
-                self.journal.drop(np.ascontiguousarray(moved.src_block_ids[ok == 0]))
-        # A corrupt block says nothing about the disk's health; a failed transfer does.
-        if int((ok == 0).sum()) > op.corrupt:
-            self._ssd_failures[plan.kind] += 1
-            self.ssd_error = error
+            self.index.invalidate(moved.tier, np.ascontiguousarray(moved.keys[ok == 0]))
+            if below.is_in:
+                below.tier.lost(np.ascontiguousarray(moved.src_block_ids[ok == 0]))
+        # A corrupt block says nothing about the medium's health; a failed transfer does.
+        if int((ok == 0).sum()) > corrupt:
+            below.failures[moved.transfer_type] += 1
+            below.error = error
         else:
-            self._ssd_failures[plan.kind] = 0
+            below.failures[moved.transfer_type] = 0
         # The first of many tells it all; what becomes of the tier is logged by who decides it.
-        if error and self._ssd_failures[plan.kind] <= 1:
+        if error and below.failures[moved.transfer_type] <= 1:
             logger.error("%s. The blocks concerned count as misses.", error)
 
-    def _journal_blocks(self, plan: TransferPlan, moved: TransferOp, ok: npt.NDArray[np.uint8]) -> None:
-        if self.journal is None or moved.dst_block_ids is None:
+    def _tell_stored(self, plan: TransferPlan, filled: npt.NDArray[np.uint8]) -> None:
+        below = self._below[plan.txn_tier - 1]
+        moved = plan.graph.ops[plan.fills[0]]
+        written = moved.block_positions[filled[moved.block_positions] != 0]
+        if not below.is_in or len(written) == 0 or moved.dst_block_ids is None:
             return
         parents = np.zeros_like(plan.keys)
         parents[1:] = plan.keys[:-1]
         if plan.parent is not None:
             parents[0] = plan.parent
-        written = moved.block_positions[ok != 0]
-        self.journal.publish(
+        below.tier.stored(
             np.ascontiguousarray(plan.keys[written]),
             np.ascontiguousarray(parents[written]),
-            np.ascontiguousarray(moved.dst_block_ids[ok != 0]),
+            np.ascontiguousarray(moved.dst_block_ids[filled[moved.block_positions] != 0]),
         )
 
-    def _offer_to_ssd(self, plan: TransferPlan) -> None:
-        if self.journal is None:
-            return
-        keys = plan.keys
-        self.num_offered_to_ssd += len(keys)
-        if self._seen is not None:
-            unseen = np.flatnonzero(self._seen.seen(keys) == 0)
-            keys = keys[: unseen[0]] if len(unseen) else keys
-        if len(keys):
-            self._queue_spill(plan.parent, keys, pin_all=plan.made_room)
+    def _offer_below(self, plan: TransferPlan) -> None:
+        for below in self._taking_part:
+            keys = plan.keys
+            below.num_offered += len(keys)
+            if below.seen is not None:
+                unseen = np.flatnonzero(below.seen.seen(keys) == 0)
+                keys = keys[: unseen[0]] if len(unseen) else keys
+            if len(keys):
+                below.queue.add(WaitingBlocks(plan.parent, keys, plan.made_room))
 
-    def _queue_spill(self, parent: BlockKeys | None, keys: BlockKeys, *, pin_all: bool = False) -> None:
-        if self.journal is not None:
-            self._to_spill.add(WaitingBlocks(parent, keys, pin_all))
+    # ---- what waits, and what came of it ----
 
     @property
     def num_waiting_spills(self) -> int:
-        """Blocks that wait to be copied to SSD."""
-        return self._to_spill.num_waiting
+        """Blocks that wait to be copied to lower tiers."""
+        return sum(below.queue.num_waiting for below in self._below)
 
     @property
     def num_waiting_leases(self) -> int:
-        """Leases of blocks that wait to be copied to SSD."""
-        return self._to_spill.num_leases
+        """Leases of blocks that wait to be copied to lower tiers."""
+        return sum(below.queue.num_leases for below in self._below)
 
     @property
     def num_spill_dropped_blocks(self) -> int:
-        """Blocks that were to go to SSD and did not get there: pushed out of the CPU tier before their turn,
-        not written because of a fault, or without room on SSD because of pins."""
-        return self._to_spill.num_dropped
+        """Blocks that were to go to a lower tier and did not get there: pushed out of the CPU tier before
+        their turn, not written because of a fault, or without room there because of pins."""
+        return sum(below.queue.num_dropped for below in self._below)
 
-    # ---- the SSD tier comes and goes ----
+    def failures(self, tier: int) -> tuple[int, str]:
+        """Transfers from or to a lower tier that failed one after the other, and the error of the last."""
+        below = self._below[tier - 1]
+        return max(below.failures.values()), below.error
 
-    @property
-    def ssd_failures(self) -> int:
-        """Transfers from or to SSD that failed one after the other."""
-        return max(self._ssd_failures.values())
+    def stats(self, tier: int) -> dict[str, float]:
+        """Of one tier: slots, free, ready, writing, pinned, evicted, and of the CPU tier puts_without_room,
+        of a lower one offered, admitted, and dropped (see ``num_spill_dropped_blocks``)."""
+        of_index = self.index.stats(tier)
+        out: dict[str, float] = {
+            name: getattr(of_index, name)
+            for name in ("slots", "free", "ready", "writing", "pinned", "evicted")
+        }
+        if tier == CPU:
+            out["puts_without_room"] = self.num_puts_without_room
+        else:
+            below = self._below[tier - 1]
+            out |= {
+                "offered": below.num_offered,
+                "admitted": below.num_admitted,
+                "dropped": below.queue.num_dropped,
+            }
+        return out
 
-    def ssd_online(self, store: _core.SsdStore) -> int:
-        """Takes the SSD tier in, with the blocks that its files hold. It must be empty in the index. Returns
-        how many blocks are served from it."""
-        self.journal = store
-        self._ssd_failures = {kind: 0 for kind in PlanKind}
-        keys, parents, slots = store.take_recovered()
-        return int(self.index.restore(SSD, keys, parents, slots.astype(np.int32)).sum())
+    # ---- lower tiers come and go ----
 
-    @property
-    def ssd_is_empty(self) -> bool:
-        """Whether no block of the SSD tier is left in the index. One that somebody holds goes when it is let
-        go."""
-        stats = self.index.stats(SSD)
+    def take_in(self, tier: int) -> int:
+        """A lower tier takes part from now on, with the blocks that it holds. It must be empty in the index.
+        Returns how many blocks are served from it."""
+        below = self._below[tier - 1]
+        below.is_in = True
+        below.failures = dict.fromkeys(below.failures, 0)
+        held = below.tier.take_held()
+        return int(self.index.restore(tier, held.keys, held.parents, held.slots.astype(np.int32)).sum())
+
+    def tier_is_empty(self, tier: int) -> bool:
+        """Whether no block of a tier is left in the index. One that somebody holds goes when it is let go."""
+        stats = self.index.stats(tier)
         return stats.free == stats.slots
 
-    def ssd_offline(self) -> int:
-        """Leaves the SSD tier out: nothing is looked for or written there. Returns how many blocks are lost
-        to this process until it is back."""
-        self.journal = None
-        self._to_spill.num_dropped += self._to_spill.num_waiting
-        return self.clear([SSD])
+    def take_out(self, tier: int) -> int:
+        """A lower tier takes part no more: nothing is looked for or written there. Returns how many blocks
+        are lost to this process until it is back."""
+        below = self._below[tier - 1]
+        below.is_in = False
+        below.queue.num_dropped += below.queue.num_waiting
+        return self.clear([tier])
 
-    def close(self) -> None:
-        """Lets go of the SSD tier's journal, which is written out when its last holder has."""
-        self.journal = None
-
-    def clear(self, tiers: Collection[_core.Tier]) -> int:
+    def clear(self, tiers: Collection[int]) -> int:
         """Forgets every block of these tiers. Blocks in use go when their users let go of them. Returns how
         many they were."""
-        if SSD in tiers:
-            self._to_spill.clear()
+        for below in self._below:
+            if below.number in tiers:
+                below.queue.clear()
         return sum(self.index.invalidate_tier(tier) for tier in tiers)

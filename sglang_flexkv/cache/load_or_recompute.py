@@ -6,13 +6,15 @@ queued before this one. The costs are measured while the server runs, nothing is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.config import LoadPolicy
+from sglang_flexkv.common.lower_tier import CPU, TierNumbers
 
 # A part of a hit is left to be computed only if the first token comes so much sooner: computing takes the
 # device from other requests, loading does not.
@@ -79,10 +81,10 @@ class LinkSpeed:
 class Prompt:
     """What there is to decide about. Blocks count from the first that is not on the device."""
 
-    tiers: npt.NDArray[np.uint8]  # of each held block the tier that it would come from
+    tiers: TierNumbers  # of each held block the tier that it would come from
     device_tokens: int  # on the device already
     total_tokens: int
-    queued_ssd_bytes: int = 0  # that will be read before this prompt's
+    queued_bytes: Mapping[int, int] = field(default_factory=dict)  # by lower tier, loaded before this
 
 
 class LoadOrRecompute:
@@ -92,50 +94,63 @@ class LoadOrRecompute:
         self._policy = policy
         self._block_bytes, self._tokens_per_block = block_bytes, tokens_per_block
         self.prefill = PrefillCost()
-        self.to_device, self.from_ssd = LinkSpeed(), LinkSpeed()
+        self.to_device = LinkSpeed()
+        self.from_tier: defaultdict[int, LinkSpeed] = defaultdict(LinkSpeed)  # by the number of a lower tier
 
     def blocks_to_load(self, prompt: Prompt) -> int:
         """Leading blocks of the hit to load; the rest is computed."""
         held = len(prompt.tiers)
         if self._policy is LoadPolicy.RECOMPUTE:
             return 0
-        on_ssd = np.concatenate(([0], np.cumsum(prompt.tiers == int(_core.Tier.SSD))))
+        lower = np.unique(prompt.tiers)
+        lower = lower[lower != CPU].tolist()
         # Of a tier whose speed is not known yet, it is learned by loading.
         if (
             self._policy is LoadPolicy.LOAD
             or held == 0
             or not self.prefill.known
             or not self.to_device.known
-            or (on_ssd[-1] > 0 and not self.from_ssd.known)
+            or not all(self.from_tier[tier].known for tier in lower)
         ):
             return held
         candidates = np.unique(np.linspace(0, held, _CANDIDATES).astype(int)).tolist()
-        seconds = [self._seconds(prompt, count, int(on_ssd[count])) for count in candidates]
+        seconds = [self._seconds(prompt, count, lower) for count in candidates]
         best = min(range(len(candidates)), key=lambda i: (seconds[i], -candidates[i]))
         return candidates[best] if seconds[best] < _WORTH_COMPUTING * seconds[-1] else held
 
     def is_worth_waiting(
-        self, num_bytes: int, start_tokens: int, reached_tokens: int, total_tokens: int
+        self, num_bytes: Mapping[int, int], start_tokens: int, reached_tokens: int, total_tokens: int
     ) -> bool:
-        """Whether to wait until so many bytes have been read from SSD and then compute a prompt from
-        ``reached_tokens`` on, or to compute it from ``start_tokens`` on right away: what comes first."""
+        """Whether to wait until so many bytes have been loaded from lower tiers and then compute a prompt
+        from ``reached_tokens`` on, or to compute it from ``start_tokens`` on right away: what comes first."""
         if self._policy is LoadPolicy.RECOMPUTE:
             return False
-        if self._policy is LoadPolicy.LOAD or not (self.prefill.known and self.from_ssd.known):
+        load_s = self.seconds_of_loads(num_bytes)
+        if self._policy is LoadPolicy.LOAD or load_s is None or not self.prefill.known:
             return True
         reached_tokens = min(reached_tokens, total_tokens)
-        after_s = self.from_ssd.seconds(num_bytes) + self.prefill.seconds(reached_tokens, total_tokens)
+        after_s = load_s + self.prefill.seconds(reached_tokens, total_tokens)
         return after_s <= self.prefill.seconds(start_tokens, total_tokens)
 
-    def _seconds(self, prompt: Prompt, num_blocks: int, num_on_ssd: int) -> float:
+    def seconds_of_loads(self, num_bytes: Mapping[int, int]) -> float | None:
+        """Until so many bytes have come from lower tiers, all of which load at the same time. None: the speed
+        of one of them is not known yet."""
+        seconds = 0.0
+        for tier, wanted in num_bytes.items():
+            if wanted and not self.from_tier[tier].known:
+                return None
+            seconds = max(seconds, self.from_tier[tier].seconds(wanted) if wanted else 0.0)
+        return seconds
+
+    def _seconds(self, prompt: Prompt, num_blocks: int, lower: Sequence[int]) -> float:
         """Until the first token, if so many blocks are loaded: layers are computed while others arrive."""
         load_s = 0.0
         if num_blocks:
             load_s = self.to_device.seconds(num_blocks * self._block_bytes)
-        if num_on_ssd:
-            load_s = max(
-                load_s, self.from_ssd.seconds(prompt.queued_ssd_bytes + num_on_ssd * self._block_bytes)
-            )
+        for tier in lower:
+            if count := int(np.count_nonzero(prompt.tiers[:num_blocks] == tier)):
+                wanted = prompt.queued_bytes.get(tier, 0) + count * self._block_bytes
+                load_s = max(load_s, self.from_tier[tier].seconds(wanted))
         start = prompt.device_tokens + num_blocks * self._tokens_per_block
         return max(load_s, self.prefill.seconds(min(start, prompt.total_tokens), prompt.total_tokens))
 

@@ -1,10 +1,10 @@
-"""What waits in the CPU tier for its turn to be written to SSD.
+"""What waits in the CPU tier for its turn to be stored in a tier below.
 
 Blocks can come faster than a disk takes them. The oldest that wait are pinned, up to a share of the CPU tier:
-they get to SSD. What waits behind them is not pinned: new blocks may push it out of the CPU tier before its
-turn, and then it is lost to SSD, and counted. So the tier goes on taking in what is new, the disk always has
-work, and what is lost is what the tier's policy thinks least of. Who must not lose anything does not add more
-than may be pinned (see ``GlobalCacheEngine.may_put``).
+they get there. What waits behind them is not pinned: new blocks may push it out of the CPU tier before its
+turn, and then it is lost to that tier, and counted. So the CPU tier goes on taking in what is new, the disk
+always has work, and what is lost is what the tier's policy thinks least of. Who must not lose anything does
+not add more than may be pinned (see ``GlobalCacheEngine.may_put``).
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from dataclasses import dataclass
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import BlockKeys
+from sglang_flexkv.common.lower_tier import CPU
 from sglang_flexkv.common.transfer import Slots
 
-# Leases of waiting requests may pin half of the CPU tier, this a quarter; the rest is free to move.
+# Leases of waiting requests may pin half of the CPU tier, the queues of all lower tiers a quarter; the rest
+# is free to move.
 _PINNED_SHARE = 0.25
 
 
@@ -35,21 +37,26 @@ class SpillQueue:
     """First come, first written.
 
     Args:
+        tier: that they go to, by its number.
+        num_tiers: that share the CPU tier's pins.
         num_cpu_blocks: of the CPU tier.
         blocks_max: that are written at once.
     """
 
-    def __init__(self, index: _core.PrefixIndex, num_cpu_blocks: int, blocks_max: int) -> None:
+    def __init__(
+        self, index: _core.PrefixIndex, tier: int, num_tiers: int, num_cpu_blocks: int, blocks_max: int
+    ) -> None:
         self._index = index
+        self._tier = tier
         self._num_cpu_blocks = num_cpu_blocks
-        self.pinned_max = max(1, int(_PINNED_SHARE * num_cpu_blocks))
+        self.pinned_max = max(1, int(_PINNED_SHARE / num_tiers * num_cpu_blocks))
         self._blocks_max = blocks_max
         self._pinned: deque[WaitingBlocks] = deque()  # pieces that are written at once
         self._unpinned: deque[WaitingBlocks] = deque()
         self._num_unpinned = 0
         self._num_pinned = 0  # also of those that were taken and have not ended
         self.num_waiting = 0  # blocks that nobody has taken yet
-        self.num_dropped = 0  # blocks that were to go to SSD and did not get there
+        self.num_dropped = 0  # blocks that were to go to the tier and did not get there
 
     @property
     def num_unfinished(self) -> int:
@@ -86,8 +93,8 @@ class SpillQueue:
         self._num_pinned -= num_blocks
 
     def drop(self, keys: BlockKeys) -> None:
-        """Counts blocks that did not get to SSD, unless they are there."""
-        lease, held, _ = self._index.acquire(keys, _core.Tier.SSD)
+        """Counts blocks that did not get to the tier, unless they are there."""
+        lease, held, _ = self._index.acquire(keys, self._tier)
         self._index.release(lease)
         self.num_dropped += len(keys) - len(held)
 
@@ -109,7 +116,7 @@ class SpillQueue:
             if not blocks.pin_all and self._num_pinned and self._num_pinned + size > self.pinned_max:
                 return
             self._unpinned.popleft()
-            lease, held, slots = self._index.acquire(blocks.keys[:size], _core.Tier.CPU)
+            lease, held, slots = self._index.acquire(blocks.keys[:size], CPU)
             found = len(held)
             self._num_unpinned -= size
             if found:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import BlockKeys
+from sglang_flexkv.common.lower_tier import CPU
 
 Slots = npt.NDArray[np.int64]
 
@@ -38,8 +39,8 @@ class TransferType(Enum):
 
     H2D = _core.TransferType.H2D
     D2H = _core.TransferType.D2H
-    DISK2H = _core.TransferType.DISK2H
-    H2DISK = _core.TransferType.H2DISK
+    LOWER2H = _core.TransferType.LOWER2H
+    H2LOWER = _core.TransferType.H2LOWER
 
     @property
     def device_is_source(self) -> bool:
@@ -49,10 +50,14 @@ class TransferType(Enum):
     def touches_device(self) -> bool:
         return self in (TransferType.H2D, TransferType.D2H)
 
+    def named(self, medium: str) -> str:
+        """As people know it, e.g. DISK2H."""
+        return self.name.replace("LOWER", medium)
+
 
 @dataclass
 class TransferOp:
-    """One copy of some blocks between two media.
+    """One copy of some blocks between the device and the CPU tier, or between that and a tier below.
 
     ``src_block_ids`` and ``dst_block_ids`` are slots of the respective tier, int64 [blocks]. On the device
     side they are None until the plan is launched; ``block_positions`` says which blocks of the request the
@@ -64,9 +69,10 @@ class TransferOp:
     block_positions: npt.NDArray[np.int64]
     src_block_ids: Slots | None = None
     dst_block_ids: Slots | None = None
-    keys: BlockKeys | None = None  # disk ops: what the slots hold, or are to hold
+    keys: BlockKeys | None = None  # of a lower tier: what its slots hold, or are to hold
+    tier: int = CPU  # which one, by its number
     op_id: int = -1
-    follows_layers_of: int = -1  # H2D: the DISK2H op whose layers it copies as they come
+    follows_layers_of: int = -1  # H2D: the LOWER2H op whose layers it copies as they come
     awaited: SlotsOnTheirWay | None = None
 
 

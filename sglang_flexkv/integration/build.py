@@ -70,7 +70,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         identity.namespace,
         num_layers=layout.num_layers,
         single_rank=place.tp_size == 1,
-        metrics=Metrics(labels if server.exports_metrics() else None),
+        metrics=Metrics(labels if server.exports_metrics() else None, engine.tier_names),
     )
     atexit.register(linker.close)
     cache.attach(linker, config.write_policy, by_priority=server.evicts_by_priority())
@@ -103,17 +103,19 @@ def _identity(
 
 def _log(engine: KVTaskEngine, policy: WritePolicy) -> None:
     config, slot_bytes = engine.config, engine.slot_bytes
+    lower = [
+        f"{name} tier {num_slots * slot_bytes / GIB:.2f} GiB through {moved_by}"
+        for name, (num_slots, moved_by) in engine.describe_lower_tiers().items()
+    ]
     logger.info(
-        "sglang-flexkv %s: %s, block %d tokens (%.1f KiB); CPU tier %.2f GiB (%d blocks); SSD tier %s",
+        "sglang-flexkv %s: %s, block %d tokens (%.1f KiB); CPU tier %.2f GiB (%d blocks); %s",
         __version__,
         policy.value,
         config.tokens_per_block,
         slot_bytes / 1024,
         config.num_cpu_blocks * slot_bytes / GIB,
         config.num_cpu_blocks,
-        f"{config.num_ssd_blocks * slot_bytes / GIB:.2f} GiB through {engine.io_engine}"
-        if config.enable_ssd
-        else "off",
+        "; ".join(lower) or "no tier below it",
     )
     if engine.cuda_note:
         logger.info("sglang-flexkv copies: %s", engine.cuda_note)

@@ -21,6 +21,7 @@ from sglang_flexkv.cache.load_or_recompute import LoadOrRecompute, Prompt
 from sglang_flexkv.common.block import BlockKeys, Namespace, keys_from_page_hashes
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import GIB, FlexKVConfig
+from sglang_flexkv.common.lower_tier import CPU
 from sglang_flexkv.common.transfer import Slots, SlotsOnTheirWay
 from sglang_flexkv.integration.compat.scheduler import SchedulerView
 from sglang_flexkv.integration.compat.tree import PoolName, PoolTransfer, UnifiedCacheLinker
@@ -115,9 +116,9 @@ class FlexKVLinker(UnifiedCacheLinker):
             state.found = replace(NOTHING_FOUND, keys=keys)
             return 0
         lease, held = self.engine.pin(keys)
-        num_cpu_blocks = int(np.count_nonzero(held == int(_core.Tier.CPU)))
+        num_cpu_blocks = int(np.count_nonzero(held == CPU))
         # Asked for only where it matters: this runs at every attempt to match a waiting prompt.
-        queued_bytes = self.engine.queued_ssd_read_bytes if num_cpu_blocks < len(held) else 0
+        queued_bytes = self.engine.queued_read_bytes() if num_cpu_blocks < len(held) else {}
         prompt = Prompt(held, state.device_tokens, state.total_tokens, queued_bytes)
         state.found = Lookup(keys, held, self.load_or_recompute.blocks_to_load(prompt))
         if state.found.num_to_load:
@@ -156,7 +157,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.states.end_lease(rid)  # the plan has a lease of its own now
         complete = task.plan is not None and task.plan.num_blocks == len(keys)
         if not complete and self._single_rank:
-            # No room for what comes from SSD: the request is recomputed.
+            # No room for what comes from a lower tier: the request is recomputed.
             self.engine.cancel(task)
             self.engine.forget(task)
             return False
@@ -166,13 +167,14 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._next_batch[rid] = _Load(task, self.engine.token_slots(transfer.device_indices), complete)
         return True
 
-    def ssd_span(self, rid: str) -> tuple[int, int]:
-        """Of a queued load: its first block that comes from SSD, and how many blocks from there on do."""
+    def storage_span(self, rid: str) -> tuple[int, int]:
+        """Of a queued load: its first block that comes from a lower tier (SGLang's word is storage), and how
+        many blocks do."""
         load = self._next_batch.get(rid)
-        if load is None or load.task.plan is None or not load.task.plan.num_ssd_blocks:
+        if load is None or load.task.plan is None or not load.task.plan.num_lower_blocks:
             return 0, 0
-        (read,) = (op for op in load.task.plan.graph.ops if not op.transfer_type.touches_device)
-        return int(read.block_positions[0]), len(read.block_positions)
+        lower = np.flatnonzero(load.task.plan.tiers)
+        return int(lower[0]), len(lower)
 
     def cancel_queued_load(self, rid: str) -> bool:
         load = self._next_batch.pop(rid, None)
@@ -227,19 +229,17 @@ class FlexKVLinker(UnifiedCacheLinker):
             if waited and load.task.status is TaskStatus.COMPLETED:
                 landed.add(rid)
                 if (plan := load.task.plan) is not None:
-                    self.metrics.loaded("cpu", (plan.num_blocks - plan.num_ssd_blocks) * self._page)
-                    self.metrics.loaded("ssd", plan.num_ssd_blocks * self._page)
+                    for number, name in enumerate(self.engine.tier_names):
+                        self.metrics.loaded(name, plan.num_blocks_from(number) * self._page)
             self.engine.forget(load.task)
         self._learn_speeds()
         return landed
 
     def _learn_speeds(self) -> None:
-        stats = self.engine.transfer_stats()
-        for link, name in (
-            (self.load_or_recompute.to_device, "H2D"),
-            (self.load_or_recompute.from_ssd, "DISK2H"),
-        ):
-            link.observe(stats[name]["bytes"], stats[name]["busy_s"])
+        loads, costs = self.engine.load_stats(), self.load_or_recompute
+        for number, of_tier in enumerate(loads):
+            link = costs.to_device if number == CPU else costs.from_tier[number]
+            link.observe(of_tier["bytes"], of_tier["busy_s"])
 
     # ---- offload: device -> CPU ----
 
@@ -344,13 +344,13 @@ class FlexKVLinker(UnifiedCacheLinker):
         """Forgets what the tiers hold, for this process and the next one. Not a reset: it may come at any
         time, and copies that run still have somebody who waits for them."""
         self.states.end_leases()
-        self.engine.clear_tiers(_core.Tier.CPU, _core.Tier.SSD)
+        self.engine.clear_tiers()
 
     def weights_changed(self) -> None:
         """No other process may find what is stored from now on, nor what was stored and may now be mixed with
         it: the names of blocks stand for the weights that this process has loaded. For this process nothing
         changes; whether it may go on with old KV is SGLang's to say, which flushes if not."""
-        logger.info("sglang-flexkv: the weights change; KV on SSD is for this process only from now on")
+        logger.info("sglang-flexkv: the weights change; only this process finds KV in lower tiers now")
         self.engine.stop_persisting()
 
     def close(self) -> None:
@@ -372,9 +372,9 @@ class FlexKVLinker(UnifiedCacheLinker):
             left = f"closed while busy ({error})"
         stats = self.engine.stats()
         moved = ", ".join(f"{name} {s['bytes'] / GIB:.2f} GiB" for name, s in stats.items() if "bytes" in s)
-        saved = stats["SSD"].get("saved_write_bytes", 0.0)
-        if saved:
-            moved += f"; not written to SSD because it came only once: {saved / GIB:.2f} GiB"
+        for name in self.engine.tier_names:
+            if saved := stats[name].get("saved_write_bytes", 0.0):
+                moved += f"; not written to {name} because it came only once: {saved / GIB:.2f} GiB"
         self._summary = f"{left}; moved {moved}"
 
     def _log_summary(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,6 @@ class _Metric:
     name: str
     text: str
     label: str = ""
-    values: tuple[str, ...] = ("",)  # of the label
 
 
 _METRICS = {
@@ -20,7 +20,6 @@ _METRICS = {
         "flexkv_loaded_tokens",
         "Tokens whose KV was loaded instead of computed, by tier.",
         "tier",
-        ("cpu", "ssd"),
     ),
     "recomputed": _Metric(
         "flexkv_recomputed_tokens",
@@ -34,7 +33,7 @@ _METRICS = {
     ),
     "spill_dropped": _Metric(
         "flexkv_spill_dropped_blocks",
-        "Blocks that were to go from the CPU tier to SSD and did not get there.",
+        "Blocks that were to go from the CPU tier to a lower one and did not get there.",
     ),
 }
 
@@ -44,9 +43,10 @@ class Metrics:
 
     Args:
         labels: values of labels that are the same for all, such as the rank; None: no Prometheus.
+        tiers: names of the tiers.
     """
 
-    def __init__(self, labels: dict[str, str] | None = None) -> None:
+    def __init__(self, labels: dict[str, str] | None = None, tiers: Iterable[str] = ("CPU",)) -> None:
         self.total: Counter[str] = Counter()
         self._exported: dict[tuple[str, str], Any] = {}
         if labels is not None:
@@ -56,11 +56,11 @@ class Metrics:
             for kind, metric in _METRICS.items():
                 own = [metric.label] if metric.label else []
                 counter = Exported(metric.name, metric.text, [*own, *labels])
-                for value in metric.values:
+                for value in (tier.lower() for tier in tiers) if own else ("",):
                     self._exported[kind, value] = counter.labels(**dict.fromkeys(own, value), **labels)
 
     def loaded(self, tier: str, tokens: int) -> None:
-        self._count("loaded", tokens, tier)
+        self._count("loaded", tokens, tier.lower())
 
     def recomputed(self, tokens: int) -> None:
         self._count("recomputed", tokens)

@@ -1,4 +1,4 @@
-"""Requests that wait in SGLang's queue while blocks come from SSD to the CPU tier.
+"""Requests that wait in SGLang's queue while blocks come from lower tiers to the CPU tier.
 
 Such a request waits for a read of its own, or joins one that somebody else has begun, or both. Who waits, and
 for how long, is decided here, by all ranks together (``ranks``). What a request reads under its own forward
@@ -19,14 +19,14 @@ from sglang_flexkv.integration.ranks import Ranks
 from sglang_flexkv.integration.request_state import RequestState
 from sglang_flexkv.kvtask import KVTask, TaskStatus
 
-# Times that one request waits for reads from SSD. Two or three bring all of a prompt, each what the one
-# before left; it takes more if blocks are evicted again meanwhile, which must not go on for ever.
+# Times that one request waits for reads from lower tiers. Two or three bring all of a prompt, each what the
+# one before left; it takes more if blocks are evicted again meanwhile, which must not go on for ever.
 _WAITS_MAX = 8
 
 
 @dataclass
 class Wait:
-    """One request's wait for reads from SSD."""
+    """One request's wait for reads from lower tiers."""
 
     own: KVTask | None  # its own read; None: this rank has nothing to bring
     joined: KVTask | None  # somebody else's, which brings what comes next
@@ -56,17 +56,17 @@ class Prefetches:
 
     def enter(self, rid: str) -> None:
         """A request enters the queue, right after its prefix was looked up."""
-        if not self._engine.config.enable_ssd:
+        if not self._engine.has_lower_tiers:
             return
         scheduler = self._scheduler
         if scheduler.next_is_free and not scheduler.runs_something:
-            return  # its turn comes at once, and its load reads from SSD under the forward
+            return  # its turn comes at once, and its load reads under the forward
         state = self._linker.states.known(rid)
-        num_ssd_blocks = state.found.num_ssd_blocks
+        num_lower_blocks = state.found.num_lower_blocks
         if scheduler.next_is_free and self._hides_its_reads(state):
-            num_ssd_blocks = 0
+            num_lower_blocks = 0
         # Whether to wait is decided by all ranks together; which blocks to bring, by each for itself.
-        if self._ranks.any_would_wait(num_ssd_blocks):
+        if self._ranks.any_would_wait(num_lower_blocks):
             self._start(rid)
 
     def may_run(self, rid: str) -> bool:
@@ -83,7 +83,7 @@ class Prefetches:
 
     def take_brought(self, rid: str) -> tuple[int, int]:
         """What the waits of a request have brought since this was asked last: the first token of its prompt
-        that came from SSD, and how many tokens did."""
+        that came from a lower tier, and how many tokens did."""
         state = self._linker.states.known(rid)
         num_blocks, state.num_brought = state.num_brought, 0
         return state.brought_from, num_blocks * self._page
@@ -101,7 +101,7 @@ class Prefetches:
     # ---- one wait ----
 
     def _start(self, rid: str, joined: KVTask | None = None, before: Wait | None = None) -> None:
-        """Starts to bring what the last lookup decided to load from SSD.
+        """Starts to bring what the last lookup decided to load from lower tiers.
 
         Args:
             joined: a read of somebody else that the request waits for as well.
@@ -136,14 +136,14 @@ class Prefetches:
         del self.waits[rid]
         if wait.own is not None:
             if wait.own.status is TaskStatus.COMPLETED and wait.own.plan is not None:
-                self._linker.states.of(rid).num_brought += wait.own.plan.num_ssd_blocks
+                self._linker.states.of(rid).num_brought += wait.own.plan.num_lower_blocks
             self._engine.forget(wait.own)
         self._linker.find_and_pin(rid, wait.keys)
 
     # ---- whether to wait ----
 
     def _waits_again(self, rid: str, before: Wait | None) -> bool:
-        """Whether a request whose turn has come waits (again) for a read from SSD: for one that somebody else
+        """Whether a request whose turn has come waits (again) for a read: for one that somebody else
         has begun, since it could only compute what that brings; and after such a one for its own of what is
         left. If so the wait has begun."""
         state = self._linker.states.known(rid)
@@ -152,7 +152,7 @@ class Prefetches:
             joined = self._read_to_join(state)
             after_another = before is not None and before.joined is not None
             left = after_another and self._would_hold_up_others(state)
-        waits = self._ranks.any_waits_again(joined is not None or left, self._engine.num_ssd_reads)
+        waits = self._ranks.any_waits_again(joined is not None or left, self._engine.num_reads)
         if waits:
             self._start(rid, joined, before)
         return waits
@@ -169,9 +169,9 @@ class Prefetches:
         """Somebody else's read that brings what the request should load next, if waiting for it beats
         computing. Until it has ended no lookup finds these blocks."""
         found = state.found
-        if not self._engine.num_ssd_reads:
+        if not self._engine.num_reads:
             return None
-        # What it found on SSD (the read may have begun later), and where it ended.
+        # What it found below (the read may have begun later), and where it ended.
         for first in sorted({found.num_cpu_blocks, len(found.held)} - {len(found.keys)}):
             read = self._engine.find_read(found.keys[first])
             if read is not None:
@@ -181,9 +181,9 @@ class Prefetches:
     def _is_worth_waiting(self, state: RequestState, first: int, read: KVTask) -> bool:
         """Whether to wait for a read that brings the block ``first`` of a prompt, and more behind it."""
         reached = self._engine.match(state.found.keys).num_blocks  # with what is being read
-        num_bytes = self._engine.queued_ssd_read_bytes
+        num_bytes = self._engine.queued_read_bytes()
         if read.status is TaskStatus.READY and read.plan is not None:
-            num_bytes += read.plan.num_ssd_blocks * self._engine.slot_bytes
+            num_bytes += self._engine.bytes_by_tier(read.plan.tiers)
         return self._costs.is_worth_waiting(
             num_bytes,
             state.device_tokens + first * self._page,
@@ -192,21 +192,23 @@ class Prefetches:
         )
 
     def _would_hold_up_others(self, state: RequestState) -> bool:
-        """Whether a request would read from SSD in its forward while others have to wait for that."""
+        """Whether a request would read in its forward while others have to wait for that."""
         return (
-            state.found.num_ssd_blocks > 0
+            state.found.num_lower_blocks > 0
             and self._scheduler.runs_something
             and not self._hides_its_reads(state)
         )
 
     def _hides_its_reads(self, state: RequestState) -> bool:
-        """Whether what the last lookup decided to load from SSD is read while the request's first chunk is
-        computed. If not, a forward would wait for the disk, and with it all that run beside the request."""
+        """Whether what the last lookup decided to load from lower tiers is read while the request's first
+        chunk is computed. If not, a forward would wait for a disk, and with it all that run beside the
+        request."""
         costs, found = self._costs, state.found
-        if not (costs.prefill.known and costs.from_ssd.known):
+        num_bytes = self._engine.queued_read_bytes() + self._engine.bytes_by_tier(found.to_load)
+        reads_s = costs.seconds_of_loads(num_bytes)
+        if reads_s is None or not costs.prefill.known:
             return False
         total, chunk = state.total_tokens, self._scheduler.chunk_tokens
         start = min(total, state.device_tokens + found.num_to_load * self._page)
         end = min(total, start + chunk) if chunk else total
-        num_bytes = self._engine.queued_ssd_read_bytes + found.num_ssd_blocks * self._engine.slot_bytes
-        return costs.from_ssd.seconds(num_bytes) <= costs.prefill.seconds(start, end)
+        return reads_s <= costs.prefill.seconds(start, end)

@@ -27,7 +27,7 @@ from sglang_flexkv.integration.compat.requests import (
     by_name,
     name_of,
     release_borrowed_rows,
-    report_ssd_part,
+    report_storage_part,
 )
 from sglang_flexkv.integration.compat.scheduler import SchedulerView
 from sglang_flexkv.integration.compat.tree import LinkerWrapper, TreeCache, hash_pages, is_virtual_node
@@ -93,12 +93,12 @@ class FlexKVLinkerWrapper(LinkerWrapper):
     def load_back(self, req: Any) -> Any:
         hit = self.hit_markers.get(req.rid)
         loaded = super().load_back(req)
-        if loaded[0] and self.cache_linker.engine.config.enable_ssd:
+        if loaded[0] and self.cache_linker.engine.has_lower_tiers:
             self.cache.ranks.loads_begin()
-        first, count = self.cache_linker.ssd_span(req.rid)
+        first, count = self.cache_linker.storage_span(req.rid)
         if hit is not None and count:
             page = self.cache.page_size
-            report_ssd_part(req, hit.device_hit_len + first * page, count * page)
+            report_storage_part(req, hit.device_hit_len + first * page, count * page)
         return loaded
 
     def finish_loads(self) -> list[str]:

@@ -40,16 +40,18 @@ class Ranks:
 
     def __init__(self, reduce: Callable[[torch.Tensor, Any], None]) -> None:
         self._reduce = reduce
-        # Whether any rank may be reading from SSD. While it is not set the ranks need not ask each other.
+        # Whether any rank may be reading from a lower tier. While it is not set the ranks need not ask each
+        # other.
         self.reads_may_run = False
 
     def shortest_hit(self, num_blocks: int) -> int:
         """Blocks of a prefix that all ranks can load."""
         return self._common([num_blocks], torch.distributed.ReduceOp.MIN)[0]
 
-    def any_would_wait(self, num_ssd_blocks: int) -> bool:
-        """Whether a rank has blocks to bring from SSD for a request that enters the queue. It waits then."""
-        wanted = self._common([num_ssd_blocks], torch.distributed.ReduceOp.MAX)[0] > 0
+    def any_would_wait(self, num_lower_blocks: int) -> bool:
+        """Whether a rank has blocks to bring from lower tiers for a request that enters the queue. It waits
+        then."""
+        wanted = self._common([num_lower_blocks], torch.distributed.ReduceOp.MAX)[0] > 0
         self.reads_may_run = self.reads_may_run or wanted
         return wanted
 
@@ -65,7 +67,7 @@ class Ranks:
         return bool(waiting)
 
     def loads_begin(self) -> None:
-        """All ranks load for a request, and may read from SSD for it."""
+        """All ranks load for a request, and may read from lower tiers for it."""
         self.reads_may_run = True
 
     def landed_everywhere(self, landed: Sequence[bool]) -> list[bool]:

@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
-from sglang_flexkv import _core
 from sglang_flexkv.common.block import BlockKeys
+from sglang_flexkv.common.lower_tier import CPU, TierNumbers
 
 # A lease nobody came back for, say of a request that found its prefix on the device after all.
 _LEASE_AGE_MAX_S = 60.0
@@ -22,18 +21,24 @@ class Lookup:
     """What the last lookup of a request was about, and what was decided."""
 
     keys: BlockKeys  # of everything it asked for
-    held: npt.NDArray[np.uint8]  # of each leading block that is held the tier that it would come from
+    held: TierNumbers  # of each leading block that is held the tier that it would come from
     num_to_load: int  # of these
 
     @property
     def num_cpu_blocks(self) -> int:
         """Leading blocks to load that the CPU tier holds."""
-        on_ssd = np.flatnonzero(self.held[: self.num_to_load] != int(_core.Tier.CPU))
-        return int(on_ssd[0]) if len(on_ssd) else self.num_to_load
+        lower = np.flatnonzero(self.to_load != CPU)
+        return int(lower[0]) if len(lower) else self.num_to_load
 
     @property
-    def num_ssd_blocks(self) -> int:
-        return int(np.count_nonzero(self.held[: self.num_to_load] == int(_core.Tier.SSD)))
+    def num_lower_blocks(self) -> int:
+        """Blocks to load that come from below the CPU tier."""
+        return int(np.count_nonzero(self.to_load != CPU))
+
+    @property
+    def to_load(self) -> TierNumbers:
+        """Of each block to load the tier that it would come from."""
+        return self.held[: self.num_to_load]
 
 
 NOTHING_FOUND = Lookup(np.empty((0, 2), np.uint64), np.empty(0, np.uint8), 0)
@@ -55,7 +60,7 @@ class RequestState:
     device_tokens: int = 0  # of its prompt, at the last lookup
     total_tokens: int = 0
     found: Lookup = NOTHING_FOUND
-    num_waits: int = 0  # times that it has waited for reads from SSD
+    num_waits: int = 0  # times that it has waited for loads from lower tiers
     # Blocks that these have brought and of which SGLang has not been told, and the token where they start.
     num_brought: int = 0
     brought_from: int = 0

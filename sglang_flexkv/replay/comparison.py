@@ -98,7 +98,7 @@ def _result(replay: Replay, half: int, block_bytes: int | None, bound: tuple[flo
         refused_puts=replay.refused_puts,
         moved_bytes=None
         if block_bytes is None
-        else {kind.name: blocks * block_bytes for kind, blocks in replay.moved_blocks.items()},
+        else {kind.named("DISK"): blocks * block_bytes for kind, blocks in replay.moved_blocks.items()},
         control_us_median=float(np.median(replay.control_us)),
         control_us_p99=float(np.percentile(replay.control_us, 99)),
     )

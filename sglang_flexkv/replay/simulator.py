@@ -20,10 +20,11 @@ from sglang_flexkv import _core
 from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, TransferPlan
 from sglang_flexkv.common.block import BlockKeys
 from sglang_flexkv.common.config import CacheConfig, EvictionPolicy, SsdAdmission
+from sglang_flexkv.common.lower_tier import CPU, HeldBlocks, LowerTier, TierSlots
 from sglang_flexkv.common.transfer import TransferType
 from sglang_flexkv.replay.trace import Request, Trace
 
-_CPU, _SSD = _core.Tier.CPU, _core.Tier.SSD
+_SSD = 1  # the tier below the CPU tier
 # Requests between two reports of progress.
 _PROGRESS_REQUESTS = 256
 
@@ -105,16 +106,33 @@ class _AllDone:
     error: str = ""
 
 
-class _NoStore:
-    """In place of the SSD tier's files: holds nothing at the start and keeps nothing."""
+class _ReplayedTier(LowerTier):
+    """A lower tier of which only the size and the policies matter: it holds nothing at the start and keeps
+    nothing."""
 
-    def take_recovered(self) -> tuple[BlockKeys, BlockKeys, npt.NDArray[np.int64]]:
-        return np.zeros((0, 2), np.uint64), np.zeros((0, 2), np.uint64), np.zeros(0, np.int64)
-
-    def publish(self, keys: BlockKeys, parents: BlockKeys, slots: npt.NDArray[np.int64]) -> None:
+    def open(self) -> None:
         pass
 
-    def drop(self, slots: npt.NDArray[np.int64]) -> None:
+    @property
+    def core(self) -> _core.LowerTier:
+        raise NotImplementedError("a replay moves no byte")
+
+    def take_held(self) -> HeldBlocks:
+        return HeldBlocks()
+
+    def stored(self, keys: BlockKeys, parents: BlockKeys, slots: TierSlots) -> None:
+        pass
+
+    def lost(self, slots: TierSlots) -> None:
+        pass
+
+    def why_broken(self) -> str:
+        return ""
+
+    def clear(self, *, keep: bool) -> None:
+        pass
+
+    def close(self) -> None:
         pass
 
 
@@ -123,9 +141,19 @@ class _Machine:
 
     def __init__(self, setup: TierSetup, tokens_per_block: int) -> None:
         self.tokens_per_block = tokens_per_block
-        self.engine = GlobalCacheEngine(setup.cache_config(tokens_per_block))
-        if setup.ssd_blocks:
-            self.engine.ssd_online(cast(_core.SsdStore, _NoStore()))
+        lower = [
+            _ReplayedTier(
+                "SSD",
+                "DISK",
+                setup.ssd_blocks,
+                eviction_policy=setup.ssd_policy,
+                admission=setup.ssd_admission,
+            )
+        ]
+        self._has_ssd = setup.ssd_blocks > 0
+        self.engine = GlobalCacheEngine(setup.cache_config(tokens_per_block), lower if self._has_ssd else ())
+        if self._has_ssd:
+            self.engine.take_in(_SSD)
         self.device = (
             GlobalCacheEngine(
                 CacheConfig(
@@ -170,7 +198,7 @@ class _Machine:
         if plan is None:
             return 0, np.zeros(0, np.int64)
         self._finish(plan)
-        from_ssd = [op.block_positions for op in plan.graph.ops if op.transfer_type is TransferType.DISK2H]
+        from_ssd = [op.block_positions for op in plan.graph.ops if op.transfer_type is TransferType.LOWER2H]
         return plan.num_blocks, from_ssd[0] if from_ssd else np.zeros(0, np.int64)
 
     def _put(self, keys: BlockKeys, held: int) -> None:
@@ -184,7 +212,7 @@ class _Machine:
             self.refused += 1
 
     def _spill(self) -> None:
-        while (plan := self.engine.plan_spill()) is not None:
+        while self._has_ssd and (plan := self.engine.plan_spill(_SSD)) is not None:
             self._finish(plan)
 
     def _finish(self, plan: TransferPlan) -> None:
@@ -236,7 +264,8 @@ def simulate(trace: Trace, setup: TierSetup, progress: Progress | None = None) -
             progress(_PROGRESS_REQUESTS)
     if progress is not None:
         progress(count % _PROGRESS_REQUESTS)
-    engine = machine.engine
+    cpu = machine.engine.stats(CPU)
+    ssd = machine.engine.stats(_SSD) if setup.ssd_blocks else {}
     return Replay(
         setup=setup,
         input_tokens=trace.input_lengths,
@@ -245,9 +274,9 @@ def simulate(trace: Trace, setup: TierSetup, progress: Progress | None = None) -
         ssd_hit_tokens=hits[2],
         control_us=control_us,
         moved_blocks=machine.moved,
-        cpu_evicted=engine.index.stats(_CPU).evicted,
-        ssd_evicted=engine.index.stats(_SSD).evicted,
+        cpu_evicted=int(cpu["evicted"]),
+        ssd_evicted=int(ssd.get("evicted", 0)),
         refused_puts=machine.refused,
-        ssd_offered=engine.num_offered_to_ssd,
-        ssd_admitted=engine.num_admitted_to_ssd,
+        ssd_offered=int(ssd.get("offered", 0)),
+        ssd_admitted=int(ssd.get("admitted", 0)),
     )

@@ -1,13 +1,18 @@
-"""Owns the memory and the files of the tiers: what exists, how large it is, and when it goes."""
+"""Owns the memory of the CPU tier and the tiers below it: what exists, how large it is, and when it goes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import Namespace
-from sglang_flexkv.common.config import CacheConfig, SsdMismatch
+from sglang_flexkv.common.closing import run_all
+from sglang_flexkv.common.config import CacheConfig
+from sglang_flexkv.common.lower_tier import LowerTier
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.storage.ssd_identity import Identity
-from sglang_flexkv.storage.ssd_store import SsdStore
+from sglang_flexkv.storage.ssd_tier import SsdTier
 
 
 def slot_bytes_for(block_bytes: int) -> int:
@@ -15,60 +20,70 @@ def slot_bytes_for(block_bytes: int) -> int:
     return -(-block_bytes // _core.IO_ALIGNMENT) * _core.IO_ALIGNMENT
 
 
-class StorageEngine:
-    """The storage of one rank: its device pool's layout, its CPU pool and its SSD files.
+@dataclass(frozen=True)
+class TierRequest:
+    """What there is to build a lower tier from.
 
-    Args:
-        namespace: of the keys; what is found on SSD under another one is not ours.
-        label: what people are told the SSD files hold.
-        identity: what the namespace stands for, kept beside the SSD files.
-        disk: what the SSD tier's system calls go through; tests put faults there.
+    Attributes:
+        namespace: of the keys; what is found in a tier under another one is not ours.
+        label: what people are told a tier holds.
+        identity: what the namespace stands for, kept beside what a tier holds.
+        rank_tag: tells ranks that share a place apart, e.g. ``rank0``.
+        disk: what system calls go through; tests put faults there.
+    """
+
+    config: CacheConfig
+    namespace: Namespace
+    label: str = ""
+    identity: Identity | None = None
+    rank_tag: str = "rank0"
+    disk: _core.Disk | None = None
+    slice_bytes: tuple[int, ...] = ()  # of each slice of a slot
+
+
+def _ssd(request: TierRequest) -> LowerTier | None:
+    if not request.config.enable_ssd:
+        return None
+    return SsdTier(
+        request.config,
+        request.slice_bytes,
+        namespace=request.namespace,
+        label=request.label,
+        identity=request.identity,
+        rank_tag=request.rank_tag,
+        disk=request.disk,
+    )
+
+
+# The tiers that there can be below the CPU tier, nearest first. None: the configuration does not ask for it.
+LOWER_TIERS: list[Callable[[TierRequest], LowerTier | None]] = [_ssd]
+
+
+class StorageEngine:
+    """The storage of one rank: its device pool's layout, its CPU pool and its lower tiers, opened.
 
     Raises:
-        ConfigError: the SSD tier cannot be set up as configured.
+        ConfigError: a tier cannot be set up as configured.
         OSError: the CPU pool cannot be mapped.
     """
 
-    def __init__(
-        self,
-        config: CacheConfig,
-        device: DeviceBuffers,
-        *,
-        namespace: Namespace,
-        label: str = "",
-        identity: Identity | None = None,
-        rank_tag: str = "rank0",
-        disk: _core.Disk | None = None,
-    ) -> None:
-        self.config = config
+    def __init__(self, device: DeviceBuffers, request: TierRequest) -> None:
         self.device = device
-        self.layout = device.block_layout(config.tokens_per_block)
+        self.layout = device.block_layout(request.config.tokens_per_block)
         self.slot_bytes = slot_bytes_for(self.layout.block_bytes)
-        self._namespace, self._label, self._rank_tag = namespace, label, rank_tag
-        self._identity = identity
-        self._disk = disk or _core.Disk()
-        self.ssd = self.open_ssd() if config.enable_ssd else None
+        self.lower: list[LowerTier] = []
+        slice_bytes = tuple(_core.slice_bytes(self.layout, self.slot_bytes))
         try:
-            self.host = _core.HostPool(config.num_cpu_blocks, self.slot_bytes)
+            for build in LOWER_TIERS:
+                tier = build(replace(request, slice_bytes=slice_bytes))
+                if tier is not None:
+                    tier.open()
+                    self.lower.append(tier)
+            self.host = _core.HostPool(request.config.num_cpu_blocks, self.slot_bytes)
         except BaseException:
-            self.close()
+            self.close_lower()
             raise
 
-    def open_ssd(self) -> SsdStore:
-        """Opens the SSD files; also the way back after they were closed because of a fault."""
-        return SsdStore(
-            self.config.ssd_cache_dir,
-            self.config.num_ssd_blocks,
-            _core.slice_bytes(self.layout, self.slot_bytes),
-            self._rank_tag,
-            namespace=self._namespace,
-            label=self._label,
-            identity=self._identity,
-            fresh_on_mismatch=self.config.ssd_on_mismatch is SsdMismatch.FRESH,
-            disk=self._disk,
-        )
-
-    def close(self) -> None:
-        ssd, self.ssd = self.ssd, None
-        if ssd is not None:
-            ssd.close()
+    def close_lower(self) -> None:
+        """Closes the lower tiers; for a start that does not come to its end (see TierLife for the others)."""
+        run_all(*(tier.close for tier in self.lower))

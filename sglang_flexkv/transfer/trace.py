@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from sglang_flexkv import _core
-from sglang_flexkv.common.transfer import TransferOpGraph
+from sglang_flexkv.common.transfer import TransferOpGraph, TransferType
 
 # The last ops are kept, about 300 bytes each.
 _OPS_MAX = 100_000
@@ -20,14 +21,21 @@ class TransferTrace:
     def __init__(self) -> None:
         self._events: deque[dict[str, Any]] = deque(maxlen=_OPS_MAX)
 
-    def add(self, purpose: str, graph: TransferOpGraph, result: _core.GraphResult) -> None:
+    def add(
+        self,
+        purpose: str,
+        graph: TransferOpGraph,
+        result: _core.GraphResult,
+        name_of: Callable[[TransferType, int], str],
+    ) -> None:
         """Notes the ops of a graph that has ended.
 
         Args:
             purpose: what the graph was for, for example ``get``.
+            name_of: see TransferEngine.
         """
         for op, outcome in zip(graph.ops, result.ops, strict=True):
-            kind = op.transfer_type.name
+            kind = name_of(op.transfer_type, op.tier)
             self._events.append(
                 {
                     "name": f"{purpose} {kind}",

@@ -8,16 +8,9 @@ import numpy as np
 import torch
 
 from sglang_flexkv import _core
-from sglang_flexkv.common.config import CacheConfig, IoEngine
+from sglang_flexkv.common.config import CacheConfig
 from sglang_flexkv.common.transfer import SlotsOnTheirWay, TransferOpGraph, TransferType
-from sglang_flexkv.storage.ssd_store import SsdStore
 from sglang_flexkv.storage.storage_engine import StorageEngine
-
-_IO_KINDS = {
-    IoEngine.AUTO: _core.IoEngineKind.AUTO,
-    IoEngine.IO_URING: _core.IoEngineKind.IO_URING,
-    IoEngine.THREADS: _core.IoEngineKind.THREADS,
-}
 
 # Copies of each kind that may be queued before background work is refused. Blocks that wait to be stored
 # are locked on the device, so they must not pile up behind a host that is slower; a link needs far less to
@@ -35,30 +28,25 @@ class TransferEngine:
             copy_threads=config.copy_threads,
             cuda_device=storage.device.cuda_device,
             queue_bytes=_QUEUE_BYTES,
+            lower_tiers=[tier.medium for tier in storage.lower],
         )
-        self._config = config
+        self._media = [tier.medium for tier in storage.lower]
 
-    def attach_ssd(self, store: SsdStore) -> None:
-        """Puts an SSD tier under the engine.
+    def attach(self, number: int, tier: _core.LowerTier) -> None:
+        """Puts a lower tier under the engine.
 
         Raises:
-            OSError: the configured I/O engine is not to be had.
+            OSError: something below the tier cannot be set up.
         """
-        self._core.attach_ssd(
-            store.core,
-            _IO_KINDS[self._config.io_engine],
-            self._config.io_depth,
-            self._config.ssd_write_limit_mb_s * 1e6,
-        )
+        self._core.attach(number, tier)
 
-    def detach_ssd(self) -> None:
-        """Takes the SSD tier away. No disk op may be pending."""
-        self._core.detach_ssd()
+    def detach(self, number: int) -> None:
+        """Takes a lower tier away. No op of it may be pending."""
+        self._core.detach(number)
 
-    @property
-    def ssd_oldest_io_s(self) -> float:
-        """For how long the oldest disk transfer has been on its way; 0 if there is none."""
-        return self._core.ssd_oldest_io_s
+    def name_of(self, transfer_type: TransferType, tier: int) -> str:
+        """Of such transfers, in ``stats`` and in what people see."""
+        return transfer_type.named(self._media[tier - 1] if tier else "")
 
     def make_gate(self, num_layers: int) -> _core.LayerGate:
         """A gate for graphs of this engine. On a GPU streams can be told to wait for it."""
@@ -104,6 +92,7 @@ class TransferEngine:
                     keys=op.keys,
                     after_layers=op.follows_layers_of,
                     awaited=op.awaited.awaited if op.awaited is not None else None,
+                    tier=op.tier,
                 )
             )
         return self._core.submit(
@@ -132,19 +121,15 @@ class TransferEngine:
         """Which ways copies take on this GPU, and what cannot be done in the best one; empty on a CPU."""
         return self._core.cuda_note
 
-    @property
-    def io_engine(self) -> str:
-        """Name of the SSD I/O engine in use, with the reason if it is a fall-back."""
-        note = self._core.io_engine_note
-        return f"{self._core.io_engine_name} ({note})" if note else self._core.io_engine_name
-
-    def queued_blocks(self, kind: TransferType) -> int:
-        """Blocks of transfers of this kind that have not ended."""
-        return int(self._core.stats()[kind.name]["queued_blocks"])
+    def queued_blocks(self, transfer_type: TransferType, tier: int) -> int:
+        """Blocks of such transfers that have not ended."""
+        return int(self._core.stats()[self.name_of(transfer_type, tier)]["queued_blocks"])
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Per transfer type: ops_done, ops_failed, ops_cancelled, bytes, busy_s, queued_blocks,
-        refused_graphs, and queue_s, the host's time for queueing copies on a GPU."""
+        """Per name of transfers (``name_of``): ops_done, ops_failed, ops_cancelled, bytes, busy_s,
+        queued_blocks, refused_graphs, and queue_s, the host's time for queueing copies on a GPU. Of loads
+        from a lower tier also corrupt_blocks, which were not what had been stored, and layers_per_read, at
+        most, of the last one that was followed layer by layer."""
         return self._core.stats()
 
     def close(self) -> None:

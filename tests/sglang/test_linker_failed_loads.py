@@ -141,7 +141,7 @@ def test_of_a_batch_only_the_request_whose_blocks_are_damaged_runs_again(
 def test_a_disk_that_hangs_is_noticed_while_a_forward_waits(
     make_rig: MakeRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sglang_flexkv.ssdtier._STALL_S", 0.3)
+    monkeypatch.setattr("sglang_flexkv.tierlife._STALL_S", 0.3)
     disk = FaultyDisk(1)
     rig = make_rig(ssd_dir=tmp_path, disk=disk)
     tokens = sequence(1)

@@ -255,7 +255,7 @@ def test_nobody_waits_for_what_is_computed_faster(make_rig: MakeRig, tmp_path: P
     costs = rig.linker.load_or_recompute
     for i in range(1, 10):
         costs.prefill.observe([(0, 1000)], 1e-6)
-        costs.from_ssd.observe(i * 1.0, float(i))
+        costs.from_tier[1].observe(i * 1.0, float(i))
     assert may_run(rig, second)
     end_both(rig, first, slots, second)
 

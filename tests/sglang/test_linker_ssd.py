@@ -110,7 +110,7 @@ def test_who_waits_for_ssd_in_the_queue(
     costs = rig.linker.load_or_recompute
     for i in range(1, 10):
         costs.prefill.observe([(0, 1000)], 10.0 if reads_hide else 1e-9)
-        costs.from_ssd.observe(i * 1e9, float(i))
+        costs.from_tier[1].observe(i * 1e9, float(i))
     prefetch(rig, req)
     assert bool(rig.cache.prefetches.waits) is waits
     rig.abort(req)

@@ -233,7 +233,12 @@ class Rig:
         elif pinned_chunks is not None:
             cuda.fail("cuMemHostRegister_v2", pinned_chunks)
         self.engine = _core.TransferEngine(
-            layout, self.host, copy_threads=1, cuda_device=0, cuda_library=cuda.library
+            layout,
+            self.host,
+            copy_threads=1,
+            cuda_device=0,
+            lower_tiers=["DISK"],
+            cuda_library=cuda.library,
         )
         deadline = time.monotonic() + 20
         to_pin = self.host.total_bytes if pinned_chunks is None else pinned_chunks * PIN_CHUNK_BYTES

@@ -17,8 +17,7 @@ import numpy as np
 from sglang_flexkv import _core
 
 Policy = _core.EvictionPolicy
-CPU, SSD = _core.Tier.CPU, _core.Tier.SSD
-TIERS = (CPU, SSD)
+CPU, LOWER, LOWEST = TIERS = range(3)
 
 # Policies that are specified to the point: level, then rank, then nothing. Of the others the model checks
 # what every policy owes: leaf first, nothing that is held, no more than needed.
@@ -56,10 +55,8 @@ class Setup:
     of the blocks has the tokens of the first, in another namespace.
     """
 
-    cpu_slots: int = 7
-    ssd_slots: int = 11
-    cpu_policy: _core.EvictionPolicy = Policy.LRU
-    ssd_policy: _core.EvictionPolicy = Policy.LRU
+    slots: tuple[int, ...] = (7, 11, 5)  # by tier
+    policies: tuple[_core.EvictionPolicy, ...] = (Policy.LRU,) * 3
     tokens_kept: int = 0  # per block; 0: none are
     blocks_per_namespace: int = 30
 
@@ -134,20 +131,20 @@ class Entry:
     children: set[int] = field(default_factory=set)
     importance: int = 0
     content: tuple[int, ...] | None = None
-    tiers: dict[_core.Tier, Residency] = field(default_factory=dict)
+    tiers: dict[int, Residency] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Transaction:
     id: int
-    tier: _core.Tier
+    tier: int
     blocks: list[int]
 
 
 @dataclass(frozen=True)
 class Lease:
     id: int
-    pins: list[tuple[_core.Tier, int]]
+    pins: list[tuple[int, int]]
 
 
 class IndexModel:
@@ -156,48 +153,45 @@ class IndexModel:
     def __init__(self, setup: Setup) -> None:
         self.blocks = Blocks(setup)
         self.index = _core.PrefixIndex(
-            setup.cpu_slots,
-            setup.ssd_slots,
-            setup.cpu_policy,
-            setup.ssd_policy,
+            setup.slots,
+            setup.policies,
             tokens_per_block=setup.tokens_kept or 16,
             keep_tokens=setup.tokens_kept > 0,
         )
-        self.policy = {CPU: setup.cpu_policy, SSD: setup.ssd_policy}
-        self.slots = {CPU: setup.cpu_slots, SSD: setup.ssd_slots}
+        self.policy, self.slots = setup.policies, setup.slots
         self.entries: dict[int, Entry] = {}
-        self.evicted = {CPU: 0, SSD: 0}
+        self.evicted = dict.fromkeys(TIERS, 0)
         self.now = 0
         self.leases: list[Lease] = []
         self.transactions: list[Transaction] = []
 
     # ---- what the model knows ----
 
-    def residency(self, tier: _core.Tier, block: int) -> Residency | None:
+    def residency(self, tier: int, block: int) -> Residency | None:
         entry = self.entries.get(block)
         return entry.tiers.get(tier) if entry else None
 
-    def is_ready(self, tier: _core.Tier, block: int) -> bool:
+    def is_ready(self, tier: int, block: int) -> bool:
         residency = self.residency(tier, block)
         return residency is not None and residency.state is State.READY
 
     def mask(self, block: int) -> int:
-        return sum(1 << int(tier) for tier in TIERS if self.is_ready(tier, block))
+        return sum(1 << tier for tier in TIERS if self.is_ready(tier, block))
 
-    def held(self, tier: _core.Tier) -> dict[int, Residency]:
+    def held(self, tier: int) -> dict[int, Residency]:
         return {n: entry.tiers[tier] for n, entry in self.entries.items() if tier in entry.tiers}
 
-    def ready(self, tier: _core.Tier) -> dict[int, int]:
+    def ready(self, tier: int) -> dict[int, int]:
         return {n: r.slot for n, r in self.held(tier).items() if r.state is State.READY}
 
-    def free_slots(self, tier: _core.Tier) -> list[int]:
+    def free_slots(self, tier: int) -> list[int]:
         used = {r.slot for r in self.held(tier).values()}
         return [slot for slot in range(self.slots[tier]) if slot not in used]
 
-    def num_pinned(self, tier: _core.Tier) -> int:
+    def num_pinned(self, tier: int) -> int:
         return sum(r.pins > 0 for r in self.held(tier).values())
 
-    def evictable(self, tier: _core.Tier, without: frozenset[int] = frozenset()) -> list[int]:
+    def evictable(self, tier: int, without: frozenset[int] = frozenset()) -> list[int]:
         """Leaves that nobody holds, when the blocks `without` are gone."""
         held = self.held(tier)
         return [
@@ -209,28 +203,28 @@ class IndexModel:
             and all(child in without or child not in held for child in self.entries[n].children)
         ]
 
-    def num_evictable(self, tier: _core.Tier) -> int:
+    def num_evictable(self, tier: int) -> int:
         """Blocks that could go one after the other."""
         gone: frozenset[int] = frozenset()
         while leaves := self.evictable(tier, gone):
             gone |= frozenset(leaves)
         return len(gone)
 
-    def rank(self, tier: _core.Tier, block: int) -> tuple[int, ...]:
+    def rank(self, tier: int, block: int) -> tuple[int, ...]:
         """The lowest goes first."""
         entry = self.entries[block]
         residency = entry.tiers[tier]
         level = residency.uses if self.policy[tier] == Policy.LFU else 0
         return entry.importance, level, residency.stamp
 
-    def may_go(self, tier: _core.Tier, gone: frozenset[int]) -> list[int]:
+    def may_go(self, tier: int, gone: frozenset[int]) -> list[int]:
         leaves = self.evictable(tier, gone)
         if not leaves or self.policy[tier] not in EXACT or self.now > EXACT_TICKS_MAX:
             return leaves
         lowest = min(self.rank(tier, n) for n in leaves)
         return [n for n in leaves if self.rank(tier, n) == lowest]
 
-    def explains(self, tier: _core.Tier, victims: frozenset[int]) -> bool:
+    def explains(self, tier: int, victims: frozenset[int]) -> bool:
         """Whether these blocks can have gone in some order. Of a tie any may go first, which decides what
         is laid bare next, so all orders are tried."""
         seen: set[frozenset[int]] = set()
@@ -265,17 +259,17 @@ class IndexModel:
             self.entries[child].parent = parent
             self.entries[parent].children.add(child)
 
-    def _vacate(self, tier: _core.Tier, block: int) -> None:
+    def _vacate(self, tier: int, block: int) -> None:
         del self.entries[block].tiers[tier]
         self._free_if_unused(block)
 
-    def _unpin(self, tier: _core.Tier, block: int) -> None:
+    def _unpin(self, tier: int, block: int) -> None:
         residency = self.entries[block].tiers[tier]
         residency.pins -= 1
         if residency.pins == 0 and residency.state is State.DYING:
             self._vacate(tier, block)
 
-    def _drop(self, tier: _core.Tier, block: int) -> bool:
+    def _drop(self, tier: int, block: int) -> bool:
         if not self.is_ready(tier, block):
             return False
         residency = self.entries[block].tiers[tier]
@@ -302,7 +296,7 @@ class IndexModel:
             entry.content = content
         return entry.content == content
 
-    def _take_evicted(self, tier: _core.Tier, wanted: range) -> int:
+    def _take_evicted(self, tier: int, wanted: range) -> int:
         """Finds out what the index evicted, checks that it could go, and lets it go here as well.
 
         Returns:
@@ -347,9 +341,9 @@ class IndexModel:
         self,
         blocks: Sequence[int],
         contents: Sequence[tuple[int, ...] | None],
-        wanted: Sequence[_core.Tier],
+        wanted: Sequence[int],
         use: bool,
-    ) -> list[tuple[_core.Tier, int]]:
+    ) -> list[tuple[int, int]]:
         self.now += 1
         pins = []
         for block, content in zip(blocks, contents, strict=True):
@@ -359,7 +353,7 @@ class IndexModel:
             if tier is None:
                 break
             cpu = self.entries[block].tiers.get(CPU)
-            if tier is SSD and len(wanted) > 1 and cpu is not None and cpu.state is State.WRITING:
+            if tier != CPU and len(wanted) > 1 and cpu is not None and cpu.state is State.WRITING:
                 break  # on its way to where it will be read
             self.entries[block].tiers[tier].pins += 1
             self._touch(block, use)
@@ -367,7 +361,7 @@ class IndexModel:
         return pins
 
     def _take_lease(
-        self, lease: int, tiers: np.ndarray, slots: np.ndarray, pins: list[tuple[_core.Tier, int]]
+        self, lease: int, tiers: np.ndarray, slots: np.ndarray, pins: list[tuple[int, int]]
     ) -> None:
         expect(tiers.tolist(), [int(t) for t, _ in pins], "tiers of a lease")
         expect(slots.tolist(), [self.entries[n].tiers[t].slot for t, n in pins], "slots of a lease")
@@ -383,7 +377,7 @@ class IndexModel:
     def acquire(
         self,
         blocks: Sequence[int],
-        tier: _core.Tier | None = None,
+        tier: int | None = None,
         use: bool = False,
         lookup: Lookup = Lookup.KEYS,
     ) -> None:
@@ -421,7 +415,7 @@ class IndexModel:
 
     def reserve(
         self,
-        tier: _core.Tier,
+        tier: int,
         blocks: Sequence[int],
         parent: int = 0,
         lookup: Lookup = Lookup.KEYS,
@@ -494,7 +488,7 @@ class IndexModel:
         if txn:
             self.transactions.append(Transaction(txn, tier, granted))
 
-    def writer(self, tier: _core.Tier, block: int) -> None:
+    def writer(self, tier: int, block: int) -> None:
         wanted = next((t.id for t in self.transactions if t.tier == tier and block in t.blocks), 0)
         expect(self.index.writer(tier, self.blocks.keys([block])[0]), wanted, f"writer of {block}")
 
@@ -516,22 +510,22 @@ class IndexModel:
             self.entries[block].tiers[txn.tier].state = State.DYING
             self._unpin(txn.tier, block)
 
-    def invalidate(self, tier: _core.Tier, blocks: Sequence[int]) -> None:
+    def invalidate(self, tier: int, blocks: Sequence[int]) -> None:
         dropped = self.index.invalidate(tier, self.blocks.keys(blocks))
         expect(dropped, sum(self._drop(tier, n) for n in reversed(blocks)), f"blocks invalidated of {blocks}")
 
-    def invalidate_tier(self, tier: _core.Tier) -> None:
+    def invalidate_tier(self, tier: int) -> None:
         dropped = self.index.invalidate_tier(tier)
         expect(dropped, sum(self._drop(tier, n) for n in list(self.entries)), "blocks of a tier invalidated")
 
-    def evict(self, tier: _core.Tier, count: int) -> None:
+    def evict(self, tier: int, count: int) -> None:
         evicted = self.index.evict(tier, count)
         self.now += 1
         wanted = min(count, self.num_evictable(tier))
         expect(evicted, wanted, "blocks evicted")
         self._take_evicted(tier, range(wanted, wanted + 1))
 
-    def restore(self, tier: _core.Tier, records: Sequence[tuple[int, bool, int]]) -> None:
+    def restore(self, tier: int, records: Sequence[tuple[int, bool, int]]) -> None:
         """Each record is (block, whether it names its parent, slot), the last written last."""
         blocks = [block for block, _, _ in records]
         parents = [self.blocks.parent(block) if named else 0 for block, named, _ in records]
@@ -647,7 +641,7 @@ class RandomDriver:
         path = self._path()[1]
         if self.rng.random() < 0.05:
             path += path
-        tier = self.rng.choice((None, None, CPU, SSD))
+        tier = self.rng.choice((None, None, None, *TIERS))
         self.model.acquire(path, tier, self.rng.random() < 0.5, self._lookup())
 
     def _acquire_tokens(self) -> None:
@@ -723,10 +717,10 @@ def run_random(setup: Setup, seed: int, operations: int) -> None:
 
 def random_setup(policy: _core.EvictionPolicy, rng: random.Random) -> Setup:
     """A small index with this policy in one tier at least."""
-    cpu_slots, ssd_slots = rng.randint(1, 9), rng.randrange(15)
-    other = rng.choice((policy, *Policy.__members__.values()))
+    slots = (rng.randint(1, 9), rng.randrange(15), rng.randrange(8))
+    policies = (policy, *(rng.choice((policy, *Policy.__members__.values())) for _ in TIERS[1:]))
     tokens_kept, blocks = rng.choice((0, 1, 9)), rng.choice((12, 30))
-    return Setup(cpu_slots, ssd_slots, policy, other, tokens_kept, blocks)
+    return Setup(slots, policies, tokens_kept, blocks)
 
 
 def run_episodes(policy: _core.EvictionPolicy, seed: int, operations: int) -> None:

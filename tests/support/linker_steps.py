@@ -14,7 +14,6 @@ from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.base_prefix_cache import MatchPrefixParams
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 
-from sglang_flexkv import _core
 from sglang_flexkv.common.block import keys_from_page_hashes
 from sglang_flexkv.integration.compat.requests import name_of
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
@@ -40,7 +39,7 @@ def page_hashes(rig: Rig, tokens: list[int]) -> list[str]:
 
 def invalidate_cpu_tier(rig: Rig) -> None:
     """Forgets what the CPU tier holds, as if newer blocks had pushed it out."""
-    rig.engine.clear_tiers(_core.Tier.CPU)
+    rig.engine.clear_tiers(0)
 
 
 def admit_without_its_lease(rig: Rig, req: Req) -> torch.Tensor:

@@ -81,7 +81,9 @@ class Memory:
         self.slice_bytes = _core.slice_bytes(layout, self.slot_bytes)
         assert self.slice_bytes == [slice_bytes] * num_slices
         self.host = _core.HostPool(num_slots, self.slot_bytes)
-        self.engine = _core.TransferEngine(layout, self.host, copy_threads=1, cuda_device=-1)
+        self.engine = _core.TransferEngine(
+            layout, self.host, copy_threads=1, cuda_device=-1, lower_tiers=["DISK"]
+        )
 
 
 class Rig:
@@ -115,14 +117,16 @@ class Rig:
         )
         keys, _, slots = self.store.take_recovered()
         self.found = dict(zip(slots.tolist(), numbers_of(keys), strict=True))
-        memory.engine.attach_ssd(self.store, io_engine, 8)
+        memory.engine.attach(1, _core.SsdTier(self.store, io_engine, 8))
 
     def start_write(self, blocks: dict[int, int]) -> int:
         """Starts to write blocks, slot -> number; the graph."""
         for slot, number in blocks.items():
             self.memory.host.slot_view(slot)[:] = content_of(number, self.memory.slot_bytes)
         slots = slots_of([*blocks])
-        return self.memory.engine.submit([_core.OpSpec(T.H2DISK, slots, slots, keys=key_of(blocks.values()))])
+        return self.memory.engine.submit(
+            [_core.OpSpec(T.H2LOWER, slots, slots, keys=key_of(blocks.values()))]
+        )
 
     def end(self, graph: int) -> _core.GraphResult:
         assert self.memory.engine.wait(graph, TIMEOUT_S)
@@ -152,7 +156,7 @@ class Rig:
         for slot in blocks:
             self.memory.host.slot_view(slot)[:] = 0xEE
         slots = slots_of([*blocks])
-        spec = _core.OpSpec(T.DISK2H, slots, slots, keys=key_of(blocks.values()))
+        spec = _core.OpSpec(T.LOWER2H, slots, slots, keys=key_of(blocks.values()))
         result = self.end(self.memory.engine.submit([spec]))
         (op,) = result.ops
         ok = np.ones(len(blocks), np.uint8) if result.done else op.ok
@@ -165,5 +169,5 @@ class Rig:
         return served, set(blocks) - served
 
     def close(self) -> None:
-        self.memory.engine.detach_ssd()
+        self.memory.engine.detach(1)
         del self.store

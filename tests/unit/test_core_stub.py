@@ -21,7 +21,8 @@ def test_the_stub_and_the_module_agree() -> None:
         if isinstance(node, ast.ClassDef):
             members = {n.name for n in node.body if isinstance(n, ast.FunctionDef)}
             members |= {t.id for n in node.body if isinstance(n, ast.Assign) for t in n.targets}
-            stub[node.name] = {m for m in members if not m.startswith("_")}
+            inherited = (stub.get(base.id, set()) for base in node.bases if isinstance(base, ast.Name))
+            stub[node.name] = {m for m in members if not m.startswith("_")}.union(*inherited)
         elif isinstance(node, ast.FunctionDef):
             stub[node.name] = set()
         elif isinstance(node, ast.AnnAssign) and not node.target.id.startswith("_"):

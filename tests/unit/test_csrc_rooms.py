@@ -21,10 +21,11 @@ BELOW: dict[str, set[str]] = {
     "cuda": {"base"},
     "memory": {"base", "cuda"},
     "copy": {"base", "cuda", "memory"},
-    "ssd": {"base", "memory"},
-    "transfer": {"base", "cuda", "memory", "copy", "ssd"},
-    "bindings": {"base", "index", "cuda", "memory", "copy", "ssd", "transfer"},
-    "testing": {"base", "index", "cuda", "memory", "copy", "ssd", "transfer"},
+    "tier": {"base", "memory"},
+    "ssd": {"base", "memory", "tier"},
+    "transfer": {"base", "cuda", "memory", "copy", "tier"},
+    "bindings": {"base", "index", "cuda", "memory", "copy", "tier", "ssd", "transfer"},
+    "testing": {"base", "index", "cuda", "memory", "copy", "tier", "ssd", "transfer"},
 }
 
 

@@ -523,8 +523,8 @@ def store_on_ssd(rig: Rig, directory: Path) -> FaultyDisk:
         0.01,
         disk,
     )
-    rig.engine.attach_ssd(store, _core.IoEngineKind.THREADS, 2, slices_per_read=1)
-    assert rig.run(_core.OpSpec(T.H2DISK, ints(0, 1), ints(3, 4), keys=NAMES)).done
+    rig.engine.attach(1, _core.SsdTier(store, _core.IoEngineKind.THREADS, 2), slices_per_read=1)
+    assert rig.run(_core.OpSpec(T.H2LOWER, ints(0, 1), ints(3, 4), keys=NAMES)).done
     store.publish(NAMES, np.zeros_like(NAMES), ints(3, 4))
     disk.set_fault("read", 1.0, delay_s=0.01)
     return disk
@@ -545,7 +545,7 @@ def test_a_forwards_stream_waits_for_layers_that_come_from_ssd(
     graphs = [
         rig.engine.submit(
             [
-                _core.OpSpec(T.DISK2H, ints(3, 4), ints(5, 6), keys=NAMES),
+                _core.OpSpec(T.LOWER2H, ints(3, 4), ints(5, 6), keys=NAMES),
                 _core.OpSpec(T.H2D, ints(5, 6), rig.token_slots(8, 9), after_layers=0),
             ],
             gate=gate,
@@ -560,7 +560,7 @@ def test_a_forwards_stream_waits_for_layers_that_come_from_ssd(
     for layer, buffers in enumerate(before):
         for buffer, want in zip(rig.device[layer], buffers, strict=True):
             assert np.array_equal(buffer, want)
-    rig.engine.detach_ssd()
+    rig.engine.detach(1)
 
 
 def test_events_are_used_again_and_again(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
@@ -790,7 +790,7 @@ def test_layers_from_ssd_await_their_slots(
     awaited = rig.awaited_slots(schedules, rig.token_slots(9, 8))
     graph = rig.engine.submit(
         [
-            _core.OpSpec(T.DISK2H, ints(3, 4), ints(5, 6), keys=NAMES),
+            _core.OpSpec(T.LOWER2H, ints(3, 4), ints(5, 6), keys=NAMES),
             _core.OpSpec(T.H2D, ints(5, 6), ints(1, 0), after_layers=0, awaited=awaited),
         ],
         gate=gate,
@@ -804,7 +804,7 @@ def test_layers_from_ssd_await_their_slots(
     check_reads(rig, reads, 9)
     for block, slot in ((8, 0), (9, 1)):
         assert np.array_equal(rig.bytes_of(rig.rows(block)), rig.slot(slot))
-    rig.engine.detach_ssd()
+    rig.engine.detach(1)
 
 
 @pytest.mark.parametrize("kind", [T.H2D, T.D2H])
@@ -1501,7 +1501,7 @@ def test_a_read_that_is_damaged_spoils_no_other_load_of_its_gate(
     forward = Forward(lambda: read_gate(rig, stream, gate, [9, 10]))
     from_ssd = [
         [
-            _core.OpSpec(T.DISK2H, ints(at), ints(5 + i), keys=NAMES[i : i + 1]),
+            _core.OpSpec(T.LOWER2H, ints(at), ints(5 + i), keys=NAMES[i : i + 1]),
             _core.OpSpec(T.H2D, ints(5 + i), rig.token_slots(8 + i), after_layers=0),
         ]
         for i, at in enumerate((3, 4))
@@ -1515,7 +1515,7 @@ def test_a_read_that_is_damaged_spoils_no_other_load_of_its_gate(
     assert [done[graphs[i]] for i in range(3)] == [False, True, True]
     assert np.array_equal(np.concatenate(found[0]), rig.slot(1))
     assert np.array_equal(np.concatenate(found[1]), rig.slot(2))
-    rig.engine.detach_ssd()
+    rig.engine.detach(1)
 
 
 @pytest.mark.parametrize("call", ["cuMemcpyBatchAsync_v2", "cuMemcpyDtoHAsync_v2"])

@@ -15,7 +15,7 @@ from sglang_flexkv.replay.simulator import TierSetup, simulate
 from sglang_flexkv.replay.synthetic import TraceKind, generate, write_trace
 from sglang_flexkv.replay.trace import Trace, load_trace
 
-CPU, SSD = _core.Tier.CPU, _core.Tier.SSD
+CPU, SSD = 0, 1
 Policy = _core.EvictionPolicy
 ALL = tuple(Policy.__members__.values())
 
@@ -25,7 +25,7 @@ def keys(*ids: int) -> np.ndarray:
 
 
 def index_of(slots: int, policy: _core.EvictionPolicy, tokens_per_block: int = 16) -> _core.PrefixIndex:
-    return _core.PrefixIndex(slots, 0, policy, policy, tokens_per_block)
+    return _core.PrefixIndex([slots], [policy], tokens_per_block)
 
 
 def store(index: _core.PrefixIndex, *ids: int, importance: int = 0, required: bool = False) -> int:

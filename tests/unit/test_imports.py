@@ -23,7 +23,7 @@ LAYERS = (
     ("common",),
     ("storage",),
     ("cache", "transfer"),
-    ("ssdtier",),
+    ("tierlife",),
     ("kvtask", "replay"),
     ("kvmanager",),
     ("integration",),

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from index_model import CPU, SSD, TIERS, IndexModel, Lookup, Policy, Setup, run_episodes
+from index_model import CPU, LOWER, TIERS, IndexModel, Lookup, Policy, Setup, run_episodes
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICIES = list(Policy.__members__.values())
@@ -20,26 +20,24 @@ leaves = st.integers(1, BLOCKS)
 tiers = st.sampled_from(TIERS)
 lookups = st.sampled_from(Lookup)
 records = st.lists(
-    st.tuples(leaves, st.booleans(), st.integers(-1, Setup.ssd_slots)), max_size=Setup.ssd_slots + 2
+    st.tuples(leaves, st.booleans(), st.integers(-1, Setup.slots[LOWER])), max_size=Setup.slots[LOWER] + 2
 )
 
 
 class IndexMachine(RuleBasedStateMachine):
     @initialize(
-        cpu_policy=st.sampled_from(POLICIES),
-        ssd_policy=st.sampled_from(POLICIES),
+        policies=st.tuples(*[st.sampled_from(POLICIES)] * len(TIERS)),
         tokens_kept=st.sampled_from([0, 1, 9]),
         records=records,
     )
     def start(
         self,
-        cpu_policy: Policy,
-        ssd_policy: Policy,
+        policies: tuple[Policy, ...],
         tokens_kept: int,
         records: list[tuple[int, bool, int]],
     ) -> None:
-        self.model = IndexModel(Setup(cpu_policy=cpu_policy, ssd_policy=ssd_policy, tokens_kept=tokens_kept))
-        self.model.restore(SSD, records)
+        self.model = IndexModel(Setup(policies=policies, tokens_kept=tokens_kept))
+        self.model.restore(LOWER, records)
 
     def part(self, leaf: int, skip: int) -> tuple[int, list[int]]:
         """The block before the part, and the part."""

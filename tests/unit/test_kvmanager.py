@@ -27,7 +27,6 @@ from sglang_flexkv import (
     KVResponse,
     KVResponseStatus,
     ModelConfig,
-    _core,
 )
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
@@ -507,7 +506,7 @@ def test_what_is_cleared_while_it_is_on_its_way_to_ssd_is_not_found_by_the_next_
     with mock.patch.object(TransferEngine, "poll", return_value=[]):
         late = pool.manager.put_async(tokens(3000, 64), OTHER)
         assert engine.stats()["tasks"]["running"] == 2
-        engine.clear_tiers(_core.Tier.CPU, _core.Tier.SSD)
+        engine.clear_tiers(0, 1)
         assert engine.drain(20.0)
     answers = pool.manager.wait([put, late])
     assert answers[put].status is KVResponseStatus.SUCCESS
@@ -523,12 +522,12 @@ def test_what_is_cleared_while_it_is_on_its_way_to_ssd_is_not_found_by_the_next_
 def test_one_tier_is_cleared_and_the_other_keeps_what_it_holds(make) -> None:
     pool = make(cpu_blocks=32, ssd_blocks=64)
     before = pool.save(tokens(1000, 64), SLOTS)
-    pool.manager.engine.clear_tiers(_core.Tier.SSD)
+    pool.manager.engine.clear_tiers(1)
     assert pool.get(tokens(1000, 64), OTHER) == 64  # from memory
-    pool.manager.engine.clear_tiers(_core.Tier.CPU)
+    pool.manager.engine.clear_tiers(0)
     assert pool.get(tokens(1000, 64), OTHER) == 0
     pool.save(tokens(1000, 64), SLOTS)
-    pool.manager.engine.clear_tiers(_core.Tier.CPU)
+    pool.manager.engine.clear_tiers(0)
     pool.wipe(OTHER)
     assert pool.get(tokens(1000, 64), OTHER) == 64  # from SSD
     assert torch.equal(pool.bytes_at(OTHER), before)

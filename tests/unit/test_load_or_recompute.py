@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sglang_flexkv import _core
 from sglang_flexkv.cache.load_or_recompute import LinkSpeed, LoadOrRecompute, PrefillCost, Prompt
 from sglang_flexkv.common.config import LoadPolicy
+from sglang_flexkv.common.lower_tier import CPU
 
-CPU, SSD = int(_core.Tier.CPU), int(_core.Tier.SSD)
+SSD = 1
 BLOCK_BYTES, BLOCK_TOKENS = 1 << 20, 16
 MB = 1e6
 
@@ -26,14 +26,14 @@ def decision(
     for i in range(1, 40):
         start, tokens = 300 * (i % 7), 1000 + 100 * (i % 5)
         out.prefill.observe([(start, start + tokens)], tokens / tokens_per_s)
-        for link, speed in ((out.to_device, to_device), (out.from_ssd, from_ssd)):
+        for link, speed in ((out.to_device, to_device), (out.from_tier[SSD], from_ssd)):
             link.observe(speed * i, float(i))
     return out
 
 
 def prompt(cpu: int, ssd: int = 0, *, more_tokens: int = 100, device: int = 0, queued: int = 0) -> Prompt:
     tiers = np.array([CPU] * cpu + [SSD] * ssd, np.uint8)
-    return Prompt(tiers, device, device + (cpu + ssd) * BLOCK_TOKENS + more_tokens, queued)
+    return Prompt(tiers, device, device + (cpu + ssd) * BLOCK_TOKENS + more_tokens, {SSD: queued})
 
 
 def test_everything_is_loaded_where_loading_is_fast() -> None:
@@ -91,15 +91,16 @@ def test_waiting_for_a_read_must_not_take_longer_than_computing() -> None:
     machine = decision(tokens_per_s=10_000, from_ssd=1_000 * MB)
     # 8,000 tokens take 0.8 s to compute, whatever follows them.
     for total in (8_100, 50_000):
-        assert machine.is_worth_waiting(int(700 * MB), 0, 8_000, total)
-        assert not machine.is_worth_waiting(int(900 * MB), 0, 8_000, total)
-        assert not machine.is_worth_waiting(int(700 * MB), 4_000, 8_000, total)
-    assert not machine.is_worth_waiting(int(300 * MB), 0, 16, 10_000)  # of a long read it needs one block
+        assert machine.is_worth_waiting({SSD: int(700 * MB)}, 0, 8_000, total)
+        assert not machine.is_worth_waiting({SSD: int(900 * MB)}, 0, 8_000, total)
+        assert not machine.is_worth_waiting({SSD: int(700 * MB)}, 4_000, 8_000, total)
+    # Of a long read it needs one block.
+    assert not machine.is_worth_waiting({SSD: int(300 * MB)}, 0, 16, 10_000)
     forced = {policy: decision(policy=policy) for policy in LoadPolicy}
-    assert forced[LoadPolicy.LOAD].is_worth_waiting(int(1e12), 0, 16, 10_000)
-    assert not forced[LoadPolicy.RECOMPUTE].is_worth_waiting(1, 0, 10_000, 10_000)
+    assert forced[LoadPolicy.LOAD].is_worth_waiting({SSD: int(1e12)}, 0, 16, 10_000)
+    assert not forced[LoadPolicy.RECOMPUTE].is_worth_waiting({SSD: 1}, 0, 10_000, 10_000)
     new = LoadOrRecompute(LoadPolicy.AUTO, block_bytes=BLOCK_BYTES, tokens_per_block=BLOCK_TOKENS)
-    assert new.is_worth_waiting(int(1e12), 0, 16, 10_000)  # nothing is known yet
+    assert new.is_worth_waiting({SSD: int(1e12)}, 0, 16, 10_000)  # nothing is known yet
 
 
 def test_what_is_not_known_yet_is_learned_by_loading() -> None:

@@ -7,14 +7,14 @@ import pytest
 
 from sglang_flexkv import _core
 
-CPU, SSD = _core.Tier.CPU, _core.Tier.SSD
+CPU, SSD = 0, 1
 
 
 def keys(*ids: int) -> np.ndarray:
     return np.array([[i, i * 7919 + 1] for i in ids], dtype=np.uint64).reshape(-1, 2)
 
 
-def store(index: _core.PrefixIndex, tier: _core.Tier, *ids: int, parent: int | None = None) -> None:
+def store(index: _core.PrefixIndex, tier: int, *ids: int, parent: int | None = None) -> None:
     reserved = index.reserve(tier, None if parent is None else keys(parent)[0], keys(*ids))
     assert reserved is not None
     if reserved[0]:
@@ -25,7 +25,7 @@ def held(index: _core.PrefixIndex, *ids: int) -> list[int]:
     return index.match(keys(*ids)).tolist()
 
 
-def restore(index: _core.PrefixIndex, tier: _core.Tier, *records: tuple[int, int, int]) -> list[int]:
+def restore(index: _core.PrefixIndex, tier: int, *records: tuple[int, int, int]) -> list[int]:
     """Each record is (block, its parent or 0, slot), the least recently written first."""
     blocks, parents, slots = zip(*records, strict=True) if records else ((), (), ())
     parent_keys = keys(*parents)
@@ -34,7 +34,7 @@ def restore(index: _core.PrefixIndex, tier: _core.Tier, *records: tuple[int, int
 
 
 def test_reserved_blocks_are_invisible_until_commit() -> None:
-    index = _core.PrefixIndex(4, 0)
+    index = _core.PrefixIndex([4, 0])
     txn, positions, slots = index.reserve(CPU, None, keys(1, 2))
     assert positions.tolist() == [0, 1]
     assert len(set(slots.tolist())) == 2
@@ -44,7 +44,7 @@ def test_reserved_blocks_are_invisible_until_commit() -> None:
 
 
 def test_abort_gives_the_slots_back() -> None:
-    index = _core.PrefixIndex(2, 0)
+    index = _core.PrefixIndex([2, 0])
     txn, _, _ = index.reserve(CPU, None, keys(1, 2))
     assert index.reserve(CPU, None, keys(3)) is None
     assert index.abort(txn)
@@ -55,7 +55,7 @@ def test_abort_gives_the_slots_back() -> None:
 
 
 def test_commit_publishes_only_what_was_written() -> None:
-    index = _core.PrefixIndex(4, 0)
+    index = _core.PrefixIndex([4, 0])
     txn, _, _ = index.reserve(CPU, None, keys(1, 2, 3))
     assert index.commit(txn, np.array([1, 0, 1], dtype=np.uint8)) == 2
     assert held(index, 1, 2, 3) == [1]  # block 3 is there, but not behind a hole
@@ -64,7 +64,7 @@ def test_commit_publishes_only_what_was_written() -> None:
 
 
 def test_blocks_that_are_held_or_being_written_are_not_reserved_twice() -> None:
-    index = _core.PrefixIndex(8, 0)
+    index = _core.PrefixIndex([8, 0])
     store(index, CPU, 1, 2)
     first, positions, _ = index.reserve(CPU, None, keys(1, 2, 3, 4))
     assert positions.tolist() == [2, 3]
@@ -76,13 +76,13 @@ def test_blocks_that_are_held_or_being_written_are_not_reserved_twice() -> None:
 
 
 def test_who_writes_a_block_is_known_until_it_is_there() -> None:
-    index = _core.PrefixIndex(8, 8)
+    index = _core.PrefixIndex([8, 8])
     store(index, CPU, 1)
     first, _, _ = index.reserve(CPU, None, keys(1, 2))
     later, _, _ = index.reserve(CPU, keys(2)[0], keys(3, 4))
     to_ssd, _, _ = index.reserve(SSD, None, keys(1))
 
-    def writers(tier: _core.Tier) -> list[int]:
+    def writers(tier: int) -> list[int]:
         return [index.writer(tier, key) for key in keys(1, 2, 3, 4, 5)]
 
     assert writers(CPU) == [0, first, later, later, 0]
@@ -93,7 +93,7 @@ def test_who_writes_a_block_is_known_until_it_is_there() -> None:
 
 
 def test_duplicate_keys_in_one_request_take_one_slot() -> None:
-    index = _core.PrefixIndex(4, 0)
+    index = _core.PrefixIndex([4, 0])
     txn, positions, slots = index.reserve(CPU, None, keys(1, 1))
     assert positions.tolist() == [0]
     assert len(slots) == 1
@@ -102,7 +102,7 @@ def test_duplicate_keys_in_one_request_take_one_slot() -> None:
 
 
 def test_eviction_takes_leaves_first_so_that_a_prefix_has_no_hole() -> None:
-    index = _core.PrefixIndex(4, 0)
+    index = _core.PrefixIndex([4, 0])
     store(index, CPU, 1, 2, 3, 4)
     store(index, CPU, 9)
     store(index, CPU, 10)
@@ -111,7 +111,7 @@ def test_eviction_takes_leaves_first_so_that_a_prefix_has_no_hole() -> None:
 
 
 def test_a_parent_that_arrives_after_its_child_still_goes_after_it() -> None:
-    index = _core.PrefixIndex(4, 0)
+    index = _core.PrefixIndex([4, 0])
     store(index, CPU, 3, 4, parent=2)  # write_back spills the leaf first
     store(index, CPU, 1, 2)
     held(index, 3, 4)  # the child was used last; its parent must still not go before it
@@ -121,7 +121,7 @@ def test_a_parent_that_arrives_after_its_child_still_goes_after_it() -> None:
 
 
 def test_the_least_recently_used_leaf_goes() -> None:
-    index = _core.PrefixIndex(3, 0)
+    index = _core.PrefixIndex([3, 0])
     for i in (1, 2, 3):
         store(index, CPU, i)
     held(index, 1)
@@ -132,7 +132,7 @@ def test_the_least_recently_used_leaf_goes() -> None:
 
 
 def test_a_lease_keeps_its_blocks_from_eviction_until_released() -> None:
-    index = _core.PrefixIndex(2, 0)
+    index = _core.PrefixIndex([2, 0])
     store(index, CPU, 1, 2)
     lease, tiers, slots = index.acquire(keys(1, 2))
     assert tiers.tolist() == [0, 0]
@@ -146,7 +146,7 @@ def test_a_lease_keeps_its_blocks_from_eviction_until_released() -> None:
 
 
 def test_a_request_that_cannot_fit_evicts_nothing() -> None:
-    index = _core.PrefixIndex(4, 0)
+    index = _core.PrefixIndex([4, 0])
     store(index, CPU, 1)
     store(index, CPU, 2)
     lease, _, _ = index.acquire(keys(1))
@@ -156,7 +156,7 @@ def test_a_request_that_cannot_fit_evicts_nothing() -> None:
 
 
 def test_a_block_is_read_from_its_nearest_tier() -> None:
-    index = _core.PrefixIndex(4, 4)
+    index = _core.PrefixIndex([4, 4])
     store(index, CPU, 1, 2)
     store(index, SSD, 1, 2, 3)
     assert held(index, 1, 2, 3) == [3, 3, 2]
@@ -170,7 +170,7 @@ def test_a_block_is_read_from_its_nearest_tier() -> None:
 
 
 def test_an_invalid_block_is_a_miss_at_once_and_keeps_its_slot_while_it_is_read() -> None:
-    index = _core.PrefixIndex(0, 2)
+    index = _core.PrefixIndex([0, 2])
     store(index, SSD, 1, 2)
     lease, _, _ = index.acquire(keys(1, 2))
     assert index.invalidate(SSD, keys(2)) == 1
@@ -182,7 +182,7 @@ def test_an_invalid_block_is_a_miss_at_once_and_keeps_its_slot_while_it_is_read(
 
 
 def test_invalidating_a_tier_leaves_the_others() -> None:
-    index = _core.PrefixIndex(4, 4)
+    index = _core.PrefixIndex([4, 4])
     store(index, CPU, 1)
     store(index, SSD, 1, 2)
     assert index.invalidate_tier(SSD) == 2
@@ -191,7 +191,7 @@ def test_invalidating_a_tier_leaves_the_others() -> None:
 
 
 def test_keys_of_the_wrong_shape_are_refused() -> None:
-    index = _core.PrefixIndex(4, 0)
+    index = _core.PrefixIndex([4, 0])
     with pytest.raises(ValueError, match="shape"):
         index.match(np.zeros(4, dtype=np.uint64))
     with pytest.raises(ValueError, match="unknown transaction"):
@@ -199,7 +199,7 @@ def test_keys_of_the_wrong_shape_are_refused() -> None:
 
 
 def test_restored_blocks_are_read_from_the_slots_they_had() -> None:
-    index = _core.PrefixIndex(4, 8)
+    index = _core.PrefixIndex([4, 8])
     store(index, CPU, 1)
     assert restore(index, SSD, (1, 0, 5), (2, 1, 0), (3, 2, 7)) == [1, 1, 1]
     assert held(index, 1, 2, 3) == [3, 2, 2]
@@ -213,7 +213,7 @@ def test_restored_blocks_are_read_from_the_slots_they_had() -> None:
 
 
 def test_what_was_free_on_the_disk_is_handed_out_low_slots_first() -> None:
-    index = _core.PrefixIndex(0, 6)
+    index = _core.PrefixIndex([0, 6])
     restore(index, SSD, (1, 0, 1), (2, 1, 3))
     _, _, slots = index.reserve(SSD, keys(2)[0], keys(3, 4, 5, 6))
     assert slots.tolist() == [0, 2, 4, 5]
@@ -225,7 +225,7 @@ def test_what_was_free_on_the_disk_is_handed_out_low_slots_first() -> None:
     enumerate([[1, 2, 3, 8, 9], [1, 2, 8, 9], [1, 8, 9], [8, 9], [9], []]),
 )
 def test_restored_blocks_go_leaf_first_and_then_oldest_first(new: int, left: list[int]) -> None:
-    index = _core.PrefixIndex(0, 5)
+    index = _core.PrefixIndex([0, 5])
     # The chain 1-2-3 was written before 8 and 9, and its root before its leaf.
     restore(index, SSD, (1, 0, 2), (2, 1, 3), (3, 2, 4), (8, 0, 1), (9, 0, 0))
     index.reserve(SSD, None, keys(*range(100, 100 + new)))
@@ -234,7 +234,7 @@ def test_restored_blocks_go_leaf_first_and_then_oldest_first(new: int, left: lis
 
 
 def test_a_parent_that_did_not_survive_keeps_its_place() -> None:
-    index = _core.PrefixIndex(0, 3)
+    index = _core.PrefixIndex([0, 3])
     restore(index, SSD, (3, 2, 0), (4, 2, 1))
     assert index.check_integrity() == ""
     store(index, SSD, 2)  # comes back later, and must not go before its children
@@ -246,40 +246,40 @@ def test_a_parent_that_did_not_survive_keeps_its_place() -> None:
 
 
 def test_of_records_that_contradict_each_other_the_later_is_restored() -> None:
-    index = _core.PrefixIndex(0, 4)
+    index = _core.PrefixIndex([0, 4])
     same_key = restore(index, SSD, (1, 0, 0), (2, 1, 1), (1, 0, 2))
     assert same_key == [0, 1, 1]
     assert index.acquire(keys(1, 2))[2].tolist() == [2, 1]
     assert index.check_integrity() == ""
 
-    index = _core.PrefixIndex(0, 4)
+    index = _core.PrefixIndex([0, 4])
     assert restore(index, SSD, (1, 0, 3), (2, 0, 3)) == [0, 1]
     assert held(index, 1) == []
     assert held(index, 2) == [2]
     assert index.check_integrity() == ""
 
-    index = _core.PrefixIndex(0, 4)  # an ignored record hides nothing before it
+    index = _core.PrefixIndex([0, 4])  # an ignored record hides nothing before it
     assert restore(index, SSD, (1, 0, 0), (1, 0, 4), (1, 0, 2), (2, 0, 2)) == [1, 0, 0, 1]
     assert held(index, 1) == [2]
     assert index.check_integrity() == ""
 
 
 def test_a_slot_that_does_not_exist_is_not_restored() -> None:
-    index = _core.PrefixIndex(0, 4)
+    index = _core.PrefixIndex([0, 4])
     assert restore(index, SSD, (1, 0, -1), (2, 1, 4), (3, 2, 2**31 - 1), (4, 9, 3)) == [0, 0, 0, 1]
     assert index.stats(SSD).ready == 1
     assert index.check_integrity() == ""
 
 
 def test_odd_parents_leave_nothing_behind() -> None:
-    index = _core.PrefixIndex(2, 4)
+    index = _core.PrefixIndex([2, 4])
     store(index, CPU, 2, parent=1)
     assert restore(index, SSD, (2, 77, 0), (5, 5, 1)) == [1, 1]
     assert index.check_integrity() == ""
 
 
 def test_only_an_empty_tier_is_restored() -> None:
-    index = _core.PrefixIndex(4, 4)
+    index = _core.PrefixIndex([4, 4])
     assert restore(index, SSD) == []
     txn, _, _ = index.reserve(SSD, None, keys(1))
     with pytest.raises(ValueError, match="not empty"):
@@ -304,7 +304,7 @@ NAMESPACE = b"name of 16 bytes"
 
 @pytest.mark.parametrize("call", ["acquire", "acquire_tokens", "reserve"])
 def test_a_token_of_more_than_32_bits_is_refused_and_changes_nothing(call: str) -> None:
-    index = _core.PrefixIndex(8, 0, tokens_per_block=2, keep_tokens=True)
+    index = _core.PrefixIndex([8, 0], tokens_per_block=2, keep_tokens=True)
     names = _core.hash_tokens(np.arange(6, dtype=np.int64), 2, NAMESPACE)
     # Of the first block the tokens are known, of the others not (as after a restart).
     index.commit(index.reserve(CPU, None, names[:1], WIDE_TOKEN)[0])
@@ -324,7 +324,7 @@ def test_a_token_of_more_than_32_bits_is_refused_and_changes_nothing(call: str) 
 
 
 def test_what_was_held_for_long_goes_in_the_order_of_its_use() -> None:
-    index = _core.PrefixIndex(4, 0)
+    index = _core.PrefixIndex([4, 0])
     for i in (1, 2, 3):
         store(index, CPU, i)
     leases = [index.acquire(keys(i))[0] for i in (1, 2)]
@@ -337,14 +337,14 @@ def test_what_was_held_for_long_goes_in_the_order_of_its_use() -> None:
 
 
 def test_another_parent_than_the_block_has_leaves_nothing_behind() -> None:
-    index = _core.PrefixIndex(4, 0)
+    index = _core.PrefixIndex([4, 0])
     store(index, CPU, 2, parent=1)
     store(index, CPU, 2, parent=9)
     assert index.check_integrity() == ""
 
 
 def test_records_whose_parents_go_in_a_circle_are_evicted_all_the_same() -> None:
-    index = _core.PrefixIndex(0, 4)
+    index = _core.PrefixIndex([0, 4])
     restore(index, SSD, (1, 2, 0), (2, 1, 1))
     assert index.evict(SSD, 2) == 2
     assert index.num_entries == 0
@@ -364,7 +364,7 @@ def store_all(index: _core.PrefixIndex, run: np.ndarray, parent: np.ndarray | No
 
 @pytest.mark.parametrize("commit_first", [True, False])
 def test_a_long_run_is_found_from_its_middle(commit_first: bool) -> None:
-    index = _core.PrefixIndex(2 * LONG, 0)
+    index = _core.PrefixIndex([2 * LONG, 0])
     run = keys(*range(1, LONG + 1))
     txn, _, slots = index.reserve(CPU, None, run)
     if commit_first:
@@ -380,7 +380,7 @@ def test_a_long_run_is_found_from_its_middle(commit_first: bool) -> None:
 
 
 def test_a_long_run_can_be_evicted_aborted_and_invalidated() -> None:
-    index = _core.PrefixIndex(LONG, 0)
+    index = _core.PrefixIndex([LONG, 0])
     run = keys(*range(1, LONG + 1))
     store_all(index, run)
     assert index.evict(CPU, 100) == 100
@@ -400,7 +400,7 @@ def test_a_long_run_can_be_evicted_aborted_and_invalidated() -> None:
 
 
 def test_long_runs_may_follow_each_other() -> None:
-    index = _core.PrefixIndex(10 * LONG, 0)
+    index = _core.PrefixIndex([10 * LONG, 0])
     first, second, other = keys(*range(1, 301)), keys(*range(301, 601)), keys(*range(2001, 2301))
     store_all(index, first)
     store_all(index, other)
@@ -417,7 +417,7 @@ def test_long_runs_may_follow_each_other() -> None:
 
 
 def test_long_runs_are_as_old_as_the_calls_that_stored_them() -> None:
-    index = _core.PrefixIndex(10 * LONG, 0)
+    index = _core.PrefixIndex([10 * LONG, 0])
     older, newer = keys(*range(1, 301)), keys(*range(2001, 2301))
     first, _, _ = index.reserve(CPU, None, older)
     second, _, _ = index.reserve(CPU, None, newer)
@@ -430,7 +430,7 @@ def test_long_runs_are_as_old_as_the_calls_that_stored_them() -> None:
 @pytest.mark.parametrize("again", [slice(0, 600), slice(0, 300), slice(250, 600), slice(590, 900)])
 def test_blocks_of_a_long_run_are_not_new_again(again: slice) -> None:
     """Whether they are its beginning, its middle, or what a new run goes into."""
-    index = _core.PrefixIndex(10 * LONG, 0)
+    index = _core.PrefixIndex([10 * LONG, 0])
     numbers = list(range(1, 1001))
     store_all(index, keys(*numbers[:600]))
     txn, positions, _ = index.reserve(CPU, None, keys(*numbers[again]))
@@ -443,7 +443,7 @@ def test_blocks_of_a_long_run_are_not_new_again(again: slice) -> None:
 
 def test_a_long_run_meets_blocks_that_came_before_their_parents() -> None:
     """New blocks in front of a fragment that nobody named a parent for, as write_back leaves it."""
-    index = _core.PrefixIndex(10 * LONG, 0)
+    index = _core.PrefixIndex([10 * LONG, 0])
     store(index, CPU, *range(500, 510))
     txn, positions, _ = index.reserve(CPU, None, keys(*range(1, LONG + 1)))
     assert positions.tolist() == [i for i in range(LONG) if not 499 <= i < 509]
@@ -453,7 +453,7 @@ def test_a_long_run_meets_blocks_that_came_before_their_parents() -> None:
 
 
 def test_a_long_run_takes_what_was_given_back_in_pieces() -> None:
-    index = _core.PrefixIndex(LONG, 0)
+    index = _core.PrefixIndex([LONG, 0])
     for i in range(60):
         store(index, CPU, *range(1000 * i + 1, 1000 * i + 11))
     for i in range(0, 60, 2):
@@ -469,7 +469,7 @@ def test_a_long_run_takes_what_was_given_back_in_pieces() -> None:
 
 def test_keys_that_come_twice_in_a_long_run_do_no_harm() -> None:
     """Keys are chained, so none does; a block that comes again is the one that is there."""
-    index = _core.PrefixIndex(2 * LONG, 0)
+    index = _core.PrefixIndex([2 * LONG, 0])
     run = keys(*range(1, LONG + 1))
     run[400] = run[200]
     txn, positions, _ = index.reserve(CPU, None, run)
@@ -483,7 +483,7 @@ def test_keys_that_come_twice_in_a_long_run_do_no_harm() -> None:
 
 
 def test_tokens_of_a_long_run_are_compared() -> None:
-    index = _core.PrefixIndex(2 * LONG, 0, tokens_per_block=4, keep_tokens=True)
+    index = _core.PrefixIndex([2 * LONG, 0], tokens_per_block=4, keep_tokens=True)
     run = keys(*range(1, LONG + 1))
     tokens = np.arange(4 * LONG, dtype=np.int32)
     index.commit(index.reserve(CPU, None, run, tokens)[0])

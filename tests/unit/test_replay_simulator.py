@@ -92,8 +92,8 @@ def test_ssd_serves_what_memory_lost() -> None:
     # A's first block was still in memory; the last one is incomplete.
     assert replay.cpu_hit_tokens.tolist() == [0, 0, TOKENS, 4 * TOKENS]
     assert replay.ssd_hit_tokens.tolist() == [0, 0, 3 * TOKENS - 5, 0]
-    assert replay.moved_blocks[TransferType.DISK2H] == 3
-    assert replay.moved_blocks[TransferType.H2DISK] == replay.ssd_admitted == 9
+    assert replay.moved_blocks[TransferType.LOWER2H] == 3
+    assert replay.moved_blocks[TransferType.H2LOWER] == replay.ssd_admitted == 9
 
 
 @pytest.mark.parametrize("seed", range(4))

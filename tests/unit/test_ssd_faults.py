@@ -22,7 +22,7 @@ from sglang_flexkv import (
     KVResponse,
     KVResponseStatus,
     ModelConfig,
-    ssdtier,
+    tierlife,
 )
 from sglang_flexkv.kvtask import KVTaskEngine
 
@@ -164,10 +164,10 @@ class Cache:
 
 @pytest.fixture(params=["io_uring", "threads"])
 def cache(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cache]:
-    monkeypatch.setattr(ssdtier, "_RETRY_S", 0.05)
-    monkeypatch.setattr(ssdtier, "_RETRY_MAX_S", 0.2)
-    monkeypatch.setattr(ssdtier, "_STALL_S", 0.3)
-    monkeypatch.setattr(ssdtier, "_CHECK_EVERY_S", 0.0)
+    monkeypatch.setattr(tierlife, "_RETRY_S", 0.05)
+    monkeypatch.setattr(tierlife, "_RETRY_MAX_S", 0.2)
+    monkeypatch.setattr(tierlife, "_STALL_S", 0.3)
+    monkeypatch.setattr(tierlife, "_CHECK_EVERY_S", 0.0)
     directory = tmp_path / "ssd"
     directory.mkdir()
     cache = Cache(directory, request.param)

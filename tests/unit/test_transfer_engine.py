@@ -64,9 +64,11 @@ class Rig:
             disk or _core.Disk(),
         )
         self.engine = _core.TransferEngine(
-            layout, self.host, copy_threads=2, cuda_device=-1, queue_bytes=queue_bytes
+            layout, self.host, copy_threads=2, cuda_device=-1, queue_bytes=queue_bytes, lower_tiers=["DISK"]
         )
-        self.engine.attach_ssd(self.store, io_engine, io_depth, write_bytes_per_s, slices_per_read)
+        self.engine.attach(
+            1, _core.SsdTier(self.store, io_engine, io_depth, write_bytes_per_s), slices_per_read
+        )
 
     def tokens(self, *blocks: int) -> np.ndarray:
         return np.concatenate([np.arange(b * TOKENS, (b + 1) * TOKENS) for b in blocks]).astype(np.int64)
@@ -95,14 +97,14 @@ class Rig:
     def save(self, names: np.ndarray, host: np.ndarray, slots: np.ndarray) -> list[np.ndarray]:
         """Writes random blocks by way of these host slots, as the tier does; returns their bytes."""
         blocks = self.fill(*host)
-        assert self.run(_core.OpSpec(T.H2DISK, host, slots, keys=names)).done
+        assert self.run(_core.OpSpec(T.H2LOWER, host, slots, keys=names)).done
         self.publish(names, slots)
         for slot in host:
             self.host.slot_view(slot)[:] = 0
         return blocks
 
     def load(self, names: np.ndarray, slots: np.ndarray, host: np.ndarray) -> _core.GraphResult:
-        return self.run(_core.OpSpec(T.DISK2H, slots, host, keys=names))
+        return self.run(_core.OpSpec(T.LOWER2H, slots, host, keys=names))
 
     def place(self, slot: int) -> tuple[Path, int]:
         """File and offset of a slot."""
@@ -157,7 +159,7 @@ def test_a_block_survives_device_host_disk_and_back(rig: Rig) -> None:
     expected = [rig.block_bytes(rig.tokens(b)) for b in (5, 9, 2)]
     out = rig.run(
         _core.OpSpec(T.D2H, source, ints(7, 3, 11)),
-        _core.OpSpec(T.H2DISK, ints(7, 3, 11), ints(40, 1, 22), after=[0], keys=keys(5, 9, 2)),
+        _core.OpSpec(T.H2LOWER, ints(7, 3, 11), ints(40, 1, 22), after=[0], keys=keys(5, 9, 2)),
     )
     assert out.done
     rig.publish(keys(5, 9, 2), ints(40, 1, 22))
@@ -169,7 +171,7 @@ def test_a_block_survives_device_host_disk_and_back(rig: Rig) -> None:
         for buffer in layer:
             buffer[target] = 0
     out = rig.run(
-        _core.OpSpec(T.DISK2H, ints(40, 1, 22), ints(8, 9, 10), keys=keys(5, 9, 2)),
+        _core.OpSpec(T.LOWER2H, ints(40, 1, 22), ints(8, 9, 10), keys=keys(5, 9, 2)),
         _core.OpSpec(T.H2D, ints(8, 9, 10), target, after=[0]),
     )
     assert out.done
@@ -299,14 +301,14 @@ def test_a_streamed_copy_writes_what_it_was_asked_to_and_no_more(size: int, way:
 
 def test_what_was_written_can_be_read_once_it_is_published(rig: Rig) -> None:
     (block,) = rig.fill(3)
-    assert rig.run(_core.OpSpec(T.H2DISK, ints(3), ints(5), keys=keys(1))).done
+    assert rig.run(_core.OpSpec(T.H2LOWER, ints(3), ints(5), keys=keys(1))).done
     assert rig.load(keys(1), ints(5), ints(4)).ops[0].corrupt == 1
     rig.publish(keys(1), ints(5))
     assert rig.load(keys(1), ints(5), ints(4)).done
     assert np.array_equal(rig.host.slot_view(4), block)
     # A slot that is written anew holds nothing until it is published anew.
     rig.fill(3)
-    assert rig.run(_core.OpSpec(T.H2DISK, ints(3), ints(5), keys=keys(2))).done
+    assert rig.run(_core.OpSpec(T.H2LOWER, ints(3), ints(5), keys=keys(2))).done
     for name in (1, 2):
         assert rig.load(keys(name), ints(5), ints(4)).ops[0].corrupt == 1
     # One that is dropped, neither.
@@ -366,11 +368,11 @@ def test_slices_of_layers_are_written_and_read_by_themselves(make_rig: MakeRig) 
     assert rig.slot_bytes == LAYERS * layer_bytes
 
     def op(kind: _core.TransferType, host: int, slot: int, begin: int, end: int) -> _core.OpSpec:
-        src, dst = (host, slot) if kind == T.H2DISK else (slot, host)
+        src, dst = (host, slot) if kind == T.H2LOWER else (slot, host)
         return _core.OpSpec(kind, ints(src), ints(dst), layer_begin=begin, layer_end=end, keys=keys(4))
 
     (block,) = rig.fill(0)
-    assert rig.run(op(T.H2DISK, 0, 9, 2, 3), op(T.H2DISK, 0, 9, 0, 2)).done
+    assert rig.run(op(T.H2LOWER, 0, 9, 2, 3), op(T.H2LOWER, 0, 9, 0, 2)).done
     path, offset = rig.place(9)
     assert np.array_equal(np.fromfile(path, np.uint8, rig.slot_bytes, offset=offset), block)
     rig.publish(keys(4), ints(9))
@@ -378,7 +380,7 @@ def test_slices_of_layers_are_written_and_read_by_themselves(make_rig: MakeRig) 
     for layer in range(LAYERS):
         view = rig.host.slot_view(1 + layer)
         view[:] = 7
-        assert rig.run(op(T.DISK2H, 1 + layer, 9, layer, layer + 1)).done
+        assert rig.run(op(T.LOWER2H, 1 + layer, 9, layer, layer + 1)).done
         want = np.full_like(block, 7)
         want[layer * layer_bytes : (layer + 1) * layer_bytes] = block[
             layer * layer_bytes : (layer + 1) * layer_bytes
@@ -386,14 +388,14 @@ def test_slices_of_layers_are_written_and_read_by_themselves(make_rig: MakeRig) 
         assert np.array_equal(view, want)
     # A layer that is bad is bad alone.
     flip_bit(path, offset + 2 * layer_bytes - 1)
-    assert rig.run(op(T.DISK2H, 5, 9, 0, 1)).done
-    assert rig.run(op(T.DISK2H, 5, 9, 2, 3)).done
-    assert rig.run(op(T.DISK2H, 5, 9, 1, 2)).ops[0].corrupt == 1
-    assert rig.run(op(T.DISK2H, 5, 9, 1, 3)).ops[0].corrupt == 1
-    assert rig.run(op(T.DISK2H, 5, 9, 0, 3)).ops[0].ok.tolist() == [0]
+    assert rig.run(op(T.LOWER2H, 5, 9, 0, 1)).done
+    assert rig.run(op(T.LOWER2H, 5, 9, 2, 3)).done
+    assert rig.run(op(T.LOWER2H, 5, 9, 1, 2)).ops[0].corrupt == 1
+    assert rig.run(op(T.LOWER2H, 5, 9, 1, 3)).ops[0].corrupt == 1
+    assert rig.run(op(T.LOWER2H, 5, 9, 0, 3)).ops[0].ok.tolist() == [0]
     # What only a part was written of is not whole: the other layers are another block's.
     flip_bit(path, offset + 2 * layer_bytes - 1)
-    part = _core.OpSpec(T.H2DISK, ints(0), ints(9), layer_begin=1, layer_end=2, keys=keys(5))
+    part = _core.OpSpec(T.H2LOWER, ints(0), ints(9), layer_begin=1, layer_end=2, keys=keys(5))
     assert rig.run(part).done
     rig.publish(keys(5), ints(9))
     assert rig.load(keys(5), ints(9), ints(5)).ops[0].corrupt == 1
@@ -423,7 +425,7 @@ def test_a_short_file_fails_the_read_and_what_depends_on_it(rig: Rig, left: int)
     gate = _core.LayerGate(LAYERS)
     gate.expect(1)
     out = rig.run(
-        _core.OpSpec(T.DISK2H, ints(0, 1, 2), ints(4, 5, 6), keys=keys(0, 1, 2)),
+        _core.OpSpec(T.LOWER2H, ints(0, 1, 2), ints(4, 5, 6), keys=keys(0, 1, 2)),
         _core.OpSpec(T.H2D, ints(4, 5, 6), rig.tokens(1, 2, 3), after=[0]),
         gate=gate,
     )
@@ -440,7 +442,7 @@ def test_an_error_of_the_disk_is_a_failure_and_not_a_hang(make_rig: MakeRig) -> 
     rig = make_rig(disk=disk)
     rig.save(keys(0, 1), ints(0, 1), ints(0, 1))
     assert rig.store.sync(20.0)
-    for kind, operation in ((T.H2DISK, "write"), (T.DISK2H, "read")):
+    for kind, operation in ((T.H2LOWER, "write"), (T.LOWER2H, "read")):
         disk.set_fault(operation, 1.0, errno.EIO)
         out = rig.run(_core.OpSpec(kind, ints(2, 3), ints(2, 3), keys=keys(2, 3)))
         assert not out.done
@@ -456,8 +458,8 @@ def test_an_op_past_its_deadline_is_cancelled(rig: Rig) -> None:
     every = np.arange(SLOTS)
     graph = rig.engine.submit(
         [
-            _core.OpSpec(T.H2DISK, every, every, keys=keys(*every)),
-            _core.OpSpec(T.DISK2H, every, every, after=[0], keys=keys(*every)),
+            _core.OpSpec(T.H2LOWER, every, every, keys=keys(*every)),
+            _core.OpSpec(T.LOWER2H, every, every, after=[0], keys=keys(*every)),
         ],
         timeout_s=1e-9,
     )
@@ -474,8 +476,8 @@ def test_cancelled_disk_graphs_end_once_and_leave_the_slots_usable(make_rig: Mak
     ended: list[int] = []
     submitted: list[int] = []
     for round_ in range(20):
-        write = _core.OpSpec(T.H2DISK, every, every, keys=names)
-        read = _core.OpSpec(T.DISK2H, every, every, after=[0], keys=names)
+        write = _core.OpSpec(T.H2LOWER, every, every, keys=names)
+        read = _core.OpSpec(T.LOWER2H, every, every, after=[0], keys=names)
         graph = rig.engine.submit([write, read])
         submitted.append(graph)
         if round_ % 2:
@@ -488,7 +490,6 @@ def test_cancelled_disk_graphs_end_once_and_leave_the_slots_usable(make_rig: Mak
             assert result.ops[0].corrupt == 0
     assert ended == submitted
     assert rig.engine.num_pending == 0
-    assert rig.engine.ssd_oldest_io_s >= 0
     blocks = rig.save(names, every, every)
     assert rig.load(names, every, every).done
     assert all(np.array_equal(rig.host.slot_view(s), block) for s, block in enumerate(blocks))
@@ -511,7 +512,7 @@ def test_the_limit_on_writes_holds_writes_back_and_nothing_else(make_rig: MakeRi
 def test_cancelled_writes_do_not_wait_for_the_limit(make_rig: MakeRig) -> None:
     rig = make_rig(write_bytes_per_s=4096.0)  # a block per second
     every = np.arange(SLOTS, dtype=np.int64)
-    graph = rig.engine.submit([_core.OpSpec(T.H2DISK, every, every, keys=keys(*every))])
+    graph = rig.engine.submit([_core.OpSpec(T.H2LOWER, every, every, keys=keys(*every))])
     rig.engine.cancel(graph)
     assert rig.engine.wait(graph, 3.0)
     assert [r.graph for r in rig.engine.poll()] == [graph]
@@ -519,25 +520,25 @@ def test_cancelled_writes_do_not_wait_for_the_limit(make_rig: MakeRig) -> None:
 
 def test_the_ssd_tier_can_be_taken_away_and_given_back(rig: Rig) -> None:
     (block,) = rig.save(keys(1), ints(0), ints(1))
-    read = _core.OpSpec(T.DISK2H, ints(1), ints(2), keys=keys(1))
+    read = _core.OpSpec(T.LOWER2H, ints(1), ints(2), keys=keys(1))
     with pytest.raises(ValueError, match="attached already"):
-        rig.engine.attach_ssd(rig.store, _core.IoEngineKind.AUTO, 8)
-    rig.engine.detach_ssd()
+        rig.engine.attach(1, _core.SsdTier(rig.store, _core.IoEngineKind.AUTO, 8))
+    rig.engine.detach(1)
     # A plan that was made before: a failed read, not a mistake of the caller.
     result = rig.run(read)
     assert result.ops[0].status == _core.OpStatus.FAILED
-    assert "no SSD tier" in result.error
+    assert "the tier is away" in result.error
     assert rig.run(_core.OpSpec(T.D2H, rig.tokens(3), ints(4))).done
-    rig.engine.attach_ssd(rig.store, _core.IoEngineKind.THREADS, 2)
+    rig.engine.attach(1, _core.SsdTier(rig.store, _core.IoEngineKind.THREADS, 2))
     assert rig.run(read).done
     assert np.array_equal(rig.host.slot_view(2), block)
 
 
 def test_a_store_of_another_shape_is_refused(make_rig: MakeRig) -> None:
     small, large = make_rig(), make_rig(row_bytes=512)
-    small.engine.detach_ssd()
+    small.engine.detach(1)
     with pytest.raises(ValueError, match="slots of another shape"):
-        small.engine.attach_ssd(large.store, _core.IoEngineKind.AUTO, 8)
+        small.engine.attach(1, _core.SsdTier(large.store, _core.IoEngineKind.AUTO, 8))
 
 
 # ---- loads that follow a read layer by layer ----
@@ -545,7 +546,7 @@ def test_a_store_of_another_shape_is_refused(make_rig: MakeRig) -> None:
 
 def layered_load(rig: Rig, names: np.ndarray, slots: np.ndarray, host: np.ndarray, *blocks: int):
     return [
-        _core.OpSpec(T.DISK2H, slots, host, keys=names),
+        _core.OpSpec(T.LOWER2H, slots, host, keys=names),
         _core.OpSpec(T.H2D, host, rig.tokens(*blocks), after_layers=0),
     ]
 
@@ -658,7 +659,7 @@ def test_a_load_without_blocks_follows_too(make_rig: MakeRig) -> None:
     gate = open_gate()
     empty = np.empty(0, np.int64)
     out = rig.run(
-        _core.OpSpec(T.DISK2H, empty, empty, keys=keys()),
+        _core.OpSpec(T.LOWER2H, empty, empty, keys=keys()),
         _core.OpSpec(T.H2D, empty, empty, after_layers=0),
         gate=gate,
     )
@@ -678,7 +679,7 @@ def test_a_load_without_blocks_follows_too(make_rig: MakeRig) -> None:
     ids=["a store", "two ways", "itself", "other layers", "other blocks"],
 )
 def test_what_cannot_follow_by_layers_is_refused(rig: Rig, second) -> None:
-    read = _core.OpSpec(T.DISK2H, ints(0), ints(0), keys=keys(0))
+    read = _core.OpSpec(T.LOWER2H, ints(0), ints(0), keys=keys(0))
     with pytest.raises(ValueError, match="follow"):
         rig.engine.submit([read, second(rig)])
 
@@ -748,7 +749,7 @@ def test_background_graphs_are_refused_when_too_much_is_queued(make_rig: MakeRig
 
     def read(first: int, count: int, **options) -> int:
         names = np.arange(first, first + count)
-        return rig.engine.submit([_core.OpSpec(T.DISK2H, names, names, keys=keys(*names))], **options)
+        return rig.engine.submit([_core.OpSpec(T.LOWER2H, names, names, keys=keys(*names))], **options)
 
     assert read(0, 12, background=True)  # larger than the queue: it must get through some time
     assert read(12, 1, background=True) == 0
@@ -774,11 +775,11 @@ def test_background_graphs_are_refused_when_too_much_is_queued(make_rig: MakeRig
         lambda rig: _core.OpSpec(T.H2D, ints(-1), rig.tokens(0)),
         lambda rig: _core.OpSpec(T.H2D, ints(0), ints(0, 1, 2, ROWS)),
         lambda rig: _core.OpSpec(T.H2D, ints(0), ints(0, 1, 2)),
-        lambda rig: _core.OpSpec(T.DISK2H, ints(2 * SLOTS), ints(0), keys=keys(0)),
-        lambda rig: _core.OpSpec(T.DISK2H, ints(0, 1), ints(0), keys=keys(0)),
-        lambda rig: _core.OpSpec(T.DISK2H, ints(0), ints(0)),
-        lambda rig: _core.OpSpec(T.H2DISK, ints(0), ints(0), keys=keys(0, 1)),
-        lambda rig: _core.OpSpec(T.DISK2H, ints(0), ints(0), layer_begin=1, keys=keys(0)),
+        lambda rig: _core.OpSpec(T.LOWER2H, ints(2 * SLOTS), ints(0), keys=keys(0)),
+        lambda rig: _core.OpSpec(T.LOWER2H, ints(0, 1), ints(0), keys=keys(0)),
+        lambda rig: _core.OpSpec(T.LOWER2H, ints(0), ints(0)),
+        lambda rig: _core.OpSpec(T.H2LOWER, ints(0), ints(0), keys=keys(0, 1)),
+        lambda rig: _core.OpSpec(T.LOWER2H, ints(0), ints(0), layer_begin=1, keys=keys(0)),
         lambda rig: _core.OpSpec(T.H2D, ints(0), rig.tokens(0), layer_begin=2, layer_end=9),
         lambda rig: _core.OpSpec(T.H2D, ints(0), rig.tokens(0), after=[0]),
     ],
@@ -840,8 +841,8 @@ def test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once(
             count = rng.randint(0, 5)
             host = ints(*(rng.randrange(SLOTS) for _ in range(count)))
             disk_slots = ints(*(rng.randrange(2 * SLOTS) for _ in range(count)))
-            kind = rng.choice([T.H2D, T.D2H, T.DISK2H, T.H2DISK])
-            reads = [j for j, before in enumerate(kinds) if before == T.DISK2H]
+            kind = rng.choice([T.H2D, T.D2H, T.LOWER2H, T.H2LOWER])
+            reads = [j for j, before in enumerate(kinds) if before == T.LOWER2H]
             read = rng.choice(reads) if kind == T.H2D and reads and rng.random() < 0.7 else -1
             if read >= 0:
                 host = hosts[read]
@@ -849,11 +850,11 @@ def test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once(
             src, dst = {
                 T.H2D: (host, device),
                 T.D2H: (device, host),
-                T.DISK2H: (disk_slots, host),
-                T.H2DISK: (host, disk_slots),
+                T.LOWER2H: (disk_slots, host),
+                T.H2LOWER: (host, disk_slots),
             }[kind]
             after = [j for j in range(i) if rng.random() < 0.4]
-            names = keys(*disk_slots) if kind in (T.DISK2H, T.H2DISK) else None
+            names = keys(*disk_slots) if kind in (T.LOWER2H, T.H2LOWER) else None
             if read >= 0:
                 ops.append(_core.OpSpec(kind, src, dst, after_layers=read))
             else:
@@ -923,9 +924,9 @@ def test_the_host_pool_takes_what_was_asked_and_is_faulted_in_behind_the_scenes(
     before = psutil.Process().memory_info().rss
     rig_device = [[torch.zeros(64, 64, dtype=torch.uint8)]]
     host = _core.HostPool(size // 4096, 4096)
-    index = _core.PrefixIndex(size // 4096, 0)
+    index = _core.PrefixIndex([size // 4096, 0])
     keys = np.random.default_rng(0).integers(0, 2**63, size=(size // 4096, 2), dtype=np.uint64)
-    index.commit(index.reserve(_core.Tier.CPU, None, keys)[0])
+    index.commit(index.reserve(0, None, keys)[0])
     engine = _core.TransferEngine(
         DeviceBuffers(rig_device, tokens_per_row=1).block_layout(16),
         host,
@@ -939,5 +940,5 @@ def test_the_host_pool_takes_what_was_asked_and_is_faulted_in_behind_the_scenes(
     assert host.populated_bytes == size
     used = psutil.Process().memory_info().rss - before
     assert size * 0.95 < used < size * 1.05  # a full index included, at the smallest slot there is
-    assert index.stats(_core.Tier.CPU).ready == size // 4096
+    assert index.stats(0).ready == size // 4096
     del engine

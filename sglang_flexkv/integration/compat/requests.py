@@ -47,8 +47,9 @@ def by_name(*reqs: Any) -> Iterator[None]:
             req.rid = rid
 
 
-def report_ssd_part(req: Any, first_token: int, num_tokens: int) -> None:
-    """For what a request reports about its cached tokens: a load of its own reads these from SSD."""
+def report_storage_part(req: Any, first_token: int, num_tokens: int) -> None:
+    """For what a request reports about its cached tokens: a load of its own brings these from a lower tier,
+    which SGLang calls storage."""
     if req.storage_hit_length and req.storage_hit_start is not None:
         first_token = min(first_token, req.storage_hit_start)
     req.storage_hit_length += num_tokens
