@@ -6,8 +6,10 @@ Prints and asks only; what is looked at and written is in ``integration`` and ``
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sglang_flexkv import cli_replay
-from sglang_flexkv.cli_output import console, errors, say
+from sglang_flexkv.cli_output import complain, console, errors, say
 from sglang_flexkv.integration import diagnosis, startup
 from sglang_flexkv.integration.diagnosis import Finding, Level
 
@@ -45,6 +47,8 @@ _Directories = Annotated[
 
 
 def main() -> None:
+    if isinstance(sys.stdout, TextIOWrapper):  # of a locale that lacks a character: an odd line, not an error
+        sys.stdout.reconfigure(errors="backslashreplace")
     app()
 
 
@@ -55,7 +59,8 @@ def status() -> None:
         findings = [*diagnosis.prerequisites(), *diagnosis.ways_in()]
     _print_table(findings)
     problems = _problems(findings)
-    _print_problems(problems)
+    for problem in problems:
+        say(f"[red]{escape(_in_words(problem))}[/red]")
     if problems:
         say("[red]--enable-flexkv does not work here yet.[/red]")
         raise typer.Exit(1)
@@ -69,8 +74,9 @@ def install(
     """Install the monkey-patch, where SGLang cannot see the package's entry point."""
     problems = _problems(diagnosis.prerequisites())
     if problems:
-        _print_problems(problems)
-        say("[red]Nothing was installed.[/red]")
+        for problem in problems:
+            complain(_in_words(problem))
+        complain("Nothing was installed.")
         raise typer.Exit(1)
     directory = startup.site_packages()
     reason = diagnosis.why_no_entry_point()
@@ -111,7 +117,7 @@ def ssd_inspect(directories: _Directories) -> None:
             try:
                 _print_inspection(ssd_tools.inspect(files))
             except ssd_tools.SsdFilesError as error:
-                say(f"[red]{escape(str(error))}[/red]")
+                complain(str(error))
                 unreadable = True
         if unreadable:
             raise typer.Exit(1)
@@ -129,7 +135,7 @@ def ssd_verify(directories: _Directories) -> None:
                 with _progress(str(files.slots)) as progress:
                     result = ssd_tools.verify(files, progress)
             except ssd_tools.SsdFilesError as error:
-                say(f"[red]{escape(str(error))}[/red]")
+                complain(str(error))
                 wrong = True
                 continue
             _print_verification(result)
@@ -150,9 +156,9 @@ def ssd_clear(
         found = ssd_tools.remains(directories)
         in_use = [each for each in found if each.owner]
         for each in in_use:
-            say(f"[red]{escape(str(each.files.slots))} is in use by process {each.owner}[/red]")
+            complain(f"{each.files.slots} is in use by process {each.owner}")
         if in_use:
-            say("[red]Nothing was removed: stop the server first.[/red]")
+            complain("Nothing was removed: stop the server first.")
             raise typer.Exit(1)
         if not found:
             say("nothing to remove")
@@ -234,10 +240,9 @@ def _print_table(findings: list[Finding]) -> None:
     console.print(table)
 
 
-def _print_problems(problems: list[Finding]) -> None:
-    """One line each, which a narrow terminal or a log does not cut as it cuts the table."""
-    for what, _, found, remedy in problems:
-        say(f"[red]{what}:[/red] {escape(found)}. To do: {escape(remedy)}")
+def _in_words(problem: Finding) -> str:
+    """One line, which a narrow terminal or a log does not cut as it cuts the table."""
+    return f"{problem.what}: {problem.found}. To do: {problem.remedy}"
 
 
 if __name__ == "__main__":  # from a source checkout, where there is no script

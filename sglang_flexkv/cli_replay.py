@@ -7,6 +7,7 @@ to work where the compiled core does not.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from sglang_flexkv.cli_output import console, errors, say
+from sglang_flexkv.cli_output import errors, say, show
 from sglang_flexkv.common.errors import FlexKVError
 from sglang_flexkv.common.paths import reason, why_not_writable
 from sglang_flexkv.replay.synthetic import TraceKind
@@ -29,24 +30,46 @@ from sglang_flexkv.replay.synthetic import TraceKind
 if TYPE_CHECKING:
     from sglang_flexkv.common.config import EvictionPolicy
     from sglang_flexkv.replay.comparison import Result
-    from sglang_flexkv.replay.planner import Candidate, KvShape, Plan
+    from sglang_flexkv.replay.planner import Candidate, Hardware, KvShape, Plan
     from sglang_flexkv.replay.trace import Trace
 
-# The index numbers its slots with 32 bits, signed.
-_BLOCKS_MAX = 2**31 - 1
+# What the index takes, and what is beyond every machine: larger is a slip, or overflows somewhere.
+_BLOCKS_MAX = 2**30
+_GIB_MAX = 2.0**30
+_RATE_MAX = 1e12
+_BLOCK_KIB_MAX = 2.0**30
+_TOKEN_BYTES_MAX = 2**32
+_TOKENS_PER_BLOCK_MAX = 2**20
+_RANKS_MAX = 1024
+_REQUESTS_MAX = 2**31 - 1
+_COPIES = {
+    "H2D": "copied from the CPU tier to the GPU",
+    "D2H": "copied from the GPU to the CPU tier",
+    "DISK2H": "read from SSD",
+    "H2DISK": "written to SSD",
+}
 # Sizes that are tried if none are given, as parts of the trace's blocks.
 _DEFAULT_SIZES = (64, 16, 4)
 
 _TraceFile = Annotated[
     Path,
     typer.Argument(
-        metavar="TRACE", help="JSONL, may be gzip: Mooncake's format, or token_ids.", readable=False
+        metavar="TRACE",
+        help="JSONL with hash_ids (Mooncake, Qwen-Bailian) or token_ids, may be gzip; - is stdin.",
+        readable=False,
     ),
 ]
 _TokensPerBlock = Annotated[
-    int, typer.Option(min=1, help="What a hash id of the trace stands for, or how token ids are cut.")
+    int,
+    typer.Option(
+        min=1,
+        max=_TOKENS_PER_BLOCK_MAX,
+        help="What a hash id of the trace stands for, or how token ids are cut.",
+    ),
 ]
-_Requests = Annotated[int | None, typer.Option(min=1, help="Only the first so many requests.")]
+_Requests = Annotated[
+    int | None, typer.Option(min=1, max=_REQUESTS_MAX, help="Only the first so many requests.")
+]
 _Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE|-", help="Write the results as JSON; - is stdout.")
 ]
@@ -73,7 +96,10 @@ def replay(
     ssd_policy: Annotated[str | None, typer.Option(metavar="NAME", help="That of the SSD tier.")] = None,
     tokens_per_block: _TokensPerBlock = 512,
     block_kib: Annotated[
-        float | None, typer.Option(min=0, help="KiB of a block over all ranks: adds the bytes moved.")
+        float | None,
+        typer.Option(
+            min=0.001, max=_BLOCK_KIB_MAX, help="KiB of a block over all ranks: adds the bytes moved."
+        ),
     ] = None,
     optimum: Annotated[bool, typer.Option(help="Compare with the offline optimum (Belady).")] = True,
     requests: _Requests = None,
@@ -93,11 +119,11 @@ def replay(
 
         policies = _policies(policy)
         fields = CacheConfig.model_fields
-        on_ssd = _policies(ssd_policy)[0] if ssd_policy else fields["ssd_eviction_policy"].default
-        sizes = _sizes(cpu_blocks) if cpu_blocks else None
+        on_ssd = fields["ssd_eviction_policy"].default if ssd_policy is None else _one_policy(ssd_policy)
+        sizes = _sizes(cpu_blocks) if cpu_blocks is not None else None
         if plot is not None:
             check_can_plot()
-        _check_outputs(plot, json_to)
+        _check_outputs(trace_file, {"--plot": plot, "--json": json_to})
         trace = load_trace(trace_file, tokens_per_block, requests)
         num_blocks = trace.num_blocks
         sizes = sizes or sorted({max(1, num_blocks // part) for part in _DEFAULT_SIZES})
@@ -115,37 +141,49 @@ def replay(
             _plot(plot, trace_file.name, results)
         if json_to != "-":
             _print_trace(trace_file, trace)
-            _print_results(results)
+            _print_results(results, trace)
             if plot is not None:
                 say(f"wrote {escape(str(plot))}")
-        _write_json(json_to, {"trace": str(trace_file), "results": [asdict(result) for result in results]})
+        content = {**_about(trace_file, trace), "results": [asdict(result) for result in results]}
+        _write_json(json_to, content)
 
 
 def plan(
     trace_file: _TraceFile,
-    cpu_gib: Annotated[float, typer.Option(min=0, help="Memory available to the CPU tier.")],
+    cpu_gib: Annotated[float, typer.Option(min=0, max=_GIB_MAX, help="Memory available to the CPU tier.")],
     prefill_tokens_s: Annotated[
-        float, typer.Option(min=1, help="Tokens per second that the model prefills, all GPUs together.")
+        float,
+        typer.Option(
+            min=1, max=_RATE_MAX, help="Tokens per second that the model prefills, all GPUs together."
+        ),
     ],
     model: Annotated[
         Path | None,
         typer.Option(metavar="PATH", help="The model's directory, or its config.json.", readable=False),
     ] = None,
     kv_bytes_per_token: Annotated[
-        int | None, typer.Option(min=1, help="Instead of --model: KV of a token over all ranks.")
+        int | None,
+        typer.Option(min=1, max=_TOKEN_BYTES_MAX, help="Instead of --model: KV of a token over all ranks."),
     ] = None,
     kv_dtype: Annotated[str | None, typer.Option(help="Of the KV, if it is not the model's.")] = None,
-    tp: Annotated[int, typer.Option(min=1, help="Tensor-parallel ranks.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, max=_RANKS_MAX, help="Tensor-parallel ranks.")] = 1,
     gpu_kv_gib: Annotated[
-        float, typer.Option(min=0, help="KV pools of all GPUs; 0: the tiers see every request.")
+        float,
+        typer.Option(min=0, max=_GIB_MAX, help="KV pools of all GPUs; 0: the tiers see every request."),
     ] = 0.0,
-    ssd_gib: Annotated[float, typer.Option(min=0, help="SSD space available; 0: no SSD tier.")] = 0.0,
+    ssd_gib: Annotated[
+        float, typer.Option(min=0, max=_GIB_MAX, help="SSD space available; 0: no SSD tier.")
+    ] = 0.0,
     ssd_dir: Annotated[
         list[Path] | None,
         typer.Option(help="Directory of the SSD tier, for --write; may be repeated.", readable=False),
     ] = None,
-    pcie_gb_s: Annotated[float, typer.Option(min=0.001, help="10^9 bytes/s from memory to one GPU.")] = 25.0,
-    ssd_read_gb_s: Annotated[float, typer.Option(min=0.001, help="10^9 bytes/s from all SSDs.")] = 3.0,
+    pcie_gb_s: Annotated[
+        float, typer.Option(min=0.001, max=_RATE_MAX, help="10^9 bytes/s from memory to one GPU.")
+    ] = 25.0,
+    ssd_read_gb_s: Annotated[
+        float, typer.Option(min=0.001, max=_RATE_MAX, help="10^9 bytes/s from all SSDs.")
+    ] = 3.0,
     tokens_per_block: _TokensPerBlock = 512,
     requests: _Requests = None,
     json_to: _Json = None,
@@ -156,38 +194,43 @@ def plan(
 ) -> None:
     """Recommend sizes and policies for a trace on a machine, and say what they save."""
     with errors():
+        from sglang_flexkv.common.config import FlexKVConfig
         from sglang_flexkv.replay.planner import Hardware, PlanError, make_plan
         from sglang_flexkv.replay.trace import load_trace
 
         if write is not None and ssd_gib and not ssd_dir:
             raise PlanError("--write needs to know where the SSD tier goes; give --ssd-dir")
-        _check_outputs(write, json_to)
+        if ssd_dir:
+            FlexKVConfig(
+                ssd_cache_gb=1, ssd_cache_dir=tuple(ssd_dir)
+            )  # says now what is wrong with a directory
+        _check_outputs(trace_file, {"--write": write, "--json": json_to})
         shape = _shape(model, kv_bytes_per_token, tp, kv_dtype)
         hardware = Hardware(gpu_kv_gib, cpu_gib, ssd_gib, pcie_gb_s, ssd_read_gb_s, prefill_tokens_s)
         trace = load_trace(trace_file, tokens_per_block, requests)
         with _progress(None) as bar:
             result = make_plan(trace, shape, hardware, bar.describe)
-        if write is not None:
-            result.write(write, ssd_dir or ())
         if json_to != "-":
             _print_trace(trace_file, trace)
-            _print_plan(result)
-            if write is not None:
+            _print_plan(result, hardware)
+        _write_json(json_to, {**_about(trace_file, trace), **result.as_dict()})
+        if write is not None:
+            result.write(write, ssd_dir or ())
+            if json_to != "-":
                 say(f"wrote {escape(str(write))}")
-        _write_json(json_to, {"trace": str(trace_file), **result.as_dict()})
 
 
 def generate_trace(
     kind: Annotated[TraceKind, typer.Argument(help="How the cache is used.")],
     file: Annotated[Path, typer.Argument(metavar="OUT.jsonl", readable=False)],
-    requests: Annotated[int, typer.Option(min=1)] = 4000,
+    requests: Annotated[int, typer.Option(min=1, max=_REQUESTS_MAX)] = 4000,
     seed: Annotated[int, typer.Option(help="The same seed gives the same trace.")] = 0,
 ) -> None:
     """Write a synthetic trace in Mooncake's format."""
     with errors():
         from sglang_flexkv.replay.synthetic import generate, write_trace
 
-        _check_outputs(file)
+        _check_outputs(None, {"OUT.jsonl": file})
         count = write_trace(file, generate(kind, requests, seed))
         say(f"wrote {escape(str(file))}: {count:,} requests")
 
@@ -200,12 +243,22 @@ def _policies(text: str | None) -> list[EvictionPolicy]:
         return list(dict.fromkeys((default, EvictionPolicy.LRU)))
     if text == "all":
         return list(EvictionPolicy)
-    known = {policy.value: policy for policy in EvictionPolicy}
-    names = [name.strip() for name in text.split(",")]
-    for name in names:
-        if name not in known:
-            raise typer.BadParameter(f"there is no eviction policy {name!r}; known: {', '.join(known)}")
-    return [known[name] for name in dict.fromkeys(names)]
+    return list(dict.fromkeys(_policy(name.strip()) for name in text.split(",")))
+
+
+def _policy(name: str) -> EvictionPolicy:
+    from sglang_flexkv.common.config import EvictionPolicy
+
+    known = [policy.value for policy in EvictionPolicy]
+    if name not in known:
+        raise typer.BadParameter(f"there is no eviction policy {name!r}; known: {', '.join(known)}")
+    return EvictionPolicy(name)
+
+
+def _one_policy(name: str) -> EvictionPolicy:
+    if name == "all" or "," in name:
+        raise typer.BadParameter(f"--ssd-policy {name!r}: give one name; only --policy takes several")
+    return _policy(name)
 
 
 def _sizes(text: str) -> list[int]:
@@ -254,28 +307,63 @@ class _Bar:
         self._progress.update(self._task, description=text)
 
 
+def _about(file: Path, trace: Trace) -> dict[str, Any]:
+    return {
+        "trace": str(file),
+        "requests": trace.num_requests,
+        "input_tokens": trace.input_tokens,
+        "blocks": trace.num_blocks,
+        "unchained_hash_ids": trace.num_unchained_ids,
+        "late_requests": trace.num_late_requests,
+    }
+
+
 def _print_trace(file: Path, trace: Trace) -> None:
-    tokens = trace.input_tokens
     say(
-        f"{escape(str(file))}: {trace.num_requests:,} requests, {tokens:,} input tokens, "
+        f"{escape(str(file))}: {trace.num_requests:,} requests, {trace.input_tokens:,} input tokens, "
         f"{trace.num_blocks:,} different blocks of {trace.tokens_per_block} tokens"
     )
+    if trace.num_unchained_ids:
+        say(
+            f"[yellow]{trace.num_unchained_ids:,} of its hash ids come after different blocks, so they stand "
+            "for a block alone and not for the prompt up to there. Here two blocks are the same only if all "
+            "before them are, as in the server.[/yellow]"
+        )
+    if trace.num_late_requests:
+        say(
+            f"[yellow]{trace.num_late_requests:,} requests have an earlier timestamp than the one before "
+            "them. They were replayed in the order of the file; sort it if they came in another one.[/yellow]"
+        )
 
 
-def _table(title: str, columns: Sequence[str]) -> Table:
+def _table(columns: Sequence[str]) -> Table:
     """Narrow enough for a terminal of 80 columns."""
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in columns:
         table.add_column(name, justify="left" if name == "policy" else "right", no_wrap=True)
     return table
 
 
-def _print_results(results: Sequence[Result]) -> None:
+def _explain(columns: dict[str, str]) -> None:
+    """What the columns of the table above are."""
+    width = max(map(len, columns))
+    for name, meaning in columns.items():
+        say(f"  [dim]{name:<{width}}  {meaning}[/dim]")
+
+
+def _print_results(results: Sequence[Result], trace: Trace) -> None:
     with_ssd = any(result.ssd_blocks for result in results)
     with_optimum = any(result.optimum_hit_rate is not None for result in results)
-    columns = ["CPU blocks", "policy", "hit", *(("CPU", "SSD") if with_ssd else ())]
-    columns += [*(("optimum", "below it") if with_optimum else ()), "warm"]
-    table = _table("input tokens that were hit", columns)
+    columns = {"hit": "share of all input tokens that the cache held, so that nobody had to compute them"}
+    if with_ssd:
+        columns |= {"CPU": "that came from memory", "SSD": "that came from SSD"}
+    if with_optimum:
+        columns |= {
+            "optimum": "what a cache of the same size would hit that knows the future; none can hit more",
+            "below it": "how many percentage points that is more",
+        }
+    columns |= {"warm": "like hit, of the second half of the requests: the cache is empty at first"}
+    table = _table(["CPU blocks", "policy", *columns])
     for result in results:
         cells = [f"{result.cpu_blocks:,}", result.policy, f"{result.hit_rate:.2%}"]
         if with_ssd:
@@ -284,23 +372,45 @@ def _print_results(results: Sequence[Result]) -> None:
             below = 100 * (result.optimum_hit_rate - result.hit_rate)
             cells += [f"{result.optimum_hit_rate:.2%}", f"{below:.2f}"]
         table.add_row(*cells, f"{result.warm_hit_rate:.2%}")
-    console.print(table)
+    say("[bold]what was hit[/bold]")
+    show(table)
+    _explain(columns)
+    if results[-1].cpu_blocks > trace.num_blocks or results[-1].ssd_blocks > trace.num_blocks:
+        say(f"  The trace has {trace.num_blocks:,} different blocks: room for more changes nothing.")
 
-    kinds = list(results[0].moved_bytes or ())
-    columns = ["CPU blocks", "policy", "evicted", *(f"{kind}\nGiB" for kind in kinds), "µs", "µs p99"]
-    table = _table("what it took: blocks, bytes moved, time of the control plane per request", columns)
+    with_refused = any(result.refused_puts for result in results)
+    kinds = {name: _COPIES[name] for name in results[0].moved_bytes or ()}
+    columns = {
+        "evicted": "blocks that left the CPU tier to make room",
+        **(
+            {"refused": "requests of which nothing was stored: refused by the policy, or no room"}
+            if with_refused
+            else {}
+        ),
+        **{f"{name} GiB": meaning for name, meaning in kinds.items()},
+        "µs, µs p99": "time that deciding took per request on this machine: median, and 99th percentile",
+    }
+    headings = [
+        "evicted",
+        *(("refused",) if with_refused else ()),
+        *(f"{name}\nGiB" for name in kinds),
+        "µs",
+        "µs p99",
+    ]
+    table = _table(["CPU blocks", "policy", *headings])
     for result in results:
         table.add_row(
             f"{result.cpu_blocks:,}",
             result.policy,
             f"{result.cpu_evicted:,}",
-            *(f"{size / 2**30:.1f}" for size in (result.moved_bytes or {}).values()),
+            *((f"{result.refused_puts:,}",) if with_refused else ()),
+            *(f"{size / 2**30:,.1f}" for size in (result.moved_bytes or {}).values()),
             f"{result.control_us_median:.0f}",
             f"{result.control_us_p99:.0f}",
         )
-    console.print(table)
-    if refused := sum(result.refused_puts for result in results):
-        say(f"{refused:,} times nothing of a request was stored: the policy refused it, or it had no room")
+    say("[bold]what it took[/bold]")
+    show(table)
+    _explain(columns)
 
 
 def _plot(file: Path, title: str, results: Sequence[Result]) -> None:
@@ -315,28 +425,65 @@ def _plot(file: Path, title: str, results: Sequence[Result]) -> None:
     plot_hit_rates(file, curves, sorted(bound.items()), title)
 
 
-def _print_plan(result: Plan) -> None:
-    table = _table(
-        "sizes with these policies, cheapest first; hits by tier, time to first token saved",
-        ["CPU GiB", "SSD GiB", "device", "CPU", "SSD", "mean ms", "p50 ms", ""],
-    )
-    chosen = result.recommended
+def _print_plan(result: Plan, hardware: Hardware) -> None:
+    chosen, with_ssd = result.recommended, hardware.ssd_gib > 0
+    policies = f"cpu_eviction_policy {result.grid[-1].cpu_policy}"
+    if with_ssd:
+        policies += f", ssd_eviction_policy {result.grid[-1].ssd_policy}"
+    say(f"[bold]sizes that were tried, cheapest first, with {policies}[/bold]")
+    columns = ["CPU GiB", "SSD GiB", "device", "CPU", "SSD", "mean ms", "p50 ms", ""]
+    table = _table([name for name in columns if with_ssd or "SSD" not in name])
+    reasons: list[str] = []
     for candidate in result.grid:
-        recommended = (candidate.cpu_gib, candidate.ssd_gib) == (chosen.cpu_gib, chosen.ssd_gib)
+        mark = "[green]recommended[/green]" if candidate == chosen else ""
+        if (reason := result.why_less(candidate)) is not None:
+            if reason not in reasons:
+                reasons.append(reason)
+            mark = f"{mark} ({reasons.index(reason) + 1})".strip()
+        on_ssd = [_gib(candidate.ssd_gib) if candidate.ssd_gib else "-", f"{candidate.ssd_hit_rate:.1%}"]
         table.add_row(
-            f"{candidate.cpu_gib:.2f}",
-            f"{candidate.ssd_gib:.2f}" if candidate.ssd_gib else "-",
+            _gib(candidate.cpu_gib),
+            *on_ssd[: int(with_ssd)],
             f"{candidate.device_hit_rate:.1%}",
             f"{candidate.cpu_hit_rate:.1%}",
-            f"{candidate.ssd_hit_rate:.1%}",
+            *(on_ssd[1:] if with_ssd else ()),
             f"{1000 * candidate.mean_saving_s:.1f}",
             f"{1000 * candidate.p50_saving_s:.1f}",
-            "[green]recommended[/green]" if recommended else "",
+            mark,
         )
-    console.print(table)
-    if not result.worthwhile:
-        say("[yellow]The tiers save nothing here: what comes back is computed as fast as loaded.[/yellow]")
-    _print_recommendation(chosen, result)
+    show(table)
+    _explain(
+        {
+            "CPU GiB, SSD GiB" if with_ssd else "CPU GiB": "size of the tier, for all ranks together",
+            "device": "share of all input tokens that the GPUs' own cache holds (--gpu-kv-gib)",
+            "CPU, SSD" if with_ssd else "CPU": "share of them that is loaded from the tier, not computed",
+            "mean ms, p50 ms": "how much sooner the first token comes: on average, and at the median request"
+            " (0: at least half of them find nothing in the tiers)",
+        }
+    )
+    for number, reason in enumerate(reasons, 1):
+        say(f"  ({number}) hits more than another row and saves less: {reason}")
+    say(
+        f"A token takes {1e6 * result.compute_s:.1f} µs to compute (--prefill-tokens-s), "
+        f"{1e6 * result.cpu_load_s:.1f} µs to load from the CPU tier (--pcie-gb-s)"
+        + (f", {1e6 * result.ssd_load_s:.1f} µs from SSD (--ssd-read-gb-s)." if with_ssd else ".")
+    )
+    if not hardware.gpu_kv_gib:
+        say(
+            "[yellow]Without --gpu-kv-gib the GPUs' own cache counts as empty: what it would have held "
+            "counts as saved by the tiers.[/yellow]"
+        )
+    if chosen is None:
+        say(f"[yellow][bold]No tier is recommended[/bold]: {escape(result.why_nothing())}.[/yellow]")
+    else:
+        _print_recommendation(chosen, result)
+    for cap in result.caps:
+        given = hardware.cpu_gib if cap.option == "--cpu-gib" else hardware.ssd_gib
+        say(
+            f"[yellow]Capped by {cap.option} {given:g}: with room for every block of this trace "
+            f"({_gib(cap.enough_gib)} GiB) the first token would come {1000 * cap.mean_saving_s:.1f} ms "
+            "sooner on average.[/yellow]"
+        )
 
 
 def _print_recommendation(chosen: Candidate, result: Plan) -> None:
@@ -352,26 +499,51 @@ def _print_recommendation(chosen: Candidate, result: Plan) -> None:
         f"  hits                 device {chosen.device_hit_rate:.1%}, CPU {chosen.cpu_hit_rate:.1%}, "
         f"SSD {chosen.ssd_hit_rate:.1%} of the input tokens"
     )
-    share = chosen.mean_saving_s / result.mean_prefill_s if result.mean_prefill_s else 0.0
     say(
-        f"  time to first token  {1000 * chosen.mean_saving_s:.1f} ms less on average ({share:.1%} of the "
-        f"prefill), {1000 * chosen.p50_saving_s:.1f} ms at the median request"
+        f"  time to first token  {1000 * chosen.mean_saving_s:.1f} ms less on average "
+        f"({chosen.mean_saving_s / result.mean_prefill_s:.1%} of the prefill), "
+        f"{1000 * chosen.p50_saving_s:.1f} ms at the median request"
     )
+    more = result.best.mean_saving_s / chosen.mean_saving_s - 1
+    if result.best.price > chosen.price and more >= 0.001:
+        say(
+            f"  for more             {_sizes_of(result.best)} would save {more:.1%} more: hardly worth the "
+            "price"
+        )
 
 
-def _check_outputs(*targets: str | Path | None) -> None:
+def _sizes_of(candidate: Candidate) -> str:
+    cpu = f"{_gib(candidate.cpu_gib)} GiB of memory"
+    return f"{cpu} and {_gib(candidate.ssd_gib)} GiB of SSD" if candidate.ssd_gib else cpu
+
+
+def _gib(size: float) -> str:
+    """With three digits that say something."""
+    return f"{size:,.0f}" if size >= 100 else f"{size:.3g}"
+
+
+def _check_outputs(trace_file: Path | None, targets: dict[str, str | Path | None]) -> None:
     """Before the work whose result is to be written there."""
-    for target in targets:
-        if target not in (None, "-") and (why := why_not_writable(Path(target))):
-            raise FlexKVError(f"{target} {why}")
+    names = {os.path.realpath(trace_file): "the trace"} if trace_file is not None else {}
+    for option, target in targets.items():
+        if target is None or target == "-":
+            continue
+        if why := why_not_writable(Path(target)):
+            raise FlexKVError(f"{option} {target}: {why}")
+        # Not of a device: whoever names /dev/null twice means it.
+        path = os.path.realpath(target)
+        if path in names and (os.path.isfile(path) or not os.path.exists(path)):
+            raise FlexKVError(f"{option} {target} is also {names[path]}; name another file")
+        names[path] = option
 
 
 def _write_json(target: str | None, content: dict[str, Any]) -> None:
     if target is None:
         return
-    text = json.dumps(content, indent=2) + "\n"
+    text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     if target == "-":
         sys.stdout.write(text)
+        sys.stdout.flush()
         return
     try:
         Path(target).write_text(text, encoding="utf-8")

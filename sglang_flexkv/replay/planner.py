@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,8 +47,13 @@ _POLICY_NOISE = 0.01
 _ADMISSION_LOSS_MAX = 0.01
 # ... and leaves at least this share of the writes out.
 _ADMISSION_WRITES_SAVED_MIN = 0.2
+# What saves less than this share of the prefill is not worth a tier.
+_WORTH_MIN = 0.001
 # To compare configurations by one number: memory costs about as much as so many times of SSD.
 _SSD_PER_MEMORY_PRICE = 16
+
+# No figure of a model is larger, and no config.json.
+_FIGURE_MAX, _CONFIG_BYTES_MAX = 10**8, 16 << 20
 
 _DTYPES = {
     "float32": torch.float32,
@@ -82,30 +88,27 @@ class KvShape:
         Raises:
             PlanError: the file cannot be read or lacks something.
         """
-        try:
-            file = path / "config.json" if path.is_dir() else path
-        except OSError as error:
-            raise PlanError(f"{path} cannot be read: {error.strerror}; check --model") from None
-        try:
-            config = json.loads(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise PlanError(f"{file} cannot be read: {error.strerror}; check --model") from None
-        except ValueError as error:
-            raise PlanError(f"{file} is not JSON ({error}); check --model") from None
-        # Models that also see or hear keep the language model's figures in a section.
-        config = config.get("text_config", config) if isinstance(config, dict) else {}
+        file, config = _read_model(path)
 
         def figure(name: str, default: int | None = None) -> int:
             value = config.get(name)
             value = default if value is None else value
-            if type(value) is not int or value <= 0:
+            if type(value) is not int or not 0 < value <= _FIGURE_MAX:
                 raise PlanError(f"{file} has no usable {name}; give --kv-bytes-per-token instead of --model")
             return value
 
-        name = dtype or str(config.get("torch_dtype") or config.get("dtype"))
-        if name not in _DTYPES:
-            raise PlanError(f"the dtype of the KV is unknown ({name}); give --kv-dtype: {', '.join(_DTYPES)}")
-        layers = figure("num_hidden_layers")
+        name = dtype or config.get("torch_dtype") or config.get("dtype")
+        if not isinstance(name, str) or name not in _DTYPES:
+            raise PlanError(
+                f"the dtype of the KV is unknown ({reprlib.repr(name)}); "
+                f"give --kv-dtype: {', '.join(_DTYPES)}"
+            )
+        layers, heads = figure("num_hidden_layers"), figure("num_attention_heads")
+        if heads % tp:
+            raise PlanError(
+                f"{heads} attention heads ({file}) cannot be split over {tp} ranks; "
+                "give a --tp that divides them"
+            )
         if config.get("kv_lora_rank"):
             model = ModelConfig(
                 num_layers=layers,
@@ -115,10 +118,15 @@ class KvShape:
                 dtype=_DTYPES[name],
             )
         else:
-            heads = figure("num_attention_heads")
+            kv_heads = figure("num_key_value_heads", heads)
+            if kv_heads % tp and tp % kv_heads:
+                raise PlanError(
+                    f"{kv_heads} key-value heads ({file}) can neither be split over {tp} ranks nor copied to "
+                    "as many ranks each; give another --tp"
+                )
             model = ModelConfig(
                 num_layers=layers,
-                num_kv_heads=max(1, figure("num_key_value_heads", heads) // tp),
+                num_kv_heads=max(1, kv_heads // tp),
                 head_size=figure("head_dim", figure("hidden_size", 1) // heads),
                 dtype=_DTYPES[name],
             )
@@ -126,12 +134,42 @@ class KvShape:
 
     @classmethod
     def of_total(cls, bytes_per_token: int, tp: int = 1) -> KvShape:
-        """From the bytes of a token over all ranks."""
-        return cls(-(-bytes_per_token // tp), tp)
+        """From the bytes of a token over all ranks. Raises PlanError."""
+        if bytes_per_token % tp:
+            raise PlanError(
+                f"{bytes_per_token} bytes over all ranks cannot be those of {tp} ranks, which hold equally "
+                "much; correct --kv-bytes-per-token or --tp"
+            )
+        return cls(bytes_per_token // tp, tp)
 
     def block_bytes(self, tokens_per_block: int) -> int:
         """Over all ranks."""
         return self.bytes_per_token * tokens_per_block * self.ranks
+
+
+def _read_model(path: Path) -> tuple[Path, dict[str, Any]]:
+    """The file with the figures of a model, and what is in it. Raises PlanError."""
+    file = path
+    try:
+        file = path / "config.json" if path.is_dir() else path
+        with file.open("rb") as opened:
+            text = opened.read(_CONFIG_BYTES_MAX + 1)
+    except OSError as error:
+        raise PlanError(f"{file} cannot be read: {error.strerror}; check --model") from None
+    if len(text) > _CONFIG_BYTES_MAX:
+        raise PlanError(f"{file} is too large for a config.json; check --model")
+    try:
+        config = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PlanError(f"{file} is not JSON ({error}); check --model") from None
+    # Models that also see or hear keep the language model's figures in a section.
+    if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
+        config = config["text_config"]
+    if not isinstance(config, dict):
+        raise PlanError(
+            f"{file} is a JSON {type(config).__name__}, not the config.json of a model; check --model"
+        )
+    return file, config
 
 
 @dataclass(frozen=True)
@@ -167,25 +205,71 @@ class Candidate:
         """In GiB of memory."""
         return self.cpu_gib + self.ssd_gib / _SSD_PER_MEMORY_PRICE
 
+    @property
+    def tier_hit_rate(self) -> float:
+        """Share of the input tokens that come from the tiers."""
+        return self.cpu_hit_rate + self.ssd_hit_rate
+
+
+@dataclass(frozen=True)
+class Cap:
+    """A limit that was given and costs something."""
+
+    option: str  # of the command line
+    enough_gib: float  # of that tier: room for every block of the trace
+    mean_saving_s: float  # with so much
+
 
 @dataclass(frozen=True)
 class Plan:
     """What is recommended, and what else was looked at."""
 
-    recommended: Candidate
-    best: Candidate  # the largest saving, whatever it costs
-    grid: tuple[Candidate, ...]  # sizes with the recommended policies, cheapest first
+    recommended: Candidate | None  # None: no tier is worth it
+    best: Candidate  # the largest saving within the limits, whatever it costs
+    limitless: Candidate  # a CPU tier with room for every block of the trace
+    grid: tuple[Candidate, ...]  # sizes with the policies that save most, cheapest first
+    caps: tuple[Cap, ...]
+    # Seconds that a token takes: to compute, to load from the CPU tier, and from SSD.
+    compute_s: float
+    cpu_load_s: float
+    ssd_load_s: float
     mean_prefill_s: float  # of a request without any tier, with what the device holds
-    input_tokens_mean: float
 
-    @property
-    def worthwhile(self) -> bool:
-        return self.recommended.mean_saving_s > 0
+    def why_nothing(self) -> str:
+        """Why no tier is recommended, in words that continue a sentence."""
+        if self.limitless.tier_hit_rate == 0 and self.limitless.device_hit_rate > 0:
+            return "whatever comes again is still in the GPUs' own cache"
+        if self.limitless.tier_hit_rate == 0:
+            return "no prompt begins with a whole block that an earlier one began with"
+        if self.cpu_load_s >= self.compute_s:
+            return "a token takes longer to load from the CPU tier than to compute"
+        limits = "even with room for everything it" if not self.caps else "within the given limits it"
+        return f"{limits} would save less than {_WORTH_MIN:.1%} of the prefill"
+
+    def why_less(self, candidate: Candidate) -> str | None:
+        """Why a configuration saves less than another one that hits less, as far as the figures that are
+        shown tell; None: there is no such one."""
+
+        def shown(one: Candidate) -> tuple[float, float]:
+            return round(one.tier_hit_rate, 3), round(one.mean_saving_s, 4)
+
+        hits, saving_s = shown(candidate)
+        if not any(shown(other)[0] < hits and shown(other)[1] > saving_s for other in self.grid):
+            return None
+        if self.cpu_load_s >= self.compute_s:
+            return "every hit costs time: loading a token takes longer than computing it"
+        if self.ssd_load_s >= self.compute_s:
+            return "hits on SSD cost time: loading a token from there takes longer than computing it"
+        return "more of the hits are on SSD, where each saves less than in memory"
 
     def settings(self, ssd_dirs: Iterable[Path] = ()) -> dict[str, Any]:
-        """As ``FlexKVConfig`` takes them. Raises ConfigError, if an SSD tier has no directory for
-        instance."""
-        chosen = self.recommended
+        """As ``FlexKVConfig`` takes them.
+
+        Raises:
+            PlanError: no tier is recommended.
+            ConfigError: an SSD tier has no directory, for instance.
+        """
+        chosen = self._worthwhile()
         settings: dict[str, Any] = {
             "cpu_cache_gb": _rounded_up(chosen.cpu_gib),
             "cpu_eviction_policy": chosen.cpu_policy,
@@ -203,7 +287,7 @@ class Plan:
 
     def write(self, path: Path, ssd_dirs: Iterable[Path] = ()) -> None:
         """Writes a configuration file. Raises PlanError or ConfigError."""
-        chosen = self.recommended
+        chosen = self._worthwhile()
         saved_ms = 1000 * chosen.mean_saving_s
         note = (
             f"# sglang-flexkv plan: {saved_ms:.1f} ms less to the first token on average,\n"
@@ -216,8 +300,17 @@ class Plan:
         except OSError as error:
             raise PlanError(f"{path} cannot be written: {error.strerror}; name another file") from None
 
+    def _worthwhile(self) -> Candidate:
+        if self.recommended is None:
+            raise PlanError(f"there is no configuration to write: {self.why_nothing()}")
+        return self.recommended
+
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "worthwhile": self.worthwhile}
+        reasons = {
+            "why_nothing": self.why_nothing() if self.recommended is None else None,
+            "grid": [{**asdict(one), "why_less": self.why_less(one)} for one in self.grid],
+        }
+        return {**asdict(self), **reasons}
 
 
 def _rounded_up(gib: float) -> float:
@@ -269,14 +362,26 @@ class _Bench:
             ssd_written_gib=replay.ssd_admitted * self.block_bytes / GIB,
         )
 
+    @property
+    def compute_s(self) -> float:
+        """What a token takes to compute."""
+        return 1 / self.hardware.prefill_tokens_s
+
+    @property
+    def cpu_load_s(self) -> float:
+        """What a token takes to load from the CPU tier: all ranks load side by side."""
+        return self.shape.bytes_per_token / (self.hardware.pcie_gb_s * 1e9)
+
+    @property
+    def ssd_load_s(self) -> float:
+        """What a token takes to load from SSD, by way of the CPU tier."""
+        all_bytes = float(self.shape.bytes_per_token * self.shape.ranks)
+        return self.cpu_load_s + all_bytes / (self.hardware.ssd_read_gb_s * 1e9)
+
     def _saving_s(self, replay: Replay) -> np.ndarray[Any, np.dtype[np.float64]]:
         """Of each request: computing what was hit, less loading it. Negative where loading is slower."""
-        hardware, per_token = self.hardware, self.shape.bytes_per_token
-        loaded = replay.cpu_hit_tokens + replay.ssd_hit_tokens
-        return (
-            loaded / hardware.prefill_tokens_s
-            - loaded * per_token / (hardware.pcie_gb_s * 1e9)
-            - replay.ssd_hit_tokens * per_token * self.shape.ranks / (hardware.ssd_read_gb_s * 1e9)
+        return replay.cpu_hit_tokens * (self.compute_s - self.cpu_load_s) + replay.ssd_hit_tokens * (
+            self.compute_s - self.ssd_load_s
         )
 
 
@@ -296,9 +401,19 @@ def make_plan(trace: Trace, shape: KvShape, hardware: Hardware, progress: Progre
             f"{hardware.cpu_gib:g} GiB hold no block of {bench.block_bytes:,} bytes; raise --cpu-gib, or "
             "check --tokens-per-block and the model"
         )
-    ssd_sizes = bench.sizes(hardware.ssd_gib, _SSD_SIZES) if hardware.ssd_gib else []
+    ssd_sizes = bench.sizes(hardware.ssd_gib, _SSD_SIZES)
+    if hardware.ssd_gib and not ssd_sizes:
+        raise PlanError(
+            f"{hardware.ssd_gib:g} GiB hold no block of {bench.block_bytes:,} bytes; raise --ssd-gib, or "
+            "leave it out"
+        )
     device_blocks = min(bench.blocks_in(hardware.gpu_kv_gib), trace.num_blocks)
-    base = TierSetup(cpu_sizes[0], device_blocks=device_blocks)
+    base = TierSetup(trace.num_blocks, device_blocks=device_blocks)
+    everything = bench.try_out(base)
+    mean_prefill_s = (
+        trace.input_tokens / trace.num_requests * (1 - everything.device_hit_rate) * bench.compute_s
+    )
+    worth_s = _WORTH_MIN * mean_prefill_s
     setups = [
         replace(base, cpu_blocks=cpu, ssd_blocks=ssd)
         for cpu in cpu_sizes
@@ -306,33 +421,63 @@ def make_plan(trace: Trace, shape: KvShape, hardware: Hardware, progress: Progre
         for ssd in (0, *(size for size in ssd_sizes if size > cpu))
     ]
     grid = {setup: bench.try_out(setup) for setup in setups}
-    chosen = _smallest_good(grid)
-    policies = _best_policies(bench, chosen)
-    if policies != chosen:
-        grid = {}
-        for setup in setups:
-            other = replace(
-                setup,
-                cpu_policy=policies.cpu_policy,
-                ssd_policy=policies.ssd_policy if setup.ssd_blocks else setup.ssd_policy,
-            )
-            grid[other] = bench.try_out(other)
+    if _most(grid) >= worth_s:
         chosen = _smallest_good(grid)
-    if chosen.ssd_blocks:
-        chosen = _best_admission(bench, chosen)
-    first = next(iter(bench.tried.values()))
-    tokens = trace.input_tokens / trace.num_requests
+    else:  # of what hits nothing, the largest shows best whether another policy does better
+        chosen = max(grid, key=lambda setup: (grid[setup].mean_saving_s, grid[setup].price))
+    if everything.mean_saving_s >= worth_s:
+        policies = _best_policies(bench, chosen)
+        if policies != chosen:
+            grid = {}
+            for setup in setups:
+                other = replace(
+                    setup,
+                    cpu_policy=policies.cpu_policy,
+                    ssd_policy=policies.ssd_policy if setup.ssd_blocks else setup.ssd_policy,
+                )
+                grid[other] = bench.try_out(other)
+            chosen = _smallest_good(grid)
+    recommended = None
+    if _most(grid) >= worth_s:
+        careful = _best_admission(bench, chosen) if chosen.ssd_blocks else chosen
+        recommended = grid[chosen] = bench.try_out(careful)
+        chosen = careful
     return Plan(
-        recommended=bench.try_out(chosen),
+        recommended=recommended,
         best=max(grid.values(), key=lambda candidate: candidate.mean_saving_s),
+        limitless=everything,
         grid=tuple(sorted(grid.values(), key=lambda candidate: candidate.price)),
-        mean_prefill_s=tokens * (1 - first.device_hit_rate) / hardware.prefill_tokens_s,
-        input_tokens_mean=tokens,
+        caps=_caps(bench, chosen, worth_s),
+        compute_s=bench.compute_s,
+        cpu_load_s=bench.cpu_load_s,
+        ssd_load_s=bench.ssd_load_s,
+        mean_prefill_s=mean_prefill_s,
     )
 
 
+def _caps(bench: _Bench, chosen: TierSetup, worth_s: float) -> tuple[Cap, ...]:
+    """The limits that were given and without which, one at a time, clearly more would be saved."""
+    hardware, num_blocks = bench.hardware, bench.trace.num_blocks
+    saving_s = max(bench.try_out(chosen).mean_saving_s, 0.0)
+    raised = []
+    if bench.blocks_in(hardware.cpu_gib) < num_blocks:
+        raised.append(("--cpu-gib", replace(chosen, cpu_blocks=num_blocks)))
+    if hardware.ssd_gib and bench.blocks_in(hardware.ssd_gib) < num_blocks:
+        raised.append(("--ssd-gib", replace(chosen, ssd_blocks=num_blocks)))
+    caps = []
+    for option, setup in raised:
+        more_s = bench.try_out(setup).mean_saving_s
+        if more_s >= max(worth_s, saving_s * (1 + _GIVEN_UP_MAX)):
+            caps.append(Cap(option, num_blocks * bench.block_bytes / GIB, more_s))
+    return tuple(caps)
+
+
+def _most(grid: dict[TierSetup, Candidate]) -> float:
+    return max(candidate.mean_saving_s for candidate in grid.values())
+
+
 def _smallest_good(grid: dict[TierSetup, Candidate]) -> TierSetup:
-    best_s = max(candidate.mean_saving_s for candidate in grid.values())
+    best_s = _most(grid)
     enough_s = best_s - _GIVEN_UP_MAX * abs(best_s)
     good = [setup for setup, candidate in grid.items() if candidate.mean_saving_s >= enough_s]
     return min(good, key=lambda setup: grid[setup].price)

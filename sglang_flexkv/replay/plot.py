@@ -62,7 +62,7 @@ def plot_hit_rates(
     axes.set_ylim(bottom=0)
     axes.set_xlabel("CPU tier (blocks)")
     axes.set_ylabel("input tokens that were hit (%)")
-    axes.set_title(title)
+    axes.set_title(title.encode(errors="backslashreplace").decode(), parse_math=False)
     axes.grid(alpha=0.3)
     axes.legend()
     try:

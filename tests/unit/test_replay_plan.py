@@ -15,7 +15,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from sglang_flexkv import cli, cli_replay
-from sglang_flexkv.common.config import GIB, CacheConfig, ConfigError, EvictionPolicy, FlexKVConfig
+from sglang_flexkv.common.config import GIB, CacheConfig, EvictionPolicy, FlexKVConfig
+from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.replay.planner import Candidate, Hardware, KvShape, Plan, PlanError, make_plan
 from sglang_flexkv.replay.simulator import TierSetup, simulate
 from sglang_flexkv.replay.trace import Trace
@@ -34,20 +35,24 @@ def loop(documents: int = 10, rounds: int = 12) -> Trace:
     return trace_of([(document,) * 4 for _ in range(rounds) for document in range(documents)])
 
 
+def chosen_by(plan: Plan) -> Candidate:
+    assert plan.recommended is not None
+    return plan.recommended
+
+
 def cpu_blocks(candidate: Candidate) -> float:
     return candidate.cpu_gib * 1024
 
 
 def test_memory_for_all_is_enough() -> None:
     plan = make_plan(loop(), SHAPE, MACHINE)
-    assert cpu_blocks(plan.recommended) == 40, "1 GiB is there, and 40 blocks are all there are"
-    assert plan.recommended.ssd_gib == 0
-    assert plan.worthwhile
-    assert plan.recommended.cpu_hit_rate == pytest.approx(11 / 12)
+    assert cpu_blocks(chosen_by(plan)) == 40, "1 GiB is there, and 40 blocks are all there are"
+    assert chosen_by(plan).ssd_gib == 0
+    assert chosen_by(plan).cpu_hit_rate == pytest.approx(11 / 12)
     # 64 tokens are computed in 6.4 ms and loaded in 4 MiB / 25 GB/s; the first round has no hit.
     saving_s = 64 / 10_000 - 4 * 2**20 / 25e9
-    assert plan.recommended.mean_saving_s == pytest.approx(11 / 12 * saving_s)
-    assert plan.recommended.p50_saving_s == pytest.approx(saving_s)
+    assert chosen_by(plan).mean_saving_s == pytest.approx(11 / 12 * saving_s)
+    assert chosen_by(plan).p50_saving_s == pytest.approx(saving_s)
     assert plan.mean_prefill_s == pytest.approx(64 / 10_000)
     assert plan.settings() == {
         "cpu_cache_gb": 0.04,
@@ -61,15 +66,15 @@ def test_no_more_than_saves_something() -> None:
     prompts = [(hot,) * 4 for number in range(400) for hot in (1, 2, 10 + number)]
     plan = make_plan(trace_of(prompts), SHAPE, machine(cpu_gib=4))
     assert plan.best.mean_saving_s > 0
-    assert cpu_blocks(plan.recommended) < 100
-    assert plan.recommended.mean_saving_s >= 0.98 * plan.best.mean_saving_s
+    assert cpu_blocks(chosen_by(plan)) < 100
+    assert chosen_by(plan).mean_saving_s >= 0.98 * plan.best.mean_saving_s
 
 
 def test_ssd_where_memory_is_short() -> None:
     plan = make_plan(loop(), SHAPE, machine(cpu_gib=8 / 1024, ssd_gib=1))
-    assert cpu_blocks(plan.recommended) <= 8
-    assert plan.recommended.ssd_gib * 1024 == 40
-    assert plan.recommended.ssd_hit_rate > 0.5
+    assert cpu_blocks(chosen_by(plan)) <= 8
+    assert chosen_by(plan).ssd_gib * 1024 == 40
+    assert chosen_by(plan).ssd_hit_rate > 0.5
     settings = plan.settings([Path("/nvme0"), Path("/nvme1")])
     assert settings["ssd_cache_dir"] == ["/nvme0", "/nvme1"]
     with pytest.raises(ConfigError, match="ssd_cache_dir"):
@@ -77,28 +82,85 @@ def test_ssd_where_memory_is_short() -> None:
 
 
 def test_no_ssd_that_is_slower_than_computing() -> None:
-    slow = machine(cpu_gib=8 / 1024, ssd_gib=1, ssd_read_gb_s=0.1)
+    slow = machine(cpu_gib=30 / 1024, ssd_gib=1, ssd_read_gb_s=0.1)
     plan = make_plan(loop(), SHAPE, slow)
-    assert plan.recommended.ssd_gib == 0
+    assert chosen_by(plan).ssd_gib == 0
 
 
-def test_nothing_to_gain() -> None:
-    plan = make_plan(loop(), SHAPE, machine(pcie_gb_s=0.1))
-    assert not plan.worthwhile
-    assert make_plan(trace_of([(n,) for n in range(9)]), SHAPE, MACHINE).worthwhile is False
+@pytest.mark.parametrize(
+    ("trace", "changes", "why"),
+    [
+        (loop(), {"pcie_gb_s": 0.1}, "a token takes longer to load from the CPU tier than to compute"),
+        (loop(), {"gpu_kv_gib": 1}, "whatever comes again is still in the GPUs' own cache"),
+        (trace_of([(n,) for n in range(9)]), {}, "no prompt begins with a whole block that an earlier one"),
+        (loop(2, 2), {"pcie_gb_s": 0.655995}, "even with room for everything it would save less than 0.1%"),
+        (loop(10, 2), {"cpu_gib": 1 / 1024}, "within the given limits it would save less than 0.1%"),
+    ],
+)
+def test_nothing_is_recommended_that_saves_nothing(
+    trace: Trace, changes: dict[str, float], why: str, tmp_path: Path
+) -> None:
+    plan = make_plan(trace, SHAPE, machine(**changes))
+    assert plan.recommended is None
+    assert why in plan.why_nothing()
+    assert plan.as_dict()["why_nothing"] == plan.why_nothing()
+    with pytest.raises(PlanError, match="no configuration to write: "):
+        plan.write(tmp_path / "flexkv.yaml")
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_what_the_device_holds_saves_nothing() -> None:
-    plan = make_plan(loop(), SHAPE, machine(gpu_kv_gib=1))
-    assert plan.recommended.device_hit_rate == pytest.approx(11 / 12)
-    assert plan.recommended.cpu_hit_rate == 0
-    assert plan.mean_prefill_s == pytest.approx(64 / 10_000 / 12)
+def test_a_limit_that_costs_something_is_named() -> None:
+    assert make_plan(loop(), SHAPE, MACHINE).caps == ()
+    saving_s = chosen_by(make_plan(loop(), SHAPE, MACHINE)).mean_saving_s
+    (cap,) = make_plan(loop(), SHAPE, machine(cpu_gib=20 / 1024)).caps
+    assert (cap.option, cap.enough_gib * 1024) == ("--cpu-gib", 40)
+    assert cap.mean_saving_s == pytest.approx(saving_s)
+    # Also where nothing is recommended.
+    (cap,) = make_plan(loop(), SHAPE, machine(cpu_gib=1 / 1024)).caps
+    assert cap.mean_saving_s == pytest.approx(saving_s)
+    small = machine(cpu_gib=8 / 1024, ssd_gib=20 / 1024)
+    assert [cap.option for cap in make_plan(loop(), SHAPE, small).caps] == ["--cpu-gib", "--ssd-gib"]
+    # As much as there is to save, from SSD: more memory would save time, more SSD would not.
+    plan = make_plan(loop(), SHAPE, machine(cpu_gib=8 / 1024, ssd_gib=1))
+    assert [cap.option for cap in plan.caps] == ["--cpu-gib"]
+
+
+def test_where_another_policy_is_needed_it_is_found() -> None:
+    """At the sizes that were given the default hits nothing of a loop, nor does lru."""
+    plan = make_plan(loop(), SHAPE, machine(cpu_gib=30 / 1024))
+    best = max(simulate(loop(), TierSetup(30, cpu_policy=p)).hit_rate() for p in EvictionPolicy)
+    assert chosen_by(plan).cpu_hit_rate >= 0.98 * best > 0
+
+
+@pytest.mark.parametrize(
+    ("ssd_read_gb_s", "pcie_gb_s", "reason"),
+    [
+        (0.7, 25, "more of the hits are on SSD, where each saves less than in memory"),
+        (0.5, 25, "hits on SSD cost time: loading a token from there takes longer than computing it"),
+        (5, 0.5, "every hit costs time: loading a token takes longer than computing it"),
+    ],
+)
+def test_rows_that_hit_more_and_save_less(ssd_read_gb_s: float, pcie_gb_s: float, reason: str) -> None:
+    hardware = machine(cpu_gib=20 / 1024, ssd_gib=1, ssd_read_gb_s=ssd_read_gb_s, pcie_gb_s=pcie_gb_s)
+    prompts = [(content,) * 4 for n in range(200) for content in (n % 2, n % 2, 100 + n % 7)]
+    plan = make_plan(trace_of(prompts), SHAPE, hardware)
+    told = [one for one in plan.grid if plan.why_less(one) is not None]
+    assert told
+    assert len(told) < len(plan.grid)
+    for one in plan.grid:
+        worse = [
+            other
+            for other in plan.grid
+            if other.tier_hit_rate < one.tier_hit_rate - 0.001
+            and other.mean_saving_s > one.mean_saving_s + 0.0001
+        ]
+        assert plan.why_less(one) == (reason if worse else None)
 
 
 def test_a_policy_is_recommended_that_is_worth_it() -> None:
     """Less memory than the loop: whatever is recommended is no worse than the default at that size."""
     plan = make_plan(loop(), SHAPE, machine(cpu_gib=30 / 1024))
-    chosen = plan.recommended
+    chosen = chosen_by(plan)
     blocks = round(cpu_blocks(chosen))
     rates = {p.value: simulate(loop(), TierSetup(blocks, cpu_policy=p)).hit_rate() for p in EvictionPolicy}
     assert chosen.cpu_hit_rate == rates[chosen.cpu_policy]
@@ -108,7 +170,7 @@ def test_a_policy_is_recommended_that_is_worth_it() -> None:
 def test_of_equally_good_policies_the_default_is_recommended() -> None:
     """Nothing is ever evicted, so every policy hits the same."""
     plan = make_plan(loop(), SHAPE, machine(ssd_gib=1))
-    assert plan.recommended.cpu_policy == CacheConfig().cpu_eviction_policy.value
+    assert chosen_by(plan).cpu_policy == CacheConfig().cpu_eviction_policy.value
 
 
 def test_writes_that_save_nothing_are_left_out() -> None:
@@ -116,10 +178,10 @@ def test_writes_that_save_nothing_are_left_out() -> None:
     does not matter."""
     prompts = [prompt for n in range(500) for prompt in ((n % 3,) * 4, (100 + n,) * 4)]
     plan = make_plan(trace_of(prompts), SHAPE, machine(cpu_gib=8 / 1024, ssd_gib=0.25))
-    assert plan.recommended.ssd_gib > 0
-    assert plan.recommended.ssd_hit_rate > 0.1
-    assert plan.recommended.ssd_admission == "reuse"
-    assert plan.recommended.ssd_written_gib < 0.1
+    assert chosen_by(plan).ssd_gib > 0
+    assert chosen_by(plan).ssd_hit_rate > 0.1
+    assert chosen_by(plan).ssd_admission == "reuse"
+    assert chosen_by(plan).ssd_written_gib < 0.1
 
 
 def test_memory_without_room_for_a_block() -> None:
@@ -135,8 +197,8 @@ def test_a_plan_is_a_configuration(tmp_path: Path) -> None:
     assert config.ssd_cache_dir == (tmp_path,)
     assert config.cpu_cache_gb is not None
     # Rounding must not lose a block.
-    assert config.cpu_cache_gb * GIB >= plan.recommended.cpu_gib * GIB
-    assert config.cpu_eviction_policy.value == plan.recommended.cpu_policy
+    assert config.cpu_cache_gb * GIB >= chosen_by(plan).cpu_gib * GIB
+    assert config.cpu_eviction_policy.value == chosen_by(plan).cpu_policy
     with pytest.raises(PlanError, match="cannot be written: No such file"):
         plan.write(tmp_path / "missing" / "file", [tmp_path])
 
@@ -283,12 +345,14 @@ def test_plan_prints_and_writes(tmp_path: Path) -> None:
     assert code == 0, output
     assert "recommended" in output
     assert "ms less on average" in output
+    for column in ("CPU GiB", "device", "CPU", "mean ms", "p50 ms"):
+        assert output.count(column) >= 2, "every column is explained"
     assert "…" not in output
     assert yaml.safe_load(file.read_text())["cpu_cache_gb"] == 0.04
     assert FlexKVConfig.load(str(file)).cpu_cache_gb == 0.04
     plan = json.loads(data.read_text())
     assert plan["recommended"]["cpu_gib"] == pytest.approx(40 / 1024)
-    assert plan["worthwhile"]
+    assert plan["caps"] == []
 
     (tmp_path / "config.json").write_text(json.dumps(GQA))
     code, output = run(*common, "--model", tmp_path, "--json", "-")
@@ -301,7 +365,16 @@ def test_plan_prints_and_writes(tmp_path: Path) -> None:
     assert code == 2
     assert "give either --model or" in " ".join(output.split())
     code, output = run(*common, *shape, "--pcie-gb-s", 0.01)
-    assert "The tiers save nothing here" in output
+    assert code == 0
+    assert "No tier is recommended: a token takes longer to load" in output
+    assert "cpu_cache_gb" not in output
+    file.unlink()
+    code, output = run(*common, *shape, "--pcie-gb-s", 0.01, "--write", file)
+    assert code == 1
+    assert "there is no configuration to write: a token takes longer to load" in output
+    assert not file.exists()
+    code, output = run(*common[:-1], 0.02, *shape)
+    assert "Capped by --cpu-gib 0.02: with room for every block of this trace (0.0391 GiB)" in output
 
 
 def test_progress_on_a_terminal(chat: Path, monkeypatch: pytest.MonkeyPatch) -> None:
