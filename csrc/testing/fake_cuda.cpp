@@ -70,7 +70,7 @@ struct Stream {
   Queue* queue = nullptr;
   size_t unfinished = 0;  // its commands, under the queue's mutex
   uint64_t lost = 0;      // the device's life in which it was lost, under the queue's mutex
-  double model_us = 0;    // how long a GPU would have taken for them, touched by the queue's thread alone
+  double model_us = 0;    // a GPU's time when it has done what it did, touched by the queue's thread alone
 };
 
 struct Event {
@@ -299,29 +299,40 @@ uint64_t Address(const void* pointer) { return reinterpret_cast<uint64_t>(pointe
 template <typename T>
 struct Checked {
   using Unit = T;
-  static void Check(uint64_t address, bool stores) {
-    thread_local uint64_t begin = 1, end = 0;
-    thread_local Kind kind = Kind::kDevice;
-    if (address % sizeof(T) != 0) device().Violation("a kernel's access is not aligned");
-    if (address < begin || address + sizeof(T) > end) {
-      std::lock_guard<std::mutex> lock(device().mutex);
-      const Region* region = device().Find(address, sizeof(T), &begin);
+  // What the last one was in, for as long as a kernel runs.
+  static inline thread_local uint64_t begin, end;
+  static inline thread_local Kind kind;
+
+  static void Begin() { begin = end = 0; }
+  // Whether memory can be touched there. Here most of the time of a test goes.
+  static bool Check(uint64_t address, bool stores) {
+    if (address >= begin && address + sizeof(T) <= end && address % sizeof(T) == 0 &&
+        !(stores && kind == Kind::kPinned)) {
+      return true;
+    }
+    return LookUp(address, stores);
+  }
+  static bool LookUp(uint64_t address, bool stores) {
+    Device& d = device();
+    if (address % sizeof(T) != 0) d.Violation("a kernel's access is not aligned");
+    {
+      std::lock_guard<std::mutex> lock(d.mutex);
+      const Region* region = d.Find(address, sizeof(T), &begin);
       end = region != nullptr ? begin + region->bytes : 0;
       if (region != nullptr) kind = region->kind;
     }
-    if (end == 0) device().Violation("a kernel touched memory that is not on the device nor pinned");
+    if (end == 0) d.Violation("a kernel touched memory that is not on the device nor pinned");
     // It may, but beside attention it is reported to fault.
-    if (stores && kind == Kind::kPinned) device().Violation("a kernel stored to the host's memory");
+    if (stores && kind == Kind::kPinned) d.Violation("a kernel stored to the host's memory");
+    return d.broken.load() == 0;
   }
   static T Load(uint64_t from) {
     T unit{};
-    Check(from, false);
-    if (device().broken.load() == 0) std::memcpy(&unit, reinterpret_cast<const void*>(from), sizeof unit);
+    if (Check(from, false)) std::memcpy(&unit, reinterpret_cast<const void*>(from), sizeof unit);
     return unit;
   }
   static void Store(uint64_t to, T unit) {
-    Check(to, true);
-    if (device().broken.load() == 0) std::memcpy(reinterpret_cast<void*>(to), &unit, sizeof unit);
+    if (Check(to, true)) std::memcpy(reinterpret_cast<void*>(to), &unit, sizeof unit);
   }
 };
 
@@ -335,6 +346,7 @@ void RunKernel(const flexkv::CopyGroup& group, uint32_t num_threads) {
   for (uint32_t buffer = 0; group.to_device != 0 && buffer < num_buffers; ++buffer) {
     device().Trace(group.buffers[buffer].base);
   }
+  Checked<T>::Begin();
   for (uint32_t thread = 0; thread < num_threads && device().broken.load() == 0; ++thread) {
     flexkv::CopyAsThread<Checked<T>>(group, thread, num_threads);
   }
@@ -417,9 +429,12 @@ void fake_first_launch(void* stream) {
 // Holds a stream up until the word is no longer 0.
 void fake_hold(void* stream, const uint32_t* word) {
   Push(stream, Does::kTell, [=] {
+    const auto start = std::chrono::steady_clock::now();
     while (std::atomic_ref<const uint32_t>(*word).load() == 0) {
       std::this_thread::sleep_for(std::chrono::microseconds(20));
     }
+    const std::chrono::duration<double, std::micro> held_up = std::chrono::steady_clock::now() - start;
+    static_cast<Stream*>(stream)->model_us += held_up.count();
   });
 }
 
@@ -628,6 +643,8 @@ int cuStreamWaitEvent(void* stream, void* handle, unsigned) {
   Push(stream, Does::kTell, [=] {
     std::unique_lock<std::mutex> lock(event->mutex);
     event->changed.wait(lock, [&] { return event->reached >= number; });
+    double& now_us = static_cast<Stream*>(stream)->model_us;
+    now_us = std::max(now_us, event->model_us);
   });
   return 0;
 }

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -57,10 +57,17 @@ def make_rig(cuda: FakeCuda) -> Iterator[MakeRig]:
         return rigs[-1]
 
     yield make
-    for dam in cuda.dams:
-        dam.open()  # of a test that failed
+    wind_up(cuda)
     for rig in rigs:
         rig.close()
+
+
+def wind_up(cuda: FakeCuda) -> None:
+    """After a test, which may have failed: no stream is held up, and no thread goes on to use one."""
+    for dam in cuda.dams:
+        dam.open()
+    while Forward.begun:
+        Forward.begun.pop().join(30.0)
 
 
 @pytest.fixture
@@ -68,6 +75,7 @@ def stream(cuda: FakeCuda) -> Iterator[int]:
     """The forward's."""
     stream = cuda.stream()
     yield stream
+    wind_up(cuda)
     cuda.synchronize(stream)
     cuda.end_stream(stream)
 
@@ -215,12 +223,28 @@ def test_many_copies_at_once(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> 
 # ---- pinning ----
 
 
-def test_memory_is_populated_before_it_is_registered(make_rig: MakeRig, cuda: FakeCuda) -> None:
+def engine_over(cuda: FakeCuda, host: _core.HostPool) -> _core.TransferEngine:
+    """An engine that pins the pool, over a device pool that nobody asks for anything."""
+    buffer = _core.DeviceBuffer(base=1 << 20, num_rows=1, row_bytes=64, row_stride=64)
+    layout = _core.BlockLayout([[buffer]], 1, 1)
+    return _core.TransferEngine(layout, host, copy_threads=1, cuda_device=0, cuda_library=cuda.library)
+
+
+def wait_until_pinned(host: _core.HostPool) -> None:
+    deadline = time.monotonic() + 20
+    while host.pinned_bytes < host.total_bytes:
+        assert time.monotonic() < deadline, "its turn never comes"
+        time.sleep(0.001)
+
+
+def test_memory_is_populated_before_it_is_registered(cuda: FakeCuda) -> None:
     """Or the driver does it, under its locks, which is a violation. Huge pages need an address that fits."""
-    rig = make_rig(host_slots=4)
-    assert rig.host.slot_view(0).ctypes.data % (2 << 20) == 0
-    assert rig.host.pinned_bytes == rig.host.total_bytes
+    host = _core.HostPool(1024, 4096)  # which nobody has written to
+    engine = engine_over(cuda, host)
+    wait_until_pinned(host)
+    assert host.slot_view(0).ctypes.data % (2 << 20) == 0
     assert cuda.violations == ""
+    del engine
 
 
 def test_pinning_rests_between_chunks(make_rig: MakeRig, cuda: FakeCuda) -> None:
@@ -243,16 +267,10 @@ def test_one_process_pins_at_a_time(cuda: FakeCuda) -> None:
                 assert time.monotonic() < deadline, "its turn never comes"
                 time.sleep(0.001)
         host = _core.HostPool(8, 4096)
-        layout = _core.BlockLayout(
-            [[_core.DeviceBuffer(base=1 << 20, num_rows=1, row_bytes=64, row_stride=64)]], 1, 1
-        )
-        engine = _core.TransferEngine(layout, host, copy_threads=1, cuda_device=0, cuda_library=cuda.library)
+        engine = engine_over(cuda, host)
         time.sleep(0.05)
         assert host.pinned_bytes == 0
-    deadline = time.monotonic() + 20
-    while host.pinned_bytes < host.total_bytes:
-        assert time.monotonic() < deadline, "its turn never comes"
-        time.sleep(0.001)
+    wait_until_pinned(host)
     del engine
 
 
@@ -275,9 +293,12 @@ def read_layers(rig: Rig, stream: int, gate: _core.LayerGate, block: int) -> lis
 class Forward:
     """A forward that a thread of its own queues, while its loads come or do not come."""
 
+    begun: ClassVar[list[threading.Thread]] = []
+
     def __init__(self, read: Callable[[], Any]) -> None:
         self._reads: Any = None
         self._thread = threading.Thread(target=self._run, args=(read,), daemon=True)
+        self.begun.append(self._thread)
         self._thread.start()
 
     def _run(self, read: Callable[[], Any]) -> None:
@@ -685,6 +706,7 @@ def schedules(cuda: FakeCuda) -> Iterator[int]:
     """The stream on which the scheduler's allocator computes slots."""
     stream = cuda.stream()
     yield stream
+    wind_up(cuda)
     cuda.synchronize(stream)
     cuda.end_stream(stream)
 
