@@ -35,13 +35,14 @@ if TYPE_CHECKING:
 
 # What the index takes, and what is beyond every machine: larger is a slip, or overflows somewhere.
 _BLOCKS_MAX = 2**30
-_GIB_MAX = 2.0**30
-_RATE_MAX = 1e12
-_BLOCK_KIB_MAX = 2.0**30
-_TOKEN_BYTES_MAX = 2**32
+_GIB_MAX = 1e6
+_GB_S_MAX = 1e6
+_TOKENS_S_MAX = 1e9
+_BLOCK_KIB_MAX = 1e9
+_TOKEN_BYTES_MAX = 10**9
 _TOKENS_PER_BLOCK_MAX = 2**20
 _RANKS_MAX = 1024
-_REQUESTS_MAX = 2**31 - 1
+_REQUESTS_MAX = 10**9
 _COPIES = {
     "H2D": "copied from the CPU tier to the GPU",
     "D2H": "copied from the GPU to the CPU tier",
@@ -154,7 +155,7 @@ def plan(
     prefill_tokens_s: Annotated[
         float,
         typer.Option(
-            min=1, max=_RATE_MAX, help="Tokens per second that the model prefills, all GPUs together."
+            min=1, max=_TOKENS_S_MAX, help="Tokens per second that the model prefills, all GPUs together."
         ),
     ],
     model: Annotated[
@@ -179,10 +180,10 @@ def plan(
         typer.Option(help="Directory of the SSD tier, for --write; may be repeated.", readable=False),
     ] = None,
     pcie_gb_s: Annotated[
-        float, typer.Option(min=0.001, max=_RATE_MAX, help="10^9 bytes/s from memory to one GPU.")
+        float, typer.Option(min=0.001, max=_GB_S_MAX, help="10^9 bytes/s from memory to one GPU.")
     ] = 25.0,
     ssd_read_gb_s: Annotated[
-        float, typer.Option(min=0.001, max=_RATE_MAX, help="10^9 bytes/s from all SSDs.")
+        float, typer.Option(min=0.001, max=_GB_S_MAX, help="10^9 bytes/s from all SSDs.")
     ] = 3.0,
     tokens_per_block: _TokensPerBlock = 512,
     requests: _Requests = None,
@@ -529,7 +530,7 @@ def _check_outputs(trace_file: Path | None, targets: dict[str, str | Path | None
         if target is None or target == "-":
             continue
         if why := why_not_writable(Path(target)):
-            raise FlexKVError(f"{option} {target}: {why}")
+            raise FlexKVError(f"{target} {why}")
         # Not of a device: whoever names /dev/null twice means it.
         path = os.path.realpath(target)
         if path in names and (os.path.isfile(path) or not os.path.exists(path)):
