@@ -10,7 +10,6 @@
 #include <cstring>
 #include <filesystem>
 #include <list>
-#include <thread>
 
 #include "base/types.hpp"
 
@@ -22,6 +21,8 @@ using Clock = std::chrono::steady_clock;
 
 // Short transfers end on a boundary that O_DIRECT can go on from.
 constexpr size_t kShortUnit = 512;
+// Nobody wakes an engine when faults are cleared: with transfers that wait for their faults it looks so often.
+constexpr double kLookForClearS = 0.002;
 
 Clock::duration Seconds(double s) {
   return std::chrono::duration_cast<Clock::duration>(std::chrono::duration<double>(s));
@@ -41,7 +42,8 @@ std::string DirectoryOf(const std::string& path) {
 
 // ---- faults ------------------------------------------------------------------------------------
 
-void FaultyDisk::SetFault(const std::string& operation, double probability, int error, double delay_s) {
+void FaultyDisk::SetFault(const std::string& operation, double probability, int error, double delay_s,
+                          uint64_t after) {
   constexpr std::string_view kCalls[] = {"open",     "read",   "write",       "sync",  "reserve",
                                          "truncate", "rename", "open_direct", "direct"};
   const bool call = std::find(std::begin(kCalls), std::end(kCalls), operation) != std::end(kCalls);
@@ -51,12 +53,21 @@ void FaultyDisk::SetFault(const std::string& operation, double probability, int 
   Require(call || (error == 0 && delay_s == 0), operation + " takes neither an error nor a delay");
   Require(!call || probability == 0 || error > 0 || delay_s > 0, operation + " needs an error or a delay");
   std::lock_guard<std::mutex> lock(mutex_);
-  faults_[operation] = {probability, error, delay_s};
+  faults_[operation] = {probability, error, delay_s, after, 0};
 }
 
 void FaultyDisk::ClearFaults() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    faults_.clear();
+    ++era_;
+  }
+  cleared_.notify_all();
+}
+
+bool FaultyDisk::IsOver(const Fault& fault) const {
   std::lock_guard<std::mutex> lock(mutex_);
-  faults_.clear();
+  return fault.era != era_;
 }
 
 std::map<std::string, uint64_t> FaultyDisk::Injected() const {
@@ -67,9 +78,15 @@ std::map<std::string, uint64_t> FaultyDisk::Injected() const {
 FaultyDisk::Fault FaultyDisk::DrawLocked(std::string_view operation) {
   const auto it = faults_.find(operation);
   if (it == faults_.end()) return {};
+  if (it->second.after > 0) {
+    it->second.after--;
+    return {};
+  }
   if (std::uniform_real_distribution<double>()(random_) >= it->second.probability) return {};
   injected_[it->first]++;
-  return it->second;
+  Fault fault = it->second;
+  fault.era = era_;
+  return fault;
 }
 
 FaultyDisk::Fault FaultyDisk::Draw(std::string_view operation) {
@@ -78,8 +95,11 @@ FaultyDisk::Fault FaultyDisk::Draw(std::string_view operation) {
 }
 
 int FaultyDisk::Inject(std::string_view operation) {
-  const Fault fault = Draw(operation);
-  if (fault.delay_s > 0) std::this_thread::sleep_for(Seconds(fault.delay_s));
+  std::unique_lock<std::mutex> lock(mutex_);
+  const Fault fault = DrawLocked(operation);
+  if (fault.delay_s > 0) {
+    cleared_.wait_for(lock, Seconds(fault.delay_s), [&] { return era_ != fault.era; });
+  }
   return -fault.error;
 }
 
@@ -183,7 +203,7 @@ class FaultyDisk::Engine final : public IoEngine {
       if (fault.error == 0 && fault.delay_s == 0) {
         Pass(ios[i]);
       } else {
-        held_.push_back({ios[i], now + Seconds(fault.delay_s), fault.error});
+        held_.push_back({ios[i], now + Seconds(fault.delay_s), fault});
       }
     }
     Flush();
@@ -196,7 +216,8 @@ class FaultyDisk::Engine final : public IoEngine {
     double wait_s = ended->size() > before ? 0 : timeout_s;
     const Clock::time_point now = Clock::now();
     for (const Held& held : held_) {
-      wait_s = std::min(wait_s, std::chrono::duration<double>(held.due - now).count());
+      const double left_s = std::chrono::duration<double>(held.due - now).count();
+      wait_s = std::min({wait_s, left_s, kLookForClearS});
     }
     landed_.clear();
     inner_->Reap(&landed_, std::max(0.0, wait_s));
@@ -209,7 +230,7 @@ class FaultyDisk::Engine final : public IoEngine {
     const auto held = std::find_if(held_.begin(), held_.end(), [&](const Held& h) { return h.io == io; });
     if (held != held_.end()) {
       held->due = Clock::now();
-      held->error = ECANCELED;
+      held->fault.error = ECANCELED;
       return;
     }
     const auto part =
@@ -227,7 +248,7 @@ class FaultyDisk::Engine final : public IoEngine {
   struct Held {
     Io* io;
     Clock::time_point due;
-    int error;
+    Fault fault;
   };
   // A piece of a transfer. The inner engine knows only this one.
   struct Part : Io {
@@ -262,11 +283,11 @@ class FaultyDisk::Engine final : public IoEngine {
   void ReleaseDue(std::vector<Io*>* ended) {
     const Clock::time_point now = Clock::now();
     std::erase_if(held_, [&](const Held& held) {
-      if (held.due > now) return false;
-      if (held.error == 0) {
+      if (held.due > now && !disk_->IsOver(held.fault)) return false;
+      if (held.fault.error == 0) {
         Pass(held.io);
       } else {
-        held.io->error = held.error;
+        held.io->error = held.fault.error;
         ended->push_back(held.io);
       }
       return true;

@@ -5,6 +5,7 @@
 #include <sys/types.h>
 
 #include <array>
+#include <condition_variable>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -19,12 +20,12 @@
 namespace flexkv {
 
 // The real disk with faults, drawn from a seeded generator. Faults are switched on and off at any time
-// and from any thread; a call that has drawn its fault keeps it.
+// and from any thread; a call that has drawn its fault keeps its error.
 class FaultyDisk : public Disk {
  public:
   explicit FaultyDisk(uint64_t seed) : random_(seed) {}
 
-  // From now on `operation` has a fault with this probability (0: none).
+  // From now on `operation` has a fault with this probability (0: none), after so many calls without one.
   //
   // "open", "read", "write", "sync" (files and directories), "reserve", "truncate", "rename": after
   // delay_s, fails with the errno `error`, or is done if that is 0. Reads and writes are direct calls as
@@ -32,7 +33,8 @@ class FaultyDisk : public Disk {
   // "open_direct": opening with O_DIRECT. "direct": direct calls that read or write what was opened so.
   // "short": a read or write moves only a part, some multiple of 512 bytes.
   // "flip": a read returns one wrong bit.
-  void SetFault(const std::string& operation, double probability, int error, double delay_s);
+  void SetFault(const std::string& operation, double probability, int error, double delay_s, uint64_t after);
+  // Also ends the delays that calls are in: a disk that hangs is one with a delay that no test waits for.
   void ClearFaults();
   // Faults so far, per operation.
   std::map<std::string, uint64_t> Injected() const;
@@ -55,8 +57,12 @@ class FaultyDisk : public Disk {
     double probability = 0;
     int error = 0;
     double delay_s = 0;
+    uint64_t after = 0;  // calls that have none
+    uint64_t era = 0;    // that it was drawn in
   };
 
+  // Whether ClearFaults was called since a fault was drawn.
+  bool IsOver(const Fault& fault) const;
   // The fault of this call, all zero for none.
   Fault Draw(std::string_view operation);
   Fault DrawLocked(std::string_view operation);
@@ -69,6 +75,8 @@ class FaultyDisk : public Disk {
   void Flip(char* data, size_t bytes);
 
   mutable std::mutex mutex_;
+  std::condition_variable cleared_;
+  uint64_t era_ = 0;  // counts calls of ClearFaults
   std::mt19937_64 random_;
   std::map<std::string, Fault, std::less<>> faults_;
   std::map<std::string, uint64_t> injected_;

@@ -18,7 +18,7 @@ PYBIND11_MODULE(sglang_flexkv_testing, m) {
   py::class_<FaultyDisk, Disk, std::shared_ptr<FaultyDisk>>(m, "FaultyDisk")
       .def(py::init<uint64_t>(), py::arg("seed"))
       .def("set_fault", &FaultyDisk::SetFault, py::arg("operation"), py::arg("probability"),
-           py::arg("error") = 0, py::arg("delay_s") = 0.0)
+           py::arg("error") = 0, py::arg("delay_s") = 0.0, py::arg("after") = 0)
       .def("clear_faults", &FaultyDisk::ClearFaults)
       .def("injected", &FaultyDisk::Injected);
   py::class_<PowerLossDisk, Disk, std::shared_ptr<PowerLossDisk>>(m, "PowerLossDisk")

@@ -23,6 +23,7 @@ from linker_steps import (
     store_on_ssd_alone,
 )
 from sglang_flexkv_testing import FaultyDisk
+from ssd_rig import HANG_S
 
 from sglang_flexkv import _core
 
@@ -141,18 +142,18 @@ def test_of_a_batch_only_the_request_whose_blocks_are_damaged_runs_again(
 def test_a_disk_that_hangs_is_noticed_while_a_forward_waits(
     make_rig: MakeRig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sglang_flexkv.tierlife._STALL_S", 0.3)
     disk = FaultyDisk(1)
     rig = make_rig(ssd_dir=tmp_path, disk=disk)
     tokens = sequence(1)
     store_on_ssd_alone(rig, tokens)
-    disk.set_fault("read", 1.0, delay_s=5.0)
+    disk.set_fault("read", 1.0, delay_s=HANG_S)
+    monkeypatch.setattr("sglang_flexkv.tierlife._STALL_S", 0.3)
     req = rig.request(tokens)
     slots = rig.admit(req)
     rig.start_batch()
     started_s = time.monotonic()
     rig.forward()
-    assert time.monotonic() - started_s < 4.0
+    assert time.monotonic() - started_s < TIMEOUT_S
     assert rig.cache.finish_external_linker_loads([req]) == []
     assert len(rig.cache.failed_loads) == 1
     forget_failed_loads(rig)

@@ -59,8 +59,8 @@ from sglang_flexkv.kvtask import KVTaskEngine
 
 CORES = ("python", "rust")
 
-# Far above what any transfer here takes; reached only when one hangs.
-TIMEOUT_S = 30.0
+# Far above what any transfer here takes, however busy the machine is; reached only when one hangs.
+TIMEOUT_S = 300.0
 
 _RUST_INSPECTOR_MODULE = "sglang.test.kits.unified_radix_cache.rust_unified_tree_core_inspector"
 

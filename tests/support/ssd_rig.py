@@ -20,7 +20,10 @@ from sglang_flexkv import _core
 
 T = _core.TransferType
 NAMESPACE = b"namespace of rig"
-TIMEOUT_S = 300.0  # what takes longer hangs; a busy machine may well take seconds
+# What takes so long hangs, however busy the machine is. A disk that is to hang does so for longer, or until
+# its faults are cleared.
+TIMEOUT_S = 300.0
+HANG_S = 2 * TIMEOUT_S
 
 Keys = npt.NDArray[np.uint64]
 

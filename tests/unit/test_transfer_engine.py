@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from sglang_flexkv_testing import FaultyDisk
+from ssd_rig import HANG_S
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.storage import DeviceBuffers
@@ -503,10 +504,11 @@ def test_the_limit_on_writes_holds_writes_back_and_nothing_else(make_rig: MakeRi
     rig.save(keys(*range(count)), np.arange(count), np.arange(count))
     # A short burst is free, and the last block may go into debt.
     assert time.monotonic() - start > (count - 1) * rig.slot_bytes / rate - 0.1
-    start = time.monotonic()
+    # Under a limit that the first block is in debt to for hours, it can be read.
+    rig = make_rig(write_bytes_per_s=1)
+    rig.save(keys(0), ints(0), ints(0))
     for _ in range(10):
-        assert rig.load(keys(*range(count)), np.arange(count), np.arange(count)).done
-    assert time.monotonic() - start < 10 * count * rig.slot_bytes / rate / 2
+        assert rig.load(keys(0), ints(0), ints(0)).done
 
 
 def test_cancelled_writes_do_not_wait_for_the_limit(make_rig: MakeRig) -> None:
@@ -582,12 +584,13 @@ def test_early_layers_are_used_while_later_ones_are_still_read(make_rig: MakeRig
     disk = FaultyDisk(3)
     rig = make_rig(row_bytes=512, slices_per_read=1, num_directories=1, io_depth=1, disk=disk)
     rig.save(keys(0, 1), ints(0, 1), ints(0, 1))
-    disk.set_fault("read", 1.0, delay_s=0.3)
+    disk.set_fault("read", 1.0, delay_s=HANG_S, after=2)  # once the first layer of both blocks is read
     gate = open_gate()
     graph = rig.engine.submit(layered_load(rig, keys(0, 1), ints(0, 1), ints(2, 3), 5, 6), gate=gate)
     assert gate.wait(0, 20.0)
-    assert gate.open_layers < LAYERS
+    assert gate.open_layers == 1
     assert np.array_equal(rig.device[0][0][rig.tokens(5)], rig.host.slot_view(2)[:2048].reshape(4, 512))
+    disk.clear_faults()
     assert gate.wait(LAYERS - 1, 20.0)
     assert rig.engine.wait(graph, 20.0)
     assert rig.engine.poll()[0].done
@@ -745,7 +748,7 @@ def test_background_graphs_are_refused_when_too_much_is_queued(make_rig: MakeRig
     disk = FaultyDisk(3)
     rig = make_rig(row_bytes=512, queue_bytes=8 * LAYERS * 4096, disk=disk)
     rig.save(keys(*range(20)), np.arange(20), np.arange(20))
-    disk.set_fault("read", 1.0, delay_s=1.0)
+    disk.set_fault("read", 1.0, delay_s=HANG_S)
 
     def read(first: int, count: int, **options) -> int:
         names = np.arange(first, first + count)
@@ -758,6 +761,7 @@ def test_background_graphs_are_refused_when_too_much_is_queued(make_rig: MakeRig
     assert rig.engine.submit([_core.OpSpec(T.D2H, rig.tokens(1), ints(30))], background=True)
     stats = rig.engine.stats()["DISK2H"]
     assert (stats["queued_blocks"], stats["refused_graphs"]) == (13, 1)
+    disk.clear_faults()
     assert rig.engine.drain(20.0)
     assert rig.engine.stats()["DISK2H"]["queued_blocks"] == 0
     assert read(12, 1, background=True)
@@ -804,11 +808,13 @@ def test_an_index_that_does_not_exist_is_refused_before_anything_moves(rig: Rig,
 
 
 def test_the_event_fd_says_when_there_is_something_to_poll(rig: Rig) -> None:
-    assert not select.select([rig.engine.event_fd], [], [], 0)[0]
+    news = select.poll()  # select() knows no descriptor beyond 1,023
+    news.register(rig.engine.event_fd, select.POLLIN)
+    assert not news.poll(0)
     graph = rig.engine.submit([_core.OpSpec(T.H2D, ints(0), rig.tokens(0))])
-    assert select.select([rig.engine.event_fd], [], [], 20)[0]
+    assert news.poll(20_000)
     assert [r.graph for r in rig.engine.poll()] == [graph]
-    assert not select.select([rig.engine.event_fd], [], [], 0)[0]
+    assert not news.poll(0)
 
 
 def test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once(make_rig: MakeRig) -> None:
