@@ -3,9 +3,19 @@
 from __future__ import annotations
 
 import signal
-import sys
+from types import FrameType
+
+import pytest
 
 
-def pytest_configure() -> None:
-    # A run that is told to stop must stop the servers it started; only an orderly exit does that.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Has SIGTERM end the run as Ctrl-C does: fixtures are torn down, so no server is left behind."""
+
+    def end(signum: int, _frame: FrameType | None) -> None:
+        signal.signal(
+            signum, signal.SIG_IGN
+        )  # once is enough, and what is being torn down must get to its end
+        session.shouldstop = "SIGTERM"  # whoever catches what is raised
+        raise KeyboardInterrupt("SIGTERM")
+
+    signal.signal(signal.SIGTERM, end)
