@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SECONDS = 5
-EXECUTIONS = 200  # some hundreds a second on an idle core
+EXECUTIONS = 1500  # some hundreds a second on an idle core
+SECONDS_MAX = 500
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None or platform.system() != "Linux",
@@ -31,15 +31,13 @@ def smoke(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_arbitrary_files_break_nothing() -> None:
-    done = smoke(str(SECONDS))
+    done = smoke(str(SECONDS_MAX), "--runs", str(EXECUTIONS))
     assert done.returncode == 0, done.stdout + done.stderr
-    executions = re.search(r"^(\d+) executions, no findings$", done.stdout, re.MULTILINE)
-    assert executions, done.stdout
-    assert int(executions[1]) > EXECUTIONS
+    assert f"{EXECUTIONS} executions, no findings" in done.stdout.splitlines()
 
 
 def test_a_broken_invariant_is_a_finding() -> None:
-    done = smoke(str(SECONDS), "--self-test")
+    done = smoke(str(SECONDS_MAX), "--self-test")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "broken invariant: no more slots than the file has room for" in done.stderr
     saved = re.search(r"^FINDING: the input is in (.+)$", done.stderr, re.MULTILINE)
