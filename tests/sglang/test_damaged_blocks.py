@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from answers import ASK, EXACT, difference, differing, rounding
+from forked_server import ForkedServer
 from server import KV_ITEM_BYTES, SGLangServer
 from workload import conversations, some_tokens
 
@@ -56,7 +57,7 @@ def server_over(directory: Path, tmp_path: Path, tp_size: int, settings: str) ->
     if tp_size > 1:
         flags["tp-size"] = tp_size
         env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(tp_size))
-    return SGLangServer(MODEL, flags, env=env, log_path=tmp_path / "server.log")
+    return ForkedServer(MODEL, flags, env=env, log_path=tmp_path / "server.log")
 
 
 def check_log(server: SGLangServer, tp_size: int) -> None:

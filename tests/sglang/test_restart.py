@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from answers import ASK, difference, differing, rounding
+from forked_server import ForkedServer
 from server import ServerError, ServerStartError, SGLangServer
 from workload import conversations
 
@@ -74,7 +75,8 @@ def test_the_first_request_after_a_restart_hits_ssd(tmp_path: Path) -> None:
 
     def server(env: dict[str, str] | None = None, log: str = "server.log", **changes: Any) -> SGLangServer:
         flags = {"enable-flexkv": True, "flexkv-config-file": str(config), "max-total-tokens": 4096}
-        return SGLangServer(
+        kind = SGLangServer if env else ForkedServer
+        return kind(
             MODEL,
             {**flags, "log-level": "info", **changes},
             env=env,
@@ -141,7 +143,7 @@ def test_a_burst_after_a_restart_computes_nothing_that_ssd_holds(tmp_path: Path,
 
     def server() -> SGLangServer:
         log = tmp_path / "server.log"
-        return SGLangServer(MODEL, flags, env=env, log_path=log)
+        return ForkedServer(MODEL, flags, env=env, log_path=log)
 
     bursts = [[[*prompt, *range(10 * n, 10 * n + 10)] for n in range(4)] for prompt in PROMPTS]
     apart = rounding(MODEL, tp_size)

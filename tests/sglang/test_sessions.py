@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from answers import ASK, difference, differing, rounding
+from forked_server import ForkedServer
 from server import SGLangServer
 from test_damaged_blocks import damage
 from workload import some_tokens
@@ -57,7 +58,7 @@ def server(
         "log-level": "info",
         **SERVERS[request.param],
     }
-    with SGLangServer(MODEL, flags, log_path=base / "server.log") as server:
+    with ForkedServer(MODEL, flags, log_path=base / "server.log") as server:
         yield server
     log = server.log()
     assert "hit an exception" not in log

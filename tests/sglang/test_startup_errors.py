@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from forked_server import ForkedServer
 from server import FlagValue, ServerStartError, SGLangServer
 
 import sglang_flexkv
@@ -42,12 +43,13 @@ def fail_to_start(
     flags: dict[str, FlagValue] | None = None,
     env: dict[str, str | None] | None = None,
     model: Path = MODEL,
+    kind: type[SGLangServer] = SGLangServer,
 ) -> FailedStart:
     """Starts a server that must not come up."""
     path = tmp_path / "flexkv.yaml"
     path.write_text(config)
     ours: dict[str, FlagValue] = {"enable-flexkv": True, "flexkv-config-file": str(path)}
-    server = SGLangServer(
+    server = kind(
         model,
         {**ours, **(flags or {})},
         env=env,
@@ -113,7 +115,8 @@ IN_THE_LAUNCHER: dict[str, tuple[str, dict[str, FlagValue], dict[str, str | None
 @pytest.mark.parametrize("case", IN_THE_LAUNCHER)
 def test_a_server_ends_with_one_message(case: str, tmp_path: Path) -> None:
     config, flags, env, expected = IN_THE_LAUNCHER[case]
-    start = fail_to_start(tmp_path, config.replace("{tmp}", str(tmp_path)), flags, env)
+    kind = SGLangServer if case == "wrong key" else ForkedServer
+    start = fail_to_start(tmp_path, config.replace("{tmp}", str(tmp_path)), flags, env, kind=kind)
     assert start.status == 1
     assert len(start.messages) == 1, start.log
     for part in expected:
@@ -136,7 +139,8 @@ def test_a_directory_in_use_by_another_server(tmp_path: Path) -> None:
     ssd = tmp_path / "ssd"
     ssd.mkdir()
     owner = SsdStore((ssd,), 4, [4096], "dp0-tp0", namespace=make_namespace({"model": "another"}))
-    start = fail_to_start(tmp_path, f"cpu_cache_gb: 0.01\nssd_cache_gb: 0.01\nssd_cache_dir: {ssd}")
+    config = f"cpu_cache_gb: 0.01\nssd_cache_gb: 0.01\nssd_cache_dir: {ssd}"
+    start = fail_to_start(tmp_path, config, kind=ForkedServer)
     owner.close()
     assert in_the_launcher(start), start.log
     assert f"ssd_cache_dir: {ssd} is in use by another server (process " in start.messages[0]
@@ -207,7 +211,8 @@ def test_a_model_with_other_state_is_known_by_its_configuration(case: str, tmp_p
 
 def test_a_real_server_ends_before_it_loads_such_a_model(tmp_path: Path) -> None:
     changes, expected = OTHER_STATE["sliding windows"]
-    start = fail_to_start(tmp_path, "cpu_cache_gb: 0.01", model=variant(tmp_path, **changes))
+    model = variant(tmp_path, **changes)
+    start = fail_to_start(tmp_path, "cpu_cache_gb: 0.01", model=model, kind=ForkedServer)
     assert in_the_launcher(start), start.log
     assert f"keeps {expected} beside full-attention KV" in start.messages[0]
 

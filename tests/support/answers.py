@@ -20,7 +20,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from server import DTYPE, SGLangServer
+from forked_server import ForkedServer
+from server import DTYPE
 from workload import conversations
 
 Answer = Mapping[str, Any]  # SGLang's, of a request with the fields of ASK
@@ -95,7 +96,7 @@ def computed_in_chunks(
     env = {}
     if tp_size > 1:
         env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(tp_size))
-    with SGLangServer(
+    with ForkedServer(
         model,
         {"disable-radix-cache": True, "chunked-prefill-size": _CHUNK_TOKENS, "tp-size": tp_size, **flags},
         env=env,
@@ -110,7 +111,7 @@ def rounding(model: Path, tp_size: int = 1) -> float:
     if EXACT:
         return 0.0
     prompts = [turn.tokens for turn in conversations(12, 3, seed=5)]
-    with SGLangServer(model, {"disable-radix-cache": True}, stop_grace_s=0) as server:
+    with ForkedServer(model, {"disable-radix-cache": True}, stop_grace_s=0) as server:
         whole = server.generate_many(prompts, 4, **ASK)
     return allowance(whole, computed_in_chunks(model, prompts, 4, {}, tp_size))
 

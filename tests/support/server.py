@@ -6,7 +6,8 @@
 
 The server runs under the interpreter that runs this code, so it has the same packages. A start
 takes about 20 s on two CPU cores, nearly all of it imports: share one server between tests
-where the tests allow it (`flush_cache()` between them).
+where the tests allow it (`flush_cache()` between them), and fork those that need not show how
+a server starts (forked_server.py).
 
 Guarantees: after `start()` returns the server answers requests; after `stop()` returns, or when
 this interpreter exits, no process of it is left. If it cannot start, `ServerStartError` carries the end
@@ -28,7 +29,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import httpx
 import psutil
@@ -193,16 +194,7 @@ class SGLangServer:
         begin_s = time.monotonic()
         self.log_path.parent.mkdir(parents=True, exist_ok=True)
         with self.log_path.open("ab") as log:
-            # A session of its own: `stop()` can signal the whole tree at once, and Ctrl-C in a
-            # terminal reaches only us, who then stop the server in order.
-            self._process = subprocess.Popen(
-                self.command,
-                env=self._environment,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
+            self._process = self._launch(log)
         atexit.register(self.stop)
         # One request per connection at a time, and `generate_many` may open many.
         self._client = httpx.Client(
@@ -218,6 +210,18 @@ class SGLangServer:
             raise
         self.start_duration_s = time.monotonic() - begin_s
         return self
+
+    def _launch(self, log: BinaryIO) -> subprocess.Popen[bytes]:
+        """Starts the launcher, in a session of its own: `stop()` can signal the whole tree at once, and
+        Ctrl-C in a terminal reaches only us, who then stop the server in order."""
+        return subprocess.Popen(
+            self.command,
+            env=self._environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
     def _wait_until_ready(self, deadline_s: float) -> None:
         assert self._process is not None

@@ -1,0 +1,141 @@
+"""Servers that are forked from a process which has imported SGLang already.
+
+    with ForkedServer("models/tiny-gqa", {"page-size": 16}) as server: ...
+
+Nearly all of what a server's start costs is imports of SGLang and PyTorch: about 8 s of CPU time in each of
+its processes (launcher, schedulers, detokenizer), and a test run starts dozens of servers. So one process of
+the run, the zygote (zygote.py), imports them once and has one thread. A launcher is a fork of it, and
+schedulers and detokenizer are forks of the launcher. Everything else is what ``python -m
+sglang.launch_server`` does: that module runs as ``__main__`` with those arguments, loads its plug-ins and
+patches itself; the processes, their sockets, signals and parents are the same.
+
+What this does not show, and tests with servers that start as those of users do have to:
+
+* that each process finds our plug-in by itself. Here the launcher does, and its children inherit what it has
+  patched;
+* what happens in an import, and settings that are read in one: ``ForkedServer`` takes those variables only
+  that are known to be read later;
+* that what processes are given can be pickled.
+
+On a GPU servers start in the ordinary way: a process cannot use a device that its parent has used.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
+
+import zygote
+from server import DEFAULT_ENVIRONMENT, ON_CPU, ServerStartError, SGLangServer, flag_arguments
+
+# What SGLang reads when it is used, not when it is imported. So are all of ours.
+_READ_LATE = {"SGLANG_CPU_OMP_THREADS_BIND", "SGLANG_REQ_WAITING_TIMEOUT"}
+
+
+class _Zygote:
+    """May be used by several threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, tempfile.TemporaryFile("w+") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, zygote.__file__, str(theirs.fileno())],
+                # The pool of threads that OpenBLAS starts when it is loaded would be none of ours.
+                env={**os.environ, **DEFAULT_ENVIRONMENT, "OPENBLAS_NUM_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+            )
+            theirs.close()
+            hello, _ = zygote.receive(self._socket)
+            log.seek(0)
+            if hello is None:
+                raise ServerStartError(f"the zygote of the servers ended:\n{log.read()}")
+        assert hello["num_threads"] == 1, "a process with several threads cannot be forked safely"
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        """Ends it, and what is left of its servers."""
+        self._socket.close()
+        self._process.wait()
+
+    def _ask(self, request: Mapping[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
+        with self._lock:
+            zygote.send(self._socket, request, descriptors)
+            answer, _ = zygote.receive(self._socket)
+        assert answer is not None, "the zygote of the servers has ended"
+        return answer
+
+    def fork(self, arguments: list[str], environment: Mapping[str, str], log: int) -> ForkedProcess:
+        """A launcher, in a session of its own."""
+        request = {"arguments": arguments, "environment": dict(environment)}
+        return ForkedProcess(self, self._ask(request, [log])["pid"])
+
+    def status_of(self, pid: int) -> int | None:
+        return self._ask({"status_of": pid})["status"]
+
+
+class ForkedProcess:
+    """A child of the zygote's, with the methods of a ``Popen`` that a server needs."""
+
+    def __init__(self, of: _Zygote, pid: int) -> None:
+        self._zygote, self.pid = of, pid
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            self.returncode = self._zygote.status_of(self.pid)
+        return self.returncode
+
+    def wait(self, timeout: float | None = None) -> int:
+        deadline_s = None if timeout is None else time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if deadline_s is not None and time.monotonic() > deadline_s:
+                raise subprocess.TimeoutExpired("a forked server", timeout or 0.0)
+            time.sleep(0.02)
+        return status
+
+    def send_signal(self, signum: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, signum)
+
+
+_one_at_a_time = threading.Lock()
+
+
+@functools.cache
+def _the_zygote() -> _Zygote:
+    return _Zygote()
+
+
+class ForkedServer(SGLangServer):
+    """A server whose processes are forks of the zygote's; on a GPU an ordinary one.
+
+    Raises:
+        ValueError: it is given a variable that may be read by an import.
+    """
+
+    def __init__(self, *arguments: Any, env: Mapping[str, str | None] | None = None, **options: Any) -> None:
+        early = [name for name in env or {} if name not in _READ_LATE and not name.startswith("FLEXKV_")]
+        if early:
+            raise ValueError(f"with {', '.join(early)} a server has to start in the ordinary way")
+        super().__init__(*arguments, env=env, **options)
+
+    def _launch(self, log: BinaryIO) -> Any:
+        if not ON_CPU:
+            return super()._launch(log)
+        with _one_at_a_time:
+            one = _the_zygote()
+        return one.fork(flag_arguments(self.flags), self._environment, log.fileno())
