@@ -5,11 +5,11 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-from server import SGLangServer
+from forked_server import ForkedServer
 from workload import some_tokens
 
 ROOT = Path(__file__).parents[2]
-PROMPTS = 6
+PROMPTS = 3
 PROMPT_TOKENS = 1900
 POOL_TOKENS = 2304  # one prompt, so each pushes the one before off the device
 
@@ -30,7 +30,7 @@ def test_embeddings_of_what_is_loaded_are_those_of_what_is_computed(tmp_path: Pa
     }
     rng = random.Random(3)
     prompts = [some_tokens(rng, PROMPT_TOKENS) for _ in range(PROMPTS)]
-    with SGLangServer(ROOT / "models" / "small-gqa", flags, log_path=tmp_path / "server.log") as server:
+    with ForkedServer(ROOT / "models" / "small-gqa", flags, log_path=tmp_path / "server.log") as server:
 
         def embed(prompt: list[int]) -> list[float]:
             answer = server.request("POST", "/encode", json={"input_ids": prompt}).json()
