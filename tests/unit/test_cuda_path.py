@@ -606,12 +606,12 @@ def test_speeds_are_of_the_copies_not_of_what_they_wait_for(
     cuda.speeds(0.25, 36e3)
     rig = make_rig(tokens=64, row_bytes=(2048, 2048), layers=6)  # pieces of 128 KiB
     dam = Dam(cuda, stream)
-    blocks = ints(*range(8))
+    loaded, stored = ints(*range(8)), ints(*range(8, 16))
     graphs = [
         rig.engine.submit([op], wait_events=[cuda.record(stream)])
         for op in (
-            _core.OpSpec(T.H2D, blocks, rig.token_slots(*blocks)),
-            _core.OpSpec(T.D2H, rig.token_slots(*blocks), blocks),
+            _core.OpSpec(T.H2D, loaded, rig.token_slots(*loaded)),
+            _core.OpSpec(T.D2H, rig.token_slots(*stored), stored),
         )
     ]
     assert not rig.engine.wait(graphs[0], 0.2)
