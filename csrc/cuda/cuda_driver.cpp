@@ -189,13 +189,10 @@ bool CudaDriver::CopyBatch(uint64_t* dsts, uint64_t* srcs, size_t* sizes, size_t
 }
 
 bool CudaDriver::HostRegister(void* ptr, size_t bytes) {
-  std::string error;
-  return MakeCurrent(&error) && host_register_(ptr, bytes, kHostPortable | kHostDeviceMap) == 0;
+  return host_register_(ptr, bytes, kHostPortable | kHostDeviceMap) == 0;
 }
 
-void CudaDriver::HostUnregister(void* ptr) {
-  if (set_current_(context_) == 0) host_unregister_(ptr);
-}
+void CudaDriver::HostUnregister(void* ptr) { host_unregister_(ptr); }
 
 void* CudaDriver::AllocatePinned(size_t bytes) {
   void* memory = nullptr;

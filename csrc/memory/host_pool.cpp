@@ -77,6 +77,7 @@ HostPool::~HostPool() {
   stop_.store(true);
   if (pinner_.joinable()) pinner_.join();
   if (cuda_) {
+    const CudaContext context(*cuda_);
     for (size_t at = 0; at < pinned_bytes_.load(); at += kPinChunkBytes) {
       cuda_->HostUnregister(base_ + at);
     }
@@ -91,7 +92,8 @@ void HostPool::StartPinning(std::shared_ptr<CudaDriver> cuda) {
 }
 
 void HostPool::PinLoop() {
-  bool lockable = true;
+  std::string ignored;
+  bool lockable = !cuda_ || cuda_->MakeCurrent(&ignored);
   for (size_t at = 0; at < mapped_bytes_ && !stop_.load(); at += kPinChunkBytes) {
     const size_t bytes = std::min(kPinChunkBytes, mapped_bytes_ - at);
     // One process at a time, a chunk at a time: the pools of all ranks grow alike, and half of the time nobody is in

@@ -37,7 +37,8 @@ class HostPool {
   // Starts pinning, chunk by chunk, in a thread of its own: faulted in, then registered with CUDA if `cuda`
   // is given, otherwise locked with mlock where RLIMIT_MEMLOCK lets it. Processes of one user take turns, a
   // chunk each, and one that registers with CUDA rests as long as each registration took: the driver does it
-  // under locks that launches need. The pool is usable all the while; a transfer out of memory that is not pinned yet is only slower.
+  // under locks that launches need. The pool is usable all the while; a transfer out of memory that is not
+  // pinned yet is only slower.
   void StartPinning(std::shared_ptr<CudaDriver> cuda);
   // Pinned memory is at the pool's beginning.
   size_t pinned_bytes() const { return pinned_bytes_.load(std::memory_order_acquire); }

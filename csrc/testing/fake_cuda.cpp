@@ -138,6 +138,9 @@ Device& device() {
   return *the_device;
 }
 
+// Of the calling thread, the current one last.
+thread_local std::vector<void*> contexts;
+
 void RunQueue(Queue* queue);
 
 Queue* NextQueue() {
@@ -539,17 +542,29 @@ int cuDevicePrimaryCtxRetain(void** context, int) {
 
 int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
 
-int cuCtxSetCurrent(void*) {
+int cuCtxSetCurrent(void* context) {
   ENTER();
+  if (!contexts.empty()) contexts.pop_back();
+  if (context != nullptr) contexts.push_back(context);
   return 0;
 }
 
-int cuCtxPushCurrent_v2(void*) {
-  ENTER();
+int cuCtxGetCurrent(void** context) {
+  *context = contexts.empty() ? nullptr : contexts.back();
   return 0;
 }
 
-int cuCtxPopCurrent_v2(void**) { return 0; }
+int cuCtxPushCurrent_v2(void* context) {
+  ENTER();
+  contexts.push_back(context);
+  return 0;
+}
+
+int cuCtxPopCurrent_v2(void** context) {
+  cuCtxGetCurrent(context);
+  if (!contexts.empty()) contexts.pop_back();
+  return 0;
+}
 
 int cuThreadExchangeStreamCaptureMode(int* mode) {
   ENTER();

@@ -102,6 +102,17 @@ class FakeCuda:
         view = np.ctypeslib.as_array((ctypes.c_uint8 * num_bytes).from_address(address.value))
         return address.value, view
 
+    @property
+    def context(self) -> int | None:
+        """The one that is current in the calling thread."""
+        handle = ctypes.c_void_p()
+        self._call("cuCtxGetCurrent", ctypes.byref(handle))
+        return handle.value
+
+    @context.setter
+    def context(self, handle: int | None) -> None:
+        self._call("cuCtxSetCurrent", ctypes.c_void_p(handle))
+
     def adopt(self, address: int, num_bytes: int) -> None:
         """Memory of the caller's plays the device's, until ``let_go``."""
         self._c.fake_adopt(ctypes.c_uint64(address), ctypes.c_size_t(num_bytes))

@@ -1399,6 +1399,21 @@ def test_ten_thousand_loads_and_write_backs(make_rig: MakeRig, cuda: FakeCuda) -
     cuda.end_stream(stream)
 
 
+def test_a_callers_thread_keeps_its_context(cuda: FakeCuda, stream: int) -> None:
+    """It may work with another device."""
+    cuda.context = theirs = 0x77
+    try:
+        rig = Rig(cuda)
+        check_round_trip(rig)
+        awaited = rig.awaited_slots(stream, rig.token_slots(1))
+        assert rig.run(_core.OpSpec(T.H2D, ints(2), PLACES(1), awaited=awaited)).done
+        del awaited
+        rig.close()
+        assert cuda.context == theirs
+    finally:
+        cuda.context = None
+
+
 # ---- faults ------------------------------------------------------------------------------------
 
 # What runs while a copy is queued and followed; in words what becomes of the copy if it fails once.
