@@ -28,6 +28,8 @@ readonly PY=$VENV/bin/python
 readonly STAGES=(image wheels site core jit flashinfer models pack)
 
 export FLASHINFER_CUDA_ARCH_LIST=9.0a FLASHINFER_WORKSPACE_BASE=$WORK/flashinfer PYTHONDONTWRITEBYTECODE=1
+# Where SGLang finds what it has compiled before: a stage that was stopped goes on.
+export SGLANG_JIT_CACHE_DIR=$WORK/jit-cache
 MAX_JOBS=${MAX_JOBS:-$(nproc)}
 export MAX_JOBS
 
