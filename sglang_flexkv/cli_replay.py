@@ -428,9 +428,11 @@ def _plot(file: Path, title: str, results: Sequence[Result]) -> None:
 
 def _print_plan(result: Plan, hardware: Hardware) -> None:
     chosen, with_ssd = result.recommended, hardware.ssd_gib > 0
-    policies = f"cpu_eviction_policy {result.grid[-1].cpu_policy}"
+    # The policies of a tier are those of all rows that have it.
+    largest = max(result.grid, key=lambda candidate: candidate.ssd_gib)
+    policies = f"cpu_eviction_policy {largest.cpu_policy}"
     if with_ssd:
-        policies += f", ssd_eviction_policy {result.grid[-1].ssd_policy}"
+        policies += f", ssd_eviction_policy {largest.ssd_policy}"
     say(f"[bold]sizes that were tried, cheapest first, with {policies}[/bold]")
     columns = ["CPU GiB", "SSD GiB", "device", "CPU", "SSD", "mean ms", "p50 ms", ""]
     table = _table([name for name in columns if with_ssd or "SSD" not in name])
@@ -462,6 +464,11 @@ def _print_plan(result: Plan, hardware: Hardware) -> None:
             " (0: at least half of them find nothing in the tiers)",
         }
     )
+    if chosen is not None and chosen.ssd_admission != result.grid[0].ssd_admission:
+        say(
+            f"  The recommended row is with ssd_admission {chosen.ssd_admission}, the others with "
+            f"{result.grid[0].ssd_admission}."
+        )
     for number, reason in enumerate(reasons, 1):
         say(f"  ({number}) hits more than another row and saves less: {reason}")
     say(
@@ -493,7 +500,7 @@ def _print_recommendation(chosen: Candidate, result: Plan) -> None:
     if chosen.ssd_gib:
         say(
             f"  ssd_cache_gb         {chosen.ssd_gib:.3f}, ssd_eviction_policy {chosen.ssd_policy}, "
-            f"ssd_admission {chosen.ssd_admission} ({chosen.ssd_written_gib:.2f} GiB written)"
+            f"ssd_admission {chosen.ssd_admission} (the trace writes {_gib(chosen.ssd_written_gib)} GiB)"
         )
     say("  write_policy         write_through")
     say(

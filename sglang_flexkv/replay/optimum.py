@@ -10,7 +10,6 @@ request.
 from __future__ import annotations
 
 import heapq
-from array import array
 
 import numpy as np
 import numpy.typing as npt
@@ -22,10 +21,9 @@ def optimum(trace: Trace, capacity_blocks: int) -> npt.NDArray[np.int64]:
     """Tokens that each request hits in an optimal cache of one tier that starts empty, [requests]."""
     num_blocks, never = trace.num_blocks, trace.num_requests
     next_uses = _next_uses(trace)
-    next_use = array("i", [never]) * num_blocks
-    parent = array("i", [-1]) * num_blocks
-    resident = bytearray(num_blocks)
-    children = array("i", [0]) * num_blocks  # resident ones
+    # Of resident blocks. Pages that nothing is written to take no memory, and many blocks are never resident.
+    next_use, parent, children = (np.zeros(num_blocks, np.int32).data for _ in range(3))
+    resident = np.zeros(num_blocks, np.uint8).data
     # Leaves, the one used last first, each as one small number: (never - next use) * num_blocks + block. An
     # entry whose block has gone, got a child or was used since is passed over. Blocks of the present
     # request need no protection: they are used again no later than what follows them, so they are never
@@ -41,7 +39,7 @@ def optimum(trace: Trace, capacity_blocks: int) -> npt.NDArray[np.int64]:
         while held < len(path) and resident[path[held]]:
             held += 1
         hits[number] = held
-        for block, use in zip(path, uses, strict=True):
+        for block, use in zip(path[:held], uses[:held], strict=True):
             next_use[block] = use
         stored = held
         while stored < len(path):
@@ -68,6 +66,7 @@ def optimum(trace: Trace, capacity_blocks: int) -> npt.NDArray[np.int64]:
             parent[block] = path[stored - 1] if stored else -1
             if stored:
                 children[path[stored - 1]] += 1
+            next_use[block] = use
             resident[block] = True
             stored += 1
         if stored and not children[path[stored - 1]]:
