@@ -225,9 +225,13 @@ def _count_repeated(ids: npt.NDArray[np.int64], chosen: npt.NDArray[np.bool_]) -
         count += len(kept)
     ids = ids[:count]
     ids.sort()
-    again = np.zeros(count + 1, np.bool_)
-    again[1:-1] = ids[1:] == ids[:-1]
-    return int(np.count_nonzero(again[1:] & ~again[:-1]))
+    repeated = 0
+    for part in _chunks(count):
+        # With the two before it: the second of a run counts, so what comes before the first is wanted, too.
+        near = ids[max(part.start - 2, 0) : part.stop]
+        same = near[1:] == near[:-1]
+        repeated += int(np.count_nonzero(same[1:] & ~same[:-1])) + (part.start == 0 and bool(same[:1].any()))
+    return repeated
 
 
 def _chunks(count: int) -> Iterator[slice]:
