@@ -2,8 +2,9 @@
 
     python engines.py < job.json
 
-The job has the ``arguments`` of ``sglang.Engine``, ``prompts`` (token ids) and ``sampling_params``. The first
-engine, which SGLang kills at its end, goes when the SSD tier in ``directory`` holds so many ``blocks``.
+The job has the ``arguments`` of ``sglang.Engine``, ``prompts`` (token ids), ``sampling_params``, and what to
+``ask`` beside that of answers that are compared. The first engine, which SGLang kills at its end, goes when
+the SSD tier in ``directory`` holds so many ``blocks``.
 Prints lines of ``answers``, a space, and SGLang's answers as JSON: one for each engine, then more for the
 second one, which goes on until somebody ends it.
 """
@@ -36,7 +37,7 @@ def main() -> None:
 
     def start() -> Any:
         engine = sglang.Engine(**job["arguments"])
-        tell([engine.generate(input_ids=prompt, sampling_params=params) for prompt in prompts])
+        tell([engine.generate(input_ids=prompt, sampling_params=params, **job["ask"]) for prompt in prompts])
         return engine
 
     first = start()
