@@ -151,7 +151,7 @@ class Bench:
     def store(cache: GlobalCacheEngine, sequence: SequenceMeta) -> None:
         plan = cache.plan_put(None, sequence.block_keys, sequence.token_ids)
         assert plan is not None
-        cache.index.commit(plan.txn)
+        cache.index.commit(plan.parts[0].txn)
 
     def in_turn(self, number: int) -> np.ndarray:
         """Prompts from all over the index."""
@@ -204,9 +204,9 @@ class Bench:
         def check(plan: Any) -> None:
             self.report.check("put plans", plan is not None)
             if keep:
-                cache.index.commit(plan.txn) if plan.txn else None
+                cache.index.commit(plan.parts[0].txn) if plan.parts[0].txn else None
             else:
-                cache.index.abort(plan.txn)
+                cache.index.abort(plan.parts[0].txn)
 
         new = prompts(self.repeats, LONG, seed)
         calls = [partial(plan_put, ids) for ids in new]

@@ -90,20 +90,20 @@ class Bench:
         row = torch.zeros((1, slot_bytes // layers), dtype=torch.uint8)
         device = DeviceBuffers([[row] for _ in range(layers)], tokens_per_row=1)
         self.storage = StorageEngine(device, TierRequest(config, make_namespace({"bench": layers})))
-        (self.tier,) = self.storage.lower
+        (self.tier,) = self.storage.first.lower
         self.transfer = TransferEngine(config, self.storage)
         self.transfer.attach(1, self.tier.core)
         if self.tier.core.engine_name != engine.value:
             raise RuntimeError(f"asked for {engine.value}, got {self.tier.core.engine_name}")
         (self.file,) = directory.glob("*.slots")
-        self.host = [self.storage.host.slot_view(slot) for slot in range(self.num_slots)]
+        self.host = [self.storage.first.host.slot_view(slot) for slot in range(self.num_slots)]
         self.data = random_bytes((self.num_slots, slot_bytes), 1)
         self._rng = np.random.default_rng(2)
         self.keys = self._rng.integers(1, 2**63, (self.num_slots, 2), dtype=np.uint64)  # of block i
         self.ssd_slots = np.arange(self.num_slots)
         self.cpu_s = 0.0
         # Memory is populated and registered with the ring in the background: not what is measured.
-        while self.storage.host.populated_bytes < self.storage.host.total_bytes:
+        while self.storage.first.host.populated_bytes < self.storage.first.host.total_bytes:
             time.sleep(0.05)
 
     def close(self) -> None:

@@ -19,9 +19,10 @@ import logging
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +33,7 @@ from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, Pla
 from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, TokenIds
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import CacheConfig, SsdAdmission
+from sglang_flexkv.common.kv_group import KVGroup
 from sglang_flexkv.common.lower_tier import CPU, LowerTier, TierNumbers
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, SlotsOnTheirWay, TransferType
@@ -117,6 +119,10 @@ class KVTaskEngine:
     The only door to what is under it: index, transfers, memory and files are private, so that nobody changes
     one of them without the others, or without the lock.
 
+    Args:
+        device: the pool of the first group, which keeps all blocks.
+        more_groups: parts that blocks have in other pools.
+
     Raises:
         ConfigError, OSError: a tier cannot be set up (see StorageEngine).
     """
@@ -132,42 +138,46 @@ class KVTaskEngine:
         rank_tag: str = "rank0",
         keep_tokens: bool = False,
         disk: _core.Disk | None = None,
+        more_groups: Sequence[KVGroup] = (),
     ) -> None:
         self.config = config
         self._trace = TransferTrace() if config.trace_file is not None else None
         self._rank_tag = rank_tag
-        self._storage = StorageEngine(device, TierRequest(config, namespace, label, identity, rank_tag, disk))
-        self._tier_names = ["CPU", *(tier.name for tier in self._storage.lower)]
+        request = TierRequest(config, namespace, label, identity, rank_tag, disk)
+        self._storage = StorageEngine(device, request, more_groups)
+        self._tier_names = ["CPU", *(tier.name for tier in self._storage.first.lower)]
         self._lock = threading.RLock()
         self._tasks: dict[int, KVTask] = {}
         self._unlaunched: OrderedDict[int, KVTask] = OrderedDict()  # READY tasks, the oldest first
         self._by_graph: dict[int, KVTask] = {}
-        # Tasks that load from a lower tier, READY or RUNNING, by the transaction that brings it to the CPU
-        # tier.
-        self._reads: dict[int, KVTask] = {}
+        # Tasks that load from a lower tier, READY or RUNNING, by group and the transaction that brings it to
+        # the CPU tier.
+        self._reads: dict[tuple[int, int], KVTask] = {}
         self._ids = itertools.count(1)
-        self._leases: set[int] = set()
-        self._spills_running: Counter[int] = Counter()  # by tier
+        self._leases: dict[int, list[tuple[int, int]]] = {}  # of each group that has one
+        self._spills_running: Counter[tuple[int, int]] = Counter()  # by group and tier
         self._waiting_puts: OrderedDict[int, _WaitingPut] = OrderedDict()  # CREATED tasks, the oldest first
         self._closed = False
         try:
             self._cache = GlobalCacheEngine(
                 config,
-                self._storage.lower,
+                self._storage.first.lower,
+                [(g, s.lower) for g, s in zip(more_groups, self._storage.groups[1:], strict=True)],
                 keep_tokens=keep_tokens,
-                spill_blocks_max=max(1, _SPILL_BYTES_MAX // self._storage.slot_bytes),
+                spill_blocks_max=max(1, _SPILL_BYTES_MAX // self.slot_bytes),
             )
             self._transfer = TransferEngine(config, self._storage)
             self._lives = {
-                number: TierLife(
+                (cache.group, number): TierLife(
                     number,
                     tier,
-                    self._cache,
+                    cache,
                     self._transfer,
-                    self._cancel_tasks_of,
-                    lambda number: len(self._tasks_of(number)),
+                    partial(self._cancel_tasks_of, number, cache.group),
+                    partial(self._num_tasks_of, number, cache.group),
                 )
-                for number, tier in enumerate(self._storage.lower, start=1)
+                for cache, storage in zip(self._cache.groups, self._storage.groups, strict=True)
+                for number, tier in enumerate(storage.lower, start=1)
             }
         except BaseException:
             self._storage.close_lower()
@@ -183,12 +193,12 @@ class KVTaskEngine:
     @property
     def host_pool(self) -> _core.HostPool:
         """The memory of the CPU tier, for benchmarks that compare with it."""
-        return self._storage.host
+        return self._storage.first.host
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes that a block takes in a tier."""
-        return self._storage.slot_bytes
+        """Bytes that a block takes in a tier, its part in the first group."""
+        return self._storage.first.slot_bytes
 
     @property
     def tier_names(self) -> Sequence[str]:
@@ -207,7 +217,7 @@ class KVTaskEngine:
             note = tier.core.engine_note
             return f"{tier.core.engine_name} ({note})" if note else tier.core.engine_name
 
-        return {tier.name: (tier.num_slots, engine(tier)) for tier in self._storage.lower}
+        return {tier.name: (tier.num_slots, engine(tier)) for tier in self._storage.first.lower}
 
     @property
     def cuda_note(self) -> str:
@@ -234,15 +244,18 @@ class KVTaskEngine:
         """
         with self._lock:
             self.poll()
-            lease, tiers, _ = self._cache.index.acquire(keys, None)
-            if lease:
-                self._leases.add(lease)
+            leases, tiers = self._cache.pin(keys)
+            if not leases:
+                return 0, tiers
+            lease = next(self._ids)
+            self._leases[lease] = leases
             return lease, tiers
 
     def queued_read_bytes(self) -> Counter[int]:
         """Bytes that wait to be loaded from each lower tier or are being loaded, by its number."""
-        queued = {n: self._transfer.queued_blocks(TransferType.LOWER2H, n) for n in self._lives}
-        return Counter({number: blocks * self._storage.slot_bytes for number, blocks in queued.items()})
+        numbers = range(1, len(self._tier_names))
+        queued = {n: self._transfer.queued_blocks(TransferType.LOWER2H, n) for n in numbers}
+        return Counter({number: blocks * self.slot_bytes for number, blocks in queued.items()})
 
     def bytes_by_tier(self, tiers: TierNumbers) -> Counter[int]:
         """Bytes of blocks that come from lower tiers, by the tier's number.
@@ -251,7 +264,7 @@ class KVTaskEngine:
             tiers: of each block the tier that it is in, uint8 [blocks].
         """
         counts = np.bincount(tiers, minlength=1)[1:].tolist()
-        return Counter({n: count * self._storage.slot_bytes for n, count in enumerate(counts, 1) if count})
+        return Counter({n: count * self.slot_bytes for n, count in enumerate(counts, 1) if count})
 
     @property
     def num_spill_dropped_blocks(self) -> int:
@@ -274,13 +287,12 @@ class KVTaskEngine:
             return None
         with self._lock:
             self.poll()
-            task = self._reads.get(self._cache.index.writer(CPU, key))
+            task = self._reads.get((0, self._cache.index.writer(CPU, key)))
             return None if task is None or task.plan is None or task.plan.discarded else task
 
     def unpin(self, lease: int) -> None:
         with self._lock:
-            self._leases.discard(lease)
-            self._cache.index.release(lease)
+            self._cache.unpin(self._leases.pop(lease, ()))
 
     # ---- creating ----
 
@@ -339,12 +351,11 @@ class KVTaskEngine:
             return task
 
     def _may_put(self, put: _WaitingPut) -> bool:
-        coming = sum(
-            len(op.block_positions)
-            for task in self._by_graph.values()
-            if task.plan is not None and task.plan.kind is PlanKind.PUT
-            for op in task.plan.graph.ops
-        )
+        coming: Counter[int] = Counter()
+        for task in self._by_graph.values():
+            if task.plan is not None and task.plan.kind is PlanKind.PUT:
+                for op in task.plan.graph.ops:
+                    coming[op.group] += len(op.block_positions)
         return self._cache.may_put(len(put.keys), coming)
 
     def _start_put(self, put: _WaitingPut) -> None:
@@ -385,14 +396,15 @@ class KVTaskEngine:
         task.become(TaskStatus.READY)
         self._tasks[task.task_id] = task
         self._unlaunched[task.task_id] = task
-        if plan is not None and plan.num_lower_blocks:
-            self._reads[plan.txn] = task
+        for read in plan.reads if plan is not None else ():
+            self._reads[read] = task
         return task
 
     def _finish(self, task: KVTask, result: _core.GraphResult | None) -> None:
         """Ends a task's plan, which gives back what it held; see GlobalCacheEngine.finish."""
         if task.plan is not None:
-            self._reads.pop(task.plan.txn, None)
+            for read in task.plan.reads:
+                self._reads.pop(read, None)
             self._cache.finish(task.plan, result)
 
     # ---- running ----
@@ -415,6 +427,7 @@ class KVTaskEngine:
         gate: _core.LayerGate | None = None,
         wait_events: Sequence[object] = (),
         timeout_s: float = 0.0,
+        more_slots: Mapping[int, Slots] | None = None,
     ) -> None:
         """Starts a READY task. One that has ended meanwhile is left alone. A put or a prefetch is cancelled
         instead while too many of its kind are on their way (see TransferEngine).
@@ -426,6 +439,9 @@ class KVTaskEngine:
                 every task that shares it, before the first of them is launched. Of a put, a gate with one
                 layer that expects one: opened when the device's slots may be written again.
             wait_events: torch.cuda.Event objects that must have happened before the device pool is touched.
+                more_slots: token slots in the pools of the further groups, int64 [tokens], by group: of the
+                blocks
+                that the plan's part has there (``PlanPart.first``).
         """
         with self._lock:
             if task.ended:
@@ -438,6 +454,8 @@ class KVTaskEngine:
                 return
             if token_slots is not None:
                 plan.graph.bind_device_slots(token_slots, self.config.tokens_per_block, places)
+                for group, slots in (more_slots or {}).items():
+                    plan.graph.bind_device_slots(slots, self.config.tokens_per_block, group=group)
             task.core_graph = self._transfer.submit(
                 plan.graph,
                 gate=gate,
@@ -475,14 +493,14 @@ class KVTaskEngine:
                 else:
                     task.become(TaskStatus.CANCELLED)
                 if task.plan.kind is PlanKind.SPILL:
-                    self._spills_running[task.plan.txn_tier] -= 1
+                    self._spills_running[task.plan.parts[0].group, task.plan.tier] -= 1
                     self._tasks.pop(task.task_id, None)
                 ended.append(task)
             self._reclaim()
             if not self._closed:
-                for number, life in self._lives.items():
+                for (group, number), life in self._lives.items():
                     life.poll()
-                    self._start_spills(number)
+                    self._start_spills(group, number)
                 self._start_puts()
         return ended
 
@@ -496,12 +514,12 @@ class KVTaskEngine:
             logger.warning("task %d was not launched for %.0f s and is cancelled", task.task_id, age_s)
             self.cancel(task)
 
-    def _start_spills(self, tier: int) -> None:
-        while self._spills_running[tier] < _SPILLS_MAX:
-            plan = self._cache.plan_spill(tier)
+    def _start_spills(self, group: int, tier: int) -> None:
+        while self._spills_running[group, tier] < _SPILLS_MAX:
+            plan = self._cache.plan_spill(tier, group)
             if plan is None:
                 return
-            self._spills_running[tier] += 1
+            self._spills_running[group, tier] += 1
             self.launch(self._add(plan))
 
     def wait(self, tasks: Iterable[KVTask], timeout_s: float) -> bool:
@@ -584,10 +602,10 @@ class KVTaskEngine:
             self._discard(
                 task
                 for task in [*self._tasks.values(), *self._by_graph.values()]
-                if task.plan is not None and task.plan.txn_tier in tiers
+                if task.plan is not None and task.plan.tier in tiers
             )
             self._cache.clear(tiers)
-            for number, life in self._lives.items():
+            for (_, number), life in self._lives.items():
                 if number in tiers:
                     life.clear()
 
@@ -595,10 +613,10 @@ class KVTaskEngine:
         """Empties the lower tiers and marks them: no other process finds what is in them from now on. For the
         moment when the weights stop being those that the namespace stands for."""
         with self._lock:
-            for number, life in self._lives.items():
-                self._discard(self._tasks_of(number))
+            for (group, number), life in self._lives.items():
+                self._discard(self._tasks_of(number, group))
                 life.stop_persisting()
-            self._cache.clear(self._lives.keys())
+            self._cache.clear(range(1, len(self._tier_names)))
 
     @staticmethod
     def _discard(tasks: Iterable[KVTask]) -> None:
@@ -606,16 +624,20 @@ class KVTaskEngine:
             if task.plan is not None:
                 task.plan.discarded = True
 
-    def _tasks_of(self, tier: int) -> list[KVTask]:
-        """Running tasks that load from a lower tier or store in it."""
+    def _tasks_of(self, tier: int, group: int) -> list[KVTask]:
+        """Running tasks that load from a lower tier of a group or store in it."""
         return [
             task
             for task in self._by_graph.values()
-            if task.plan is not None and any(op.tier == tier for op in task.plan.graph.ops)
+            if task.plan is not None
+            and any((op.tier, op.group) == (tier, group) for op in task.plan.graph.ops)
         ]
 
-    def _cancel_tasks_of(self, tier: int) -> None:
-        tasks = self._tasks_of(tier)
+    def _num_tasks_of(self, tier: int, group: int) -> int:
+        return len(self._tasks_of(tier, group))
+
+    def _cancel_tasks_of(self, tier: int, group: int) -> None:
+        tasks = self._tasks_of(tier, group)
         self._discard(tasks)
         for task in tasks:
             self.cancel(task)
@@ -645,20 +667,23 @@ class KVTaskEngine:
         runs."""
         with self._lock:
             self.poll()
-            problem = self._cache.index.check_integrity()
-            assert not problem, f"index: {problem}"
             # A running task may have been forgotten by its creator; it still owns what it holds.
             known = {**self._tasks, **{task.task_id: task for task in self._by_graph.values()}}
             live = [task for task in known.values() if not task.ended and task.plan is not None]
-            index = self._cache.index
-            leases = sum(len(task.plan.leases) for task in live if task.plan) + len(self._leases)
-            leases += self._cache.num_waiting_leases
-            reservations = sum(bool(task.plan.txn) for task in live if task.plan)
-            assert index.num_leases == leases, f"{index.num_leases} leases, {leases} of them with an owner"
-            assert index.num_transactions == reservations, (
-                f"{index.num_transactions} reservations, {reservations} of them with an owner"
-            )
-            reads = {task.plan.txn for task in live if task.plan and task.plan.num_lower_blocks}
+            parts = [part for task in live if task.plan is not None for part in task.plan.parts]
+            for cache in self._cache.groups:
+                index, number = cache.index, cache.group
+                problem = index.check_integrity()
+                assert not problem, f"index of group {number}: {problem}"
+                leases = sum(bool(part.lease) for part in parts if part.group == number)
+                leases += sum(group == number for held in self._leases.values() for group, _ in held)
+                leases += cache.num_waiting_leases
+                reservations = sum(bool(part.txn) for part in parts if part.group == number)
+                assert index.num_leases == leases, f"{index.num_leases} leases, {leases} with an owner"
+                assert index.num_transactions == reservations, (
+                    f"{index.num_transactions} reservations, {reservations} with an owner"
+                )
+            reads = {read for task in live if task.plan is not None for read in task.plan.reads}
             assert self._reads.keys() == reads, f"reads {set(self._reads)}, running are {reads}"
 
     def load_stats(self) -> list[dict[str, float]]:
@@ -671,20 +696,22 @@ class KVTaskEngine:
         ]
 
     def stats(self) -> dict[str, dict[str, float]]:
-        """Tiers by name (see GlobalCacheEngine.stats and TierLife.stats; saved_write_bytes where not every
-        block is admitted), transfers (see TransferEngine.stats), and tasks: how many are kept, because nobody
-        has forgotten them yet, and how many run."""
+        """Tiers by name (see CacheEngine.stats and TierLife.stats; saved_write_bytes where not every block is
+        admitted; of a further group with its name behind), transfers (see TransferEngine.stats), and tasks:
+        how many are kept, because nobody has forgotten them yet, and how many run."""
         with self._lock:
             out: dict[str, dict[str, float]] = {}
             out["tasks"] = {"kept": len(self._tasks), "running": len(self._by_graph)}
-            for number, name in enumerate(self._tier_names):
-                out[name] = self._cache.stats(number)
-            for number, life in self._lives.items():
-                of_tier = out[self._tier_names[number]]
-                of_tier.update(life.stats())
-                if self._storage.lower[number - 1].admission is SsdAdmission.REUSE:
-                    saved = max(0, of_tier["offered"] - of_tier["admitted"])
-                    of_tier["saved_write_bytes"] = saved * self._storage.slot_bytes
+            names = ["", *(f" {group.name}" for group in self._storage.more_groups)]
+            for cache, storage, of_group in zip(self._cache.groups, self._storage.groups, names, strict=True):
+                for number, name in enumerate(self._tier_names):
+                    of_tier = out[name + of_group] = cache.stats(number)
+                    if number == CPU:
+                        continue
+                    of_tier.update(self._lives[cache.group, number].stats())
+                    if storage.lower[number - 1].admission is SsdAdmission.REUSE:
+                        saved = max(0, of_tier["offered"] - of_tier["admitted"])
+                        of_tier["saved_write_bytes"] = saved * storage.slot_bytes
             out.update(self._transfer.stats())
             return out
 

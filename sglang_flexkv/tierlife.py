@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from enum import Enum
 
-from sglang_flexkv.cache.cache_engine import GlobalCacheEngine
+from sglang_flexkv.cache.cache_engine import CacheEngine
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.lower_tier import LowerTier
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
@@ -45,11 +45,12 @@ class TierState(Enum):
 
 
 class TierLife:
-    """Watches over one lower tier of one engine, whose lock its caller holds.
+    """Watches over one lower tier of one group of an engine, whose lock its caller holds.
 
     Args:
         number: of the tier.
         tier: opened already. Closed by this.
+        cache: of the group.
         cancel_tasks: cancels what is on its way from or to the tier.
         num_tasks: how many such tasks have not ended.
 
@@ -61,10 +62,10 @@ class TierLife:
         self,
         number: int,
         tier: LowerTier,
-        cache: GlobalCacheEngine,
+        cache: CacheEngine,
         transfer: TransferEngine,
-        cancel_tasks: Callable[[int], None],
-        num_tasks: Callable[[int], int],
+        cancel_tasks: Callable[[], None],
+        num_tasks: Callable[[], int],
     ) -> None:
         self._number, self._tier = number, tier
         self._cache, self._transfer = cache, transfer
@@ -93,9 +94,9 @@ class TierLife:
             reason = self._why_out()
             if reason:
                 self._take_out(reason)
-        if self.state is TierState.LEAVING and self._num_tasks(self._number) == 0:
+        if self.state is TierState.LEAVING and self._num_tasks() == 0:
             # Nothing in flight: nobody uses the tier any more.
-            self._transfer.detach(self._number)
+            self._transfer.detach(self._number, self._cache.group)
             self._close_and_open()
         # A plan that was made before and not launched yet may still hold a block.
         if self.state is TierState.AWAY and self._opened_again and self._cache.tier_is_empty(self._number):
@@ -118,7 +119,7 @@ class TierLife:
         self.state = TierState.LEAVING
         self.times_out += 1
         blocks = self._cache.take_out(self._number)
-        self._cancel_tasks(self._number)
+        self._cancel_tasks()
         logger.error(
             "%s tier taken out: %s. Its %d blocks count as misses, the tiers above it go on; the tier comes "
             "back by itself when it works again.",
@@ -149,7 +150,7 @@ class TierLife:
 
     def _bring_in(self) -> bool:
         try:
-            self._transfer.attach(self._number, self._tier.core)
+            self._transfer.attach(self._number, self._tier.core, self._cache.group)
         except OSError as error:
             if self.times_out == 0:
                 raise

@@ -187,6 +187,19 @@ void BindIndex(py::module_& m) {
             return py::make_tuple(lease, keys, Leading(tiers, found), ToInt64(slots.data(), found));
           },
           py::arg("tokens"), py::arg("namespace"), py::arg("use") = false)
+      .def(
+          "held",
+          [](const PrefixIndex& index, const Keys& keys) {
+            const KeyView view = View(keys);
+            py::array_t<uint8_t> masks(static_cast<py::ssize_t>(view.size));
+            uint8_t* out = masks.mutable_data();
+            {
+              py::gil_scoped_release nogil;
+              index.Held(view.data, view.size, out);
+            }
+            return masks;
+          },
+          py::arg("keys"))
       .def("release", &PrefixIndex::Release, py::arg("lease"), NoGil())
       .def(
           "writer",

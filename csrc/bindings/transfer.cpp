@@ -51,30 +51,32 @@ void BindTransfer(py::module_& m) {
       .def("__len__", &AwaitedSlots::size);
 
   py::class_<OpSpec>(m, "OpSpec")
-      .def(py::init([](TransferType type, const Int64s& src, const Int64s& dst, int layer_begin,
-                       int layer_end, std::vector<uint32_t> after, const std::optional<Keys>& keys,
-                       int after_layers, std::shared_ptr<AwaitedSlots> awaited, std::optional<Tier> tier) {
-             std::vector<BlockKey> copied;
-             if (keys) {
-               const KeyView view = View(*keys);
-               copied.assign(view.data, view.data + view.size);
-             }
-             const bool device = type == TransferType::kH2D || type == TransferType::kD2H;
-             return OpSpec{type,
-                           tier.value_or(device ? Tier::kCpu : Tier{1}),
-                           ToVector(src),
-                           ToVector(dst),
-                           std::move(awaited),
-                           layer_begin,
-                           layer_end,
-                           std::move(copied),
-                           std::move(after),
-                           after_layers};
-           }),
-           py::arg("type"), py::arg("src"), py::arg("dst"), py::arg("layer_begin") = 0,
-           py::arg("layer_end") = 0, py::arg("after") = std::vector<uint32_t>{},
-           py::arg("keys") = std::nullopt, py::arg("after_layers") = -1, py::arg("awaited") = nullptr,
-           py::arg("tier") = std::nullopt);
+      .def(
+          py::init([](TransferType type, const Int64s& src, const Int64s& dst, int layer_begin, int layer_end,
+                      std::vector<uint32_t> after, const std::optional<Keys>& keys, int after_layers,
+                      std::shared_ptr<AwaitedSlots> awaited, std::optional<Tier> tier, uint32_t group) {
+            std::vector<BlockKey> copied;
+            if (keys) {
+              const KeyView view = View(*keys);
+              copied.assign(view.data, view.data + view.size);
+            }
+            const bool device = type == TransferType::kH2D || type == TransferType::kD2H;
+            return OpSpec{type,
+                          tier.value_or(device ? Tier::kCpu : Tier{1}),
+                          group,
+                          ToVector(src),
+                          ToVector(dst),
+                          std::move(awaited),
+                          layer_begin,
+                          layer_end,
+                          std::move(copied),
+                          std::move(after),
+                          after_layers};
+          }),
+          py::arg("type"), py::arg("src"), py::arg("dst"), py::arg("layer_begin") = 0,
+          py::arg("layer_end") = 0, py::arg("after") = std::vector<uint32_t>{},
+          py::arg("keys") = std::nullopt, py::arg("after_layers") = -1, py::arg("awaited") = nullptr,
+          py::arg("tier") = std::nullopt, py::arg("group") = 0);
 
   py::class_<OpResult>(m, "OpResult")
       .def_readonly("status", &OpResult::status)
@@ -101,9 +103,12 @@ void BindTransfer(py::module_& m) {
            py::arg("queue_bytes") = 0, py::arg("lower_tiers") = std::vector<std::string>{},
            py::arg("cuda_library") = CudaDriver::kLibrary)
       .def("make_gate", &TransferEngine::MakeGate, py::arg("num_layers"), NoGil())
+      .def("add_group", &TransferEngine::AddGroup, py::arg("layout"), py::arg("host"), py::arg("gate_layers"),
+           NoGil())
+      .def("set_gate_layers", &TransferEngine::SetGateLayers, py::arg("gate_layers"))
       .def("attach", &TransferEngine::Attach, py::arg("number"), py::arg("tier"),
-           py::arg("slices_per_read") = 0, NoGil())
-      .def("detach", &TransferEngine::Detach, py::arg("number"), NoGil())
+           py::arg("slices_per_read") = 0, py::arg("group") = 0, NoGil())
+      .def("detach", &TransferEngine::Detach, py::arg("number"), py::arg("group") = 0, NoGil())
       .def("read_slots", &TransferEngine::ReadSlots, py::arg("address"), py::arg("count"), py::arg("stream"),
            NoGil())
       .def(

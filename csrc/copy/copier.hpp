@@ -70,8 +70,8 @@ class Copier {
   virtual ~Copier() = default;
 
   virtual void Submit(DeviceCopy copy) = 0;
-  // So many loads of the gate are submitted, or will be layer by layer as reads go on.
-  virtual void LoadsSubmitted(LayerGate&, int) {}
+  // Some gate has all of its loads: they are submitted, or will be layer by layer as reads go on.
+  virtual void LoadsComplete() {}
   // A gate for loads and stores of this copier.
   virtual std::shared_ptr<LayerGate> MakeGate(int num_layers) const = 0;
 

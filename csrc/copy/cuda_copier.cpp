@@ -89,8 +89,7 @@ std::shared_ptr<LayerGate> CudaCopier::MakeGate(int num_layers) const {
   return std::make_shared<LayerGate>(num_layers, cuda_);
 }
 
-void CudaCopier::LoadsSubmitted(LayerGate& gate, int loads) {
-  if (!gate.Submitted(loads)) return;
+void CudaCopier::LoadsComplete() {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     loads_.complete = true;

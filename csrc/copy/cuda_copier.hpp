@@ -43,7 +43,7 @@ class CudaCopier final : public Copier {
 
   void Submit(DeviceCopy copy) override;
   // With the last of them those go that were held back for it.
-  void LoadsSubmitted(LayerGate& gate, int loads) override;
+  void LoadsComplete() override;
   std::shared_ptr<LayerGate> MakeGate(int num_layers) const override;
   SlotReader* slot_reader() override { return &slot_reader_; }
   std::optional<Times> TimesOf(bool to_device) const override {

@@ -1,5 +1,6 @@
 #include "copy/layer_gate.hpp"
 
+#include <algorithm>
 #include <utility>
 
 #include "base/types.hpp"
@@ -33,15 +34,17 @@ bool LayerGate::AwaitsLoads(std::chrono::steady_clock::duration max) const {
   return unsubmitted_ > 0 && std::chrono::steady_clock::now() - submitted_ < max;
 }
 
-void LayerGate::Queued(int layer_begin, int layer_end, const StreamEvent& event) {
+void LayerGate::Queued(int layer_begin, int layer_end, const StreamEvent& event, size_t copier) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     ++last_number_;
+    if (waiting_numbers_.size() <= copier) waiting_numbers_.resize(copier + 1);
     for (int at = layer_begin; at < layer_end; ++at) {
       Layer& queued = layers_[static_cast<size_t>(at)];
       queued.left_queued--;
       queued.event = event;
       queued.number = last_number_;
+      queued.copier = copier;
     }
     Open();
   }
@@ -80,33 +83,44 @@ bool LayerGate::StreamWait(int layer, uint64_t stream, double timeout_s) {
   Require(layer >= 0 && layer < num_layers_, "the gate has no such layer");
   if (open_layers() > layer) return true;
   if (!cuda_) return Wait(layer, timeout_s) > 0;
-  StreamEvent event;
-  uint64_t number = 0;
+  struct Last {
+    StreamEvent event;
+    uint64_t number = 0;
+  };
+  std::vector<Last> last;  // by copier: what it queued last of this layer and those below it
   {
     std::unique_lock<std::mutex> lock(mutex_);
     if (!changed_.wait_for(lock, std::chrono::duration<double>(timeout_s),
                            [&] { return open_queued_ > layer; })) {
       return false;
     }
-    // Not open before those below it. What was queued last lands last.
+    last.resize(waiting_numbers_.size());
     for (int at = 0; at <= layer; ++at) {
       const Layer& below = layers_[static_cast<size_t>(at)];
-      if (below.number > number) {
-        number = below.number;
-        event = below.event;
+      if (below.number > 0 && below.number > last[below.copier].number) {
+        last[below.copier] = {below.event, below.number};
       }
     }
     // Attention asks twice per layer, for K and for V, and layers are copied in groups.
-    if (number == 0 || (waiting_stream_ == stream && waiting_number_ >= number)) return true;
+    for (size_t copier = 0; copier < last.size(); ++copier) {
+      if (waiting_stream_ == stream && waiting_numbers_[copier] >= last[copier].number)
+        last[copier].number = 0;
+    }
   }
   std::string error;
-  if (!cuda_->StreamWaitEvent(reinterpret_cast<void*>(stream), reinterpret_cast<uint64_t>(event.get()),
-                              &error)) {
-    return Wait(layer, timeout_s) > 0;
+  for (const Last& each : last) {
+    if (each.number == 0) continue;
+    if (!cuda_->StreamWaitEvent(reinterpret_cast<void*>(stream), reinterpret_cast<uint64_t>(each.event.get()),
+                                &error)) {
+      return Wait(layer, timeout_s) > 0;
+    }
   }
   std::lock_guard<std::mutex> lock(mutex_);
+  if (waiting_stream_ != stream) std::fill(waiting_numbers_.begin(), waiting_numbers_.end(), 0);
   waiting_stream_ = stream;
-  waiting_number_ = number;
+  for (size_t copier = 0; copier < last.size(); ++copier) {
+    waiting_numbers_[copier] = std::max(waiting_numbers_[copier], last[copier].number);
+  }
   return true;
 }
 

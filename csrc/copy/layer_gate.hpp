@@ -44,8 +44,9 @@ class LayerGate {
   // Whether more of the expected loads are to come, and the last one came less than `max` ago.
   bool AwaitsLoads(std::chrono::steady_clock::duration max) const;
 
-  // A load's copies of these layers are on the stream of copies, and the event behind them. A Pass follows for each.
-  void Queued(int layer_begin, int layer_end, const StreamEvent& event);
+  // A load's copies of these layers are on a stream of copies, and the event behind them. A Pass follows for each.
+  // `copier`: whose stream, counted from 0.
+  void Queued(int layer_begin, int layer_end, const StreamEvent& event, size_t copier = 0);
   // A load's bytes of this layer are on the device, or never will be.
   void Pass(int layer, bool was_queued = false);
 
@@ -55,6 +56,7 @@ class LayerGate {
     int left_queued = 0;  // loads that are not even on a stream
     StreamEvent event;    // behind the copy that was queued last
     uint64_t number = 0;  // of that event
+    size_t copier = 0;    // whose event it is
   };
   void Open();
 
@@ -64,12 +66,12 @@ class LayerGate {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   std::vector<Layer> layers_;
-  int open_queued_ = 0;       // layers that will be open when the stream of copies gets there
-  uint64_t last_number_ = 0;  // events have running numbers: all copies of a gate are on one stream
+  int open_queued_ = 0;       // layers that will be open when the streams of copies get there
+  uint64_t last_number_ = 0;  // events have running numbers: what one copier queued last lands last
   int unsubmitted_ = 0;       // loads that are expected and not even known to the engine
   std::chrono::steady_clock::time_point submitted_;  // when the last one came
   uint64_t waiting_stream_ = 0;                      // the last one that was told to wait,
-  uint64_t waiting_number_ = 0;                      // and for which event
+  std::vector<uint64_t> waiting_numbers_;            // and for which event of each copier
 };
 
 }  // namespace flexkv

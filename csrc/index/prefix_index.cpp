@@ -114,6 +114,17 @@ uint64_t PrefixIndex::AcquireTokens(const TokenRun& run, bool use, BlockKey* key
   return lease;
 }
 
+void PrefixIndex::Held(const BlockKey* keys, size_t count, uint8_t* masks) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (size_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) graph_.Prefetch(keys[i + kAhead]);
+    const uint32_t entry = graph_.Find(keys[i]);
+    masks[i] = entry == kNil ? uint8_t{0} : graph_.ReadableTiers(entry);
+    const bool in_cpu = masks[i] & 1;
+    if (masks[i] != 0 && !in_cpu && graph_.StateOf(entry, Tier::kCpu) == State::kWriting) masks[i] = 0;
+  }
+}
+
 bool PrefixIndex::Release(uint64_t lease) {
   const std::lock_guard<std::mutex> lock(mutex_);
   auto it = leases_.find(lease);

@@ -64,6 +64,10 @@ class PrefixIndex {
   uint64_t AcquireTokens(const TokenRun& run, bool use, BlockKey* keys, uint8_t* tiers, SlotId* slots,
                          size_t* found);
 
+  // Of each block, whether Acquire would find it if the blocks before it were found: a bit mask of the tiers that hold it,
+  // or 0. Unlike Match it goes on behind what nobody holds, and marks nothing as looked at.
+  void Held(const BlockKey* keys, size_t count, uint8_t* masks) const;
+
   // Gives a lease back. False if it is not known (released or reset before): nothing changes.
   bool Release(uint64_t lease);
 

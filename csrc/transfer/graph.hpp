@@ -21,6 +21,7 @@ enum class TransferType : uint8_t { kH2D, kD2H, kLower2H, kH2Lower };
 struct OpSpec {
   TransferType type = TransferType::kH2D;
   Tier tier = Tier::kCpu;  // lower ops: which one; else the CPU tier
+  uint32_t group = 0;      // whose part of the blocks (TransferEngine::AddGroup); slots are its own
   // Token slots of the device pool (tokens_per_block per block), host slots, or slots of the lower tier.
   std::vector<int64_t> src;
   std::vector<int64_t> dst;

@@ -11,7 +11,8 @@
 namespace flexkv {
 
 void TransferEngine::StartLowerOp(Op* op) {
-  Below& below = BelowOf(op->spec.tier);
+  const Group& group = GroupOf(*op);
+  Below& below = BelowOf(*op);
   const bool store = op->spec.type == TransferType::kH2Lower;
   op->lower = std::make_unique<TierTransfer>();
   TierTransfer* transfer = op->lower.get();
@@ -20,29 +21,29 @@ void TransferEngine::StartLowerOp(Op* op) {
   transfer->host_slots = (store ? op->spec.src : op->spec.dst).data();
   transfer->tier_slots = (store ? op->spec.dst : op->spec.src).data();
   transfer->num_blocks = op->num_blocks;
-  while (slices_[transfer->slice_begin].layer_begin != op->spec.layer_begin) transfer->slice_begin++;
+  while (group.slices[transfer->slice_begin].layer_begin != op->spec.layer_begin) transfer->slice_begin++;
   uint32_t slice_end = transfer->slice_begin + 1;
-  while (slices_[slice_end - 1].layer_end != op->spec.layer_end) slice_end++;
+  while (group.slices[slice_end - 1].layer_end != op->spec.layer_end) slice_end++;
   transfer->step_ends = {slice_end};
   const std::vector<Op>& ops = op->graph->ops;
   const bool followed = std::any_of(op->successors.begin(), op->successors.end(),
                                     [&](uint32_t next) { return ops[next].spec.after_layers >= 0; });
   if (followed) {
     std::vector<size_t> bytes;
-    for (uint32_t i = transfer->slice_begin; i < slice_end; ++i) bytes.push_back(slices_[i].bytes);
+    for (uint32_t i = transfer->slice_begin; i < slice_end; ++i) bytes.push_back(group.slices[i].bytes);
     const size_t per_read = below.slices_per_read > 0 ? below.slices_per_read
                                                       : SlicesPerRead(below.read_cost, op->num_blocks, bytes);
     transfer->step_ends = StepsOfRead(bytes.size(), per_read);
     for (uint32_t& end : transfer->step_ends) end += transfer->slice_begin;
-    if (copier_->copies_at_once()) {
-      transfer->on_block = [this, op, transfer](uint32_t step, uint32_t block) {
-        ForwardBlock(op, block, slices_[transfer->step_begin(step)].layer_begin,
-                     slices_[transfer->step_ends[step] - 1].layer_end);
+    if (group.copier->copies_at_once()) {
+      transfer->on_block = [this, op, transfer, &group](uint32_t step, uint32_t block) {
+        ForwardBlock(op, block, group.slices[transfer->step_begin(step)].layer_begin,
+                     group.slices[transfer->step_ends[step] - 1].layer_end);
       };
     }
-    transfer->on_step = [this, op, transfer](uint32_t step) {
-      ForwardLayers(op, slices_[transfer->step_begin(step)].layer_begin,
-                    slices_[transfer->step_ends[step] - 1].layer_end);
+    transfer->on_step = [this, op, transfer, &group](uint32_t step) {
+      ForwardLayers(op, group.slices[transfer->step_begin(step)].layer_begin,
+                    group.slices[transfer->step_ends[step] - 1].layer_end);
     };
   }
   transfer->deadline_s = op->graph->deadline_s;
@@ -58,8 +59,8 @@ void TransferEngine::StartLowerOp(Op* op) {
     if (followed) {
       route.stats.layers_per_read = 0;
       for (uint32_t step = 0; step < transfer->num_steps(); ++step) {
-        const int layers = slices_[transfer->step_ends[step] - 1].layer_end -
-                           slices_[transfer->step_begin(step)].layer_begin;
+        const int layers = group.slices[transfer->step_ends[step] - 1].layer_end -
+                           group.slices[transfer->step_begin(step)].layer_begin;
         route.stats.layers_per_read = std::max(route.stats.layers_per_read, static_cast<uint32_t>(layers));
       }
     }
@@ -87,7 +88,7 @@ void TransferEngine::EndLowerOp(Op* op) {
 // Only from loads that had the tier's loads for themselves, as far as we know.
 void TransferEngine::LearnReadCost(const Op& op, OpStatus status) {
   const TierTransfer& transfer = *op.lower;
-  Below& below = BelowOf(op.spec.tier);
+  Below& below = BelowOf(op);
   bool alone;
   {
     std::lock_guard<std::mutex> lock(mutex_);
@@ -99,7 +100,8 @@ void TransferEngine::LearnReadCost(const Op& op, OpStatus status) {
   }
   if (transfer.store || !alone || status != OpStatus::kDone) return;
   size_t bytes = 0;
-  for (uint32_t i = transfer.slice_begin; i < transfer.step_ends.back(); ++i) bytes += slices_[i].bytes;
+  for (uint32_t i = transfer.slice_begin; i < transfer.step_ends.back(); ++i)
+    bytes += GroupOf(op).slices[i].bytes;
   below.read_cost.Observe(static_cast<double>(op.num_blocks * transfer.num_steps()),
                           static_cast<double>(op.num_blocks * bytes), Now() - op.result.start_s);
 }
@@ -109,7 +111,7 @@ void TransferEngine::ForwardBlock(Op* op, size_t block, int layer_begin, int lay
   for (uint32_t next : op->successors) {
     Op& load = op->graph->ops[next];
     if (load.spec.after_layers < 0 || !BeginPiece(&load)) continue;
-    copier_->CopyAtOnce(BlocksOf(&load), block, layer_begin, layer_end);
+    GroupOf(load).copier->CopyAtOnce(BlocksOf(&load), block, layer_begin, layer_end);
     EndPiece(&load, 0, "");
   }
 }
@@ -117,10 +119,11 @@ void TransferEngine::ForwardBlock(Op* op, size_t block, int layer_begin, int lay
 // Layers of all blocks of a read are in host memory.
 void TransferEngine::ForwardLayers(Op* op, int layer_begin, int layer_end) {
   std::vector<Op>& ops = op->graph->ops;
+  const Group& group = GroupOf(*op);
   for (uint32_t next : op->successors) {
     Op& load = ops[next];
     if (load.spec.after_layers < 0 || load.num_blocks == 0) continue;
-    if (!copier_->copies_at_once()) {
+    if (!group.copier->copies_at_once()) {
       StartPiece(&load, layer_begin, layer_end);
     } else if (BeginPiece(&load)) {  // and so before each of its blocks: they have been copied
       Pass(&load, layer_begin, layer_end);

@@ -22,39 +22,51 @@ bool IsDeviceCopy(TransferType type) { return type == TransferType::kH2D || type
 TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads,
                                int cuda_device, size_t queue_bytes,
                                const std::vector<std::string>& lower_tiers, const std::string& cuda_library)
-    : layout_(std::move(layout)),
-      queue_blocks_((queue_bytes + layout_.block_bytes() - 1) / layout_.block_bytes()),
-      host_(std::move(host)),
+    : copy_threads_(copy_threads),
+      queue_bytes_(queue_bytes),
+      num_lower_tiers_(lower_tiers.size()),
+      cuda_(cuda_device >= 0 ? CudaDriver::Load(cuda_device, cuda_library) : nullptr),
       epoch_(std::chrono::steady_clock::now()) {
-  Require(host_ != nullptr, "the transfer engine needs a host pool");
-  Require(host_->slot_bytes() >= layout_.block_bytes(), "a host slot is smaller than a block");
   Require(copy_threads > 0, "the transfer engine needs at least one copy thread");
   Require(lower_tiers.size() < kTiersMax, "too many tiers");
   routes_.resize(2 + 2 * lower_tiers.size());
   routes_[0].stats.name = "H2D";
   routes_[1].stats.name = "D2H";
   for (size_t i = 0; i < lower_tiers.size(); ++i) {
-    below_.push_back(std::make_unique<Below>());
     routes_[2 * i + 2].stats.name = lower_tiers[i] + "2H";
     routes_[2 * i + 3].stats.name = "H2" + lower_tiers[i];
   }
-  slices_ = SlicesOf(layout_, host_->slot_bytes(), kSlicesMax);
-  std::shared_ptr<CudaDriver> cuda = cuda_device >= 0 ? CudaDriver::Load(cuda_device, cuda_library) : nullptr;
-  host_->StartPinning(cuda);
-  if (cuda) {
-    copier_ = std::make_unique<CudaCopier>(cuda, layout_, host_);
-  } else {
-    copier_ = std::make_unique<CpuCopier>(layout_, host_, copy_threads);
-  }
+  AddGroup(std::move(layout), std::move(host), {});
   event_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
   if (event_fd_ < 0) throw SystemError(std::string("eventfd: ") + std::strerror(errno));
 }
 
-std::shared_ptr<LayerGate> TransferEngine::MakeGate(int num_layers) const {
-  return copier_->MakeGate(num_layers);
+uint32_t TransferEngine::AddGroup(BlockLayout layout, std::shared_ptr<HostPool> host,
+                                  std::vector<int> gate_layers) {
+  Require(host != nullptr, "the transfer engine needs a host pool");
+  Require(host->slot_bytes() >= layout.block_bytes(), "a host slot is smaller than a block");
+  Require(gate_layers.empty() || gate_layers.size() == static_cast<size_t>(layout.num_layers()),
+          "a group needs a layer of the gate for each of its own");
+  const size_t block_bytes = layout.block_bytes();
+  auto group = std::make_unique<Group>(Group{std::move(layout), std::move(host), std::move(gate_layers)});
+  group->slices = SlicesOf(group->layout, group->host->slot_bytes(), kSlicesMax);
+  group->queue_blocks = (queue_bytes_ + block_bytes - 1) / block_bytes;
+  for (size_t tier = 0; tier < num_lower_tiers_; ++tier) group->below.push_back(std::make_unique<Below>());
+  group->host->StartPinning(cuda_);
+  if (cuda_) {
+    group->copier = std::make_unique<CudaCopier>(cuda_, group->layout, group->host);
+  } else {
+    group->copier = std::make_unique<CpuCopier>(group->layout, group->host, copy_threads_);
+  }
+  groups_.push_back(std::move(group));
+  return static_cast<uint32_t>(groups_.size() - 1);
 }
 
-const std::string& TransferEngine::cuda_note() const { return copier_->note(); }
+std::shared_ptr<LayerGate> TransferEngine::MakeGate(int num_layers) const {
+  return groups_[0]->copier->MakeGate(num_layers);
+}
+
+const std::string& TransferEngine::cuda_note() const { return groups_[0]->copier->note(); }
 
 TransferEngine::~TransferEngine() {
   {
@@ -64,36 +76,41 @@ TransferEngine::~TransferEngine() {
   // Ops in the queues are drained as cancelled, running ones end: nobody writes to memory that is
   // about to be freed.
   Drain(1e9);
-  copier_.reset();
-  for (auto& below : below_) {
-    if (below->tier) below->tier->Detach();
+  for (auto& group : groups_) {
+    group->copier.reset();
+    for (auto& below : group->below) {
+      if (below->tier) below->tier->Detach();
+    }
   }
   close(event_fd_);
 }
 
-TransferEngine::Below& TransferEngine::BelowOf(Tier number) {
+TransferEngine::Below& TransferEngine::BelowOf(Tier number, uint32_t group) const {
   const size_t tier = static_cast<size_t>(number);
-  Require(tier >= 1 && tier <= below_.size(), "there is no lower tier of this number");
-  return *below_[tier - 1];
+  Require(group < groups_.size(), "there is no group of this number");
+  Require(tier >= 1 && tier <= num_lower_tiers_, "there is no lower tier of this number");
+  return *groups_[group]->below[tier - 1];
 }
 
-void TransferEngine::Attach(Tier number, std::shared_ptr<LowerTier> tier, uint32_t slices_per_read) {
-  Below& below = BelowOf(number);
+void TransferEngine::Attach(Tier number, std::shared_ptr<LowerTier> tier, uint32_t slices_per_read,
+                            uint32_t group) {
+  Below& below = BelowOf(number, group);
   Require(below.tier == nullptr, "a tier is attached already");
+  const std::shared_ptr<HostPool>& host = groups_[group]->host;
   std::vector<size_t> offsets;
-  for (const Slice& slice : slices_) offsets.push_back(slice.offset);
-  offsets.push_back(host_->slot_bytes());
-  tier->Attach({host_, std::move(offsets), epoch_});
+  for (const Slice& slice : groups_[group]->slices) offsets.push_back(slice.offset);
+  offsets.push_back(host->slot_bytes());
+  tier->Attach({host, std::move(offsets), epoch_});
   std::lock_guard<std::mutex> lock(mutex_);
   below.tier = std::move(tier);
   below.slices_per_read = slices_per_read;
 }
 
-void TransferEngine::Detach(Tier number) {
+void TransferEngine::Detach(Tier number, uint32_t group) {
   std::shared_ptr<LowerTier> tier;  // its threads are joined without the lock
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    tier.swap(BelowOf(number).tier);
+    tier.swap(BelowOf(number, group).tier);
   }
   if (tier) tier->Detach();
 }
@@ -103,7 +120,7 @@ double TransferEngine::Now() const {
 }
 
 std::shared_ptr<AwaitedSlots> TransferEngine::ReadSlots(uint64_t address, size_t count, uint64_t stream) {
-  SlotReader* reader = copier_->slot_reader();
+  SlotReader* reader = groups_[0]->copier->slot_reader();
   Require(reader != nullptr, "only a pool on a GPU has token slots to wait for");
   return reader->Read(address, count, stream);
 }
@@ -115,7 +132,6 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
   graph->wait_events = std::move(spec.wait_events);
   graph->deadline_s = spec.timeout_s > 0 ? Now() + spec.timeout_s : 0;
   graph->left = spec.ops.size();
-  const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
   auto check_slots = [](const std::vector<int64_t>& slots, size_t limit, const char* what) {
     for (int64_t slot : slots) {
       Require(slot >= 0 && static_cast<size_t>(slot) < limit, std::string(what) + " slot out of range");
@@ -126,36 +142,45 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
     op.graph = graph.get();
     op.spec = std::move(spec.ops[i]);
     OpSpec& s = op.spec;
+    Require(s.group < groups_.size(), "there is no group of this number");
+    const Group& group = GroupOf(op);
+    const BlockLayout& layout = group.layout;
+    const size_t per_block = static_cast<size_t>(layout.tokens_per_block());
     const bool to_host = s.type == TransferType::kD2H || s.type == TransferType::kLower2H;
     const std::vector<int64_t>& host_side = to_host ? s.dst : s.src;
     const std::vector<int64_t>& far_side = to_host ? s.src : s.dst;
     op.num_blocks = host_side.size();
-    check_slots(host_side, host_->num_slots(), "host");
-    if (s.layer_end == 0) s.layer_end = layout_.num_layers();
-    Require(s.layer_begin >= 0 && s.layer_begin < s.layer_end && s.layer_end <= layout_.num_layers(),
+    check_slots(host_side, group.host->num_slots(), "host");
+    if (s.layer_end == 0) s.layer_end = layout.num_layers();
+    Require(s.layer_begin >= 0 && s.layer_begin < s.layer_end && s.layer_end <= layout.num_layers(),
             "layers out of range");
     if (IsDeviceCopy(s.type)) {
       if (s.awaited) {
-        Require(copier_->slot_reader() != nullptr, "only a pool on a GPU has token slots to wait for");
+        Require(group.copier->slot_reader() != nullptr, "only a pool on a GPU has token slots to wait for");
         Require(far_side.size() == op.num_blocks,
                 "a device copy needs the place of each block's token slots");
         check_slots(far_side, s.awaited->size() / per_block, "awaited");
       } else {
         Require(far_side.size() == op.num_blocks * per_block,
                 "a device copy needs tokens_per_block token slots for each block");
-        op.first_rows = layout_.FirstRows(far_side.data(), op.num_blocks);
+        op.first_rows = layout.FirstRows(far_side.data(), op.num_blocks);
       }
       Require(s.tier == Tier::kCpu, "a device copy is one of the CPU tier");
-      if (graph->gate) op.at_gate.resize(static_cast<size_t>(layout_.num_layers()));
+      if (graph->gate && s.type == TransferType::kH2D) {
+        for (int layer : group.gate_layers) {
+          Require(layer >= 0 && layer < graph->gate->num_layers(), "the gate lacks a layer of the group");
+        }
+      }
+      if (graph->gate) op.at_gate.resize(static_cast<size_t>(layout.num_layers()));
     } else {
       Require(far_side.size() == op.num_blocks && s.keys.size() == op.num_blocks,
               "a lower op needs one slot of its tier and one key for each block");
       // A plan may have been made before the tier was taken away: its ops fail, they are no misuse.
-      const Below& below = BelowOf(s.tier);
+      const Below& below = BelowOf(op);
       check_slots(far_side, below.tier ? below.tier->num_slots() : SIZE_MAX, "tier");
       auto starts = [&](int layer) {
-        return layer == layout_.num_layers() ||
-               std::any_of(slices_.begin(), slices_.end(),
+        return layer == layout.num_layers() ||
+               std::any_of(group.slices.begin(), group.slices.end(),
                            [&](const Slice& x) { return x.layer_begin == layer; });
       };
       Require(starts(s.layer_begin) && starts(s.layer_end), "a lower op moves whole slices of layers");
@@ -171,8 +196,8 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
       Require(s.type == TransferType::kH2D && s.after.empty() && before < i,
               "only a load can follow by layers, one op before it, and nothing else");
       const OpSpec& read = graph->ops[before].spec;
-      Require(read.type == TransferType::kLower2H && read.layer_begin == s.layer_begin &&
-                  read.layer_end == s.layer_end && read.dst == s.src,
+      Require(read.type == TransferType::kLower2H && read.group == s.group &&
+                  read.layer_begin == s.layer_begin && read.layer_end == s.layer_end && read.dst == s.src,
               "a load follows a read of the same layers of the same blocks");
       graph->ops[before].successors.push_back(static_cast<uint32_t>(i));
       op.waiting_for++;
@@ -182,15 +207,15 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
   const std::shared_ptr<LayerGate> gate = graph->gate;
   const auto num_loads = std::count_if(graph->ops.begin(), graph->ops.end(),
                                        [](const Op& op) { return op.spec.type == TransferType::kH2D; });
-  std::vector<Op*> ready;
+  std::vector<Op*> ready, loads;
   uint64_t id;
   {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (spec.background && queue_blocks_ > 0) {
+    if (spec.background && queue_bytes_ > 0) {
       // What is queued of the types it needs; one graph always fits, or a large one never would.
       for (const Op& op : graph->ops) {
         TransferStats& stats = RouteOf(op).stats;
-        if (stats.queued_blocks >= queue_blocks_) {
+        if (stats.queued_blocks >= GroupOf(op).queue_blocks) {
           stats.refused_graphs++;
           return 0;
         }
@@ -200,6 +225,7 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
     id = graph->id = next_graph_++;
     for (Op& op : graph->ops) {
       if (op.waiting_for == 0) ready.push_back(&op);
+      if (op.spec.type == TransferType::kH2D) loads.push_back(&op);
     }
     if (graph->ops.empty()) {
       results_.push_back({id, true, "", {}});
@@ -212,9 +238,12 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
     (void)!write(event_fd_, &one, sizeof one);
     ended_.notify_all();
   }
+  for (Op* op : loads) PassOthers(op);
   for (Op* op : ready) Dispatch(op);
   // The graph may have ended meanwhile.
-  if (gate && num_loads > 0) copier_->LoadsSubmitted(*gate, static_cast<int>(num_loads));
+  if (gate && num_loads > 0 && gate->Submitted(static_cast<int>(num_loads))) {
+    for (auto& group : groups_) group->copier->LoadsComplete();
+  }
   return id;
 }
 
@@ -223,8 +252,10 @@ bool TransferEngine::Cancel(uint64_t graph) {
   auto it = graphs_.find(graph);
   if (it == graphs_.end()) return false;
   it->second->cancelled.store(true);
-  for (auto& below : below_) {
-    if (below->tier) below->tier->Wake();
+  for (auto& group : groups_) {
+    for (auto& below : group->below) {
+      if (below->tier) below->tier->Wake();
+    }
   }
   return true;
 }
@@ -266,10 +297,17 @@ std::vector<TransferStats> TransferEngine::Stats() const {
   for (const Route& route : routes_) stats.push_back(route.stats);
   for (const bool to_device : {true, false}) {
     // What is submitted may wait for a forward first: where the device has a clock of its own, that one tells.
-    if (const std::optional<Copier::Times> times = copier_->TimesOf(to_device)) {
-      stats[!to_device].busy_s = times->busy_s;
-      stats[!to_device].queue_s = times->queue_s;
+    double busy_s = 0, queue_s = 0;
+    bool known = false;
+    for (auto& group : groups_) {
+      if (const std::optional<Copier::Times> times = group->copier->TimesOf(to_device)) {
+        known = true;
+        busy_s += times->busy_s;
+        queue_s += times->queue_s;
+      }
     }
+    if (known) stats[!to_device].busy_s = busy_s;
+    if (known) stats[!to_device].queue_s = queue_s;
   }
   return stats;
 }
@@ -308,7 +346,7 @@ void TransferEngine::Dispatch(Op* op) {
   } else if (op->num_blocks == 0) {
     ForwardLayers(op, s.layer_begin, s.layer_end);
     Finish(op, OpStatus::kDone, "", {});
-  } else if (BelowOf(s.tier).tier == nullptr) {
+  } else if (BelowOf(*op).tier == nullptr) {
     Finish(op, OpStatus::kFailed, "the tier is away at the moment", {});
   } else {
     StartLowerOp(op);
@@ -348,11 +386,19 @@ void TransferEngine::StartPiece(Op* op, int layer_begin, int layer_end) {
   copy.on_landed = [this, op](int begin, int end) {
     if (op->spec.type == TransferType::kH2D) Pass(op, begin, end);
   };
-  copy.on_queued = [op](int begin, int end, const StreamEvent& event) {
+  copy.on_queued = [this, op](int begin, int end, const StreamEvent& event) {
     // Where a piece before has failed, all layers have been passed.
     if (op->at_gate[begin] != LayerState::kUnknown) return;
     std::fill(op->at_gate.begin() + begin, op->at_gate.begin() + end, LayerState::kQueued);
-    op->graph->gate->Queued(begin, end, event);
+    const Group& group = GroupOf(*op);
+    if (group.gate_layers.empty()) {
+      op->graph->gate->Queued(begin, end, event, op->spec.group);
+    } else {
+      for (int layer = begin; layer < end; ++layer) {
+        const int at = group.GateLayer(layer);
+        op->graph->gate->Queued(at, at + 1, event, op->spec.group);
+      }
+    }
   };
   copy.on_end = [this, op, layer_begin, layer_end](OpStatus status, std::string error) {
     const bool done = status == OpStatus::kDone;
@@ -362,7 +408,7 @@ void TransferEngine::StartPiece(Op* op, int layer_begin, int layer_end) {
     if (status == OpStatus::kFailed && error.empty()) error = "a copy on the GPU failed";
     EndPiece(op, done ? layer_end - layer_begin : 0, std::move(error));
   };
-  copier_->Submit(std::move(copy));
+  GroupOf(*op).copier->Submit(std::move(copy));
 }
 
 // Of a device copy.
@@ -382,14 +428,15 @@ CopiedBlocks TransferEngine::BlocksOf(const Op* op) {
 void TransferEngine::BindSlots(Op* op, CopiedBlocks* blocks) const {
   const OpSpec& s = op->spec;
   if (op->token_slots.empty()) {  // or a piece before has done it
-    const size_t per_block = static_cast<size_t>(layout_.tokens_per_block());
+    const BlockLayout& layout = GroupOf(*op).layout;
+    const size_t per_block = static_cast<size_t>(layout.tokens_per_block());
     std::vector<int64_t> slots;
     slots.reserve(op->num_blocks * per_block);
     for (int64_t place : s.type == TransferType::kH2D ? s.dst : s.src) {
       const int64_t* of_block = s.awaited->data() + static_cast<size_t>(place) * per_block;
       slots.insert(slots.end(), of_block, of_block + per_block);
     }
-    op->first_rows = layout_.FirstRows(slots.data(), op->num_blocks);
+    op->first_rows = layout.FirstRows(slots.data(), op->num_blocks);
     op->token_slots = std::move(slots);
   }
   blocks->token_slots = op->token_slots.data();
@@ -441,7 +488,19 @@ void TransferEngine::Pass(Op* op, int layer_begin, int layer_end) {
   if (op->graph->gate == nullptr) return;
   for (int layer = layer_begin; layer < layer_end; ++layer) {
     const LayerState before = std::exchange(op->at_gate[layer], LayerState::kPassed);
-    if (before != LayerState::kPassed) op->graph->gate->Pass(layer, before == LayerState::kQueued);
+    if (before == LayerState::kPassed) continue;
+    const int at = op->spec.type == TransferType::kH2D ? GroupOf(*op).GateLayer(layer) : layer;
+    op->graph->gate->Pass(at, before == LayerState::kQueued);
+  }
+}
+
+void TransferEngine::PassOthers(Op* op) {
+  const Group& group = GroupOf(*op);
+  if (op->graph->gate == nullptr || op->spec.type != TransferType::kH2D || group.gate_layers.empty()) return;
+  std::vector<bool> own(static_cast<size_t>(op->graph->gate->num_layers()), false);
+  for (int layer : group.gate_layers) own[static_cast<size_t>(layer)] = true;
+  for (size_t layer = 0; layer < own.size(); ++layer) {
+    if (!own[layer]) op->graph->gate->Pass(static_cast<int>(layer));
   }
 }
 
@@ -464,9 +523,10 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
     stats.queued_blocks -= op->num_blocks;
     if (status == OpStatus::kDone) {
       stats.ops_done++;
-      stats.bytes += op->num_blocks * (layout_.layer_offset(op->spec.layer_end - 1) +
-                                       layout_.layer_bytes(op->spec.layer_end - 1) -
-                                       layout_.layer_offset(op->spec.layer_begin));
+      const BlockLayout& layout = GroupOf(*op).layout;
+      const int last = op->spec.layer_end - 1;
+      stats.bytes += op->num_blocks * (layout.layer_offset(last) + layout.layer_bytes(last) -
+                                       layout.layer_offset(op->spec.layer_begin));
     } else if (status == OpStatus::kFailed) {
       stats.ops_failed++;
     } else {

@@ -52,15 +52,22 @@ class TransferEngine {
   // `cuda_device` < 0: the device pool is CPU memory. Background graphs may have `queue_bytes` of each
   // type of transfer waiting or running, and one graph more; 0: no limit. `lower_tiers` are the names, in statistics, of
   // the tiers that may be attached. `cuda_library` is for tests, see CudaDriver::Load.
+  // The layout and the pool are those of the first group.
   TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads, int cuda_device,
                  size_t queue_bytes, const std::vector<std::string>& lower_tiers,
                  const std::string& cuda_library);
   ~TransferEngine();
 
-  // Puts a tier under the engine, or takes it away; 1 is the first below the CPU tier. No op of it may be pending. Loads
-  // that are followed by layers go `slices_per_read` slices at a time, 0: by measured cost.
-  void Attach(Tier number, std::shared_ptr<LowerTier> tier, uint32_t slices_per_read);
-  void Detach(Tier number);
+  // A further part that blocks have, in a pool of its own. Before the first graph. `gate_layers` says which layer of a gate
+  // each of its layers is; where there are none they are the gate's own. Returns its number: ops name it.
+  uint32_t AddGroup(BlockLayout layout, std::shared_ptr<HostPool> host, std::vector<int> gate_layers);
+  // The same for the first group.
+  void SetGateLayers(std::vector<int> gate_layers) { groups_[0]->gate_layers = std::move(gate_layers); }
+
+  // Puts a tier under a group, or takes it away; 1 is the first below the CPU tier. No op of it may be pending. Loads that
+  // are followed by layers go `slices_per_read` slices at a time, 0: by measured cost.
+  void Attach(Tier number, std::shared_ptr<LowerTier> tier, uint32_t slices_per_read, uint32_t group);
+  void Detach(Tier number, uint32_t group);
 
   // A gate for graphs of this engine; on a GPU streams can wait for it.
   std::shared_ptr<LayerGate> MakeGate(int num_layers) const;
@@ -90,7 +97,6 @@ class TransferEngine {
   size_t num_pending() const;
   std::vector<TransferStats> Stats() const;
   const std::string& cuda_note() const;  // what the GPU cannot do; empty if everything, or without one
-  const std::vector<Slice>& slices() const { return slices_; }
   double Now() const;
 
  private:
@@ -108,6 +114,8 @@ class TransferEngine {
   // The op's gate need not wait for it any longer: these layers have landed, or, where the op has failed,
   // never will.
   void Pass(Op* op, int layer_begin, int layer_end);
+  // Layers of the gate that are no layers of the op's group.
+  void PassOthers(Op* op);
   void PassRest(Op* op);
   void Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok);
   bool ShouldSkip(const Op& op) const;
@@ -138,16 +146,31 @@ class TransferEngine {
     return routes_[2 * static_cast<size_t>(tier) + out];
   }
   Route& RouteOf(const Op& op) { return RouteOf(op.spec.type, op.spec.tier); }
-  Below& BelowOf(Tier number);
+  struct Group {
+    BlockLayout layout;
+    std::shared_ptr<HostPool> host;
+    std::vector<int> gate_layers;  // empty: a layer is the gate's of the same number
+    std::vector<Slice> slices;
+    size_t queue_blocks = 0;                    // background graphs are refused beyond; 0: never
+    std::vector<std::unique_ptr<Below>> below;  // by number, from tier 1 on
+    std::unique_ptr<Copier> copier;
+
+    int GateLayer(int layer) const {
+      return gate_layers.empty() ? layer : gate_layers[static_cast<size_t>(layer)];
+    }
+  };
+  Group& GroupOf(const Op& op) const { return *groups_[op.spec.group]; }
+  Below& BelowOf(Tier number, uint32_t group) const;
+  Below& BelowOf(const Op& op) const { return BelowOf(op.spec.tier, op.spec.group); }
   void Busy(Route* route, int change);
   // No copy from or to the device has started and not ended. Called with the mutex held.
   bool DeviceIsIdle() const { return routes_[0].running + routes_[1].running == 0; }
 
-  const BlockLayout layout_;
-  const size_t queue_blocks_;  // background graphs are refused beyond; 0: never
-  const std::shared_ptr<HostPool> host_;
-  std::vector<Slice> slices_;
-  std::vector<std::unique_ptr<Below>> below_;  // by number, from tier 1 on
+  const int copy_threads_;
+  const size_t queue_bytes_;
+  const size_t num_lower_tiers_;
+  const std::shared_ptr<CudaDriver> cuda_;  // null: the device pools are CPU memory
+  std::vector<std::unique_ptr<Group>> groups_;
   int event_fd_ = -1;
   std::chrono::steady_clock::time_point epoch_;
 
@@ -158,8 +181,6 @@ class TransferEngine {
   std::deque<GraphResult> results_;
   std::vector<Route> routes_;  // device, then each lower tier: in, out
   uint64_t next_graph_ = 1;
-
-  std::unique_ptr<Copier> copier_;
 };
 
 }  // namespace flexkv

@@ -1,16 +1,17 @@
 """The control plane: what is where, what may go, and which copies a request needs. Moves no byte.
 
-A plan keeps a lease on what it reads, and the slots that were reserved for what it writes, until
-``finish`` is called with the outcome of its graph, whatever that is.
+A plan keeps leases on what it reads, and the slots that were reserved for what it writes, until ``finish`` is
+called with the outcome of its graph, whatever that is.
 
 Tiers below the CPU tier are a list: each is named by its number and known by its contract alone. Everything
-goes through the CPU tier, in both directions.
+goes through the CPU tier, in both directions. ``CacheEngine`` decides for one KV group, ``GlobalCacheEngine``
+for what a request needs of all of them.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -21,6 +22,7 @@ from sglang_flexkv import _core
 from sglang_flexkv.cache.spill_queue import SpillQueue, WaitingBlocks
 from sglang_flexkv.common.block import BlockKeys, SequenceMeta, TokenIds
 from sglang_flexkv.common.config import CacheConfig, EvictionPolicy, SsdAdmission
+from sglang_flexkv.common.kv_group import KVGroup, boundaries
 from sglang_flexkv.common.lower_tier import CPU, LowerTier, TierNumbers
 from sglang_flexkv.common.transfer import Slots, TransferOp, TransferOpGraph, TransferType
 
@@ -31,6 +33,9 @@ _SPILL_BLOCKS_MAX = 256
 
 _POLICIES = {policy: getattr(_core.EvictionPolicy, policy.name) for policy in EvictionPolicy}
 
+# What an index says of blocks that it pins: the lease, and of each block its tier and its slot there.
+Acquired = tuple[int, TierNumbers, Slots]
+
 
 class PlanKind(Enum):
     GET = "get"  # any tier -> device
@@ -40,19 +45,34 @@ class PlanKind(Enum):
 
 
 @dataclass
+class PlanPart:
+    """What a plan does, and holds in the index, of one group."""
+
+    group: int
+    first: int  # block of the plan: it covers those from there on
+    keys: BlockKeys  # of these
+    parent: BlockKeys | None = None  # the key before them
+    # GET, PREFETCH: of each block the tier that it comes from.
+    tiers: TierNumbers = field(default_factory=lambda: np.zeros(0, np.uint8))
+    lease: int = 0
+    txn: int = 0
+    fills: list[int] = field(default_factory=list)  # ops that fill the reserved slots
+
+    @property
+    def num_lower_blocks(self) -> int:
+        """Blocks that come from below the CPU tier."""
+        return int(np.count_nonzero(self.tiers))
+
+
+@dataclass
 class TransferPlan:
-    """A graph and what it holds in the index."""
+    """A graph and what it holds in the indexes."""
 
     kind: PlanKind
     keys: BlockKeys  # the blocks it covers, from the first on
     graph: TransferOpGraph
-    parent: BlockKeys | None = None
-    # GET, PREFETCH: of each block the tier that it comes from.
-    tiers: TierNumbers = field(default_factory=lambda: np.zeros(0, np.uint8))
-    leases: list[int] = field(default_factory=list)
-    txn: int = 0
-    txn_tier: int = CPU
-    fills: list[int] = field(default_factory=list)  # ops that fill the reserved slots
+    parts: list[PlanPart] = field(default_factory=list)  # by group
+    tier: int = CPU  # that it writes to
     made_room: bool = False  # a put that waited until all of it can be pinned until lower tiers have it
     discarded: bool = False  # what it writes must not be published: the cache was cleared meanwhile
 
@@ -61,12 +81,22 @@ class TransferPlan:
         return len(self.keys)
 
     @property
+    def tiers(self) -> TierNumbers:
+        """GET, PREFETCH: of each block the tier that it comes from, as far as the first group goes."""
+        return self.parts[0].tiers
+
+    @property
     def num_lower_blocks(self) -> int:
-        """Blocks that come from below the CPU tier."""
-        return int(np.count_nonzero(self.tiers))
+        """Blocks that come from below the CPU tier, as far as the first group goes."""
+        return self.parts[0].num_lower_blocks
 
     def num_blocks_from(self, tier: int) -> int:
         return int(np.count_nonzero(self.tiers == tier))
+
+    @property
+    def reads(self) -> list[tuple[int, int]]:
+        """Group and transaction of what comes from below the CPU tier."""
+        return [(part.group, part.txn) for part in self.parts if part.num_lower_blocks]
 
 
 @dataclass(frozen=True)
@@ -74,11 +104,12 @@ class MatchResult:
     """How much of a sequence is held, counted in leading blocks."""
 
     tiers: npt.NDArray[np.uint8]  # per block a mask of tiers: 1 CPU, 2 the first below it, and so on
+    boundaries: npt.NDArray[np.int64]  # prefixes, in blocks, that all groups hold; growing, without 0
 
     @property
     def num_blocks(self) -> int:
-        """Leading blocks that some tier holds."""
-        return len(self.tiers)
+        """Leading blocks that can be brought."""
+        return int(self.boundaries[-1]) if len(self.boundaries) else 0
 
     @property
     def num_cpu_blocks(self) -> int:
@@ -103,26 +134,28 @@ class _Below:
         self.error = ""  # of the last of them
 
 
-class GlobalCacheEngine:
-    """Decides for all tiers. Not thread-safe by itself: one owner calls it.
+class CacheEngine:
+    """Decides for one KV group, in all tiers.
 
     Args:
-        lower: the tiers below the CPU tier, nearest first. None of them takes part before ``take_in``.
-        keep_tokens: for callers whose keys are SequenceMeta's: what is found is compared token by token.
-        spill_blocks_max: blocks that one plan stores in a lower tier.
+        group: its number.
+        num_cpu_blocks: that the CPU tier holds of it.
+        lower: the tiers below, nearest first. None of them takes part before ``take_in``.
     """
 
     def __init__(
         self,
+        group: int,
         config: CacheConfig,
-        lower: Sequence[LowerTier] = (),
+        num_cpu_blocks: int,
+        lower: Sequence[LowerTier],
         *,
-        keep_tokens: bool = False,
-        spill_blocks_max: int = _SPILL_BLOCKS_MAX,
+        keep_tokens: bool,
+        spill_blocks_max: int,
     ) -> None:
-        self.config = config
+        self.group = group
         self.index = _core.PrefixIndex(
-            [config.num_cpu_blocks, *(tier.num_slots for tier in lower)],
+            [num_cpu_blocks, *(tier.num_slots for tier in lower)],
             [_POLICIES[config.cpu_eviction_policy], *(_POLICIES[tier.eviction_policy] for tier in lower)],
             config.tokens_per_block,
             keep_tokens,
@@ -131,8 +164,8 @@ class GlobalCacheEngine:
             _Below(
                 number,
                 tier,
-                SpillQueue(self.index, number, len(lower), config.num_cpu_blocks, spill_blocks_max),
-                _core.AdmissionFilter(2 * (config.num_cpu_blocks + tier.num_slots))
+                SpillQueue(self.index, number, len(lower), num_cpu_blocks, spill_blocks_max),
+                _core.AdmissionFilter(2 * (num_cpu_blocks + tier.num_slots))
                 if tier.admission is SsdAdmission.REUSE
                 else None,
             )
@@ -149,78 +182,37 @@ class GlobalCacheEngine:
     def _taking_part(self) -> Iterator[_Below]:
         return (below for below in self._below if below.is_in)
 
-    def match(self, keys: BlockKeys) -> MatchResult:
-        """Looks a sequence up in all tiers and marks what it finds as used."""
-        return MatchResult(self.index.match(keys))
+    # ---- parts of plans ----
 
-    # ---- plans ----
-
-    def plan_get(
-        self, blocks: BlockKeys | SequenceMeta, tokens: TokenIds | None = None
-    ) -> TransferPlan | None:
-        """Plan that brings the leading held blocks to the device, by way of the CPU tier where they are in a
-        lower one. Covers fewer blocks than are held if the CPU tier has no room. None: nothing to bring.
+    def add_fetch(
+        self, plan: TransferPlan, first: int, acquired: Acquired, tokens: TokenIds | None
+    ) -> int | None:
+        """Adds to a get or a prefetch what it takes to bring acquired blocks of this group.
 
         Args:
-            blocks: their keys, or a whole sequence, which is given its keys on the way.
-            tokens: what the blocks must hold, int [blocks * tokens_per_block], if the index keeps tokens.
+            first: which block of the plan they begin with.
+            tokens: what they must hold, if the index keeps tokens.
+
+        Returns:
+            None; or, if the CPU tier has no room for what comes from below, how many blocks of the plan it
+            may have room for. Nothing is held then.
         """
-        if isinstance(blocks, SequenceMeta):
-            lease, blocks.block_keys, tiers, slots = self.index.acquire_tokens(
-                blocks.token_ids, blocks.namespace, use=True
-            )
-            return self._plan_fetch(blocks.block_keys, (lease, tiers, slots), blocks.token_ids)
-        return self._plan_fetch(blocks, self.index.acquire(blocks, use=True, tokens=tokens), tokens)
-
-    def plan_prefetch(self, keys: BlockKeys) -> TransferPlan | None:
-        """Plan that brings the leading held blocks into the CPU tier. None: nothing to bring."""
-        return self._plan_fetch(keys, self.index.acquire(keys), None, to_device=False)
-
-    def _plan_fetch(
-        self,
-        keys: BlockKeys,
-        acquired: tuple[int, TierNumbers, Slots],
-        tokens: TokenIds | None,
-        *,
-        to_device: bool = True,
-    ) -> TransferPlan | None:
-        """Plan for what was acquired; for less of it where the CPU tier has no room."""
-        while True:
-            lease, tiers, slots = acquired
-            held = len(tiers)
-            lower = np.flatnonzero(tiers)
-            if held == 0 or (not to_device and len(lower) == 0):
+        lease, tiers, slots = acquired
+        part = PlanPart(self.group, first, plan.keys[first:], tiers=tiers, lease=lease)
+        lower = np.flatnonzero(tiers)
+        host_slots = slots
+        if len(lower):
+            reserved = self.index.reserve(CPU, None, part.keys, tokens, staging=True, required=True)
+            if reserved is None:
                 self.index.release(lease)
-                return None
-            plan = TransferPlan(
-                PlanKind.GET if to_device else PlanKind.PREFETCH,
-                keys[:held],
-                TransferOpGraph(),
-                tiers=tiers,
-                leases=[lease],
-            )
-            host_slots = slots
-            if len(lower):
-                reserved = self.index.reserve(CPU, None, plan.keys, tokens, staging=True, required=True)
-                if reserved is None:  # no room: take less
-                    self.index.release(lease)
-                    limit = int(lower[0]) + (len(lower) // 2 if len(lower) > 1 else 0)
-                    if limit == 0:
-                        return None
-                    acquired = self.index.acquire(keys[:limit], use=to_device, tokens=tokens)
-                    continue
-                plan.txn, positions, staged = reserved
-                assert np.array_equal(positions, lower), "a block on its way was acquired"
-                host_slots = slots.copy()
-                host_slots[lower] = staged
-            self._add_fetches(plan, slots, host_slots, to_device=to_device)
-            return plan
-
-    def _add_fetches(self, plan: TransferPlan, slots: Slots, host_slots: Slots, *, to_device: bool) -> None:
-        """The ops of a get or a prefetch: for each tier the load from there, and behind it the copy to the
-        device."""
-        for tier in np.unique(plan.tiers).tolist():
-            positions = np.flatnonzero(plan.tiers == tier)
+                return first + int(lower[0]) + (len(lower) // 2 if len(lower) > 1 else 0)
+            part.txn, positions, staged = reserved
+            assert np.array_equal(positions, lower), "a block on its way was acquired"
+            host_slots = slots.copy()
+            host_slots[lower] = staged
+        plan.parts.append(part)
+        for tier in np.unique(tiers).tolist():
+            positions = np.flatnonzero(tiers == tier)
             load = -1
             if tier != CPU:
                 load = plan.graph.add_transfer_op(
@@ -229,20 +221,51 @@ class GlobalCacheEngine:
                         positions,
                         src_block_ids=slots[positions],
                         dst_block_ids=host_slots[positions],
-                        keys=np.ascontiguousarray(plan.keys[positions]),
+                        keys=np.ascontiguousarray(part.keys[positions]),
                         tier=tier,
+                        group=self.group,
                     )
                 )
-                plan.fills.append(load)
-            if to_device:
+                part.fills.append(load)
+            if plan.kind is PlanKind.GET:
                 plan.graph.add_transfer_op(
                     TransferOp(
                         TransferType.H2D,
                         positions,
                         src_block_ids=host_slots[positions],
                         follows_layers_of=load,
+                        group=self.group,
                     )
                 )
+        return None
+
+    def add_put(
+        self,
+        plan: TransferPlan,
+        first: int,
+        parent: BlockKeys | None,
+        tokens: TokenIds | None,
+        importance: int,
+    ) -> bool:
+        """Adds to a put what it takes to store the blocks of this group that the CPU tier does not hold.
+        False if pins leave no room; nothing is held then."""
+        keys = plan.keys[first:]
+        # On its way down a block passes through the CPU tier: what that tier does not want for itself, a
+        # lower one may well keep.
+        reserved = self.index.reserve(CPU, parent, keys, tokens, importance, required=self.stores_below)
+        if reserved is None:
+            self.num_puts_without_room += 1
+            return False
+        txn, positions, slots = reserved
+        part = PlanPart(self.group, first, keys, parent, txn=txn)
+        if txn:
+            part.fills.append(
+                plan.graph.add_transfer_op(
+                    TransferOp(TransferType.D2H, positions, dst_block_ids=slots, group=self.group)
+                )
+            )
+        plan.parts.append(part)
+        return True
 
     def may_put(self, num_blocks: int, num_coming: int) -> bool:
         """Whether so many blocks can all be pinned until every lower tier has them. What holds them up goes
@@ -256,38 +279,6 @@ class GlobalCacheEngine:
             if before and before + num_blocks > below.queue.pinned_max:
                 return False
         return True
-
-    def plan_put(
-        self,
-        parent: BlockKeys | None,
-        keys: BlockKeys,
-        tokens: TokenIds | None = None,
-        *,
-        importance: int = 0,
-    ) -> TransferPlan | None:
-        """Plan that copies blocks from the device to the CPU tier, those it holds already left out.
-
-        Args:
-            parent: key of the block before ``keys[0]``, shape [2]; None at the start of a sequence.
-            tokens: what the blocks hold, int [blocks * tokens_per_block], if the index keeps tokens.
-            importance: of the request, 0 to IMPORTANCE_MAX; less important blocks are evicted first.
-
-        Returns:
-            A plan (with an empty graph if every block is held), or None if pins leave no room.
-        """
-        # On its way down a block passes through the CPU tier: what that tier does not want for itself, a
-        # lower one may well keep.
-        reserved = self.index.reserve(CPU, parent, keys, tokens, importance, required=self.stores_below)
-        if reserved is None:
-            self.num_puts_without_room += 1
-            return None
-        txn, positions, slots = reserved
-        plan = TransferPlan(PlanKind.PUT, keys, TransferOpGraph(), parent, txn=txn)
-        if txn:
-            plan.fills.append(
-                plan.graph.add_transfer_op(TransferOp(TransferType.D2H, positions, dst_block_ids=slots))
-            )
-        return plan
 
     def plan_spill(self, tier: int) -> TransferPlan | None:
         """Plan that copies blocks that wait for it from the CPU tier to a lower one. None: nothing waits, or
@@ -304,61 +295,51 @@ class GlobalCacheEngine:
                 continue
             txn, positions, slots = reserved
             below.num_admitted += len(positions)
-            plan = TransferPlan(
-                PlanKind.SPILL,
-                blocks.keys,
-                TransferOpGraph(),
-                blocks.parent,
-                leases=[blocks.lease],
-                txn=txn,
-                txn_tier=tier,
-            )
-            plan.fills.append(
-                plan.graph.add_transfer_op(
-                    TransferOp(
-                        TransferType.H2LOWER,
-                        positions,
-                        src_block_ids=blocks.cpu_slots[positions],
-                        dst_block_ids=slots,
-                        keys=np.ascontiguousarray(blocks.keys[positions]),
-                        tier=tier,
-                    )
+            plan = TransferPlan(PlanKind.SPILL, blocks.keys, TransferOpGraph(), tier=tier)
+            op = plan.graph.add_transfer_op(
+                TransferOp(
+                    TransferType.H2LOWER,
+                    positions,
+                    src_block_ids=blocks.cpu_slots[positions],
+                    dst_block_ids=slots,
+                    keys=np.ascontiguousarray(blocks.keys[positions]),
+                    tier=tier,
+                    group=self.group,
                 )
+            )
+            plan.parts.append(
+                PlanPart(self.group, 0, blocks.keys, blocks.parent, lease=blocks.lease, txn=txn, fills=[op])
             )
             return plan
         return None
 
     # ---- outcomes ----
 
-    def finish(self, plan: TransferPlan, result: _core.GraphResult | None) -> None:
-        """Publishes what a plan wrote and gives back what it held.
-
-        Args:
-            result: what became of the plan's graph; None if it never ran.
-        """
-        if plan.txn:
-            statuses = [result.ops[op].status for op in plan.fills] if result is not None else []
+    def finish(self, plan: TransferPlan, part: PlanPart, result: _core.GraphResult | None) -> None:
+        """Publishes what a part wrote and gives back what it held. See GlobalCacheEngine.finish."""
+        if part.txn:
+            statuses = [result.ops[op].status for op in part.fills] if result is not None else []
             over = (_core.OpStatus.DONE, _core.OpStatus.FAILED)
             if result is None or plan.discarded or not any(status in over for status in statuses):
-                self.index.abort(plan.txn)
-                if plan.kind is PlanKind.SPILL and not self._below[plan.txn_tier - 1].is_in:
-                    self._below[plan.txn_tier - 1].queue.drop(plan.keys)  # the tier was taken out
+                self.index.abort(part.txn)
+                if plan.kind is PlanKind.SPILL and not self._below[plan.tier - 1].is_in:
+                    self._below[plan.tier - 1].queue.drop(part.keys)  # the tier was taken out
             else:
-                self._finish_writes(plan, result)
+                self._finish_writes(plan, part, result)
         if plan.kind is PlanKind.GET and result is not None and result.done:
             for below in self._taking_part:
                 if below.seen is not None:  # used again: worth its place there
-                    below.queue.add(WaitingBlocks(None, plan.keys))
-        for lease in plan.leases:
-            self.index.release(lease)
+                    below.queue.add(WaitingBlocks(None, part.keys))
+        if part.lease:
+            self.index.release(part.lease)
         if plan.kind is PlanKind.SPILL:
-            self._below[plan.txn_tier - 1].queue.end(len(plan.keys))
+            self._below[plan.tier - 1].queue.end(len(part.keys))
 
-    def _finish_writes(self, plan: TransferPlan, result: _core.GraphResult) -> None:
-        """Publishes those reserved blocks of a plan that were filled."""
-        filled = np.zeros(len(plan.keys), np.uint8)
+    def _finish_writes(self, plan: TransferPlan, part: PlanPart, result: _core.GraphResult) -> None:
+        """Publishes those reserved blocks that were filled."""
+        filled = np.zeros(len(part.keys), np.uint8)
         outcomes = []
-        for number in plan.fills:
+        for number in part.fills:
             moved, outcome = plan.graph.ops[number], result.ops[number]
             ok = outcome.ok
             if outcome.status == _core.OpStatus.DONE:
@@ -366,19 +347,20 @@ class GlobalCacheEngine:
             if len(ok) == len(moved.block_positions) and outcome.status != _core.OpStatus.CANCELLED:
                 filled[moved.block_positions] = ok
                 outcomes.append((moved, ok, outcome.corrupt))
-        reserved = np.sort(np.concatenate([plan.graph.ops[op].block_positions for op in plan.fills]))
+        positions = [plan.graph.ops[op].block_positions for op in part.fills]
+        reserved = positions[0] if len(positions) == 1 else np.sort(np.concatenate(positions))
         # The tier first: once the index has it, the block can be evicted and its slot written anew.
         if plan.kind is PlanKind.SPILL:
-            self._tell_stored(plan, filled)
-        self.index.commit(plan.txn, filled[reserved])
+            self._tell_stored(plan, part, filled)
+        self.index.commit(part.txn, filled[reserved])
         if plan.kind is PlanKind.PUT:
             if filled[reserved].any():
-                self._offer_below(plan)
+                self._offer_below(part, pin_all=plan.made_room)
             return
         if plan.kind is PlanKind.SPILL:
-            queue = self._below[plan.txn_tier - 1].queue
+            queue = self._below[plan.tier - 1].queue
             if not outcomes:
-                queue.drop(plan.keys)
+                queue.drop(part.keys)
             else:
                 queue.num_dropped += int((filled[reserved] == 0).sum())
         for moved, ok, corrupt in outcomes:
@@ -404,31 +386,32 @@ class GlobalCacheEngine:
         if error and below.failures[moved.transfer_type] <= 1:
             logger.error("%s. The blocks concerned count as misses.", error)
 
-    def _tell_stored(self, plan: TransferPlan, filled: npt.NDArray[np.uint8]) -> None:
-        below = self._below[plan.txn_tier - 1]
-        moved = plan.graph.ops[plan.fills[0]]
-        written = moved.block_positions[filled[moved.block_positions] != 0]
+    def _tell_stored(self, plan: TransferPlan, part: PlanPart, filled: npt.NDArray[np.uint8]) -> None:
+        below = self._below[plan.tier - 1]
+        moved = plan.graph.ops[part.fills[0]]
+        ok = filled[moved.block_positions] != 0
+        written = moved.block_positions[ok]
         if not below.is_in or len(written) == 0 or moved.dst_block_ids is None:
             return
-        parents = np.zeros_like(plan.keys)
-        parents[1:] = plan.keys[:-1]
-        if plan.parent is not None:
-            parents[0] = plan.parent
+        parents = np.zeros_like(part.keys)
+        parents[1:] = part.keys[:-1]
+        if part.parent is not None:
+            parents[0] = part.parent
         below.tier.stored(
-            np.ascontiguousarray(plan.keys[written]),
+            np.ascontiguousarray(part.keys[written]),
             np.ascontiguousarray(parents[written]),
-            np.ascontiguousarray(moved.dst_block_ids[filled[moved.block_positions] != 0]),
+            np.ascontiguousarray(moved.dst_block_ids[ok]),
         )
 
-    def _offer_below(self, plan: TransferPlan) -> None:
+    def _offer_below(self, part: PlanPart, *, pin_all: bool) -> None:
         for below in self._taking_part:
-            keys = plan.keys
+            keys = part.keys
             below.num_offered += len(keys)
             if below.seen is not None:
                 unseen = np.flatnonzero(below.seen.seen(keys) == 0)
                 keys = keys[: unseen[0]] if len(unseen) else keys
             if len(keys):
-                below.queue.add(WaitingBlocks(plan.parent, keys, plan.made_room))
+                below.queue.add(WaitingBlocks(part.parent, keys, pin_all))
 
     # ---- what waits, and what came of it ----
 
@@ -503,3 +486,228 @@ class GlobalCacheEngine:
             if below.number in tiers:
                 below.queue.clear()
         return sum(self.index.invalidate_tier(tier) for tier in tiers)
+
+
+class GlobalCacheEngine:
+    """Decides for all groups and tiers. Not thread-safe by itself: one owner calls it.
+
+    Args:
+        lower: the tiers below the CPU tier, nearest first, of the first group.
+        more_groups: the further groups, and the lower tiers of each.
+        keep_tokens: for callers whose keys are SequenceMeta's: what is found is compared token by token.
+        spill_blocks_max: blocks that one plan stores in a lower tier.
+    """
+
+    def __init__(
+        self,
+        config: CacheConfig,
+        lower: Sequence[LowerTier] = (),
+        more_groups: Sequence[tuple[KVGroup, Sequence[LowerTier]]] = (),
+        *,
+        keep_tokens: bool = False,
+        spill_blocks_max: int = _SPILL_BLOCKS_MAX,
+    ) -> None:
+        self.config = config
+        sizes = [config.num_cpu_blocks, *(group.quota(config.num_cpu_blocks) for group, _ in more_groups)]
+        tiers = [lower, *(of_group for _, of_group in more_groups)]
+        self.groups = [
+            CacheEngine(
+                number,
+                config,
+                num_cpu_blocks,
+                of_group,
+                keep_tokens=keep_tokens and number == 0,
+                spill_blocks_max=spill_blocks_max,
+            )
+            for number, (num_cpu_blocks, of_group) in enumerate(zip(sizes, tiers, strict=True))
+        ]
+        self._full = self.groups[0]
+        # The others with the blocks that each takes to go on.
+        windows = (group.window_blocks for group, _ in more_groups)
+        self._windowed = list(zip(self.groups[1:], windows, strict=True))
+
+    @property
+    def index(self) -> _core.PrefixIndex:
+        """Of the first group."""
+        return self._full.index
+
+    # ---- asking ----
+
+    def match(self, keys: BlockKeys) -> MatchResult:
+        """Looks a sequence up in all tiers and marks what it finds as used."""
+        tiers = self.index.match(keys)
+        if not self._windowed:
+            return MatchResult(tiers, np.arange(1, len(tiers) + 1))
+        return MatchResult(tiers, np.flatnonzero(self._resumable(keys[: len(tiers)]))[1:])
+
+    def pin(self, keys: BlockKeys) -> tuple[list[tuple[int, int]], TierNumbers]:
+        """Pins what it takes to bring as many of the leading blocks as can be brought.
+
+        Returns:
+            Leases, each with its group, and of each block the tier that the first group's part is in.
+        """
+        lease, tiers, _ = self.index.acquire(keys, None)
+        if self._windowed and lease:
+            self.index.release(lease)
+            keys = keys[: self._longest(keys[: len(tiers)])]
+            lease, tiers, _ = self.index.acquire(keys, None)
+        leases = [(0, lease)] if lease else []
+        for group, window in self._windowed:
+            lease, _, _ = group.index.acquire(keys[max(0, len(keys) - window) :], None)
+            if lease:
+                leases.append((group.group, lease))
+        return leases, tiers
+
+    def unpin(self, leases: Sequence[tuple[int, int]]) -> None:
+        for group, lease in leases:
+            self.groups[group].index.release(lease)
+
+    def _resumable(self, keys: BlockKeys) -> npt.NDArray[np.bool_]:
+        """For 0 to all of the leading blocks, which the first group holds, whether the others have what it
+        takes to go on behind them, bool [blocks + 1]."""
+        good = np.ones(len(keys) + 1, bool)
+        for group, window in self._windowed:
+            good &= boundaries(group.index.held(keys) != 0, window)
+        return good
+
+    def _longest(self, keys: BlockKeys) -> int:
+        """How many of the leading blocks, which the first group holds, can be brought."""
+        return int(np.flatnonzero(self._resumable(keys))[-1]) if self._windowed else len(keys)
+
+    # ---- plans ----
+
+    def plan_get(
+        self, blocks: BlockKeys | SequenceMeta, tokens: TokenIds | None = None
+    ) -> TransferPlan | None:
+        """Plan that brings the leading held blocks to the device, by way of the CPU tier where they are in a
+        lower one. Covers fewer blocks than are held if the CPU tier has no room. None: nothing to bring.
+
+        Args:
+            blocks: their keys, or a whole sequence, which is given its keys on the way.
+            tokens: what the blocks must hold, int [blocks * tokens_per_block], if the index keeps tokens.
+        """
+        if isinstance(blocks, SequenceMeta):
+            lease, blocks.block_keys, tiers, slots = self.index.acquire_tokens(
+                blocks.token_ids, blocks.namespace, use=True
+            )
+            acquired = lease, tiers, slots
+            return self._plan_fetch(PlanKind.GET, blocks.block_keys, acquired, blocks.token_ids)
+        acquired = self.index.acquire(blocks, use=True, tokens=tokens)
+        return self._plan_fetch(PlanKind.GET, blocks, acquired, tokens)
+
+    def plan_prefetch(self, keys: BlockKeys) -> TransferPlan | None:
+        """Plan that brings the leading held blocks into the CPU tier. None: nothing to bring."""
+        return self._plan_fetch(PlanKind.PREFETCH, keys, self.index.acquire(keys), None)
+
+    def _plan_fetch(
+        self, kind: PlanKind, keys: BlockKeys, acquired: Acquired, tokens: TokenIds | None
+    ) -> TransferPlan | None:
+        """Plan for what was acquired; for less of it where a group does not hold as much, or has no room."""
+        use = kind is PlanKind.GET
+        while True:
+            lease, tiers, _ = acquired
+            held = len(tiers)
+            limit = self._longest(keys[:held])
+            if limit == held > 0:
+                plan = TransferPlan(kind, keys[:held], TransferOpGraph())
+                too_much = self._add_fetches(plan, acquired, tokens)
+                if too_much is None:
+                    if use or any(part.num_lower_blocks for part in plan.parts):
+                        return plan
+                    self.finish(plan, None)  # all of it is in the CPU tier
+                    return None
+                limit = too_much
+            else:
+                self.index.release(lease)
+            if limit == 0:
+                return None
+            acquired = self.index.acquire(keys[:limit], use=use, tokens=tokens)
+
+    def _add_fetches(self, plan: TransferPlan, acquired: Acquired, tokens: TokenIds | None) -> int | None:
+        """Adds what each group brings. See CacheEngine.add_fetch: nothing is held if there is no room."""
+        limit = self._full.add_fetch(plan, 0, acquired, tokens)
+        for group, window in self._windowed:
+            if limit is not None:
+                break
+            first = max(0, plan.num_blocks - window)
+            acquired = group.index.acquire(plan.keys[first:], use=plan.kind is PlanKind.GET)
+            assert len(acquired[1]) == plan.num_blocks - first, "a window that was held is not there"
+            limit = group.add_fetch(plan, first, acquired, None)
+        if limit is not None:
+            self.finish(plan, None)
+        return limit
+
+    def may_put(self, num_blocks: int, num_coming: Mapping[int, int]) -> bool:
+        """Whether so many blocks can all be pinned until every lower tier has them.
+
+        Args:
+            num_coming: blocks of puts that run, by group.
+        """
+        return self._full.may_put(num_blocks, num_coming.get(0, 0)) and all(
+            group.may_put(min(num_blocks, window), num_coming.get(group.group, 0))
+            for group, window in self._windowed
+        )
+
+    def plan_put(
+        self,
+        parent: BlockKeys | None,
+        keys: BlockKeys,
+        tokens: TokenIds | None = None,
+        *,
+        importance: int = 0,
+    ) -> TransferPlan | None:
+        """Plan that copies blocks from the device to the CPU tier, those it holds already left out: all of
+        them of the first group, of the others what it takes to go on behind the last.
+
+        Args:
+            parent: key of the block before ``keys[0]``, shape [2]; None at the start of a sequence.
+            tokens: what the blocks hold, int [blocks * tokens_per_block], if the index keeps tokens.
+            importance: of the request, 0 to IMPORTANCE_MAX; less important blocks are evicted first.
+
+        Returns:
+            A plan (with an empty graph if every block is held), or None if pins leave no room.
+        """
+        plan = TransferPlan(PlanKind.PUT, keys, TransferOpGraph())
+        if not self._full.add_put(plan, 0, parent, tokens, importance):
+            return None
+        for group, window in self._windowed:
+            # Without a parent: what goes first is a matter of each window.
+            if not group.add_put(plan, max(0, len(keys) - window), None, None, importance):
+                self.finish(plan, None)
+                return None
+        return plan
+
+    def plan_spill(self, tier: int, group: int = 0) -> TransferPlan | None:
+        """See CacheEngine.plan_spill."""
+        return self.groups[group].plan_spill(tier)
+
+    def finish(self, plan: TransferPlan, result: _core.GraphResult | None) -> None:
+        """Publishes what a plan wrote and gives back what it held.
+
+        Args:
+            result: what became of the plan's graph; None if it never ran.
+        """
+        for part in plan.parts:
+            self.groups[part.group].finish(plan, part, result)
+
+    # ---- of all groups ----
+
+    @property
+    def stores_below(self) -> bool:
+        """Whether some lower tier takes part."""
+        return any(group.stores_below for group in self.groups)
+
+    @property
+    def num_waiting_spills(self) -> int:
+        """Blocks that wait to be copied to lower tiers."""
+        return sum(group.num_waiting_spills for group in self.groups)
+
+    @property
+    def num_spill_dropped_blocks(self) -> int:
+        """See CacheEngine.num_spill_dropped_blocks."""
+        return sum(group.num_spill_dropped_blocks for group in self.groups)
+
+    def clear(self, tiers: Collection[int]) -> None:
+        """Forgets every block of these tiers. Blocks in use go when their users let go of them."""
+        for group in self.groups:
+            group.clear(tiers)

@@ -60,9 +60,9 @@ class TransferOp:
     """One copy of some blocks between the device and the CPU tier, or between that and a tier below.
 
     ``src_block_ids`` and ``dst_block_ids`` are slots of the respective tier, int64 [blocks]. On the device
-    side they are None until the plan is launched; ``block_positions`` says which blocks of the request the
-    op moves, so that the launch can pick their device slots: token slots, int64 [blocks * tokens_per_block],
-    or which blocks of ``awaited`` they are, int64 [blocks].
+    side they are None until the plan is launched; ``block_positions`` says which of the blocks of its group
+    the op moves, so that the launch can pick their device slots: token slots, int64 [blocks *
+    tokens_per_block], or which blocks of ``awaited`` they are, int64 [blocks].
     """
 
     transfer_type: TransferType
@@ -71,6 +71,7 @@ class TransferOp:
     dst_block_ids: Slots | None = None
     keys: BlockKeys | None = None  # of a lower tier: what its slots hold, or are to hold
     tier: int = CPU  # which one, by its number
+    group: int = 0  # whose part of the blocks
     op_id: int = -1
     follows_layers_of: int = -1  # H2D: the LOWER2H op whose layers it copies as they come
     awaited: SlotsOnTheirWay | None = None
@@ -89,16 +90,20 @@ class TransferOpGraph:
         return op.op_id
 
     def bind_device_slots(
-        self, token_slots: Slots | SlotsOnTheirWay, tokens_per_block: int, places: Slots | None = None
+        self,
+        token_slots: Slots | SlotsOnTheirWay,
+        tokens_per_block: int,
+        places: Slots | None = None,
+        group: int = 0,
     ) -> None:
-        """Fills in the device side of every op.
+        """Fills in the device side of every op of a group.
 
         Args:
             token_slots: token slots in the device pool, tokens_per_block for each block, and maybe more.
             places: which blocks of these the blocks of the request are, int64 [blocks]; None: the first ones.
         """
         for op in self.ops:
-            if not op.transfer_type.touches_device:
+            if not op.transfer_type.touches_device or op.group != group:
                 continue
             slots = op.block_positions if places is None else places[op.block_positions]
             if isinstance(token_slots, SlotsOnTheirWay):

@@ -153,7 +153,7 @@ class _Machine:
         self._has_ssd = setup.ssd_blocks > 0
         self.engine = GlobalCacheEngine(setup.cache_config(tokens_per_block), lower if self._has_ssd else ())
         if self._has_ssd:
-            self.engine.take_in(_SSD)
+            self.engine.groups[0].take_in(_SSD)
         self.device = (
             GlobalCacheEngine(
                 CacheConfig(
@@ -264,8 +264,8 @@ def simulate(trace: Trace, setup: TierSetup, progress: Progress | None = None) -
             progress(_PROGRESS_REQUESTS)
     if progress is not None:
         progress(count % _PROGRESS_REQUESTS)
-    cpu = machine.engine.stats(CPU)
-    ssd = machine.engine.stats(_SSD) if setup.ssd_blocks else {}
+    cpu = machine.engine.groups[0].stats(CPU)
+    ssd = machine.engine.groups[0].stats(_SSD) if setup.ssd_blocks else {}
     return Replay(
         setup=setup,
         input_tokens=trace.input_lengths,

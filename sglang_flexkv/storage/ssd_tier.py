@@ -29,6 +29,7 @@ class SsdTier(LowerTier):
     def __init__(
         self,
         config: CacheConfig,
+        num_slots: int,
         slice_bytes: Sequence[int],
         *,
         namespace: Namespace,
@@ -40,7 +41,7 @@ class SsdTier(LowerTier):
         super().__init__(
             "SSD",
             "DISK",
-            config.num_ssd_blocks,
+            num_slots,
             eviction_policy=config.ssd_eviction_policy,
             admission=config.ssd_admission,
         )
@@ -55,7 +56,7 @@ class SsdTier(LowerTier):
         config = self._config
         self._store = SsdStore(
             config.ssd_cache_dir,
-            config.num_ssd_blocks,
+            self.num_slots,
             self._slice_bytes,
             self._rank_tag,
             namespace=self._namespace,

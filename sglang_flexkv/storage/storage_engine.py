@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from sglang_flexkv import _core
-from sglang_flexkv.common.block import Namespace
+from sglang_flexkv.common.block import Namespace, make_namespace
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import CacheConfig
+from sglang_flexkv.common.kv_group import KVGroup
 from sglang_flexkv.common.lower_tier import LowerTier
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.storage.ssd_identity import Identity
@@ -30,6 +31,8 @@ class TierRequest:
         identity: what the namespace stands for, kept beside what a tier holds.
         rank_tag: tells ranks that share a place apart, e.g. ``rank0``.
         disk: what system calls go through; tests put faults there.
+        group: whose blocks it is for; None: the first group's.
+        slice_bytes: of each slice of a slot.
     """
 
     config: CacheConfig
@@ -38,19 +41,27 @@ class TierRequest:
     identity: Identity | None = None
     rank_tag: str = "rank0"
     disk: _core.Disk | None = None
-    slice_bytes: tuple[int, ...] = ()  # of each slice of a slot
+    group: KVGroup | None = None
+    slice_bytes: tuple[int, ...] = ()
 
 
 def _ssd(request: TierRequest) -> LowerTier | None:
     if not request.config.enable_ssd:
         return None
+    namespace, rank_tag, num_slots = request.namespace, request.rank_tag, request.config.num_ssd_blocks
+    if (group := request.group) is not None:
+        # Files of its own, which no other group takes for its own.
+        namespace = make_namespace({"of all groups": namespace.hex(), "group": group.name})
+        rank_tag = f"{rank_tag}-{group.name}"
+        num_slots = group.quota(num_slots)
     return SsdTier(
         request.config,
+        num_slots,
         request.slice_bytes,
-        namespace=request.namespace,
+        namespace=namespace,
         label=request.label,
-        identity=request.identity,
-        rank_tag=request.rank_tag,
+        identity=request.identity if request.group is None else None,
+        rank_tag=rank_tag,
         disk=request.disk,
     )
 
@@ -59,8 +70,8 @@ def _ssd(request: TierRequest) -> LowerTier | None:
 LOWER_TIERS: list[Callable[[TierRequest], LowerTier | None]] = [_ssd]
 
 
-class StorageEngine:
-    """The storage of one rank: its device pool's layout, its CPU pool and its lower tiers, opened.
+class GroupStorage:
+    """The storage of one group: its device pool's layout, its CPU pool and its lower tiers, opened.
 
     Raises:
         ConfigError: a tier cannot be set up as configured.
@@ -68,8 +79,11 @@ class StorageEngine:
     """
 
     def __init__(self, device: DeviceBuffers, request: TierRequest) -> None:
-        self.device = device
-        self.layout = device.block_layout(request.config.tokens_per_block)
+        config = request.config
+        num_blocks = config.num_cpu_blocks
+        if request.group is not None:
+            num_blocks = request.group.quota(num_blocks)
+        self.layout = device.block_layout(config.tokens_per_block)
         self.slot_bytes = slot_bytes_for(self.layout.block_bytes)
         self.lower: list[LowerTier] = []
         slice_bytes = tuple(_core.slice_bytes(self.layout, self.slot_bytes))
@@ -79,7 +93,7 @@ class StorageEngine:
                 if tier is not None:
                     tier.open()
                     self.lower.append(tier)
-            self.host = _core.HostPool(request.config.num_cpu_blocks, self.slot_bytes)
+            self.host = _core.HostPool(num_blocks, self.slot_bytes)
         except BaseException:
             self.close_lower()
             raise
@@ -87,3 +101,35 @@ class StorageEngine:
     def close_lower(self) -> None:
         """Closes the lower tiers; for a start that does not come to its end (see TierLife for the others)."""
         run_all(*(tier.close for tier in self.lower))
+
+
+class StorageEngine:
+    """The storage of one rank.
+
+    Raises:
+        ConfigError: a tier cannot be set up as configured.
+        OSError: a CPU pool cannot be mapped.
+    """
+
+    def __init__(
+        self, device: DeviceBuffers, request: TierRequest, more_groups: Sequence[KVGroup] = ()
+    ) -> None:
+        self.device = device
+        self.more_groups = more_groups
+        self.groups: list[GroupStorage] = []
+        try:
+            self.groups.append(GroupStorage(device, request))
+            for group in more_groups:
+                self.groups.append(GroupStorage(group.device, replace(request, group=group)))
+        except BaseException:
+            self.close_lower()
+            raise
+
+    @property
+    def first(self) -> GroupStorage:
+        """Of the first group."""
+        return self.groups[0]
+
+    def close_lower(self) -> None:
+        """See GroupStorage.close_lower."""
+        run_all(*(group.close_lower for group in self.groups))

@@ -23,26 +23,32 @@ class TransferEngine:
 
     def __init__(self, config: CacheConfig, storage: StorageEngine) -> None:
         self._core = _core.TransferEngine(
-            storage.layout,
-            storage.host,
+            storage.first.layout,
+            storage.first.host,
             copy_threads=config.copy_threads,
             cuda_device=storage.device.cuda_device,
             queue_bytes=_QUEUE_BYTES,
-            lower_tiers=[tier.medium for tier in storage.lower],
+            lower_tiers=[tier.medium for tier in storage.first.lower],
         )
-        self._media = [tier.medium for tier in storage.lower]
+        self._media = [tier.medium for tier in storage.first.lower]
+        if storage.more_groups:
+            theirs = {layer for group in storage.more_groups for layer in group.layers}
+            num_layers = len(theirs) + storage.first.layout.num_layers
+            self._core.set_gate_layers([layer for layer in range(num_layers) if layer not in theirs])
+        for group, of_group in zip(storage.more_groups, storage.groups[1:], strict=True):
+            self._core.add_group(of_group.layout, of_group.host, group.layers)
 
-    def attach(self, number: int, tier: _core.LowerTier) -> None:
-        """Puts a lower tier under the engine.
+    def attach(self, number: int, tier: _core.LowerTier, group: int = 0) -> None:
+        """Puts a lower tier under a group.
 
         Raises:
             OSError: something below the tier cannot be set up.
         """
-        self._core.attach(number, tier)
+        self._core.attach(number, tier, group=group)
 
-    def detach(self, number: int) -> None:
+    def detach(self, number: int, group: int = 0) -> None:
         """Takes a lower tier away. No op of it may be pending."""
-        self._core.detach(number)
+        self._core.detach(number, group)
 
     def name_of(self, transfer_type: TransferType, tier: int) -> str:
         """Of such transfers, in ``stats`` and in what people see."""
@@ -93,6 +99,7 @@ class TransferEngine:
                     after_layers=op.follows_layers_of,
                     awaited=op.awaited.awaited if op.awaited is not None else None,
                     tier=op.tier,
+                    group=op.group,
                 )
             )
         return self._core.submit(

@@ -254,6 +254,7 @@ def test_a_tier_that_fails_is_taken_out_and_comes_back_with_what_it_holds(cache:
     cache.fill(range(8))
     held = cache.of_tier("ready")
     cache.medium.fail(loads=True)
+    cache.medium.refuse_to_open()  # or it would be back before we look
     for number in range(3):
         assert cache.get(number) == 0
     cache.until(lambda: cache.of_tier("times_out") == 1, "the tier stays in")
