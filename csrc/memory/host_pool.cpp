@@ -28,9 +28,10 @@ constexpr auto kPinTurnInterval = std::chrono::milliseconds(5);
 // with the process, whatever becomes of that, and leaves no file behind.
 class PinTurn {
  public:
+  PinTurn() : socket_(socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0)) {}
+  PinTurn(const PinTurn&) = delete;
   // False while somebody else has it. Where there are no such names (no network namespace), everybody has it.
   bool Take() {
-    socket_ = socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0);
     sockaddr_un address{};
     address.sun_family = AF_UNIX;
     const std::string name = "sglang-flexkv-pins-" + std::to_string(getuid());
@@ -44,7 +45,7 @@ class PinTurn {
   }
 
  private:
-  int socket_ = -1;
+  const int socket_;
 };
 
 }  // namespace
