@@ -51,32 +51,29 @@ void BindTransfer(py::module_& m) {
       .def("__len__", &AwaitedSlots::size);
 
   py::class_<OpSpec>(m, "OpSpec")
-      .def(
-          py::init([](TransferType type, const Int64s& src, const Int64s& dst, int layer_begin, int layer_end,
-                      std::vector<uint32_t> after, const std::optional<Keys>& keys, int after_layers,
-                      std::shared_ptr<AwaitedSlots> awaited, std::optional<Tier> tier, uint32_t group) {
-            std::vector<BlockKey> copied;
-            if (keys) {
-              const KeyView view = View(*keys);
-              copied.assign(view.data, view.data + view.size);
-            }
-            const bool device = type == TransferType::kH2D || type == TransferType::kD2H;
-            return OpSpec{type,
-                          tier.value_or(device ? Tier::kCpu : Tier{1}),
-                          group,
-                          ToVector(src),
-                          ToVector(dst),
-                          std::move(awaited),
-                          layer_begin,
-                          layer_end,
-                          std::move(copied),
-                          std::move(after),
-                          after_layers};
-          }),
-          py::arg("type"), py::arg("src"), py::arg("dst"), py::arg("layer_begin") = 0,
-          py::arg("layer_end") = 0, py::arg("after") = std::vector<uint32_t>{},
-          py::arg("keys") = std::nullopt, py::arg("after_layers") = -1, py::arg("awaited") = nullptr,
-          py::arg("tier") = std::nullopt, py::arg("group") = 0);
+      .def(py::init([](TransferType type, const Int64s& src, const Int64s& dst, int layer_begin,
+                       int layer_end, const std::optional<Keys>& keys, int after_layers,
+                       std::shared_ptr<AwaitedSlots> awaited, std::optional<Tier> tier, uint32_t group) {
+             std::vector<BlockKey> copied;
+             if (keys) {
+               const KeyView view = View(*keys);
+               copied.assign(view.data, view.data + view.size);
+             }
+             const bool device = type == TransferType::kH2D || type == TransferType::kD2H;
+             return OpSpec{type,
+                           tier.value_or(device ? Tier::kCpu : Tier{1}),
+                           group,
+                           ToVector(src),
+                           ToVector(dst),
+                           std::move(awaited),
+                           layer_begin,
+                           layer_end,
+                           std::move(copied),
+                           after_layers};
+           }),
+           py::arg("type"), py::arg("src"), py::arg("dst"), py::arg("layer_begin") = 0,
+           py::arg("layer_end") = 0, py::arg("keys") = std::nullopt, py::arg("after_layers") = -1,
+           py::arg("awaited") = nullptr, py::arg("tier") = std::nullopt, py::arg("group") = 0);
 
   py::class_<OpResult>(m, "OpResult")
       .def_readonly("status", &OpResult::status)
@@ -127,8 +124,6 @@ void BindTransfer(py::module_& m) {
       .def("drain", &TransferEngine::Drain, py::arg("timeout_s"), NoGil())
       .def("drain_device", &TransferEngine::DrainDevice, py::arg("timeout_s"), NoGil())
       .def("stats", [](const TransferEngine& engine) { return StatsDict(engine.Stats()); })
-      .def_property_readonly("event_fd", &TransferEngine::event_fd)
-      .def_property_readonly("num_pending", &TransferEngine::num_pending)
       .def_property_readonly("cuda_note", &TransferEngine::cuda_note)
       .def_property_readonly("now_s", &TransferEngine::Now);
 

@@ -29,9 +29,8 @@ struct OpSpec {
   // for each block which one of these it is, tokens_per_block slots being one.
   std::shared_ptr<AwaitedSlots> awaited;
   int layer_begin = 0;
-  int layer_end = 0;            // 0: all layers. Lower ops move whole slices (see SlicesOf)
-  std::vector<BlockKey> keys;   // lower ops: which block each slot holds, or is to hold
-  std::vector<uint32_t> after;  // positions of ops in the graph that must be done first
+  int layer_end = 0;           // 0: all layers. Lower ops move whole slices (see SlicesOf)
+  std::vector<BlockKey> keys;  // lower ops: which block each slot holds, or is to hold
   // H2D: position of the LOWER2H op of the same layers that it follows layer by layer, or -1. The read
   // then goes in steps of a few layers, as many as its measured cost makes worth while.
   int32_t after_layers = -1;
@@ -74,9 +73,8 @@ struct RunningOp {
   std::vector<int64_t> token_slots;  // if they were awaited, else they are in `spec`
   std::vector<int64_t> first_rows;
   size_t num_blocks = 0;
-  size_t waiting_for = 0;
-  bool poisoned = false;  // a dependency did not get done
-  std::vector<uint32_t> successors;
+  bool poisoned = false;            // what it follows did not get done
+  std::vector<uint32_t> followers;  // layer by layer, by their position in the graph
   OpResult result;
   std::unique_ptr<TierTransfer> lower;  // lower ops that have started
 

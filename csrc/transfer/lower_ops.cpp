@@ -25,9 +25,7 @@ void TransferEngine::StartLowerOp(Op* op) {
   uint32_t slice_end = transfer->slice_begin + 1;
   while (group.slices[slice_end - 1].layer_end != op->spec.layer_end) slice_end++;
   transfer->step_ends = {slice_end};
-  const std::vector<Op>& ops = op->graph->ops;
-  const bool followed = std::any_of(op->successors.begin(), op->successors.end(),
-                                    [&](uint32_t next) { return ops[next].spec.after_layers >= 0; });
+  const bool followed = !op->followers.empty();
   if (followed) {
     std::vector<size_t> bytes;
     for (uint32_t i = transfer->slice_begin; i < slice_end; ++i) bytes.push_back(group.slices[i].bytes);
@@ -108,9 +106,9 @@ void TransferEngine::LearnReadCost(const Op& op, OpStatus status) {
 
 // Some layers of one block of a read are in host memory.
 void TransferEngine::ForwardBlock(Op* op, size_t block, int layer_begin, int layer_end) {
-  for (uint32_t next : op->successors) {
+  for (uint32_t next : op->followers) {
     Op& load = op->graph->ops[next];
-    if (load.spec.after_layers < 0 || !BeginPiece(&load)) continue;
+    if (!BeginPiece(&load)) continue;
     GroupOf(load).copier->CopyAtOnce(BlocksOf(&load), block, layer_begin, layer_end);
     EndPiece(&load, 0, "");
   }
@@ -120,9 +118,9 @@ void TransferEngine::ForwardBlock(Op* op, size_t block, int layer_begin, int lay
 void TransferEngine::ForwardLayers(Op* op, int layer_begin, int layer_end) {
   std::vector<Op>& ops = op->graph->ops;
   const Group& group = GroupOf(*op);
-  for (uint32_t next : op->successors) {
+  for (uint32_t next : op->followers) {
     Op& load = ops[next];
-    if (load.spec.after_layers < 0 || load.num_blocks == 0) continue;
+    if (load.num_blocks == 0) continue;
     if (!group.copier->copies_at_once()) {
       StartPiece(&load, layer_begin, layer_end);
     } else if (BeginPiece(&load)) {  // and so before each of its blocks: they have been copied

@@ -1,10 +1,6 @@
 #include "transfer/transfer_engine.hpp"
 
-#include <sys/eventfd.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <utility>
 
 #include "copy/cpu_copier.hpp"
@@ -37,8 +33,6 @@ TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> hos
     routes_[2 * i + 3].stats.name = "H2" + lower_tiers[i];
   }
   AddGroup(std::move(layout), std::move(host), {});
-  event_fd_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-  if (event_fd_ < 0) throw SystemError(std::string("eventfd: ") + std::strerror(errno));
 }
 
 uint32_t TransferEngine::AddGroup(BlockLayout layout, std::shared_ptr<HostPool> host,
@@ -48,7 +42,9 @@ uint32_t TransferEngine::AddGroup(BlockLayout layout, std::shared_ptr<HostPool> 
   Require(gate_layers.empty() || gate_layers.size() == static_cast<size_t>(layout.num_layers()),
           "a group needs a layer of the gate for each of its own");
   const size_t block_bytes = layout.block_bytes();
-  auto group = std::make_unique<Group>(Group{std::move(layout), std::move(host), std::move(gate_layers)});
+  auto group = std::make_unique<Group>(std::move(layout));
+  group->host = std::move(host);
+  group->gate_layers = std::move(gate_layers);
   group->slices = SlicesOf(group->layout, group->host->slot_bytes(), kSlicesMax);
   group->queue_blocks = (queue_bytes_ + block_bytes - 1) / block_bytes;
   for (size_t tier = 0; tier < num_lower_tiers_; ++tier) group->below.push_back(std::make_unique<Below>());
@@ -82,7 +78,6 @@ TransferEngine::~TransferEngine() {
       if (below->tier) below->tier->Detach();
     }
   }
-  close(event_fd_);
 }
 
 TransferEngine::Below& TransferEngine::BelowOf(Tier number, uint32_t group) const {
@@ -185,22 +180,16 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
       };
       Require(starts(s.layer_begin) && starts(s.layer_end), "a lower op moves whole slices of layers");
     }
-    for (uint32_t before : s.after) {
-      Require(before < i, "an op can only depend on ops that come before it in the graph");
-      graph->ops[before].successors.push_back(static_cast<uint32_t>(i));
-      op.waiting_for++;
-    }
     op.layers_left = s.layer_end - s.layer_begin;
     if (s.after_layers >= 0) {
       const uint32_t before = static_cast<uint32_t>(s.after_layers);
-      Require(s.type == TransferType::kH2D && s.after.empty() && before < i,
-              "only a load can follow by layers, one op before it, and nothing else");
+      Require(s.type == TransferType::kH2D && before < i,
+              "only a load can follow by layers, one op before it");
       const OpSpec& read = graph->ops[before].spec;
       Require(read.type == TransferType::kLower2H && read.group == s.group &&
                   read.layer_begin == s.layer_begin && read.layer_end == s.layer_end && read.dst == s.src,
               "a load follows a read of the same layers of the same blocks");
-      graph->ops[before].successors.push_back(static_cast<uint32_t>(i));
-      op.waiting_for++;
+      graph->ops[before].followers.push_back(static_cast<uint32_t>(i));
       op.more_pieces = true;
     }
   }
@@ -224,7 +213,7 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
     for (const Op& op : graph->ops) RouteOf(op).stats.queued_blocks += op.num_blocks;
     id = graph->id = next_graph_++;
     for (Op& op : graph->ops) {
-      if (op.waiting_for == 0) ready.push_back(&op);
+      if (op.spec.after_layers < 0) ready.push_back(&op);
       if (op.spec.type == TransferType::kH2D) loads.push_back(&op);
     }
     if (graph->ops.empty()) {
@@ -233,11 +222,7 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
       graphs_.emplace(id, std::move(graph));
     }
   }
-  if (ready.empty()) {
-    const uint64_t one = 1;
-    (void)!write(event_fd_, &one, sizeof one);
-    ended_.notify_all();
-  }
+  if (ready.empty()) ended_.notify_all();
   for (Op* op : loads) PassOthers(op);
   for (Op* op : ready) Dispatch(op);
   // The graph may have ended meanwhile.
@@ -262,8 +247,6 @@ bool TransferEngine::Cancel(uint64_t graph) {
 
 std::vector<GraphResult> TransferEngine::Poll() {
   std::lock_guard<std::mutex> lock(mutex_);
-  uint64_t count;
-  (void)!read(event_fd_, &count, sizeof count);
   std::vector<GraphResult> out(std::make_move_iterator(results_.begin()),
                                std::make_move_iterator(results_.end()));
   results_.clear();
@@ -284,11 +267,6 @@ bool TransferEngine::Drain(double timeout_s) {
 bool TransferEngine::DrainDevice(double timeout_s) {
   std::unique_lock<std::mutex> lock(mutex_);
   return ended_.wait_for(lock, std::chrono::duration<double>(timeout_s), [&] { return DeviceIsIdle(); });
-}
-
-size_t TransferEngine::num_pending() const {
-  std::lock_guard<std::mutex> lock(mutex_);
-  return graphs_.size();
 }
 
 std::vector<TransferStats> TransferEngine::Stats() const {
@@ -534,10 +512,9 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
     }
     stats.corrupt_blocks += op->result.corrupt;
     if (!error.empty() && graph->error.empty()) graph->error = std::move(error);
-    for (uint32_t next : op->successors) {
-      Op& successor = graph->ops[next];
-      if (status != OpStatus::kDone) successor.poisoned = true;
-      if (--successor.waiting_for == 0) ready.push_back(&successor);
+    for (uint32_t next : op->followers) {
+      graph->ops[next].poisoned = status != OpStatus::kDone;
+      ready.push_back(&graph->ops[next]);
     }
     if (--graph->left == 0) {
       GraphResult result{graph->id, true, graph->error, {}};
@@ -551,8 +528,6 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
     }
   }
   if (graph == nullptr) {
-    const uint64_t one = 1;
-    (void)!write(event_fd_, &one, sizeof one);
     ended_.notify_all();
     return;
   }

@@ -1,11 +1,10 @@
 // The data plane: runs graphs of copies between the device pool, the host pool and the tiers below it.
 // It moves bytes and decides nothing.
 //
-// Guarantees: every op of a submitted graph ends exactly once, as done, failed or cancelled; a graph
-// is reported exactly once, after its last op; an op starts only after its dependencies are done, and
-// one that follows a read by layers copies a layer of a block only after that was read and verified;
-// loads that a forward waits for go before stores, and their layers in the order of the model, whatever
-// request they belong to. No thread here ever takes the GIL.
+// Guarantees: every op of a submitted graph ends exactly once, as done, failed or cancelled; a graph is reported exactly
+// once, after its last op; an op that follows a read by layers copies a layer of a block only after that was read and
+// verified; loads that a forward waits for go before stores, and their layers in the order of the model, whatever request
+// they belong to. No thread here ever takes the GIL.
 #pragma once
 
 #include <atomic>
@@ -93,8 +92,6 @@ class TransferEngine {
   // Waits until no copy from or to the device runs. With every graph cancelled none will start.
   bool DrainDevice(double timeout_s);
 
-  int event_fd() const { return event_fd_; }  // readable while Poll has something
-  size_t num_pending() const;
   std::vector<TransferStats> Stats() const;
   const std::string& cuda_note() const;  // what the GPU cannot do; empty if everything, or without one
   double Now() const;
@@ -147,6 +144,7 @@ class TransferEngine {
   }
   Route& RouteOf(const Op& op) { return RouteOf(op.spec.type, op.spec.tier); }
   struct Group {
+    explicit Group(BlockLayout of) : layout(std::move(of)) {}
     BlockLayout layout;
     std::shared_ptr<HostPool> host;
     std::vector<int> gate_layers;  // empty: a layer is the gate's of the same number
@@ -171,7 +169,6 @@ class TransferEngine {
   const size_t num_lower_tiers_;
   const std::shared_ptr<CudaDriver> cuda_;  // null: the device pools are CPU memory
   std::vector<std::unique_ptr<Group>> groups_;
-  int event_fd_ = -1;
   std::chrono::steady_clock::time_point epoch_;
 
   // Graphs and results.

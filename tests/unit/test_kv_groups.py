@@ -12,6 +12,7 @@ from sglang_flexkv_testing import FaultyDisk
 
 from sglang_flexkv import CacheConfig, tierlife
 from sglang_flexkv.common.block import SequenceMeta, make_namespace
+from sglang_flexkv.common.config import EvictionPolicy
 from sglang_flexkv.common.kv_group import KVGroup, boundaries
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.kvtask import KVTaskEngine, TaskStatus
@@ -25,8 +26,10 @@ PATIENCE_S = 20.0
 
 
 class Cache:
-    """An engine over two pools. What sequence i has in each is drawn from i. The pool of the window has K and V of
-    other widths, another dtype, and room for the window alone."""
+    """An engine over two pools. What sequence i has in each is drawn from i.
+
+    The pool of the window has K and V of other widths, another dtype, and room for the window alone.
+    """
 
     def __init__(self, directory: Path, disk: FaultyDisk | None = None, share: float = 0.5) -> None:
         slots = SEQUENCE * BLOCK
@@ -43,6 +46,7 @@ class Cache:
                 enable_ssd=True,
                 num_ssd_blocks=16 * SEQUENCE,
                 ssd_cache_dir=(directory,),
+                ssd_eviction_policy=EvictionPolicy.LRU,
             ),
             DeviceBuffers(self.full, 1),
             namespace=NAMESPACE,
@@ -181,16 +185,16 @@ def test_a_hit_ends_where_a_window_was_stored(cache: Cache) -> None:
     assert cache.get(1, 4) == 4
 
 
-def test_a_window_that_is_not_there_is_no_hit(cache: Cache) -> None:
-    cache.put(1)
-    window = cache.engine._cache.groups[1].index
-    keys = np.ascontiguousarray(cache.sequence(1).block_keys[-1:])
-    for tier in (0, 1):
-        assert window.invalidate(tier, keys) == 1
-    assert cache.boundaries(1) == []
-    assert cache.get(1) == 0
-    lease, tiers = cache.engine.pin(cache.sequence(1).block_keys)
-    assert (lease, len(tiers)) == (0, 0)
+def test_a_window_that_had_to_go_is_no_hit(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, share=0.1)  # room for six windows on SSD, and for sixteen sequences
+    for number in range(12):
+        cache.put(number)
+    assert cache.engine.stats()["SSD"]["evicted"] == 0
+    assert cache.boundaries(11) == [SEQUENCE]
+    assert cache.boundaries(0) == []
+    assert cache.get(0) == 0
+    assert cache.engine.pin(cache.sequence(0).block_keys)[0] == 0
+    cache.close()
 
 
 def test_what_is_pinned_of_both_parts_stays(cache: Cache) -> None:

@@ -137,10 +137,12 @@ class Cache:
     def content(self, number: int) -> torch.Tensor:
         return torch.rand(self.kv.shape, generator=torch.Generator().manual_seed(number))
 
-    def put(self, number: int) -> None:
+    def put(self, number: int, blocks: int = SEQUENCE) -> None:
         self.kv[:] = self.content(number)
         sequence = self.sequence(number)
-        task = self.engine.create_put(None, sequence.block_keys, sequence.token_ids)
+        task = self.engine.create_put(
+            None, sequence.block_keys[:blocks], sequence.token_ids[: blocks * BLOCK]
+        )
         self.engine.launch(task, self.slots)
         assert self.engine.wait([task], PATIENCE_S)
         self.engine.forget(task)
@@ -417,28 +419,17 @@ def test_a_block_goes_to_every_lower_tier_and_comes_from_the_nearest(both: tuple
 
 def test_one_get_brings_blocks_from_three_tiers(both: tuple) -> None:
     cache, _, _ = both
-    cache.fill(range(1))
-    cache.engine.clear_tiers(0, 1)  # sequence 0 is in memory alone
-    sequence = cache.sequence(0)
     third, two_thirds = SEQUENCE // 3, 2 * SEQUENCE // 3
-    index = cache.engine._cache.index
-    # Its middle comes to the CPU tier and from there to SSD, and its first part stays in the CPU tier.
-    assert cache.get(0) == SEQUENCE
-    for keys, tier in ((sequence.block_keys[third:], 0),):
-        assert index.invalidate(tier, np.ascontiguousarray(keys)) == SEQUENCE - third
-    cache.kv[:] = cache.content(0)
-    middle = sequence.block_keys[third:two_thirds]
-    put = cache.engine.create_put(
-        sequence.block_keys[third - 1], middle, sequence.tokens_from(third)[: len(middle) * BLOCK]
-    )
-    cache.engine.launch(put, cache.slots[third * BLOCK : two_thirds * BLOCK])
-    assert cache.engine.wait([put], PATIENCE_S)
-    cache.engine.forget(put)
-    assert cache.engine.flush_spills(PATIENCE_S)
-    assert index.invalidate(0, np.ascontiguousarray(middle)) == len(middle)
+    for blocks, forgotten in ((SEQUENCE, (0, 1)), (two_thirds, (0,)), (third, ())):
+        cache.put(0, blocks)
+        assert cache.engine.flush_spills(PATIENCE_S)
+        if forgotten:
+            cache.engine.clear_tiers(*forgotten)
     task = cache.start_get(0)
     assert task.plan is not None
-    assert sorted(set(task.plan.tiers.tolist())) == [0, 1, 2]
+    assert task.plan.tiers.tolist() == [0] * third + [1] * (two_thirds - third) + [2] * (
+        SEQUENCE - two_thirds
+    )
     assert cache.end_get(0, task) == SEQUENCE
 
 
