@@ -10,7 +10,7 @@ import pytest
 import torch
 from sglang_flexkv_testing import FaultyDisk
 
-from sglang_flexkv import CacheConfig, tierlife
+from sglang_flexkv import CacheConfig, _core, tierlife
 from sglang_flexkv.common.block import SequenceMeta, make_namespace
 from sglang_flexkv.common.config import EvictionPolicy
 from sglang_flexkv.common.kv_group import KVGroup, boundaries
@@ -291,8 +291,10 @@ def test_files_of_one_group_are_not_taken_for_those_of_another(tmp_path: Path) -
     first.close()
     names = sorted(path.name for path in tmp_path.glob("*.slots"))
     assert names == ["flexkv-rank0-window.slots", "flexkv-rank0.slots"]
-    superblocks = [(tmp_path / name).read_bytes()[:4096] for name in names]
-    assert superblocks[0] != superblocks[1]
+    slots = [tmp_path / name for name in names]
+    window, full = (_core.SsdReader(str(path), str(path.with_suffix(".journal"))).namespace for path in slots)
+    assert full == NAMESPACE
+    assert window != full
 
 
 @pytest.mark.parametrize(
