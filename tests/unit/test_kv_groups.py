@@ -22,7 +22,7 @@ SEQUENCE = 12  # blocks
 WINDOW = 3
 ALL_LAYERS, WINDOW_LAYERS = (0, 2, 3), (1, 4)  # of a model with five
 NAMESPACE = make_namespace({"test": "groups"})
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Cache:
