@@ -76,8 +76,6 @@ class BlockGraph {
   const BlockKey* KeysFrom(uint32_t entry) const { return &keys_[entry]; }
   uint32_t ParentOf(uint32_t entry) const { return NodeOf(entry).parent; }
   uint8_t ImportanceOf(uint32_t entry) const { return traits_.importance[entry]; }
-  uint16_t DepthOf(uint32_t entry) const { return traits_.depth[entry]; }
-  uint16_t DepthUnder(uint32_t parent) const;
   State StateOf(uint32_t entry, Tier tier) const { return At(entry, tier).state(); }
   SlotId SlotOf(uint32_t entry, Tier tier) const { return At(entry, tier).slot; }
   // A bit per tier.
@@ -216,6 +214,7 @@ class BlockGraph {
 
   Residency& At(uint32_t entry, Tier tier) { return TiersOf(entry)[static_cast<size_t>(tier)]; }
   const Residency& At(uint32_t entry, Tier tier) const { return TiersOf(entry)[static_cast<size_t>(tier)]; }
+  uint16_t DepthUnder(uint32_t parent) const;
   int32_t* Tokens(uint32_t entry) { return &tokens_[static_cast<size_t>(entry) * tokens_kept_]; }
   const int32_t* Tokens(uint32_t entry) const { return &tokens_[static_cast<size_t>(entry) * tokens_kept_]; }
   void ReserveEntries(size_t count, bool populate);

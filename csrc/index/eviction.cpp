@@ -2,10 +2,10 @@
 
 #include <algorithm>
 
+#include "index/adaptive_policy.hpp"
 #include "index/admission_filter.hpp"
 #include "index/bit_tree.hpp"
 #include "index/bucket_queue.hpp"
-#include "index/reuse_model.hpp"
 
 namespace flexkv {
 namespace {
@@ -33,7 +33,6 @@ static_assert(sizeof(Meta) == 8, "one word a block");
 struct FifoRule {
   static constexpr uint32_t kLevels = 1;
   static constexpr bool kTouches = false;
-  static constexpr bool kRefuses = false;  // whether Admits may say no
   FifoRule(const EvictionSetup&, const BlockTraits&) {}
   void Tick() { ++now; }
   void Store(uint32_t, Meta& meta, const BlockKey&, bool) { meta.set_stamp(now); }
@@ -47,10 +46,6 @@ struct FifoRule {
   void Spare(Meta&) {}
   void Chosen(const Meta&) {}  // as a victim
   void Remove(const Meta&, const BlockKey&) {}
-  uint64_t RankOf(const EvictionPolicy::Newcomer&) const { return 0; }
-  void Refuse(const EvictionPolicy::Newcomer&) {}
-  bool Remembers(const BlockKey&) const { return false; }
-  void Prefetch(const BlockKey&) const {}
   size_t memory_bytes() const { return 0; }
 
   uint64_t now = 0;  // calls; 48 bits of it are kept, which lasts for thousands of years
@@ -162,45 +157,6 @@ struct CostRule : FifoRule {
   uint64_t age = 0;
 };
 
-// The reuse of blocks of some classes is learned while the tier runs; see reuse_model.hpp.
-struct AdaptiveRule : FifoRule {
-  static constexpr bool kTouches = true;
-  static constexpr bool kRefuses = true;
-  AdaptiveRule(const EvictionSetup& setup, const BlockTraits& block_traits)
-      : FifoRule(setup, block_traits),
-        traits(block_traits),
-        model(setup.capacity, std::max(1u, kDeepTokens / std::max(1u, setup.tokens_per_block))) {}
-  void Tick() { model.BeginRequest(); }
-  void Store(uint32_t id, Meta& meta, const BlockKey& key, bool staging) {
-    Write(meta, model.Arrive(key, traits.depth[id], staging));
-  }
-  void Touch(uint32_t id, Meta& meta, bool use) {
-    if (use) Write(meta, model.Use(Read(meta), traits.depth[id]));
-  }
-  uint64_t Rank(const Meta& meta) const { return model.Worth(Read(meta)); }
-  void Remove(const Meta& meta, const BlockKey& key) { model.Leave(key, Read(meta)); }
-  uint64_t RankOf(const EvictionPolicy::Newcomer& newcomer) const {
-    return model.Worth(model.Preview(newcomer.key, newcomer.depth));
-  }
-  void Refuse(const EvictionPolicy::Newcomer& newcomer) {
-    model.Leave(newcomer.key, model.Arrive(newcomer.key, newcomer.depth, false));
-  }
-  bool Remembers(const BlockKey& key) const { return model.Remembers(key); }
-  void Prefetch(const BlockKey& key) const { model.Prefetch(key); }
-  size_t memory_bytes() const { return model.memory_bytes(); }
-
-  static ReuseModel::Past Read(const Meta& meta) { return {meta.stamp(), meta.uses, meta.kind}; }
-  static void Write(Meta& meta, const ReuseModel::Past& past) {
-    meta.set_stamp(past.last);
-    meta.uses = past.count;
-    meta.kind = past.kind & 15;
-  }
-
-  static constexpr uint32_t kDeepTokens = 4096;
-  const BlockTraits& traits;
-  ReuseModel model;
-};
-
 template <typename Rule>
 class QueuedPolicy final : public EvictionPolicy {
  public:
@@ -218,9 +174,7 @@ class QueuedPolicy final : public EvictionPolicy {
   void Tick() override { rule_.Tick(); }
 
   void Store(uint32_t first, uint32_t count, const BlockKey* keys, bool staging) override {
-    constexpr uint32_t kAhead = 16;
     for (uint32_t i = 0; i < count; ++i) {
-      if (i + kAhead < count) rule_.Prefetch(keys[i + kAhead]);
       Meta meta{};
       meta.resident = true;
       rule_.Store(first + i, meta, keys[i], staging);
@@ -274,17 +228,6 @@ class QueuedPolicy final : public EvictionPolicy {
     return kNone;
   }
 
-  bool Admits(const Newcomer& newcomer, uint32_t victim) const override {
-    if (!Rule::kRefuses) return true;
-    const uint8_t importance = traits_.importance[victim];
-    if (newcomer.importance != importance) return newcomer.importance > importance;
-    return rule_.RankOf(newcomer) >= rule_.Rank(metas_[victim]);
-  }
-
-  void Refuse(const Newcomer& newcomer) override { rule_.Refuse(newcomer); }
-
-  bool Remembers(const BlockKey& key) const override { return rule_.Remembers(key); }
-
   uint32_t After(uint32_t id) const override {
     const uint32_t next = links_[id].next;
     return next < kEntriesEnd ? next : kNone;
@@ -295,8 +238,6 @@ class QueuedPolicy final : public EvictionPolicy {
     __builtin_prefetch(&metas_[id], 1);
     __builtin_prefetch(&traits_.importance[id]);
   }
-
-  void PrefetchPast(const BlockKey& key) const override { rule_.Prefetch(key); }
 
   std::string Check(const std::vector<bool>& evictable) const override {
     size_t queued = 0;
@@ -358,7 +299,7 @@ class QueuedPolicy final : public EvictionPolicy {
 std::unique_ptr<EvictionPolicy> MakeEvictionPolicy(const EvictionSetup& setup, const BlockTraits& traits) {
   switch (setup.kind) {
     case EvictionPolicyKind::kAdaptive:
-      return std::make_unique<QueuedPolicy<AdaptiveRule>>(setup, traits);
+      return std::make_unique<AdaptivePolicy>(setup.capacity, traits);
     case EvictionPolicyKind::kCost:
       return std::make_unique<QueuedPolicy<CostRule>>(setup, traits);
     case EvictionPolicyKind::kLru:

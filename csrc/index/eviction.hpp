@@ -2,8 +2,8 @@
 // asks it for victims. It decides nothing about what may go: the index says so, block by block
 // (SetEvictable), and that is only ever a leaf that nobody holds.
 //
-// Only what may go is queued, so no call passes by anything else: every call takes constant time per
-// block.
+// Only what may go is queued or drawn, so no call passes by anything else: every call takes constant
+// time per block.
 #pragma once
 
 #include <cstdint>
@@ -49,24 +49,26 @@ class EvictionPolicy {
   // The block that should go first, of those that may; kNone if there is none. It must be removed.
   virtual uint32_t Victim() = 0;
 
-  // Whether a block that is not there is worth more than this victim of the tier's; if not it should
+  // Whether it may leave newcomers outside: then it is asked about each that others would have to go
+  // for, and a prompt may be stored in part.
+  virtual bool selective() const { return false; }
+  // Whether a block that is not there is worth as much as this victim of the tier's; if not it should
   // stay outside, with all that comes after it in its prompt.
   struct Newcomer {
     BlockKey key;
-    uint32_t depth;
     uint8_t importance;
   };
-  virtual bool Admits(const Newcomer& newcomer, uint32_t victim) const = 0;
+  virtual bool Admits(const Newcomer&, uint32_t) const { return true; }
   // It was left outside.
-  virtual void Refuse(const Newcomer& newcomer) = 0;
+  virtual void Refuse(const Newcomer&) {}
   // Whether it was in the tier, or left outside, not long ago.
-  virtual bool Remembers(const BlockKey& key) const = 0;
+  virtual bool Remembers(const BlockKey&) const { return false; }
 
   // For who evicts many: what probably goes after this one (kNone: nobody can say), and hints that
   // a block is about to go, and that a key is about to come or go.
   virtual uint32_t After(uint32_t id) const = 0;
   virtual void Prefetch(uint32_t id) const = 0;
-  virtual void PrefetchPast(const BlockKey& key) const = 0;
+  virtual void PrefetchPast(const BlockKey&) const {}
 
   virtual size_t memory_bytes() const = 0;
   // Returns "" or what is broken; `evictable` says of each id below `count` whether it may go.

@@ -202,16 +202,12 @@ std::optional<size_t> PrefixIndex::MakeRoom(Tier tier, const BlockKey* parent, u
   TierState& state = graph_.Of(tier);
   const size_t room = state.pool.num_free();
   if (missing.size() <= room) return blocks.count;
+  const bool in_part = !purpose.required && state.policy->selective();
   // Whatever is not pinned can go, unless a pinned block sits below it. Checking the bound first
   // keeps a request that cannot fit from emptying the tier for nothing.
-  if (missing.size() > state.pool.num_slots() - state.pinned) return std::nullopt;
-  const uint32_t first = anchor != kNil || blocks.count == 0 ? kNil : graph_.Find(blocks.keys[0]);
-  const uint32_t depth = anchor != kNil  ? graph_.DepthUnder(anchor)
-                         : first != kNil ? graph_.DepthOf(first)
-                                         : 0;
-
+  if (!in_part && missing.size() > state.pool.num_slots() - state.pinned) return std::nullopt;
   auto newcomer = [&](size_t i) {
-    return EvictionPolicy::Newcomer{blocks.keys[missing[i]], depth + missing[i], purpose.importance};
+    return EvictionPolicy::Newcomer{blocks.keys[missing[i]], purpose.importance};
   };
   size_t stored = 0;
   bool refused = false;
@@ -229,7 +225,7 @@ std::optional<size_t> PrefixIndex::MakeRoom(Tier tier, const BlockKey* parent, u
     });
   }
   if (stored == missing.size()) return blocks.count;
-  if (!refused) return std::nullopt;
+  if (!refused && (!in_part || stored == 0)) return std::nullopt;
   for (size_t i = stored; i < missing.size(); ++i) state.policy->Refuse(newcomer(i));
   return missing[stored];
 }

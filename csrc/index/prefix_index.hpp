@@ -78,8 +78,9 @@ class PrefixIndex {
   // tier's policy says. `parent` is the key before the first, if any. On success `positions` says
   // which of the blocks are new, `slots` where to write them, and the transaction id is returned; if
   // every block is there already it is 0. nullopt: pins leave no room; nothing was reserved. A
-  // policy may find the last of the new blocks worth less than what would have to go for them: then
-  // they get no slots.
+  // selective policy may find the last of the new blocks worth less than what would have to go for
+  // them: then they get no slots. Nor do those for which no room can be made under such a policy,
+  // unless they are required; under the others and for those that are it is all or nothing.
   std::optional<uint64_t> Reserve(Tier tier, const BlockKey* parent, const BlockRun& blocks,
                                   const Purpose& purpose, std::vector<uint32_t>* positions,
                                   std::vector<SlotId>* slots);

@@ -2,48 +2,48 @@
 
 #include <algorithm>
 #include <cmath>
-#include <utility>
+#include <tuple>
 
 namespace flexkv {
 namespace {
 
-constexpr double kGain = 3.0;           // bonus of a mean class, in mean reuse ages
-constexpr double kSizeDamp = 0.5;       // a tier that outlasts reuses has less to decide
-constexpr double kCountHalfLife = 8.0;  // of uses, in mean reuse ages
-constexpr double kDecay = 0.995;        // of all statistics, per refresh
-constexpr double kRefreshShare = 0.25;  // of the capacity: ticks between refreshes
-constexpr double kPriorTrials = 100.0;  // blocks a class needs to be taken for something of its own
-constexpr double kHorizon = 24.0;       // capacities: a later use says nothing about keeping
-constexpr double kDeadBand = 0.5;       // standard errors that count as no evidence
-constexpr double kSmallTier = 300.0;    // blocks: in a tier of some dozen prompts more is needed
-constexpr double kCountSteps = 48.0;    // of a count's code per doubling
-constexpr double kCountClassEnds[] = {1.0001, 1.5, 2, 3, 5};
-// Until a tier has seen something itself: what was seen on other traces, worth so many blocks.
-constexpr double kInitialTrials = 500.0;
-constexpr double kInitialTrialsShare = 0.5;  // of the capacity, at most
-constexpr double kInitialReuse = 0.3;
-constexpr double kInitialRatio[] = {0.75, 1.15, 1.3, 1.5, 1.8, 2.2};
+// How long evidence lasts, in blocks that are used or come: at least as many, or capacities.
+constexpr double kWindowMin = 100'000;
+constexpr double kWindowCapacities = 5;
+constexpr double kRefreshes = 50;  // per window
+// Before a tier has seen anything: blocks that are used again in any octave of age alike.
+constexpr double kPriorBlocks = 20;
+constexpr double kPriorReuse = 0.9;
+// What all blocks together did, as if so many of each class had done it.
+constexpr double kPooledBlocks = 100;
+// Neighbouring cells know about each other: times that a cell gets a quarter of each neighbour. Two
+// blocks in three are counted within half an octave then.
+constexpr int kSmoothing = 12;
 
-constexpr size_t kGhostsMin = 65536;
+constexpr size_t kGhostsMin = 32768;
 constexpr size_t kGhostsShare = 16;  // of the capacity of a tier that is much larger than that
 constexpr size_t kGhostsPerSet = 4;
-constexpr uint64_t kAgeUnits = 1 << 14;  // of the time for which a ghost's age is told apart
+
+template <typename Histogram>
+void Smooth(Histogram* histogram) {
+  constexpr size_t kLast = std::tuple_size_v<Histogram> - 1;
+  for (int pass = 0; pass < kSmoothing; ++pass) {
+    const Histogram old = *histogram;
+    (*histogram)[0] = (3 * old[0] + old[1]) / 4;
+    for (size_t i = 1; i < kLast; ++i) (*histogram)[i] = (old[i - 1] + 2 * old[i] + old[i + 1]) / 4;
+    (*histogram)[kLast] = (old[kLast - 1] + 3 * old[kLast]) / 4;
+  }
+}
 
 }  // namespace
 
-ReuseModel::ReuseModel(uint32_t capacity, uint32_t deep)
-    : capacity_(std::max(1u, capacity)), deep_(deep), horizon_(static_cast<uint64_t>(kHorizon * capacity_)) {
-  const double initial = std::min(kInitialTrials, kInitialTrialsShare * capacity_);
-  for (int kind = 0; kind < kKinds; ++kind) {
-    trials_[kind] = initial;
-    reuses_[kind] = initial * kInitialReuse * kInitialRatio[kind / 2];
+ReuseModel::ReuseModel(uint32_t capacity)
+    : window_(std::max(kWindowMin, kWindowCapacities * static_cast<double>(capacity))) {
+  ghosts_.resize(std::max(kGhostsMin, capacity / kGhostsShare) / kGhostsPerSet);
+  for (int cell = 0; cell <= kCells; ++cell) {
+    cell_begin_[cell] = std::exp2(static_cast<double>(cell) / kCellsPerOctave) - 1;
   }
-  for (int code = 0; code < 256; ++code) {
-    for (const double end : kCountClassEnds) count_classes_[code] += std::exp2(code / kCountSteps) > end;
-  }
-  const size_t ghosts = std::max(kGhostsMin, capacity / kGhostsShare);
-  ghosts_.resize(ghosts / kGhostsPerSet);
-  age_unit_ = std::max<uint64_t>(1, std::max<uint64_t>(horizon_, 2 * ghosts) / kAgeUnits);
+  Refresh();
 }
 
 const ReuseModel::Ghost* ReuseModel::FindGhost(const BlockKey& key) const {
@@ -53,37 +53,21 @@ const ReuseModel::Ghost* ReuseModel::FindGhost(const BlockKey& key) const {
   return way == kWays ? nullptr : &set.ghosts[way];
 }
 
-uint64_t ReuseModel::AgeOf(const Ghost& ghost) const {
-  // 16 bits of a coarse clock: right as long as a ghost is not older than 4 * kAgeUnits.
-  return static_cast<uint16_t>(clock_ / age_unit_ - ghost.last) * age_unit_;
+ReuseModel::Past ReuseModel::PastOf(const Ghost& ghost) const {
+  return {{static_cast<uint32_t>(ghost.last * kGhostUnit) & kTimeMask, ClassOf(ghost.uses)},
+          static_cast<uint8_t>(ghost.uses)};
 }
 
-uint8_t ReuseModel::Fade(uint8_t count, uint64_t age) const {
-  const double ages = reuse_age_ > 0 ? static_cast<double>(age) / (kCountHalfLife * reuse_age_) : 0;
-  const double uses = 1 + std::exp2(count / kCountSteps) * std::exp2(-ages);
-  return static_cast<uint8_t>(std::min(255.0, std::round(std::log2(uses) * kCountSteps)));
-}
-
-void ReuseModel::BeginRequest() {
-  previous_kind_ = -1;
-  if (clock_ < next_refresh_) return;
-  next_refresh_ = clock_ + static_cast<uint64_t>(std::max(1.0, kRefreshShare * capacity_));
-  Refresh();
-}
-
-ReuseModel::Past ReuseModel::ArriveAgain(const BlockKey& key, uint32_t depth, bool staging) {
+ReuseModel::Past ReuseModel::Arrive(const BlockKey& key, bool staging) {
   const Ghost* ghost = FindGhost(key);
-  if (ghost == nullptr) return Classify(0, depth);
-  const uint64_t age = AgeOf(*ghost);
-  if (staging) return {clock_ - std::min(clock_, age), ghost->count, ghost->kind};
-  CountReuse(ghost->kind, age, depth);
-  return Classify(Faded(ghost->count, age), depth);
+  if (ghost == nullptr) return Enter(0);
+  const Past past = PastOf(*ghost);
+  return staging ? past : Use(past);
 }
 
-ReuseModel::Past ReuseModel::Preview(const BlockKey& key, uint32_t depth) const {
+ReuseModel::Past ReuseModel::Preview(const BlockKey& key) const {
   const Ghost* ghost = FindGhost(key);
-  const uint8_t count = ghost == nullptr ? 0 : Faded(ghost->count, AgeOf(*ghost));
-  return {clock_, count, KindOf(count, depth)};
+  return Now(ghost == nullptr ? 0 : ghost->uses + 1);
 }
 
 void ReuseModel::Leave(const BlockKey& key, const Past& past) {
@@ -93,40 +77,67 @@ void ReuseModel::Leave(const BlockKey& key, const Past& past) {
   std::move_backward(set.fingerprints, set.fingerprints + way, set.fingerprints + way + 1);
   std::move_backward(set.ghosts, set.ghosts + way, set.ghosts + way + 1);
   set.fingerprints[0] = fingerprint;
-  set.ghosts[0] = {static_cast<uint16_t>(past.last / age_unit_), past.count, past.kind};
+  set.ghosts[0] = {static_cast<uint32_t>(past.standing.last / kGhostUnit), past.uses};
   any_ghost_ = true;
 }
 
 void ReuseModel::Refresh() {
-  for (int kind = 0; kind < kKinds; ++kind) {
-    trials_[kind] += static_cast<double>(std::exchange(new_trials_[kind], 0));
-    reuses_[kind] += static_cast<double>(std::exchange(new_reuses_[kind], 0));
-    runs_[kind] += static_cast<double>(std::exchange(new_runs_[kind], 0));
+  constexpr double kPriorPerCell = kPriorBlocks * kPriorReuse / kCells;
+  Histogram pooled;
+  pooled.fill(kPriorPerCell);
+  double pooled_entered = kPriorBlocks;
+  for (int kind = 0; kind < kClasses; ++kind) {
+    pooled_entered += entered_[kind];
+    for (int cell = 0; cell < kCells; ++cell) pooled[cell] += reused_[kind][cell];
   }
-  age_sum_ += static_cast<double>(std::exchange(new_age_sum_, 0));
-  age_count_ += static_cast<double>(std::exchange(new_age_count_, 0));
-  if (age_count_ < 1) return;
-  double reuses = 0, trials = 0;
-  for (int kind = 0; kind < kKinds; ++kind) {
-    reuses += reuses_[kind];
-    trials += trials_[kind];
+  const double decay = std::exp(-1 / kRefreshes);
+  for (int kind = 0; kind < kClasses; ++kind) {
+    Histogram hits = reused_[kind];
+    double all_hits = 0;
+    for (int cell = 0; cell < kCells; ++cell) {
+      hits[cell] += kPooledBlocks * pooled[cell] / pooled_entered;
+      all_hits += hits[cell];
+    }
+    Smooth(&hits);
+    // Points of a curve, one per end of a cell: time that a block of the class takes up if it stays till
+    // then or its next use (x), and the hits of that (y). What is best from a point on is the steepest line
+    // to a later point: an edge of the curve's upper hull, which is built from the end.
+    double x[kCells + 1], y[kCells + 1];
+    int hull[kCells + 1];
+    x[0] = y[0] = 0;
+    const double blocks = std::max(entered_[kind] + kPooledBlocks, all_hits);
+    for (int cell = 0; cell < kCells; ++cell) {
+      const double width = cell_begin_[cell + 1] - cell_begin_[cell];
+      y[cell + 1] = y[cell] + hits[cell];
+      x[cell + 1] = x[cell] + width * std::max(blocks - y[cell] - hits[cell] / 2, 1e-9);
+    }
+    auto slope = [&](int from, int to) { return (y[to] - y[from]) / (x[to] - x[from]); };
+    int top = 0;
+    hull[0] = kCells;
+    for (int cell = kCells; cell-- > 0;) {
+      while (top > 0 && slope(cell, hull[top]) <= slope(hull[top], hull[top - 1])) --top;
+      worth_[kind][cell] = static_cast<float>(slope(cell, hull[top]));
+      hull[++top] = cell;
+    }
+    entered_[kind] *= decay;
+    for (double& count : reused_[kind]) count *= decay;
   }
-  reuse_age_ = std::max(1.0, age_sum_ / age_count_);
-  faded_age_ = UINT64_MAX;
-  const double mean = reuses / trials;
-  const double weight = kGain * reuse_age_ / (1 + kSizeDamp * capacity_ / reuse_age_);
-  const double caution = kDeadBand * (1 + std::pow(kSmallTier / capacity_, 2));
-  for (int kind = 0; kind < kKinds; ++kind) {
-    double above = (reuses_[kind] + kPriorTrials * mean) / (trials_[kind] + kPriorTrials) - mean;
-    const double error = caution * std::sqrt(std::max(0.0, mean * (1 - mean)) / (runs_[kind] + 1));
-    above = above > 0 ? std::max(0.0, above - error) : std::min(0.0, above + error);
-    bonus_[kind] = static_cast<uint64_t>(std::max(0.0, weight * (1 + above / mean)));
-    trials_[kind] *= kDecay;
-    reuses_[kind] *= kDecay;
-    runs_[kind] *= kDecay;
+  next_refresh_ = clock_ + static_cast<uint64_t>(window_ / kRefreshes);
+}
+
+std::string ReuseModel::Check() const {
+  for (const auto& of_class : worth_) {
+    for (const float worth : of_class) {
+      if (!(worth > 0 && std::isfinite(worth))) return "a worth that is no number above zero";
+    }
   }
-  age_sum_ *= kDecay;
-  age_count_ *= kDecay;
+  for (const GhostSet& set : ghosts_) {
+    for (int way = 0; way < kWays; ++way) {
+      const uint32_t fingerprint = set.fingerprints[way];
+      if (fingerprint != 0 && WayOf(set, fingerprint) != way) return "a ghost is there twice";
+    }
+  }
+  return "";
 }
 
 }  // namespace flexkv

@@ -1,21 +1,23 @@
 // What a block is worth, learned from what happened to others like it: the model behind the policy
 // `adaptive`.
 //
-// A block's worth is the time of its last use plus a bonus for its class, and the least worth goes
-// first. Without a bonus that is LRU. Classes are how often a block was used, with old uses fading,
-// and whether it lies deep in its prompt. Per class the model counts how many blocks came and how
-// many of them were used again, also after they had left (a bounded table of ghosts remembers them);
-// a class that is used again more often than the mean earns a longer stay, one that is not a shorter
-// one, and a class about which little is known the same as everybody: then it is LRU.
+// A block's worth is the hits it promises for the room it takes: of all spans of time that begin
+// now the best ratio of the odds that it is used within the span to the time that it would stay in
+// the tier for that. The odds come from histograms of the age at which blocks were used again, one
+// per class of how often they were used before, and they count what was used again after it had
+// left, or was never let in, too (a bounded table of ghosts remembers it). Without evidence the
+// odds fall with age: then it is LRU.
 //
-// The clock counts blocks that were not here, so nothing depends on the speed of the machine or on
-// the size of a tier. Constants were chosen on the first half of Mooncake's conversation trace and
-// on generated ones; docs/eviction.md has the measurements.
+// The clock counts blocks that were used or came, so nothing depends on the speed of the machine.
+// docs/eviction.md has the formula, the constants and the measurements.
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "base/types.hpp"
@@ -24,49 +26,61 @@ namespace flexkv {
 
 class ReuseModel {
  public:
-  // What is kept of a block, in its tier and for a while after.
+  static constexpr int kClasses = 8;
+  static constexpr int kTimeBits = 29;  // the clock comes round after half a billion blocks, which may
+                                        // make a block that nobody asked for that long look new
+
+  // What a block's worth depends on.
+  struct Standing {
+    uint32_t last : kTimeBits;  // use, or arrival, by the model's clock
+    uint32_t kind : 32 - kTimeBits;
+  };
+  // What is kept of it, in its tier and for a while after.
   struct Past {
-    uint64_t last;  // use, by the model's clock
-    uint8_t count;  // of uses, faded: 2^(count / kCountSteps)
-    uint8_t kind;   // class
+    Standing standing;
+    uint8_t uses;
   };
 
-  // `deep`: blocks from which on a prompt counts as deep.
-  ReuseModel(uint32_t capacity, uint32_t deep);
+  explicit ReuseModel(uint32_t capacity);
 
-  // A new call begins: blocks that follow belong together.
-  void BeginRequest();
-  // A block came that was not here; `staging`: on its way to a reader who is going to use it.
-  Past Arrive(const BlockKey& key, uint32_t depth, bool staging) {
-    const Past past = any_ghost_ ? ArriveAgain(key, depth, staging) : Classify(0, depth);
-    ++clock_;
-    return past;
+  // A new call begins. What was counted is made use of from time to time; worths change with that
+  // and with the clock, which stands still while a call chooses victims.
+  void BeginCall() {
+    if (clock_ >= next_refresh_) Refresh();
   }
+  // A block came that was not here. `staging`: somebody is going to use it, and that will be counted.
+  Past Arrive(const BlockKey& key, bool staging);
   // What Arrive would say, without a trace.
-  Past Preview(const BlockKey& key, uint32_t depth) const;
-  Past Use(const Past& past, uint32_t depth) {
-    const uint64_t age = clock_ - past.last;
-    CountReuse(past.kind, age, depth);
-    return Classify(Faded(past.count, age), depth);
+  Past Preview(const BlockKey& key) const;
+  Past Use(const Past& past) {
+    CountReuse(past.standing);
+    return Enter(past.uses + 1u);
   }
   // It left, or stayed outside: it becomes a ghost.
   void Leave(const BlockKey& key, const Past& past);
 
-  uint64_t Worth(const Past& past) const { return past.last + bonus_[past.kind]; }
+  float Worth(const Standing& block) const { return worth_[block.kind][CellOf(AgeOf(block.last))]; }
+  // Whether one of them was used longer ago than the other.
+  bool Older(const Standing& one, const Standing& other) const { return AgeOf(one.last) > AgeOf(other.last); }
+
   bool Remembers(const BlockKey& key) const { return FindGhost(key) != nullptr; }
   void Prefetch(const BlockKey& key) const { __builtin_prefetch(&ghosts_[SetOfKey(key, ghosts_.size())]); }
   size_t memory_bytes() const { return ghosts_.size() * sizeof(GhostSet); }
+  // Returns "" or what is broken.
+  std::string Check() const;
 
  private:
-  static constexpr int kCountClasses = 6;
-  static constexpr int kKinds = 2 * kCountClasses;
+  static constexpr uint32_t kTimeMask = (1u << kTimeBits) - 1;
+  static constexpr int kCellsPerOctave = 4;
+  static constexpr int kCells = kCellsPerOctave * (kTimeBits + 1);
   static constexpr int kWays = 8;
+  static constexpr int kGhostTimeBits = 24;
+  static constexpr uint32_t kGhostUnit = 1u << (kTimeBits - kGhostTimeBits);
 
-  // What is remembered of a block that left; `age_unit_` ticks make one unit of `last`.
+  // What is remembered of a block that left; the time in units of kGhostUnit.
   struct Ghost {
-    uint16_t last;
-    uint8_t count;
-    uint8_t kind;
+    uint32_t last : kGhostTimeBits;
+    uint32_t uses : 32 - kGhostTimeBits;
   };
   // Fingerprints apart from the rest, so that all of them are compared at once. 0: none.
   struct alignas(64) GhostSet {
@@ -75,6 +89,24 @@ class ReuseModel {
   };
   static_assert(sizeof(GhostSet) == 64, "one cache line");
 
+  // Per cell of age, oldest last: blocks of a class that were used again at that age.
+  using Histogram = std::array<double, kCells>;
+
+  // 0, 1, 2, 3 to 5, 6 to 11, 12 to 23, 24 to 47, and more.
+  static uint32_t ClassOf(uint32_t uses) {
+    return uses < 3 ? uses : std::min<uint32_t>(kClasses - 1, 2 + std::bit_width(uses / 3));
+  }
+  // Quarters of an octave on a logarithmic scale: neighbours then are alike in width as in what they
+  // count, without which they could not be smoothed.
+  static int CellOf(uint32_t age) {
+    const uint32_t from_one = age + 1;
+    const int octave = std::bit_width(from_one) - 1;
+    // 2^31 times 1 to 2, compared with 2^(1/4) and so on.
+    const uint32_t mantissa = from_one << (31 - octave);
+    const int quarter = (mantissa >= 0x9837F052) + (mantissa >= 0xB504F334) + (mantissa >= 0xD744FCCB);
+    return kCellsPerOctave * octave + quarter;
+  }
+
   // Where a key is in its set; kWays if it is not.
   static int WayOf(const GhostSet& set, uint32_t fingerprint) {
     int found = kWays;
@@ -82,63 +114,30 @@ class ReuseModel {
     return found;
   }
   const Ghost* FindGhost(const BlockKey& key) const;
-  Past ArriveAgain(const BlockKey& key, uint32_t depth, bool staging);
-  uint64_t AgeOf(const Ghost& ghost) const;
-  uint8_t Fade(uint8_t count, uint64_t age) const;
-  // The count after one more use, the former ones faded. Blocks of one prompt mostly have one past.
-  uint8_t Faded(uint8_t count, uint64_t age) const {
-    if (age != faded_age_ || count != faded_from_) {
-      faded_to_ = Fade(count, age);
-      faded_from_ = count;
-      faded_age_ = age;
-    }
-    return faded_to_;
+  Past PastOf(const Ghost& ghost) const;
+  uint32_t AgeOf(uint32_t last) const { return (static_cast<uint32_t>(clock_) - last) & kTimeMask; }
+  Past Now(uint32_t uses) const {
+    const uint32_t kept = std::min<uint32_t>(uses, UINT8_MAX);
+    return {{static_cast<uint32_t>(clock_) & kTimeMask, ClassOf(kept)}, static_cast<uint8_t>(kept)};
   }
-  uint8_t KindOf(uint8_t count, uint32_t depth) const {
-    return static_cast<uint8_t>(2 * count_classes_[count] + (depth >= deep_));
+  Past Enter(uint32_t uses) {
+    const Past past = Now(uses);
+    entered_[past.standing.kind] += 1;
+    ++clock_;
+    return past;
   }
-  Past Classify(uint8_t count, uint32_t depth) {
-    const uint8_t kind = KindOf(count, depth);
-    // The start of all prompts is used by everybody and tells nothing about anybody.
-    if (depth > 0) {
-      new_trials_[kind]++;
-      if (kind != previous_kind_) new_runs_[kind]++;
-      previous_kind_ = kind;
-    }
-    return {clock_, count, kind};
-  }
-  void CountReuse(uint8_t kind, uint64_t age, uint32_t depth) {
-    if (depth == 0 || age > horizon_) return;
-    new_reuses_[kind]++;
-    new_age_sum_ += age;
-    new_age_count_++;
-  }
+  void CountReuse(const Standing& block) { reused_[block.kind][CellOf(AgeOf(block.last))] += 1; }
   void Refresh();
 
-  const double capacity_;
-  const uint32_t deep_;
-  const uint64_t horizon_;
+  const double window_;  // ticks that evidence lasts
   uint64_t clock_ = 0;
   uint64_t next_refresh_ = 0;
-  uint64_t age_unit_;
-  int previous_kind_ = -1;
-
-  std::array<double, kKinds> trials_{};  // blocks that came to a class
-  std::array<double, kKinds> reuses_{};  // of them, those that were used again
-  std::array<double, kKinds> runs_{};    // requests, more or less: blocks of one come and go together
-  // The same since the last refresh.
-  std::array<uint64_t, kKinds> new_trials_{}, new_reuses_{}, new_runs_{};
-  uint64_t new_age_sum_ = 0, new_age_count_ = 0;
-  std::array<uint64_t, kKinds> bonus_{};
-  double reuse_age_ = 0;  // mean ticks until a block is used again; 0: not known yet
-  double age_sum_ = 0, age_count_ = 0;
+  std::array<double, kCells + 1> cell_begin_;  // the youngest age in a cell
+  std::array<double, kClasses> entered_{};     // blocks that came to a class
+  std::array<Histogram, kClasses> reused_{};
+  std::array<std::array<float, kCells>, kClasses> worth_{};  // by class and age
   std::vector<GhostSet> ghosts_;
   bool any_ghost_ = false;  // a tier that was never full is not asked to look
-  std::array<uint8_t, 256> count_classes_{};
-
-  // The last answer of Faded.
-  mutable uint64_t faded_age_ = UINT64_MAX;
-  mutable uint8_t faded_from_ = 0, faded_to_ = 0;
 };
 
 }  // namespace flexkv

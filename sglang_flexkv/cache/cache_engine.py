@@ -202,7 +202,9 @@ class CacheEngine:
         lower = np.flatnonzero(tiers)
         host_slots = slots
         if len(lower):
-            reserved = self.index.reserve(CPU, None, part.keys, tokens, staging=True, required=True)
+            # A prefetch has no reader yet: its use is still to come, and is counted then.
+            staging = plan.kind is PlanKind.PREFETCH
+            reserved = self.index.reserve(CPU, None, part.keys, tokens, staging=staging, required=True)
             if reserved is None:
                 self.index.release(lease)
                 return first + int(lower[0]) + (len(lower) // 2 if len(lower) > 1 else 0)

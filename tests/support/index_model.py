@@ -443,7 +443,8 @@ class IndexModel:
             for block in present:
                 self.entries[block].tiers[tier].pins += 1
             pins_allow = len(missing) <= self.slots[tier] - self.num_pinned(tier)
-            needed = max(0, len(missing) - room) if pins_allow else 0
+            # What may be refused may be stored in part, too.
+            needed = max(0, len(missing) - room) if pins_allow or may_refuse else 0
             possible = self.num_evictable(tier)
             fits = pins_allow and needed <= possible
             wanted = min(needed, possible)
@@ -451,9 +452,11 @@ class IndexModel:
             for block in present:
                 self.entries[block].tiers[tier].pins -= 1
 
-        if not may_refuse or not pins_allow:
+        if not may_refuse:
             expect(result is not None, fits, f"whether {blocks} can be reserved")
         if result is None:
+            if may_refuse:
+                expect(evicted, 0, "blocks evicted for nothing")
             expect(fits, False, f"whether {blocks} can be reserved")
             return
         txn, positions, slots = result

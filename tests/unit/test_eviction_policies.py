@@ -21,16 +21,27 @@ ALL = tuple(Policy.__members__.values())
 
 
 def keys(*ids: int) -> np.ndarray:
-    return np.array([[i + 1, i * 7919 + 1] for i in ids], dtype=np.uint64).reshape(-1, 2)
+    # Spread over all bits, as hashes are: tables take sets from some of them and compare others.
+    numbers = np.array(ids, dtype=np.uint64) + np.uint64(1)
+    factors = np.array([0x9E3779B97F4A7C15, 0xD1B54A32D192ED03], dtype=np.uint64)
+    return numbers[:, None] * factors
 
 
 def index_of(slots: int, policy: _core.EvictionPolicy, tokens_per_block: int = 16) -> _core.PrefixIndex:
     return _core.PrefixIndex([slots], [policy], tokens_per_block)
 
 
-def store(index: _core.PrefixIndex, *ids: int, importance: int = 0, required: bool = False) -> int:
-    """Stores a prompt; returns how many of its blocks were new and got a slot."""
-    reserved = index.reserve(CPU, None, keys(*ids), importance=importance, required=required)
+def store(
+    index: _core.PrefixIndex,
+    *ids: int,
+    parent: int | None = None,
+    importance: int = 0,
+    required: bool = False,
+) -> int:
+    """Stores a prompt, or what follows ``parent`` in it; returns how many of its blocks were new and got a
+    slot."""
+    above = None if parent is None else keys(parent)[0]
+    reserved = index.reserve(CPU, above, keys(*ids), importance=importance, required=required)
     assert reserved is not None
     if reserved[0]:
         index.commit(reserved[0])
@@ -213,6 +224,59 @@ def test_what_is_required_is_not_refused() -> None:
     index = taught()
     assert store(index, *range(50_000, 50_190), required=True) == 190
     assert index.check_integrity() == ""
+
+
+def test_of_many_that_return_in_turn_adaptive_keeps_some_where_lru_keeps_none() -> None:
+    """Sessions at once that do not all fit: each newcomer is as good as what would go for it, and later."""
+    hits = {}
+    for policy in (Policy.LRU, Policy.ADAPTIVE):
+        index = index_of(300, policy)
+        hits[policy] = 0
+        for turn in range(1200):
+            ids = range(turn % 60 * 10, turn % 60 * 10 + 10)
+            found = use(index, *ids)
+            hits[policy] += found * (turn >= 600)
+            if found < 10:
+                store(index, *ids[found:], parent=ids[found - 1] if found else None)
+        assert index.check_integrity() == ""
+    assert hits[Policy.LRU] == 0
+    assert hits[Policy.ADAPTIVE] > 0.9 * 600 * 10 / 2, "half of them fit"
+
+
+def test_what_was_left_outside_is_let_in_when_it_turns_out_to_come_back() -> None:
+    index = taught()
+    new = range(50_000, 50_190)
+    assert store(index, *new) < len(new)
+    for _ in range(12):
+        if use(index, *new) < len(new):
+            store(index, *new)
+    assert held(index, *new)
+
+
+@pytest.mark.parametrize("policy", ALL, ids=lambda p: p.name)
+def test_only_a_policy_that_may_refuse_stores_the_head_of_what_is_larger_than_the_tier(
+    policy: _core.EvictionPolicy,
+) -> None:
+    index = index_of(20, policy)
+    store(index, 1, 2, 3)
+    reserved = index.reserve(CPU, None, keys(*range(100, 130)))
+    if policy != Policy.ADAPTIVE:
+        assert reserved is None
+        assert held(index, 1, 2, 3)
+    else:
+        assert reserved is not None
+        index.commit(reserved[0])
+        assert reserved[1].tolist() == list(range(20))
+        assert held(index, *range(100, 120))
+    assert index.reserve(CPU, None, keys(*range(200, 230)), required=True) is None, "all of it or nothing"
+    assert index.check_integrity() == ""
+
+
+def test_adaptive_under_agents_hits_far_more_in_a_small_tier() -> None:
+    lru, adaptive = (
+        hit_rate(TraceKind.AGENTS, 200, policy) for policy in (EvictionPolicy.LRU, EvictionPolicy.ADAPTIVE)
+    )
+    assert adaptive > 1.3 * lru
 
 
 def test_a_replay_gives_the_same_hits_each_time() -> None:
