@@ -32,7 +32,7 @@ from sglang_flexkv import _core
 from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, PlanKind, TransferPlan
 from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, TokenIds
 from sglang_flexkv.common.closing import run_all
-from sglang_flexkv.common.config import CacheConfig, SsdAdmission
+from sglang_flexkv.common.config import Admission, CacheConfig
 from sglang_flexkv.common.kv_group import KVGroup
 from sglang_flexkv.common.lower_tier import CPU, LowerTier, TierNumbers
 from sglang_flexkv.common.storage import DeviceBuffers
@@ -709,7 +709,7 @@ class KVTaskEngine:
                     if number == CPU:
                         continue
                     of_tier.update(self._lives[cache.group, number].stats())
-                    if storage.lower[number - 1].admission is SsdAdmission.REUSE:
+                    if storage.lower[number - 1].admission is Admission.REUSE:
                         saved = max(0, of_tier["offered"] - of_tier["admitted"])
                         of_tier["saved_write_bytes"] = saved * storage.slot_bytes
             out.update(self._transfer.stats())

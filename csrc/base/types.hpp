@@ -39,8 +39,8 @@ inline uint32_t FingerprintOfKey(const BlockKey& key) {
 using SlotId = int32_t;
 constexpr SlotId kNoSlot = -1;
 
-// Tiers by their place in a list, nearest to the device first: the order in which a hit is looked for. The first is the
-// CPU tier, through which everything goes; what the others are only they know.
+// Tiers by their place in a list, nearest to the device first: the order in which a hit is looked for. The
+// first is the CPU tier, through which everything goes; what the others are only they know.
 enum class Tier : uint8_t { kCpu = 0 };
 constexpr size_t kTiersMax = 8;  // a block's tiers are a mask of 8 bits
 

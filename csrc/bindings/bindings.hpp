@@ -1,5 +1,5 @@
-// What the bindings of all rooms share: a function per room that adds it to the module, and arrays of numpy as the
-// core takes them, and back.
+// What the bindings of all rooms share: a function per room that adds it to the module, and arrays of numpy
+// as the core takes them, and back.
 //
 // Bindings convert types and release the GIL; the logic is elsewhere.
 #pragma once

@@ -1,4 +1,5 @@
-// What Python sees of the index room: PrefixIndex, its policies and statistics, AdmissionFilter, keys from tokens.
+// What Python sees of the index room: PrefixIndex, its policies and statistics, AdmissionFilter, keys from
+// tokens.
 #include <memory>
 #include <optional>
 #include <string_view>

@@ -38,21 +38,21 @@ struct CopiedBlocks {
 // One copy of some layers of some blocks. What it points to lives until on_end was called.
 struct DeviceCopy {
   CopiedBlocks blocks;
-  // Where the blocks are on the device, if that is yet to come: `bind` completes `blocks` then. From a thread of the
-  // copier, the same for all copies of one direction. Throws UsageError for slots that cannot be.
+  // Where the blocks are on the device, if that is yet to come: `bind` completes `blocks` then. From a thread
+  // of the copier, the same for all copies of one direction. Throws UsageError for slots that cannot be.
   std::shared_ptr<AwaitedSlots> awaited;
   std::function<void(CopiedBlocks* blocks)> bind;
   int layer_begin = 0;
   int layer_end = 0;
   std::shared_ptr<LayerGate> gate;  // whose loads are copied as one
-  bool follows_read = false;        // some layers of a load, as they come from SSD: not to be held back
+  bool follows_read = false;        // some layers of a load, as they come from below: not to be held back
   const std::vector<uint64_t>* wait_events = nullptr;  // CUDA events before which nothing is touched
   const std::atomic<bool>* cancelled = nullptr;
-  // From a thread of the copier, before on_end: all blocks have these layers. Not called by a copier that can say so
-  // at the end only.
+  // From a thread of the copier, before on_end: all blocks have these layers. Not called by a copier that can
+  // say so at the end only.
   std::function<void(int layer_begin, int layer_end)> on_landed;
-  // With a gate, from a thread of the copier, before on_end: the copies of these layers are on a stream, and the
-  // event behind them. Not called for layers that could not be queued.
+  // With a gate, from a thread of the copier, before on_end: the copies of these layers are on a stream, and
+  // the event behind them. Not called for layers that could not be queued.
   std::function<void(int layer_begin, int layer_end, const StreamEvent& event)> on_queued;
   // Called once, from a thread of the copier, when nothing of this copy touches memory any more.
   std::function<void(OpStatus status, std::string error)> on_end;
@@ -75,8 +75,8 @@ class Copier {
   // A gate for loads and stores of this copier.
   virtual std::shared_ptr<LayerGate> MakeGate(int num_layers) const = 0;
 
-  // Whether layers of a block that has been read from SSD are copied at once by the thread that read them (CopyAtOnce),
-  // instead of being submitted when all blocks have them.
+  // Whether layers of a block that has just been read are copied at once by the thread that read them
+  // (CopyAtOnce), instead of being submitted when all blocks have them.
   virtual bool copies_at_once() const { return false; }
   virtual void CopyAtOnce(const CopiedBlocks&, size_t, int, int) {}
 

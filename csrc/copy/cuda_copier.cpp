@@ -12,17 +12,18 @@ namespace flexkv {
 
 namespace {
 
-// A launch or a copy costs the host about 3 us and the device a little less. Neighbouring layers go together until
-// they are worth it (1 MiB is 20 us on a fast link), and the loads of a batch together take no more than this many
-// groups, each with an event behind it: 64 layers are to cost the host 200 us at most.
+// A launch or a copy costs the host about 3 us and the device a little less. Neighbouring layers go together
+// until they are worth it (1 MiB is 20 us on a fast link), and the loads of a batch together take no more
+// than this many groups, each with an event behind it: 64 layers are to cost the host 200 us at most.
 constexpr size_t kGroupBytesMin = size_t{1} << 20;
 constexpr int kGroupsMax = 32;
 
-// How often the ends of copies are looked for. Nobody's forward waits for this, as that is what events are for.
+// How often the ends of copies are looked for. Nobody's forward waits for this, as that is what events are
+// for.
 constexpr auto kPollInterval = std::chrono::microseconds(100);
 
-// The loads of a batch are submitted some tens of microseconds apart. One that has not come for so long is not
-// waited for: its caller was held up, and the link is not to be idle for that.
+// The loads of a batch are submitted some tens of microseconds apart. One that has not come for so long is
+// not waited for: its caller was held up, and the link is not to be idle for that.
 constexpr auto kNextLoadMax = std::chrono::milliseconds(5);
 
 // Where it could not be measured: copy engines reach most of a link's speed with pieces of 28 to 64 KiB.
@@ -234,8 +235,8 @@ bool CudaCopier::Start(Direction& direction, std::unique_ptr<Flight>& flight) {
     for (Submission& submission : flight->submissions) End(submission, flight->error);
     return true;
   }
-  // The driver copies memory that is not pinned by way of a buffer of its own, and its call returns only when the
-  // stream has got that far. Nobody who needs the driver meanwhile should wait for a forward.
+  // The driver copies memory that is not pinned by way of a buffer of its own, and its call returns only when
+  // the stream has got that far. Nobody who needs the driver meanwhile should wait for a forward.
   if (!flight->pinned && (flight->waits() || !direction.flights.empty())) return false;
   flight->by_kernel = GoesByKernel(flight->blocks, flight->pinned);
   JoinArrays(*flight);
@@ -289,8 +290,8 @@ void CudaCopier::Queue(Direction& direction, std::unique_ptr<Flight> flight) {
   good = good && (!flight->described ||
                   kernel_path_->QueueDescriptors(flight->blocks, *flight->described, stream, &flight->error));
   if (good) direction.to_device ? QueueLoad(*flight, stream) : QueueStore(*flight, stream);
-  // Whatever was queued must have left the pools before the slots are given to somebody else, so one that failed
-  // half-way is followed to its end, too; without an event, to the end of its stream.
+  // Whatever was queued must have left the pools before the slots are given to somebody else, so one that
+  // failed half-way is followed to its end, too; without an event, to the end of its stream.
   flight->end = timed_events_->Record(stream.get(), &ignored);
   direction.flights.push_back(std::move(flight));
   direction.queue_s.fetch_add(

@@ -1,14 +1,14 @@
 // Copies between the host pool and a device pool on a CUDA GPU, in the order of streams: the host queues them
 // and looks now and then which have ended. It waits for none.
 //
-// Loads have one stream, stores another, each with a thread that queues. Nothing is ever queued behind what has yet to
-// be queued: the events that a copy waits for are recorded, and what waits for a copy waits for an event behind it. So
-// what is on a stream always comes to its end.
+// Loads have one stream, stores another, each with a thread that queues. Nothing is ever queued behind what
+// has yet to be queued: the events that a copy waits for are recorded, and what waits for a copy waits for an
+// event behind it. So what is on a stream always comes to its end.
 //
-// A gate opens a layer when the last load of its batch has it. So the loads of a gate are copied as one: some layers
-// of all of them, then the next. They are submitted one after the other, and the first ones wait for the last, which
-// takes microseconds. They do not wait for one that does not come soon, and a copy that follows a read from SSD
-// neither waits nor is waited for.
+// A gate opens a layer when the last load of its batch has it. So the loads of a gate are copied as one: some
+// layers of all of them, then the next. They are submitted one after the other, and the first ones wait for
+// the last, which takes microseconds. They do not wait for one that does not come soon, and a copy that
+// follows a read neither waits nor is waited for.
 #pragma once
 
 #include <atomic>

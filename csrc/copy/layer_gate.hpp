@@ -14,12 +14,13 @@
 
 namespace flexkv {
 
-// One gate serves all loads of a batch: a layer is open when every one of them has passed it. A load that fails
-// passes what it has left, too: the gate says when to go on, not which loads are good. A gate with one layer
-// serves a store: it is open when the device's slots may be written again.
+// One gate serves all loads of a batch: a layer is open when every one of them has passed it. A load that
+// fails passes what it has left, too: the gate says when to go on, not which loads are good. A gate with one
+// layer serves a store: it is open when the device's slots may be written again.
 //
-// On a GPU nobody need wait for that. Once the copies of a layer are on a stream, another stream can wait for the
-// event behind them (StreamWait). Until then the host waits: no stream ever waits for what is not on a stream yet.
+// On a GPU nobody need wait for that. Once the copies of a layer are on a stream, another stream can wait for
+// the event behind them (StreamWait). Until then the host waits: no stream ever waits for what is not on a
+// stream yet.
 class LayerGate {
  public:
   // `cuda`: whose streams copy; nullptr where the device pool is CPU memory.
@@ -30,11 +31,11 @@ class LayerGate {
   int num_layers() const { return num_layers_; }
   // Before the first load is submitted: how many loads will report.
   void Expect(int loads);
-  // Waits until `layer` is open. Returns how many layers are, counted from the first, so that who goes through
-  // them in order need not ask for each; 0 if the time is up.
+  // Waits until `layer` is open. Returns how many layers are, counted from the first, so that who goes
+  // through them in order need not ask for each; 0 if the time is up.
   int Wait(int layer, double timeout_s);
-  // Makes what is queued on `stream` (a CUstream) from now on wait until `layer` is open. Waits here, outside the
-  // driver and without a lock, until all copies of it are on a stream. False if the time is up.
+  // Makes what is queued on `stream` (a CUstream) from now on wait until `layer` is open. Waits here, outside
+  // the driver and without a lock, until all copies of it are on a stream. False if the time is up.
   bool StreamWait(int layer, uint64_t stream, double timeout_s);
   // Open layers, counted from the first, without waiting.
   int open_layers() const;
@@ -44,8 +45,8 @@ class LayerGate {
   // Whether more of the expected loads are to come, and the last one came less than `max` ago.
   bool AwaitsLoads(std::chrono::steady_clock::duration max) const;
 
-  // A load's copies of these layers are on a stream of copies, and the event behind them. A Pass follows for each.
-  // `copier`: whose stream, counted from 0.
+  // A load's copies of these layers are on a stream of copies, and the event behind them. A Pass follows for
+  // each. `copier`: whose stream, counted from 0.
   void Queued(int layer_begin, int layer_end, const StreamEvent& event, size_t copier = 0);
   // A load's bytes of this layer are on the device, or never will be.
   void Pass(int layer, bool was_queued = false);

@@ -110,8 +110,8 @@ CudaDriver::State CudaDriver::StateOf(int code, const char* what, std::string* e
 }
 
 bool CudaDriver::MakeCurrent(std::string* error) {
-  // While any thread captures a graph, the driver refuses others what could belong into it (to ask for an event, to
-  // register memory), and the graph is lost. Nothing of ours ever belongs into one.
+  // While any thread captures a graph, the driver refuses others what could belong into it (to ask for an
+  // event, to register memory), and the graph is lost. Nothing of ours ever belongs into one.
   int mode = kCaptureModeRelaxed;
   return Ok(set_current_(context_), "cuCtxSetCurrent", error) &&
          Ok(exchange_capture_mode_(&mode), "cuThreadExchangeStreamCaptureMode", error);

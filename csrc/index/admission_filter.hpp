@@ -1,4 +1,4 @@
-// What was offered to the SSD once: a filter that writes a block only when it comes back keeps
+// What was offered to a tier once: a filter that writes a block only when it comes back keeps
 // one-shot prompts from wearing the disk and from pushing out what is read again.
 //
 // A set-associative table of fingerprints rather than a Bloom filter: it forgets the oldest by

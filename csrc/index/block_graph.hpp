@@ -1,6 +1,6 @@
-// Which blocks there are, how they hang together, and where each of them is: an entry per block with its key, its
-// parent, its tokens, and per tier its slot, its state and its pins. It keeps the counts and the eviction queues right
-// and knows no caller; PrefixIndex has the lock, the leases and the transactions.
+// Which blocks there are, how they hang together, and where each of them is: an entry per block with its key,
+// its parent, its tokens, and per tier its slot, its state and its pins. It keeps the counts and the eviction
+// queues right and knows no caller; PrefixIndex has the lock, the leases and the transactions.
 //
 // Why entries per block and not a tree of runs: keys are chained hashes, so a key already says
 // where in the tree it is, and SGLang hands us fragments (the part of a prompt that is not on the
@@ -104,11 +104,12 @@ class BlockGraph {
   void EnsureRoom(size_t count);
   // Takes free entries of consecutive ids: one at least, `count_max` at most. There must be room.
   Run TakeEntries(size_t count_max);
-  // Gives entries that were just taken to keys, as long as these have none: returns how many have got one, and gives
-  // back the others. If there are others, `found` is the entry of the first key that has one.
+  // Gives entries that were just taken to keys, as long as these have none: returns how many have got one,
+  // and gives back the others. If there are others, `found` is the entry of the first key that has one.
   uint32_t InsertNew(const Run& run, const BlockKey* keys, uint32_t* found);
-  // Writes entries that were just inserted in one go, chained to each other, being written and pinned in run.tier, and
-  // with the children that are about to follow. `linked`: the one before counts the first as its child.
+  // Writes entries that were just inserted in one go, chained to each other, being written and pinned in
+  // run.tier, and with the children that are about to follow. `linked`: the one before counts the first as
+  // its child.
   void WriteNew(const Run& run, const SlotId* slots, uint8_t importance, uint32_t previous, bool linked,
                 bool goes_on);
   // An entry that is in no tier yet, where the key has none. FreeIfUnused follows, unless it gets a use.
@@ -157,12 +158,12 @@ class BlockGraph {
       if (tier.pool.num_slots() > 0) tier.policy->Touch(first, count, use);
     }
   }
-  // Drops what the policy says, up to so many. `admits`, if any, is asked whether the n-th of those who need the room
-  // is worth its victim. Returns how many went.
+  // Drops what the policy says, up to so many. `admits`, if any, is asked whether the n-th of those who need
+  // the room is worth its victim. Returns how many went.
   size_t Evict(Tier tier, size_t count, const std::function<bool(size_t, uint32_t)>& admits);
 
-  // Checks every invariant against a fresh walk; returns "" or what is broken. `pins`: how many there should be, per
-  // tier and entry.
+  // Checks every invariant against a fresh walk; returns "" or what is broken. `pins`: how many there should
+  // be, per tier and entry.
   std::string Check(const std::vector<std::vector<uint32_t>>& pins) const;
 
  private:
@@ -183,10 +184,10 @@ class BlockGraph {
     uint32_t pins() const { return word / kOnePin; }
   };
 
-  // An entry without any residency is a placeholder: it keeps the place of a block that only its
-  // children refer to, so that leaf-first order survives children that arrive before their parent.
-  // Entries that are not in use are kept as runs: see FreeRun. Behind a node in memory come its residencies, one per
-  // tier: a tier costs what it takes and no more, and with two of them two entries share a cache line.
+  // An entry without any residency is a placeholder: it keeps the place of a block that only its children
+  // refer to, so that leaf-first order survives children that arrive before their parent. Entries that are
+  // not in use are kept as runs: see FreeRun. Behind a node in memory come its residencies, one per tier: a
+  // tier costs what it takes and no more, and with two of them two entries share a cache line.
   struct Node {
     uint32_t parent;
     uint32_t num_children;  // entries whose parent this is

@@ -1,11 +1,10 @@
-#include "index/eviction.hpp"
-
 #include <algorithm>
 
 #include "index/adaptive_policy.hpp"
 #include "index/admission_filter.hpp"
 #include "index/bit_tree.hpp"
 #include "index/bucket_queue.hpp"
+#include "index/eviction.hpp"
 
 namespace flexkv {
 namespace {

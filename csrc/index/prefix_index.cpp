@@ -238,7 +238,8 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
   if (wanted.tokens != nullptr) wanted.tokens->RequireFit(wanted.count);
   const std::lock_guard<std::mutex> lock(mutex_);
   TierState& state = graph_.Of(tier);
-  // Before anything is changed: what can fail. What gets an entry here gets a slot, too; the parent may get one.
+  // Before anything is changed: what can fail. What gets an entry here gets a slot, too; the parent may get
+  // one.
   graph_.EnsureRoom(std::min<size_t>(wanted.count, state.pool.num_slots()) + 1);
   graph_.Tick();
   BlockRun blocks = wanted;  // as far as they can be stored
@@ -273,8 +274,8 @@ std::optional<uint64_t> PrefixIndex::Reserve(Tier tier, const BlockKey* parent, 
     blocks.count = *stored;
   }
   Transaction txn{tier, {}, 0};
-  // The chain is linked even where blocks are present: they may have come before their parent. Entries are looked
-  // for here and not before, because eviction may have freed some, and the parent's.
+  // The chain is linked even where blocks are present: they may have come before their parent. Entries are
+  // looked for here and not before, because eviction may have freed some, and the parent's.
   const uint32_t anchor = parent != nullptr ? graph_.FindOrCreate(*parent) : kNil;
   const size_t num_created = FindOrNameRest(blocks, FindLeading(blocks));
   state.pool.Allocate(num_created, &fresh_slots_);

@@ -1,5 +1,5 @@
-// One index for all tiers: which block lives in which slot of which tier, who needs it, and what
-// may go. It moves no byte. This is the room's door: the lock, leases, transactions; BlockGraph keeps the blocks.
+// One index for all tiers: which block lives in which slot of which tier, who needs it, and what may go. It
+// moves no byte. This is the room's door: the lock, leases, transactions; BlockGraph keeps the blocks.
 //
 // Two-phase slots: Reserve hands out slots that nobody can see, Commit makes them readable, Abort
 // gives them back. A lease pins what its reader was promised until it is released.
@@ -64,8 +64,8 @@ class PrefixIndex {
   uint64_t AcquireTokens(const TokenRun& run, bool use, BlockKey* keys, uint8_t* tiers, SlotId* slots,
                          size_t* found);
 
-  // Of each block, whether Acquire would find it if the blocks before it were found: a bit mask of the tiers that hold it,
-  // or 0. Unlike Match it goes on behind what nobody holds, and marks nothing as looked at.
+  // Of each block, whether Acquire would find it if the blocks before it were found: a bit mask of the tiers
+  // that hold it, or 0. Unlike Match it goes on behind what nobody holds, and marks nothing as looked at.
   void Held(const BlockKey* keys, size_t count, uint8_t* masks) const;
 
   // Gives a lease back. False if it is not known (released or reset before): nothing changes.
@@ -150,8 +150,8 @@ class PrefixIndex {
                         SlotId* slots, size_t* found);
   // Entries of the leading blocks that have one go to `found_`; returns how many blocks these are.
   size_t FindLeading(const BlockRun& blocks);
-  // Adds to `found_` the entries of all blocks from the `first` on, new ones for those that have none. Returns
-  // how many got one.
+  // Adds to `found_` the entries of all blocks from the `first` on, new ones for those that have none.
+  // Returns how many got one.
   size_t FindOrNameRest(const BlockRun& blocks, size_t first);
   void AddFound(uint32_t entry);
   std::optional<size_t> MakeRoom(Tier tier, const BlockKey* parent, uint32_t anchor, const BlockRun& blocks,

@@ -24,8 +24,8 @@ namespace {
 constexpr size_t kHugePageBytes = size_t{2} << 20;
 constexpr auto kPinTurnInterval = std::chrono::milliseconds(5);
 
-// Held by the one process of this user that pins memory at the moment: a name that only one socket can have. It goes
-// with the process, whatever becomes of that, and leaves no file behind.
+// Held by the one process of this user that pins memory at the moment: a name that only one socket can have.
+// It goes with the process, whatever becomes of that, and leaves no file behind.
 class PinTurn {
  public:
   PinTurn() : socket_(socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0)) {}
@@ -97,8 +97,8 @@ void HostPool::PinLoop() {
   bool lockable = !cuda_ || cuda_->MakeCurrent(&ignored);
   for (size_t at = 0; at < mapped_bytes_ && !stop_.load(); at += kPinChunkBytes) {
     const size_t bytes = std::min(kPinChunkBytes, mapped_bytes_ - at);
-    // One process at a time, a chunk at a time: the pools of all ranks grow alike, and half of the time nobody is in
-    // the driver for this.
+    // One process at a time, a chunk at a time: the pools of all ranks grow alike, and half of the time
+    // nobody is in the driver for this.
     auto rest = std::chrono::steady_clock::duration::zero();
     {
       PinTurn turn;
@@ -106,8 +106,8 @@ void HostPool::PinLoop() {
         if (stop_.load()) return;
         std::this_thread::sleep_for(kPinTurnInterval);
       }
-      // Pages first: the driver would fault and clear them one after the other under locks that launches need.
-      // Where the kernel is too old for this, pinning brings them, or their first use.
+      // Pages first: the driver would fault and clear them one after the other under locks that launches
+      // need. Where the kernel is too old for this, pinning brings them, or their first use.
       const bool populated = madvise(base_ + at, bytes, MADV_POPULATE_WRITE) == 0;
       const auto start = std::chrono::steady_clock::now();
       if (lockable) {

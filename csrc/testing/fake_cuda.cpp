@@ -1,12 +1,12 @@
 // A stand-in for libcuda.so.1 in which tests run the engine's CUDA path on a CPU. It keeps what the real one
-// promises and no more. Streams run late, and share hardware queues: what is in one queue runs in the order in which
-// it came, so a stream may stand behind another one's wait. One lock is held for as long as a call takes, and some
-// calls take until the device has nothing left to do: the first launch of a kernel, which loads it; giving memory
-// back. A full queue makes the caller wait, too, and so does a copy of memory that is not pinned. Copies in a batch
-// have no order.
+// promises and no more. Streams run late, and share hardware queues: what is in one queue runs in the order
+// in which it came, so a stream may stand behind another one's wait. One lock is held for as long as a call
+// takes, and some calls take until the device has nothing left to do: the first launch of a kernel, which
+// loads it; giving memory back. A full queue makes the caller wait, too, and so does a copy of memory that is
+// not pinned. Copies in a batch have no order.
 //
-// What the real one punishes with wrong bytes or a broken context is noted as a violation: kernels or streams that
-// touch memory which is not theirs, copies from or to memory that is gone.
+// What the real one punishes with wrong bytes or a broken context is noted as a violation: kernels or streams
+// that touch memory which is not theirs, copies from or to memory that is gone.
 //
 //     g++ -std=c++20 -shared -fPIC -Icsrc csrc/testing/fake_cuda.cpp -o libcuda.so.1 -pthread
 //
@@ -98,8 +98,8 @@ struct Device {
   std::vector<Queue*> queues;
   size_t num_queues = 32, next_queue = 0;
   std::set<const void*> loaded_kernels;
-  // How long a GPU would take, for events that are asked for the time between them: a piece for a copy engine, and
-  // the bytes of both paths.
+  // How long a GPU would take, for events that are asked for the time between them: a piece for a copy
+  // engine, and the bytes of both paths.
   std::atomic<double> piece_us{2}, kernel_bytes_per_us{36e3};
   std::chrono::milliseconds registration{0};  // takes so long
   std::chrono::steady_clock::time_point registered;
@@ -224,8 +224,8 @@ void Join(void* handle) {
   stream->queue->changed.wait(lock, [&] { return stream->unfinished == 0; });
 }
 
-// A stream that cannot even be asked whether it has come to its end is one of a device that is lost: it touches nothing
-// any more.
+// A stream that cannot even be asked whether it has come to its end is one of a device that is lost: it
+// touches nothing any more.
 void Lose(void* handle) {
   Stream* stream = static_cast<Stream*>(handle);
   std::unique_lock<std::mutex> lock(stream->queue->mutex);
@@ -460,8 +460,9 @@ int64_t fake_calls(const char* call) {
   return device().calls[call];
 }
 
-// What streams have done since the last fake_reset, in order, up to `size` of it: the beginning of each piece of the
-// device's memory that a copy wrote to, and 0 for an event that others wait for. Returns how much it was.
+// What streams have done since the last fake_reset, in order, up to `size` of it: the beginning of each piece
+// of the device's memory that a copy wrote to, and 0 for an event that others wait for. Returns how much it
+// was.
 size_t fake_trace(uint64_t* out, size_t size) {
   std::lock_guard<std::mutex> lock(device().mutex);
   std::copy_n(device().trace.begin(), std::min(size, device().trace.size()), out);

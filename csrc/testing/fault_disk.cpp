@@ -21,7 +21,8 @@ using Clock = std::chrono::steady_clock;
 
 // Short transfers end on a boundary that O_DIRECT can go on from.
 constexpr size_t kShortUnit = 512;
-// Nobody wakes an engine when faults are cleared: with transfers that wait for their faults it looks so often.
+// Nobody wakes an engine when faults are cleared: with transfers that wait for their faults it looks so
+// often.
 constexpr double kLookForClearS = 0.002;
 
 Clock::duration Seconds(double s) {

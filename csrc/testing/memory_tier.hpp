@@ -1,5 +1,5 @@
-// A tier in memory, the simplest that keeps the contract of LowerTier: what contract tests run on beside the SSD tier.
-// It fails, loses bits and stands still on demand.
+// A tier in memory, the simplest that keeps the contract of LowerTier: what contract tests run on beside the
+// SSD tier. It fails, loses bits and stands still on demand.
 #pragma once
 
 #include <atomic>

@@ -1,5 +1,6 @@
-// The module sglang_flexkv_testing: disks that fail, and a tier in memory, as subclasses of the core's own classes, so that
-// tests put them under the core that users get. Both modules come from one build: they share the classes' layout.
+// The module sglang_flexkv_testing: disks that fail, and a tier in memory, as subclasses of the core's own
+// classes, so that tests put them under the core that users get. Both modules come from one build: they share
+// the classes' layout.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -1,6 +1,6 @@
-// What a tier below the CPU tier is to those who move blocks: the contract between the transfer engine, which has ops of
-// graphs, and whoever brings blocks to a medium and back. The other half of a tier, what it holds and whether it works,
-// is Python's (sglang_flexkv/common/lower_tier.py).
+// What a tier below the CPU tier is to those who move blocks: the contract between the transfer engine, which
+// has ops of graphs, and whoever brings blocks to a medium and back. The other half of a tier, what it holds
+// and whether it works, is Python's (sglang_flexkv/common/lower_tier.py).
 #pragma once
 
 #include <atomic>
@@ -24,12 +24,12 @@ enum class BlockOutcome : uint8_t {
   kDropped,  // not moved: cancelled, or too late
 };
 
-// One op of a graph: the same slices of some blocks, in one direction. It may go in steps: the first slices of all
-// blocks, then the next of all blocks.
+// One op of a graph: the same slices of some blocks, in one direction. It may go in steps: the first slices
+// of all blocks, then the next of all blocks.
 //
-// The tier's side of it: Begin; for every block and step either Land, when its bytes are where they belong (and, of a
-// load, were compared with what was stored), or Spoil; and End for each part, when nothing of that part touches memory
-// any more. The last End ends the op, and the transfer is gone.
+// The tier's side of it: Begin; for every block and step either Land, when its bytes are where they belong
+// (and, of a load, were compared with what was stored), or Spoil; and End for each part, when nothing of that
+// part touches memory any more. The last End ends the op, and the transfer is gone.
 struct TierTransfer {
   bool store = false;  // host pool -> tier; else a load
   const BlockKey* keys = nullptr;
@@ -42,8 +42,8 @@ struct TierTransfer {
   const std::atomic<bool>* cancelled = nullptr;
   // Called for a step of a block that landed, by several threads of the tier at the same time. May be empty.
   std::function<void(uint32_t step, uint32_t block)> on_block;
-  // Called when a step of every block has landed. May be empty; if not, somebody waits for the steps, and they should
-  // go before other loads.
+  // Called when a step of every block has landed. May be empty; if not, somebody waits for the steps, and
+  // they should go before other loads.
   std::function<void(uint32_t step)> on_step;
   std::function<void()> on_end;
 
@@ -90,16 +90,16 @@ class LowerTier {
 
   virtual ~LowerTier() = default;
 
-  // An engine is going to start transfers. Throws UsageError where the shape of the slots is not the tier's, and
-  // SystemError where something below cannot be set up.
+  // An engine is going to start transfers. Throws UsageError where the shape of the slots is not the tier's,
+  // and SystemError where something below cannot be set up.
   virtual void Attach(const Above& above) = 0;
   // No transfer is on its way, and none will come.
   virtual void Detach() = 0;
 
   // Slots that transfers may name. The index hands them out; what is in them is the tier's affair.
   virtual uint64_t num_slots() const = 0;
-  // Moves blocks; returns at once. What was loaded is compared with what was stored before it lands. Any number of
-  // transfers may be under way, and none of two that run touch the same slot unless both load.
+  // Moves blocks; returns at once. What was loaded is compared with what was stored before it lands. Any
+  // number of transfers may be under way, and none of two that run touch the same slot unless both load.
   virtual void Start(TierTransfer* transfer) = 0;
   // Some transfer was cancelled: it should end without waiting for something else to happen.
   virtual void Wake() = 0;

@@ -30,9 +30,9 @@ class CostFit {
 // steps: one slice, then twice as many each time, up to `per_read`. One that reads all at once has one step.
 std::vector<uint32_t> StepsOfRead(size_t slices, size_t per_read);
 
-// How many slices of a block to read from SSD at a time in such a read: as few as possible, but not so few
-// that reading `blocks` blocks whose slices are this large would take noticeably longer. All of them means
-// whole blocks. `cost` is per transfer and per byte.
+// How many slices of a block to load from a lower tier at a time in such a read: as few as possible, but not
+// so few that reading `blocks` blocks whose slices are this large would take noticeably longer. All of them
+// means whole blocks. `cost` is per transfer and per byte.
 size_t SlicesPerRead(const CostFit& cost, size_t blocks, const std::vector<size_t>& slice_bytes);
 
 }  // namespace flexkv

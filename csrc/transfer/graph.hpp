@@ -25,8 +25,8 @@ struct OpSpec {
   // Token slots of the device pool (tokens_per_block per block), host slots, or slots of the lower tier.
   std::vector<int64_t> src;
   std::vector<int64_t> dst;
-  // Device copies: the slots are on their way (TransferEngine::ReadSlots). Instead of them `src` or `dst` then says
-  // for each block which one of these it is, tokens_per_block slots being one.
+  // Device copies: the slots are on their way (TransferEngine::ReadSlots). Instead of them `src` or `dst`
+  // then says for each block which one of these it is, tokens_per_block slots being one.
   std::shared_ptr<AwaitedSlots> awaited;
   int layer_begin = 0;
   int layer_end = 0;           // 0: all layers. Lower ops move whole slices (see SlicesOf)
@@ -83,8 +83,8 @@ struct RunningOp {
   int layers_left = 0;
   bool more_pieces = false;  // what it follows by layers has not ended
   std::string error;
-  // What the gate knows of each of its layers. Each is written by one thread at a time, and the op's end comes after
-  // all of them, so without a lock.
+  // What the gate knows of each of its layers. Each is written by one thread at a time, and the op's end
+  // comes after all of them, so without a lock.
   std::vector<LayerState> at_gate;
 };
 

@@ -1,5 +1,5 @@
-// The engine's ops between the host pool and a tier below: in which steps a load goes, and what goes on to the device with
-// each of them.
+// The engine's ops between the host pool and a tier below: in which steps a load goes, and what goes on to
+// the device with each of them.
 #include <algorithm>
 #include <memory>
 #include <string>

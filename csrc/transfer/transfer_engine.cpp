@@ -274,7 +274,8 @@ std::vector<TransferStats> TransferEngine::Stats() const {
   std::vector<TransferStats> stats;
   for (const Route& route : routes_) stats.push_back(route.stats);
   for (const bool to_device : {true, false}) {
-    // What is submitted may wait for a forward first: where the device has a clock of its own, that one tells.
+    // What is submitted may wait for a forward first: where the device has a clock of its own, that one
+    // tells.
     double busy_s = 0, queue_s = 0;
     bool known = false;
     for (auto& group : groups_) {

@@ -1,10 +1,10 @@
 // The data plane: runs graphs of copies between the device pool, the host pool and the tiers below it.
 // It moves bytes and decides nothing.
 //
-// Guarantees: every op of a submitted graph ends exactly once, as done, failed or cancelled; a graph is reported exactly
-// once, after its last op; an op that follows a read by layers copies a layer of a block only after that was read and
-// verified; loads that a forward waits for go before stores, and their layers in the order of the model, whatever request
-// they belong to. No thread here ever takes the GIL.
+// Guarantees: every op of a submitted graph ends exactly once, as done, failed or cancelled; a graph is
+// reported exactly once, after its last op; an op that follows a read by layers copies a layer of a block
+// only after that was read and verified; loads that a forward waits for go before stores, and their layers in
+// the order of the model, whatever request they belong to. No thread here ever takes the GIL.
 #pragma once
 
 #include <atomic>
@@ -48,36 +48,37 @@ struct TransferStats {
 
 class TransferEngine {
  public:
-  // `cuda_device` < 0: the device pool is CPU memory. Background graphs may have `queue_bytes` of each
-  // type of transfer waiting or running, and one graph more; 0: no limit. `lower_tiers` are the names, in statistics, of
-  // the tiers that may be attached. `cuda_library` is for tests, see CudaDriver::Load.
-  // The layout and the pool are those of the first group.
+  // `cuda_device` < 0: the device pool is CPU memory. Background graphs may have `queue_bytes` of each type
+  // of transfer waiting or running, and one graph more; 0: no limit. `lower_tiers` are the names, in
+  // statistics, of the tiers that may be attached. `cuda_library` is for tests, see CudaDriver::Load. The
+  // layout and the pool are those of the first group.
   TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> host, int copy_threads, int cuda_device,
                  size_t queue_bytes, const std::vector<std::string>& lower_tiers,
                  const std::string& cuda_library);
   ~TransferEngine();
 
-  // A further part that blocks have, in a pool of its own. Before the first graph. `gate_layers` says which layer of a gate
-  // each of its layers is; where there are none they are the gate's own. Returns its number: ops name it.
+  // A further part that blocks have, in a pool of its own. Before the first graph. `gate_layers` says which
+  // layer of a gate each of its layers is; where there are none they are the gate's own. Returns its number:
+  // ops name it.
   uint32_t AddGroup(BlockLayout layout, std::shared_ptr<HostPool> host, std::vector<int> gate_layers);
   // The same for the first group.
   void SetGateLayers(std::vector<int> gate_layers) { groups_[0]->gate_layers = std::move(gate_layers); }
 
-  // Puts a tier under a group, or takes it away; 1 is the first below the CPU tier. No op of it may be pending. Loads that
-  // are followed by layers go `slices_per_read` slices at a time, 0: by measured cost.
+  // Puts a tier under a group, or takes it away; 1 is the first below the CPU tier. No op of it may be
+  // pending. Loads that are followed by layers go `slices_per_read` slices at a time, 0: by measured cost.
   void Attach(Tier number, std::shared_ptr<LowerTier> tier, uint32_t slices_per_read, uint32_t group);
   void Detach(Tier number, uint32_t group);
 
   // A gate for graphs of this engine; on a GPU streams can wait for it.
   std::shared_ptr<LayerGate> MakeGate(int num_layers) const;
 
-  // Token slots that are int64 values in the device's memory, for ops to be submitted: copied behind what is on the
-  // caller's stream (a CUstream), and nobody waits for that. See SlotReader::Read.
+  // Token slots that are int64 values in the device's memory, for ops to be submitted: copied behind what is
+  // on the caller's stream (a CUstream), and nobody waits for that. See SlotReader::Read.
   std::shared_ptr<AwaitedSlots> ReadSlots(uint64_t address, size_t count, uint64_t stream);
 
-  // Checks every index of the graph (UsageError) and starts it. Slots that are awaited are checked when they are
-  // there: their op fails. Returns its id, or 0 for a background
-  // graph that finds the queues full: back pressure, nothing was started.
+  // Checks every index of the graph (UsageError) and starts it. Slots that are awaited are checked when they
+  // are there: their op fails. Returns its id, or 0 for a background graph that finds the queues full: back
+  // pressure, nothing was started.
   uint64_t Submit(GraphSpec spec);
   // Ops that have not started are cancelled; running ones end by themselves. The graph is reported
   // as usual. False if it is not known (ended already).

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from sglang_flexkv import _core
 from sglang_flexkv.cache.spill_queue import SpillQueue, WaitingBlocks
 from sglang_flexkv.common.block import BlockKeys, SequenceMeta, TokenIds
-from sglang_flexkv.common.config import CacheConfig, EvictionPolicy, SsdAdmission
+from sglang_flexkv.common.config import Admission, CacheConfig, EvictionPolicy
 from sglang_flexkv.common.kv_group import KVGroup, boundaries
 from sglang_flexkv.common.lower_tier import CPU, LowerTier, TierNumbers
 from sglang_flexkv.common.transfer import Slots, TransferOp, TransferOpGraph, TransferType
@@ -166,7 +166,7 @@ class CacheEngine:
                 tier,
                 SpillQueue(self.index, number, len(lower), num_cpu_blocks, spill_blocks_max),
                 _core.AdmissionFilter(2 * (num_cpu_blocks + tier.num_slots))
-                if tier.admission is SsdAdmission.REUSE
+                if tier.admission is Admission.REUSE
                 else None,
             )
             for number, tier in enumerate(lower, start=1)

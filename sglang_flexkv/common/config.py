@@ -89,8 +89,8 @@ class SsdMismatch(Enum):
     FRESH = "fresh"  # give up what they hold
 
 
-class SsdAdmission(Enum):
-    """Which blocks are written to SSD."""
+class Admission(Enum):
+    """Which blocks are worth a place in a lower tier."""
 
     ALL = "all"
     REUSE = "reuse"  # those that came a second time, or were loaded from the CPU tier
@@ -193,7 +193,7 @@ class CacheConfig(_Settings):
     ssd_eviction_policy: EvictionPolicy = EvictionPolicy.ADAPTIVE
     ssd_cache_dir: Directories = ()
     ssd_on_mismatch: SsdMismatch = SsdMismatch.REFUSE
-    ssd_admission: SsdAdmission = SsdAdmission.ALL
+    ssd_admission: Admission = Admission.ALL
     ssd_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
     enable_remote: bool = False
     lease_timeout_s: float = Field(default=60.0, gt=0)  # a task that is not launched by then is cancelled
@@ -223,7 +223,7 @@ class FlexKVConfig(_Settings):
     ssd_cache_gb: float = Field(default=0.0, ge=0)  # GiB over all directories; 0: no SSD tier
     ssd_cache_dir: Directories = ()
     ssd_on_mismatch: SsdMismatch = SsdMismatch.REFUSE
-    ssd_admission: SsdAdmission = SsdAdmission.ALL
+    ssd_admission: Admission = Admission.ALL
     ssd_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
     cpu_eviction_policy: EvictionPolicy = EvictionPolicy.ADAPTIVE
     ssd_eviction_policy: EvictionPolicy = EvictionPolicy.ADAPTIVE

@@ -32,7 +32,7 @@ import numpy.typing as npt
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import BlockKeys
-from sglang_flexkv.common.config import EvictionPolicy, SsdAdmission
+from sglang_flexkv.common.config import Admission, EvictionPolicy
 
 # The number of the CPU tier.
 CPU = 0
@@ -68,7 +68,7 @@ class LowerTier(ABC):
         num_slots: int,
         *,
         eviction_policy: EvictionPolicy,
-        admission: SsdAdmission = SsdAdmission.ALL,
+        admission: Admission = Admission.ALL,
     ) -> None:
         self.name, self.medium, self.num_slots = name, medium, num_slots
         self.eviction_policy, self.admission = eviction_policy, admission

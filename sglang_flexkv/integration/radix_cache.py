@@ -156,7 +156,7 @@ class FlexKVLinkerWrapper(LinkerWrapper):
 
 
 class FlexKVRadixCache(TreeCache):
-    """UnifiedRadixCache over CPU and SSD tiers."""
+    """UnifiedRadixCache over a CPU tier and those below it."""
 
     linker: FlexKVLinkerWrapper | None
 
@@ -240,7 +240,7 @@ class FlexKVRadixCache(TreeCache):
         turns = set(range(len(node_handles))) - set(in_tree)
         return [*sorted(turns), *(in_tree[i] for i in order)]
 
-    # ---- a request waits: SSD -> CPU ----
+    # ---- a request waits: lower tiers -> CPU tier ----
 
     def prefetch_from_storage(self, request: Any, *_args: Any, **_kwargs: Any) -> None:
         """Called when a request enters the queue, right after its prefix was matched."""
@@ -381,7 +381,7 @@ class FlexKVRadixCache(TreeCache):
             self.linker.cache_linker.weights_changed()
 
     def clear_storage_backend(self) -> bool:
-        """SGLang's endpoint for clearing the storage behind the cache: empties the CPU and the SSD tier. What
+        """SGLang's endpoint for clearing the storage behind the cache: empties every tier. What
         the device holds stays."""
         if self.linker is None:
             return False

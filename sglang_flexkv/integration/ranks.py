@@ -9,7 +9,7 @@ here, before anything depends on it.
 What                      Reduced    Why that is enough
 ========================  =========  =======================================================================
 length of a hit           least      of a prefix that a rank holds it holds every shorter one
-wait for SSD at all       any        whether to wait is one decision; which blocks to bring is each rank's own
+wait for reads at all     any        whether to wait is one decision; which blocks to bring is each rank's own
 a wait is over            all        a request is scheduled by all ranks in the same step
 wait again, or join       any        as above
 somebody may be reading   any        begins with a load or a wait, of which all know; says itself when it ends
@@ -19,7 +19,7 @@ an offload has ended      all        SGLang does it (``check_hicache_events``): 
                                      so where no offload is on its way none is anywhere, and nobody asks
 ========================  =========  =======================================================================
 
-Not agreed on, and no need to: what is evicted from the tiers, what is spilled to SSD, measured speeds. They
+Not agreed on, and no need to: what is evicted from the tiers, what is spilled, measured speeds. They
 change how long a hit is, and that is agreed on.
 """
 

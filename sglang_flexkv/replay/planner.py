@@ -27,10 +27,10 @@ import yaml
 
 from sglang_flexkv.common.config import (
     GIB,
+    Admission,
     EvictionPolicy,
     FlexKVConfig,
     ModelConfig,
-    SsdAdmission,
     WritePolicy,
 )
 from sglang_flexkv.common.errors import FlexKVError
@@ -501,7 +501,7 @@ def _first_good(bench: _Bench, setups: list[TierSetup]) -> TierSetup:
 
 
 def _best_admission(bench: _Bench, setup: TierSetup) -> TierSetup:
-    careful = replace(setup, ssd_admission=SsdAdmission.REUSE)
+    careful = replace(setup, ssd_admission=Admission.REUSE)
     now, other = bench.try_out(setup), bench.try_out(careful)
     loss_s = now.mean_saving_s - other.mean_saving_s
     fewer = other.ssd_written_gib <= (1 - _ADMISSION_WRITES_SAVED_MIN) * now.ssd_written_gib

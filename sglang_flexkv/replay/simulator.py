@@ -19,7 +19,7 @@ import numpy.typing as npt
 from sglang_flexkv import _core
 from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, TransferPlan
 from sglang_flexkv.common.block import BlockKeys
-from sglang_flexkv.common.config import CacheConfig, EvictionPolicy, SsdAdmission
+from sglang_flexkv.common.config import Admission, CacheConfig, EvictionPolicy
 from sglang_flexkv.common.lower_tier import CPU, HeldBlocks, LowerTier, TierSlots
 from sglang_flexkv.common.transfer import TransferType
 from sglang_flexkv.replay.trace import Request, Trace
@@ -43,7 +43,7 @@ class TierSetup:
     )
     cpu_policy: EvictionPolicy = CacheConfig.model_fields["cpu_eviction_policy"].default
     ssd_policy: EvictionPolicy = CacheConfig.model_fields["ssd_eviction_policy"].default
-    ssd_admission: SsdAdmission = CacheConfig.model_fields["ssd_admission"].default
+    ssd_admission: Admission = CacheConfig.model_fields["ssd_admission"].default
 
     def cache_config(self, tokens_per_block: int) -> CacheConfig:
         """Raises ConfigError for sizes that no server would take."""

@@ -13,6 +13,7 @@ import torch
 from sglang_flexkv.common import config as config_module
 from sglang_flexkv.common.config import (
     GIB,
+    Admission,
     CacheConfig,
     EvictionPolicy,
     FlexKVConfig,
@@ -20,7 +21,6 @@ from sglang_flexkv.common.config import (
     LoadPolicy,
     ModelConfig,
     PrefetchPolicy,
-    SsdAdmission,
     SsdMismatch,
     WritePolicy,
 )
@@ -53,7 +53,7 @@ def test_defaults_without_a_file() -> None:
     assert config.ssd_cache_gb == 0
     assert config.ssd_cache_dir == ()
     assert config.ssd_on_mismatch is SsdMismatch.REFUSE
-    assert config.ssd_admission is SsdAdmission.ALL
+    assert config.ssd_admission is Admission.ALL
     assert config.ssd_write_limit_mb_s == 0
     assert config.write_policy is WritePolicy.WRITE_THROUGH
 
@@ -88,7 +88,7 @@ def test_every_setting_from_a_file(load: Any, name: str) -> None:
         ssd_cache_gb=0.25,
         ssd_cache_dir=(Path("/a"), Path("/b")),
         ssd_on_mismatch=SsdMismatch.FRESH,
-        ssd_admission=SsdAdmission.REUSE,
+        ssd_admission=Admission.REUSE,
         ssd_write_limit_mb_s=250.5,
         cpu_eviction_policy=EvictionPolicy.S3FIFO,
         ssd_eviction_policy=EvictionPolicy.FIFO,
@@ -296,7 +296,7 @@ def test_what_happens_on_ssd_is_handed_on() -> None:
     ssd: dict[str, Any] = {"cpu_cache_gb": 0.5, "ssd_cache_gb": 1, "ssd_cache_dir": "/a"}
     config = blocks(**ssd, ssd_on_mismatch="fresh", ssd_admission="reuse")
     assert config.ssd_on_mismatch is SsdMismatch.FRESH
-    assert config.ssd_admission is SsdAdmission.REUSE
+    assert config.ssd_admission is Admission.REUSE
 
 
 def test_without_a_size_a_quarter_of_the_free_memory_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from replay_traces import TOKENS, random_prompts, trace_of
 
-from sglang_flexkv.common.config import ConfigError, EvictionPolicy, SsdAdmission
+from sglang_flexkv.common.config import Admission, ConfigError, EvictionPolicy
 from sglang_flexkv.common.transfer import TransferType
 from sglang_flexkv.replay.comparison import compare
 from sglang_flexkv.replay.optimum import optimum
@@ -110,7 +110,7 @@ def test_admission_on_reuse_writes_less() -> None:
     trace = trace_of([A, B, C, D, A, B, C, A])
     setup = TierSetup(8, ssd_blocks=64, cpu_policy=LRU)
     always = simulate(trace, setup)
-    careful = simulate(trace, replace(setup, ssd_admission=SsdAdmission.REUSE))
+    careful = simulate(trace, replace(setup, ssd_admission=Admission.REUSE))
     assert (always.ssd_offered, always.ssd_admitted) == (16, 16)
     assert always.ssd_hit_tokens.tolist() == [0] * 4 + [4 * TOKENS] * 4
     # Each at its second time, when it had to be computed once more; D has none.
