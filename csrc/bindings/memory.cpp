@@ -19,9 +19,7 @@ void BindMemory(py::module_& m) {
            py::arg("tokens_per_block"), py::arg("tokens_per_row") = 1)
       .def_property_readonly("num_layers", &BlockLayout::num_layers)
       .def_property_readonly("tokens_per_block", &BlockLayout::tokens_per_block)
-      .def_property_readonly("block_bytes", &BlockLayout::block_bytes)
-      .def("layer_offset", &BlockLayout::layer_offset, py::arg("layer"))
-      .def("layer_bytes", &BlockLayout::layer_bytes, py::arg("layer"));
+      .def_property_readonly("block_bytes", &BlockLayout::block_bytes);
 
   py::class_<HostPool, std::shared_ptr<HostPool>>(m, "HostPool")
       .def(py::init<size_t, size_t>(), py::arg("num_slots"), py::arg("slot_bytes"))

@@ -121,8 +121,6 @@ void BindSsd(py::module_& m) {
       .def_property_readonly("num_slots", [](const SsdReader& r) { return r.image().superblock.num_slots; })
       .def_property_readonly("slot_bytes",
                              [](const SsdReader& r) { return r.image().superblock.slot_bytes(); })
-      .def_property_readonly("num_slices",
-                             [](const SsdReader& r) { return r.image().superblock.slice_bytes.size(); })
       .def_property_readonly("has_journal", [](const SsdReader& r) { return !r.image().entries.empty(); })
       .def_property_readonly("journal_bytes", [](const SsdReader& r) { return r.image().journal_end; })
       .def_property_readonly("journal_records", [](const SsdReader& r) { return r.image().records; })

@@ -124,8 +124,7 @@ void BindTransfer(py::module_& m) {
       .def("drain", &TransferEngine::Drain, py::arg("timeout_s"), NoGil())
       .def("drain_device", &TransferEngine::DrainDevice, py::arg("timeout_s"), NoGil())
       .def("stats", [](const TransferEngine& engine) { return StatsDict(engine.Stats()); })
-      .def_property_readonly("cuda_note", &TransferEngine::cuda_note)
-      .def_property_readonly("now_s", &TransferEngine::Now);
+      .def_property_readonly("cuda_note", &TransferEngine::cuda_note);
 
   py::class_<CostFit>(m, "CostFit")
       .def(py::init<double, double>(), py::arg("assumed_x_s"), py::arg("assumed_y_s"))

@@ -25,6 +25,8 @@ from multiprocessing import context, popen_fork
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import setproctitle
+
 _MESSAGE_BYTES_MAX = 1 << 17  # an environment
 
 
@@ -146,6 +148,9 @@ def serve(requests: socket.socket) -> None:
 def main() -> None:
     for module in _IMPORTS:
         importlib.import_module(module)
+    # Where titles go it finds out at the first call, from an environment that launchers change. SGLang waits for
+    # its schedulers at the end only if it finds them by their titles.
+    setproctitle.getproctitle()
     serve(socket.socket(fileno=int(sys.argv[1])))
 
 

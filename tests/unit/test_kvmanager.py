@@ -488,10 +488,15 @@ def test_a_cancelled_put_gives_its_room_back(make) -> None:
     assert pool.put(tokens(900, 64), SLOTS) == 64
 
 
-def test_a_put_larger_than_the_cpu_tier_stores_nothing_and_fails_nothing(make) -> None:
-    pool = make(cpu_blocks=2)
-    assert pool.put(tokens(0, 64), SLOTS) == 0
-    assert pool.get(tokens(0, 64), OTHER) == 0
+@pytest.mark.parametrize(("policy", "stored"), [("adaptive", 32), ("lru", 0)])
+def test_of_a_put_larger_than_the_cpu_tier_its_head_is_stored_where_that_pays(
+    make, policy: str, stored: int
+) -> None:
+    pool = make(cpu_blocks=2, cpu_eviction_policy=policy)
+    before = pool.bytes_at(SLOTS[:stored])
+    assert pool.put(tokens(0, 64), SLOTS) == stored
+    assert pool.get(tokens(0, 64), OTHER) == stored
+    assert torch.equal(pool.bytes_at(OTHER[:stored]), before)
 
 
 def test_what_is_cleared_while_it_is_on_its_way_to_ssd_is_not_found_by_the_next_process(make) -> None:
