@@ -148,8 +148,8 @@ def serve(requests: socket.socket) -> None:
 def main() -> None:
     for module in _IMPORTS:
         importlib.import_module(module)
-    # Where titles go it finds out at the first call, from an environment that launchers change. SGLang waits for
-    # its schedulers at the end only if it finds them by their titles.
+    # Where titles go is found out at the first call, from an environment that launchers change. SGLang waits
+    # for its schedulers at the end only if it finds them by their titles.
     setproctitle.getproctitle()
     serve(socket.socket(fileno=int(sys.argv[1])))
 
