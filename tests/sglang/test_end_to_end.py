@@ -58,8 +58,8 @@ SCENARIOS = [
     # Attention over the latent takes a CPU ten times as long.
     Scenario("tiny-mla", "auto", 16, "write_through", tp_size=2, prompts=20),
 ]
-# The conversations end with about 10,000 tokens: neither the device nor the CPU tier holds them all.
-CPU_TOKENS = 3_000
+# The conversations are about 200 tokens a prompt: neither the device nor the CPU tier holds them all.
+CPU_TOKENS_PER_PROMPT = 60
 
 
 def token_bytes(scenario: Scenario) -> int:
@@ -106,7 +106,7 @@ def flexkv_server(scenario: Scenario, tmp_path: Path) -> Iterator[SGLangServer]:
     for directory in directories:
         directory.mkdir()
     config.write_text(
-        f"cpu_cache_gb: {CPU_TOKENS * token_bytes(scenario) / 2**30}\n"
+        f"cpu_cache_gb: {CPU_TOKENS_PER_PROMPT * scenario.prompts * token_bytes(scenario) / 2**30}\n"
         "ssd_cache_gb: 0.5\n"
         f"ssd_cache_dir: {directories[0]};{directories[1]}\n"
         f"write_policy: {scenario.policy}\n"
