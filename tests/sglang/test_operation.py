@@ -251,16 +251,22 @@ def wait_for_end(requests: list[Request], why: str) -> None:
 
 def test_requests_that_are_preempted(server: SGLangServer) -> None:
     rng = random.Random(4)
-    prompts = stored(server, rng, QUEUED_MAX, 150)
-    with ThreadPoolExecutor(len(prompts)) as pool:
-        low = [Request(pool, server, prompt, 150, priority=0) for prompt in prompts[:RUNNING_MAX]]
-        for each in low:
-            each.begun.wait()
-        high = [Request(pool, server, prompt, 20, priority=100) for prompt in prompts[RUNNING_MAX:]]
-        assert {each.end for each in low + high} == {"length"}
-    assert sum(each.future.result()["meta_info"]["num_retractions"] for each in low) > 0
-    assert sum(from_tiers(each.future.result()) for each in low + high) > 0
-    check_requests(server, low + high)
+    num_preempted = num_from_tiers = 0
+    for _ in range(5):  # where the first have ended before the others come, nobody is in the way
+        prompts = stored(server, rng, QUEUED_MAX, 150)
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            low = [Request(pool, server, prompt, 150, priority=0) for prompt in prompts[:RUNNING_MAX]]
+            for each in low:
+                each.begun.wait()
+            high = [Request(pool, server, prompt, 20, priority=100) for prompt in prompts[RUNNING_MAX:]]
+            assert {each.end for each in low + high} == {"length"}
+        check_requests(server, low + high)
+        num_preempted += sum(each.future.result()["meta_info"]["num_retractions"] for each in low)
+        num_from_tiers += sum(from_tiers(each.future.result()) for each in low + high)
+        if num_preempted:
+            break
+    assert num_preempted > 0
+    assert num_from_tiers > 0
 
 
 @pytest.mark.parametrize("how", ["all aborted", "abort", "retract", "in_place"])
