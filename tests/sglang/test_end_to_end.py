@@ -41,6 +41,8 @@ class Scenario:
     page_size: int
     policy: str
     tp_size: int = 1
+    # Neither the device nor the CPU tier holds all conversations, which are about 200 tokens a prompt.
+    cpu_tokens: int = 3_000
     prompts: int = len(TURNS)  # of TURNS, the first
     server: type[SGLangServer] = ForkedServer
 
@@ -53,13 +55,11 @@ class Scenario:
 SCENARIOS = [
     Scenario("tiny-gqa", "auto", 16, "write_through", server=SGLangServer),
     Scenario("tiny-mha", "bfloat16", 48, "write_back"),  # pages need not be a power of two
-    Scenario("tiny-gqa", "bfloat16", 1, "write_through_selective", prompts=30),
+    Scenario("tiny-gqa", "bfloat16", 1, "write_through_selective", cpu_tokens=1_800, prompts=30),
     Scenario("tiny-gqa", "auto", 16, "write_back", tp_size=2, server=SGLangServer),
     # Attention over the latent takes a CPU ten times as long.
     Scenario("tiny-mla", "auto", 16, "write_through", tp_size=2, prompts=20),
 ]
-# The conversations are about 200 tokens a prompt: neither the device nor the CPU tier holds them all.
-CPU_TOKENS_PER_PROMPT = 60
 
 
 def token_bytes(scenario: Scenario) -> int:
@@ -106,7 +106,7 @@ def flexkv_server(scenario: Scenario, tmp_path: Path) -> Iterator[SGLangServer]:
     for directory in directories:
         directory.mkdir()
     config.write_text(
-        f"cpu_cache_gb: {CPU_TOKENS_PER_PROMPT * scenario.prompts * token_bytes(scenario) / 2**30}\n"
+        f"cpu_cache_gb: {scenario.cpu_tokens * token_bytes(scenario) / 2**30}\n"
         "ssd_cache_gb: 0.5\n"
         f"ssd_cache_dir: {directories[0]};{directories[1]}\n"
         f"write_policy: {scenario.policy}\n"
@@ -194,7 +194,7 @@ def test_answers_are_those_of_a_server_without_cache(
         finally:
             stop.set()
             aborter.join()
-        assert total["host"] > 100 * len(turns), total
+        assert total["host"] > 20 * len(turns), total
         assert total["storage"] > 2 * len(turns), total
     log = server.log()
     assert "Traceback" not in log.split("sglang-flexkv closed")[0].split("The server is fired up")[-1]
