@@ -253,9 +253,8 @@ class KVTaskEngine:
 
     def queued_read_bytes(self) -> Counter[int]:
         """Bytes that wait to be loaded from each lower tier or are being loaded, by its number."""
-        numbers = range(1, len(self._tier_names))
-        queued = {n: self._transfer.queued_blocks(TransferType.LOWER2H, n) for n in numbers}
-        return Counter({number: blocks * self.slot_bytes for number, blocks in queued.items()})
+        queued = [int(of_tier["queued_blocks"]) for of_tier in self.load_stats()]
+        return Counter({n: blocks * self.slot_bytes for n, blocks in enumerate(queued) if n != CPU})
 
     def bytes_by_tier(self, tiers: TierNumbers) -> Counter[int]:
         """Bytes of blocks that come from lower tiers, by the tier's number.

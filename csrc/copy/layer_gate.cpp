@@ -106,6 +106,7 @@ bool LayerGate::StreamWait(int layer, uint64_t stream, double timeout_s) {
       if (waiting_stream_ == stream && waiting_numbers_[copier] >= last[copier].number)
         last[copier].number = 0;
     }
+    if (std::all_of(last.begin(), last.end(), [](const Last& each) { return each.number == 0; })) return true;
   }
   std::string error;
   for (const Last& each : last) {

@@ -194,8 +194,6 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
     }
   }
   const std::shared_ptr<LayerGate> gate = graph->gate;
-  const auto num_loads = std::count_if(graph->ops.begin(), graph->ops.end(),
-                                       [](const Op& op) { return op.spec.type == TransferType::kH2D; });
   std::vector<Op*> ready, loads;
   uint64_t id;
   {
@@ -226,7 +224,7 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
   for (Op* op : loads) PassOthers(op);
   for (Op* op : ready) Dispatch(op);
   // The graph may have ended meanwhile.
-  if (gate && num_loads > 0 && gate->Submitted(static_cast<int>(num_loads))) {
+  if (gate && !loads.empty() && gate->Submitted(static_cast<int>(loads.size()))) {
     for (auto& group : groups_) group->copier->LoadsComplete();
   }
   return id;

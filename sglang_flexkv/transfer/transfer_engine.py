@@ -128,10 +128,6 @@ class TransferEngine:
         """Which ways copies take on this GPU, and what cannot be done in the best one; empty on a CPU."""
         return self._core.cuda_note
 
-    def queued_blocks(self, transfer_type: TransferType, tier: int) -> int:
-        """Blocks of such transfers that have not ended."""
-        return int(self._core.stats()[self.name_of(transfer_type, tier)]["queued_blocks"])
-
     def stats(self) -> dict[str, dict[str, float]]:
         """Per name of transfers (``name_of``): ops_done, ops_failed, ops_cancelled, bytes, busy_s,
         queued_blocks, refused_graphs, and queue_s, the host's time for queueing copies on a GPU. Of loads

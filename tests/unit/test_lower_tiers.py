@@ -187,6 +187,14 @@ class Cache:
             lambda: not self.of_tier("online") and not self.of_tier("leaving"), "the tier has not gone"
         )
 
+    def lose_tier(self) -> None:
+        """Loads fail until the tier has gone, and it cannot come back before the medium is healed."""
+        self.medium.fail(loads=True)
+        self.medium.refuse_to_open()
+        for number in range(3):
+            self.get(number)
+        self.until_out()
+
     def until_back(self) -> None:
         self.until(lambda: self.of_tier("online") == 1, "the tier has not come back")
 
@@ -296,11 +304,7 @@ def test_nobody_waits_for_a_tier_that_hangs(cache: Cache, monkeypatch: pytest.Mo
 
 def test_what_cannot_be_opened_is_tried_again(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
     cache.fill(range(4))
-    cache.medium.fail(loads=True)
-    cache.medium.refuse_to_open()
-    for number in range(3):
-        cache.get(number)
-    cache.until_out()
+    cache.lose_tier()
     cache.until(lambda: caplog.text.count("still out") >= 2, "nobody tries")
     assert cache.of_tier("online") == 0
     cache.medium.heal()
@@ -331,11 +335,7 @@ def test_what_is_cleared_is_gone_for_the_next_one_too(medium: Medium) -> None:
 
 def test_what_is_cleared_while_the_tier_is_out_does_not_come_back_with_it(cache: Cache) -> None:
     cache.fill(range(6))
-    cache.medium.fail(loads=True)
-    cache.medium.refuse_to_open()
-    for number in range(3):
-        cache.get(number)
-    cache.until_out()
+    cache.lose_tier()
     cache.engine.clear_tiers()
     cache.medium.heal()
     cache.until_back()
