@@ -137,9 +137,9 @@ core() {
     rm -rf "$WORK/source" "$WORK/core"
     mkdir -p "$WORK/source"
     (cd "$ROOT" && cp -r CMakeLists.txt pyproject.toml README.md LICENSE csrc sglang_flexkv "$WORK/source/")
-    # Its cmake and ninja, not the system's.
+    # Its cmake and ninja, not the system's. With what the unit tests put under the core.
     PATH="$VENV/bin:$PATH" "$PY" -m pip wheel -q --disable-pip-version-check --no-build-isolation --no-deps \
-        --no-index -w "$WORK/core" "$WORK/source"
+        --no-index -C cmake.define.FLEXKV_TESTING=ON -w "$WORK/core" "$WORK/source"
 }
 
 jit() {

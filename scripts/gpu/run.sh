@@ -3,7 +3,8 @@
 #
 #     bash .gpu/kit/run.sh [STAGE ...]       in the project's folder; `make gpu-kit` makes .gpu/kit elsewhere
 #
-# STAGEs, in this order (default: all): sanity unpack core probe bytes built speed overlap kernels gqa mla sanitizer.
+# STAGEs, in this order (default: all): sanity unpack core probe bytes built speed overlap kernels gqa mla sanitizer
+# tests (the unit tests, and those of SGLang's cache with ours, on this machine's Python and torch).
 # Each has a time limit of its own, and none stops the others. What comes back:
 #
 #     $OUT/stage.log      everything that was printed, stage by stage
@@ -21,7 +22,7 @@ OUT=${OUT:-$ROOT/build/gpu-out}
 SITE=${SITE:-/tmp/flexkv-kit}
 TOTAL=${TOTAL:-530}
 PY=${PY:-python3}
-readonly STAGES="sanity unpack core probe bytes built speed overlap kernels gqa mla sanitizer"
+readonly STAGES="sanity unpack core probe bytes built speed overlap kernels gqa mla sanitizer tests"
 mkdir -p "$OUT" "$SITE/json" "$SITE/logs"
 
 # The SSD tier wants a disk, not memory.
@@ -172,7 +173,7 @@ verify() { # NAME STEP...: steps of benchmarks/verify_gpu.py
 
 probe() { "$PY" benchmarks/probe_gpu.py --total $((LIMIT - 4)) --json "$SITE/json/probe.json"; }
 bytes() { verify bytes bytes; }
-speed() { verify speed bandwidth queueing slowdown; }
+speed() { verify speed queueing slowdown bandwidth; } # pinning 32 GiB last
 sanitizer() { verify sanitizer sanitizer; }
 overlap() {
     "$PY" benchmarks/bench_overlap.py --device cuda --rounds 3 --dir "$SCRATCH" --json "$SITE/json/overlap.json"
@@ -187,6 +188,12 @@ servers() { # NAME OPTION...: real SGLang with the model of this name
 }
 gqa() { servers gqa --sizes 8192,32768; }
 mla() { servers mla --sizes 8192 --repeats 1; }
+tests() {
+    local files=(tests/unit tests/sglang/test_linker_*.py tests/sglang/test_slots_on_a_gpu.py)
+    cd "$ROOT" || return
+    "$PY" -P -m pytest "${files[@]}" -q -n "$(nproc)" -p no:cacheprovider --durations 5 2>&1 | tail -c 30000
+    return "${PIPESTATUS[0]}"
+}
 
 if [[ ${1:-} == --run ]]; then
     # Without FlashInfer's third generation of kernels the second one: compiling at a server's start takes too long.
@@ -213,6 +220,7 @@ stage kernels 30 190
 stage gqa 190 0
 stage mla 75 0
 stage sanitizer 60 0
+stage tests 120 0
 collect
 echo "done after $SECONDS s; results in $OUT"
 cat "$SITE/json/stages.txt"

@@ -33,6 +33,7 @@ STAGES = [
     "gqa",
     "mla",
     "sanitizer",
+    "tests",
 ]
 
 pytestmark = pytest.mark.skipif(shutil.which("xz") is None, reason="xz, which packs the kit, is missing")

@@ -2,8 +2,8 @@
 
 Python imports this module at the start of every interpreter that has this folder in PYTHONPATH, so it also
 reaches the processes SGLang spawns. It sets defaults for environment variables (a value that is set wins),
-makes SGLang take its run-time compiled modules from `prebuilt_jit/` where they are there, and gives
-`--load-format dummy` weights whose answers depend on the whole context.
+makes SGLang take its run-time compiled modules from `prebuilt_jit/` where they are there, gives `--load-format
+dummy` weights whose answers depend on the whole context, and does without CUTLASS's Python packages.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ ENVIRONMENT_DEFAULTS = {
 _LOADER = "sglang.kernels.jit.utils.compile.loader"
 _WEIGHTS = "sglang.srt.model_loader.weight_utils"
 _CHOICE = "flashinfer.utils"
+_DUAL_GEMM = "sglang.srt.layers.dual_gemm"
 
 
 class Finder:
-    """Meta-path finder that acts on three modules: it changes a function of each after it has run."""
+    """Meta-path finder that acts on four modules: it changes a function of each after it has run."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name not in (_LOADER, _WEIGHTS, _CHOICE):
+        if name not in (_LOADER, _WEIGHTS, _CHOICE, _DUAL_GEMM):
             return None
         from importlib.machinery import PathFinder
 
@@ -50,6 +51,9 @@ class Finder:
                 module.load_jit = _with_prebuilt(module.load_jit)
             elif name == _WEIGHTS:
                 module.initialize_dummy_weights = sharp_weights
+            elif name == _DUAL_GEMM:
+                # A kernel for small batches in CUTLASS's Python, which does not travel. None: two plain products.
+                module.DualGemm._select_mode = lambda *args: None
             elif os.environ.get("FLEXKV_KIT_FA2") == "1":
                 # Where the fa3 kernels are not to be had: FlashInfer's second generation, which is as real.
                 module.determine_attention_backend = lambda *args, **kwargs: "fa2"
