@@ -11,7 +11,7 @@ set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 readonly ROOT BUILD=$ROOT/build/fuzz CSRC=$ROOT/csrc
 # What csrc/testing/fuzz links: the store and what is under it.
-readonly SOURCES=(testing/fuzz/fuzz_ssd_files ssd/{ssd_image,ssd_format,disk,io_engine,checksum})
+readonly SOURCES=(testing/fuzz/fuzz_ssd_files ssd/{ssd_image,ssd_format,disk,io_engine} base/checksum)
 # A finding must end the run. Memory is a matter of the invariants: see Load.
 readonly FLAGS=(-std=c++20 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -Wall -Wextra -Wshadow
     "-I$CSRC")
@@ -28,7 +28,7 @@ build() {
     shift 3
     local sources=("${SOURCES[@]}") objects=()
     [[ -z $main ]] || sources+=("$main")
-    [[ $(uname -m) != x86_64 ]] || sources+=(ssd/checksum_avx2)
+    [[ $(uname -m) != x86_64 ]] || sources+=(base/checksum_avx2)
     if [[ -x $BUILD/$binary && -z $(find "$CSRC" "${BASH_SOURCE[0]}" -name '*.?pp' -newer "$BUILD/$binary" -print \
         -o -name fuzz.sh -newer "$BUILD/$binary" -print) ]]; then
         return
@@ -39,7 +39,7 @@ build() {
         object=$BUILD/$binary.o/${name//\//_}.o
         objects+=("$object")
         local extra=()
-        [[ $name != ssd/checksum_avx2 ]] || extra=(-mavx2)
+        [[ $name != base/checksum_avx2 ]] || extra=(-mavx2)
         "$compiler" "${FLAGS[@]}" "$@" ${extra[@]+"${extra[@]}"} -c "$CSRC/$name.cpp" -o "$object" &
         running+=($!)
         if ((${#running[@]} >= $(nproc))); then

@@ -39,6 +39,7 @@ void BindMemory(py::module_& m);
 void BindCopy(py::module_& m);
 void BindTier(py::module_& m);
 void BindSsd(py::module_& m);
+void BindRemote(py::module_& m);
 void BindTransfer(py::module_& m);
 
 using Keys = py::array_t<uint64_t, py::array::c_style>;

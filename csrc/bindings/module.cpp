@@ -29,5 +29,6 @@ PYBIND11_MODULE(_core, m) {
   BindCopy(m);
   BindTier(m);
   BindSsd(m);
+  BindRemote(m);
   BindTransfer(m);
 }

@@ -27,6 +27,7 @@ py::dict StatsDict(const std::vector<TransferStats>& routes) {
     one["refused_graphs"] = stats.refused_graphs;
     one["queue_s"] = stats.queue_s;
     one["corrupt_blocks"] = stats.corrupt_blocks;
+    one["missing_blocks"] = stats.missing_blocks;
     one["layers_per_read"] = stats.layers_per_read;
     out[stats.name.c_str()] = one;
   }
@@ -79,6 +80,7 @@ void BindTransfer(py::module_& m) {
       .def_readonly("status", &OpResult::status)
       .def_property_readonly("ok", [](const OpResult& r) { return ToArray(r.ok); })
       .def_readonly("corrupt", &OpResult::corrupt)
+      .def_readonly("missing", &OpResult::missing)
       .def_readonly("start_s", &OpResult::start_s)
       .def_readonly("end_s", &OpResult::end_s);
 

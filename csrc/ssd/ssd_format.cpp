@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <bit>
 
-#include "ssd/checksum.hpp"
+#include "base/checksum.hpp"
 
 namespace flexkv {
 

@@ -22,6 +22,7 @@ enum class BlockOutcome : uint8_t {
   kFailed,   // the medium said no
   kCorrupt,  // came back, and is not what was stored
   kDropped,  // not moved: cancelled, or too late
+  kMissing,  // was there once, for all we know, and is not any more: says nothing about the medium
 };
 
 // One op of a graph: the same slices of some blocks, in one direction. It may go in steps: the first slices
@@ -72,7 +73,7 @@ struct TierTransfer {
  private:
   std::vector<std::atomic<size_t>> step_left_;  // blocks that are missing
   std::atomic<size_t> parts_left_{0};
-  std::atomic<uint32_t> count_[4] = {};
+  std::atomic<uint32_t> count_[5] = {};
   std::mutex mutex_;
 };
 

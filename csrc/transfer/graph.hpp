@@ -50,6 +50,7 @@ struct OpResult {
   OpStatus status = OpStatus::kPending;
   std::vector<uint8_t> ok;  // lower ops: per block; empty when all are like `status`
   uint32_t corrupt = 0;     // blocks that were read but are not what was written
+  uint32_t missing = 0;     // blocks that the tier does not have any more
   double start_s = 0;       // on the engine's monotonic clock
   double end_s = 0;
 };

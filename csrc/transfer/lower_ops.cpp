@@ -69,11 +69,14 @@ void TransferEngine::StartLowerOp(Op* op) {
 
 void TransferEngine::EndLowerOp(Op* op) {
   TierTransfer& transfer = *op->lower;
-  const bool failed = transfer.Count(BlockOutcome::kFailed) > 0 || transfer.Count(BlockOutcome::kCorrupt) > 0;
+  const uint32_t corrupt = transfer.Count(BlockOutcome::kCorrupt);
+  const uint32_t missing = transfer.Count(BlockOutcome::kMissing);
+  const bool failed = transfer.Count(BlockOutcome::kFailed) + corrupt + missing > 0;
   const OpStatus status = failed                                       ? OpStatus::kFailed
                           : transfer.Count(BlockOutcome::kDropped) > 0 ? OpStatus::kCancelled
                                                                        : OpStatus::kDone;
-  op->result.corrupt = transfer.Count(BlockOutcome::kCorrupt);
+  op->result.corrupt = corrupt;
+  op->result.missing = missing;
   LearnReadCost(*op, status);
   std::string error = status == OpStatus::kCancelled ? WhyCancelled(*op) : transfer.error;
   std::vector<uint8_t> ok;

@@ -510,6 +510,7 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
       stats.ops_cancelled++;
     }
     stats.corrupt_blocks += op->result.corrupt;
+    stats.missing_blocks += op->result.missing;
     if (!error.empty() && graph->error.empty()) graph->error = std::move(error);
     for (uint32_t next : op->followers) {
       graph->ops[next].poisoned = status != OpStatus::kDone;

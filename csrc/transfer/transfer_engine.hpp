@@ -43,6 +43,7 @@ struct TransferStats {
   uint64_t refused_graphs = 0;  // background graphs that found this queue full
   // Of loads from a lower tier:
   uint64_t corrupt_blocks = 0;   // were not what had been stored
+  uint64_t missing_blocks = 0;   // were not there any more
   uint32_t layers_per_read = 0;  // at most, of the last one that was followed by layers
 };
 

@@ -23,9 +23,10 @@ BELOW: dict[str, set[str]] = {
     "copy": {"base", "cuda", "memory"},
     "tier": {"base", "memory"},
     "ssd": {"base", "memory", "tier"},
+    "remote": {"base", "memory", "tier"},
     "transfer": {"base", "cuda", "memory", "copy", "tier"},
-    "bindings": {"base", "index", "cuda", "memory", "copy", "tier", "ssd", "transfer"},
-    "testing": {"base", "index", "cuda", "memory", "copy", "tier", "ssd", "transfer"},
+    "bindings": {"base", "index", "cuda", "memory", "copy", "tier", "ssd", "remote", "transfer"},
+    "testing": {"base", "index", "cuda", "memory", "copy", "tier", "ssd", "remote", "transfer"},
 }
 
 

@@ -17,7 +17,7 @@
 #include <cstring>
 #include <memory>
 
-#include "ssd/checksum.hpp"
+#include "base/checksum.hpp"
 #include "ssd/disk.hpp"
 #include "ssd/ssd_format.hpp"
 #include "ssd/ssd_image.hpp"

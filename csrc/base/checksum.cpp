@@ -1,4 +1,4 @@
-#include "ssd/checksum.hpp"
+#include "base/checksum.hpp"
 
 #define XXH_INLINE_ALL
 #include <xxhash.h>

@@ -1,0 +1,52 @@
+// What Python sees of the remote room: a tier whose calls the threads of a store's client make.
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "bindings/bindings.hpp"
+#include "remote/remote_tier.hpp"
+#include "remote/remote_value.hpp"
+
+namespace flexkv {
+
+void BindRemote(py::module_& m) {
+  m.attr("VALUE_VERSION") = kValueVersion;
+  m.attr("VALUE_HEADER_BYTES") = kValueHeaderBytes;
+
+  using Call = RemoteTier::Call;
+  py::class_<Call, std::shared_ptr<Call>>(m, "RemoteCall")
+      .def_property_readonly("store", &Call::store)
+      .def_property_readonly("namespace",
+                             [](const Call& call) {
+                               const BlockKey id = call.name_space();
+                               return py::bytes(reinterpret_cast<const char*>(&id), sizeof id);
+                             })
+      .def_property_readonly("keys", [](const Call& call) { return KeysToArray(call.keys()); })
+      // Of each block its header and its body, writable: memory of the call, which must outlive them.
+      .def("values", [](const Call& call) {
+        py::list values;
+        for (size_t i = 0; i < call.size(); ++i) {
+          values.append(py::make_tuple(
+              py::memoryview::from_memory(call.header(i), static_cast<py::ssize_t>(kValueHeaderBytes)),
+              py::memoryview::from_memory(call.body(i), static_cast<py::ssize_t>(call.body_bytes()))));
+        }
+        return values;
+      });
+
+  py::class_<RemoteTier, LowerTier, std::shared_ptr<RemoteTier>>(m, "RemoteTier")
+      .def(py::init([](const std::string& name_space, uint64_t num_slots, size_t call_bytes,
+                       std::string engine_name) {
+             return std::make_shared<RemoteTier>(ToId(name_space), num_slots, call_bytes,
+                                                 std::move(engine_name));
+           }),
+           py::arg("namespace"), py::arg("num_slots"), py::arg("call_bytes"), py::arg("engine_name"))
+      .def("take", &RemoteTier::Take, py::arg("store"), py::arg("timeout_s"), NoGil())
+      .def("verify", &RemoteTier::Verify, py::arg("call"), py::arg("outcomes"), NoGil())
+      .def("settle", &RemoteTier::Settle, py::arg("call"), py::arg("outcomes"), py::arg("why") = "", NoGil())
+      .def(
+          "set_namespace",
+          [](RemoteTier& tier, const std::string& name_space) { tier.set_name_space(ToId(name_space)); },
+          py::arg("namespace"));
+}
+
+}  // namespace flexkv
