@@ -24,6 +24,7 @@ readonly HEARTBEAT_S=10
 # Packages that can be done without, and what is missed then.
 readonly -A WITHOUT=(
     [fio]="disk benchmarks will have nothing to compare with"
+    [redis-tools]="tests of the Redis store are skipped"
     [libssl-dev]="SGLang cannot compile its hashing of pages, they are hashed in Python"
 )
 readonly IMPORT_CHECK='
@@ -120,6 +121,9 @@ sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
     [[ -f /usr/include/openssl/sha.h || -f /usr/local/include/openssl/sha.h ]] || echo libssl-dev
     # The benchmarks compare against what fio reads from the same disk; nothing else needs it.
     command -v fio >/dev/null || echo fio
+    # Tests start a Redis server of their own. redis-tools has the same program under another name, and unlike
+    # redis-server no service that the machine would start.
+    command -v redis-server >/dev/null || command -v redis-check-rdb >/dev/null || echo redis-tools
 }
 
 install_system_packages() {

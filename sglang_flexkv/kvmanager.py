@@ -30,6 +30,7 @@ import torch
 from sglang_flexkv.cache.cache_engine import TransferPlan
 from sglang_flexkv.common.block import BlockKeys, SequenceMeta, TokenIds
 from sglang_flexkv.common.config import CacheConfig, ModelConfig
+from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.storage import DeviceBuffers, KVCacheLayout
 from sglang_flexkv.common.transfer import Slots
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
@@ -121,6 +122,11 @@ class KVManager:
 
     def __init__(self, model_config: ModelConfig, cache_config: CacheConfig, tenant: str = "") -> None:
         self.model_config = model_config
+        if cache_config.remote is not None:
+            # Its keys are fast hashes of tokens that this process compares; what others store it could not.
+            raise ConfigError(
+                "remote: a store is shared under SGLang only; leave it out of the library's settings"
+            )
         self.cache_config = cache_config
         fields = {
             **model_config.model_dump(),

@@ -34,12 +34,12 @@ from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, Token
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import Admission, CacheConfig
 from sglang_flexkv.common.kv_group import KVGroup
-from sglang_flexkv.common.lower_tier import CPU, LowerTier, TierNumbers
+from sglang_flexkv.common.lower_tier import CPU, LowerTier, Question, TierNumbers
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, SlotsOnTheirWay, TransferType
 from sglang_flexkv.storage.ssd_identity import Identity
 from sglang_flexkv.storage.storage_engine import StorageEngine, TierRequest
-from sglang_flexkv.tierlife import TierLife
+from sglang_flexkv.tierlife import TierLife, TierState
 from sglang_flexkv.transfer.trace import TransferTrace
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
 
@@ -48,6 +48,8 @@ logger = logging.getLogger(__name__)
 # Spills in flight to one tier. Enough to keep a disk busy, few enough that a stop does not wait for long.
 _SPILLS_MAX = 4
 _SPILL_BYTES_MAX = 64 << 20
+# Of what comes from a tier that is asked, so much is brought by one task: see Fetch.
+_FETCH_BYTES = 32 << 20
 
 # Who waits for a task looks after the lower tiers so often meanwhile.
 _WAIT_STEP_S = 0.1
@@ -104,6 +106,33 @@ class KVTask:
 
 
 @dataclass
+class Fetch:
+    """Tasks that together bring blocks of a prompt to the CPU tier. Each ends, and publishes what it brought,
+    by itself: what is slow, or never comes, takes nothing along."""
+
+    tasks: list[KVTask]
+
+    @property
+    def ended(self) -> bool:
+        """Whether there is nothing left to wait for: of what was given up somebody still holds the memory,
+        but it brings nothing any more."""
+        return all(task.ended or (task.plan is not None and task.plan.discarded) for task in self.tasks)
+
+    @property
+    def num_ended(self) -> int:
+        return sum(task.ended for task in self.tasks)
+
+    @property
+    def num_brought(self) -> int:
+        """Blocks that came from below the CPU tier, in tasks that brought all of theirs."""
+        return sum(
+            task.plan.num_lower_blocks
+            for task in self.tasks
+            if task.status is TaskStatus.COMPLETED and task.plan is not None
+        )
+
+
+@dataclass
 class _WaitingPut:
     task: KVTask
     parent: BlockKeys | None
@@ -153,6 +182,9 @@ class KVTaskEngine:
         # Tasks that load from a lower tier, READY or RUNNING, by group and the transaction that brings it to
         # the CPU tier.
         self._reads: dict[tuple[int, int], KVTask] = {}
+        self._fetches: dict[int, Fetch] = {}  # by the ids of their tasks that read
+        # Asked tiers of the first group, by number.
+        self._asked = {n: tier for n, tier in enumerate(self._storage.first.lower, start=1) if tier.is_asked}
         self._ids = itertools.count(1)
         self._leases: dict[int, list[tuple[int, int]]] = {}  # of each group that has one
         self._spills_running: Counter[tuple[int, int]] = Counter()  # by group and tier
@@ -175,6 +207,7 @@ class KVTaskEngine:
                     self._transfer,
                     partial(self._cancel_tasks_of, number, cache.group),
                     partial(self._num_tasks_of, number, cache.group),
+                    storage.away.get(tier, ""),
                 )
                 for cache, storage in zip(self._cache.groups, self._storage.groups, strict=True)
                 for number, tier in enumerate(storage.lower, start=1)
@@ -210,14 +243,17 @@ class KVTaskEngine:
         return bool(self._lives)
 
     def describe_lower_tiers(self) -> dict[str, tuple[int, str]]:
-        """By name: how many blocks each can hold, and what moves them, with the reason if it is a
-        fall-back."""
+        """By name: how many blocks each can hold (0: that is not for us to say), and what moves them, with
+        the reason if it is a fall-back."""
 
         def engine(tier: LowerTier) -> str:
             note = tier.core.engine_note
             return f"{tier.core.engine_name} ({note})" if note else tier.core.engine_name
 
-        return {tier.name: (tier.num_slots, engine(tier)) for tier in self._storage.first.lower}
+        return {
+            tier.name: (0 if tier.is_asked else tier.num_slots, engine(tier))
+            for tier in self._storage.first.lower
+        }
 
     @property
     def cuda_note(self) -> str:
@@ -275,9 +311,9 @@ class KVTaskEngine:
         """Tasks that bring blocks from lower tiers to the CPU tier, or are about to."""
         return len(self._reads)
 
-    def find_read(self, key: npt.NDArray[np.uint64]) -> KVTask | None:
-        """The task that brings a block from a lower tier to the CPU tier, None if nobody does. It ends by
-        itself, whoever forgets it meanwhile.
+    def find_read(self, key: npt.NDArray[np.uint64]) -> Fetch | None:
+        """What brings a block from a lower tier to the CPU tier, None if nobody does. It ends by itself,
+        whoever forgets it meanwhile.
 
         Args:
             key: of the block, shape [2].
@@ -287,7 +323,42 @@ class KVTaskEngine:
         with self._lock:
             self.poll()
             task = self._reads.get((0, self._cache.index.writer(CPU, key)))
-            return None if task is None or task.plan is None or task.plan.discarded else task
+            if task is None or task.plan is None or task.plan.discarded:
+                return None
+            return self._fetches.get(task.task_id) or Fetch([task])
+
+    # ---- tiers that are asked ----
+
+    @property
+    def asked_tiers(self) -> frozenset[int]:
+        """Numbers of the tiers that know of more than they were given here."""
+        return frozenset(self._asked)
+
+    @property
+    def can_ask(self) -> bool:
+        """Whether one of them takes part now."""
+        return any(self._lives[0, number].state is TierState.ONLINE for number in self._asked)
+
+    def ask(self, keys: BlockKeys) -> Question | None:
+        """Asks which of the leading blocks the asked tier has. None: there is none that takes part."""
+        with self._lock:
+            for number, tier in self._asked.items():
+                if self._lives[0, number].state is TierState.ONLINE and len(keys):
+                    return tier.look_up(keys)
+        return None
+
+    def learn(self, question: Question, parent: BlockKeys | None) -> int:
+        """Takes an answer in.
+
+        Args:
+            parent: key of the block before the first that was asked for, if it is known.
+
+        Returns:
+            How many of the leading blocks that were asked for can be brought now.
+        """
+        with self._lock:
+            (number,) = self._asked
+            return self._cache.learn(number, parent, question.keys[: question.num_found])
 
     def unpin(self, lease: int) -> None:
         with self._lock:
@@ -379,16 +450,30 @@ class KVTaskEngine:
                 put.task.become(TaskStatus.RUNNING)
                 put.task.become(TaskStatus.FAILED)
 
-    def start_prefetch(self, keys: BlockKeys) -> KVTask | None:
+    def start_prefetch(self, keys: BlockKeys) -> Fetch | None:
         """Starts to bring the leading held blocks of ``keys`` into the CPU tier. None: nothing to do."""
         with self._lock:
             self.poll()
-            plan = self._cache.plan_prefetch(keys)
-            if plan is None:
-                return None
-            task = self._add(plan)
-            self.launch(task)
-            return task
+            size = max(1, _FETCH_BYTES // self.slot_bytes) if self._asked else max(1, len(keys))
+            fetch = Fetch([])
+            for first in range(0, len(keys), size):
+                piece = keys[first : first + size]
+                plan = self._cache.plan_prefetch(piece)
+                if plan is not None:
+                    task = self._add(plan)
+                    self.launch(task)
+                    fetch.tasks.append(task)
+                    self._fetches[task.task_id] = fetch
+                # What follows a gap is of no use.
+                if (plan.num_blocks if plan is not None else self._cache.match(piece).num_cpu_blocks) < len(
+                    piece
+                ):
+                    break
+            return fetch if fetch.tasks else None
+
+    def forget_fetch(self, fetch: Fetch) -> None:
+        for task in fetch.tasks:
+            self.forget(task)
 
     def _add(self, plan: TransferPlan | None) -> KVTask:
         task = KVTask(next(self._ids), plan)
@@ -404,6 +489,7 @@ class KVTaskEngine:
         if task.plan is not None:
             for read in task.plan.reads:
                 self._reads.pop(read, None)
+            self._fetches.pop(task.task_id, None)
             self._cache.finish(task.plan, result)
 
     # ---- running ----

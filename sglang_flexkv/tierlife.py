@@ -50,6 +50,7 @@ class TierLife:
     Args:
         number: of the tier.
         tier: opened already. Closed by this.
+        away: why it could not be opened; empty: it could.
         cache: of the group.
         cancel_tasks: cancels what is on its way from or to the tier.
         num_tasks: how many such tasks have not ended.
@@ -66,6 +67,7 @@ class TierLife:
         transfer: TransferEngine,
         cancel_tasks: Callable[[], None],
         num_tasks: Callable[[], int],
+        away: str = "",
     ) -> None:
         self._number, self._tier = number, tier
         self._cache, self._transfer = cache, transfer
@@ -82,7 +84,17 @@ class TierLife:
         self.times_out = 0
         self.num_recovered = 0
         self.state = TierState.AWAY
-        self._bring_in()
+        if away:
+            self.times_out += 1
+            logger.error(
+                "%s tier is not there: %s. The server goes on without it; it comes in by itself when it "
+                "works.",
+                tier.name,
+                away,
+            )
+            self._close_and_open()
+        else:
+            self._bring_in()
 
     def poll(self) -> None:
         """Looks after the tier. Cheap, and never waits."""

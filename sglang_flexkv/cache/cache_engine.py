@@ -348,7 +348,7 @@ class CacheEngine:
                 ok = np.ones(len(moved.block_positions), np.uint8)
             if len(ok) == len(moved.block_positions) and outcome.status != _core.OpStatus.CANCELLED:
                 filled[moved.block_positions] = ok
-                outcomes.append((moved, ok, outcome.corrupt))
+                outcomes.append((moved, ok, outcome.corrupt + outcome.missing))
         positions = [plan.graph.ops[op].block_positions for op in part.fills]
         reserved = positions[0] if len(positions) == 1 else np.sort(np.concatenate(positions))
         # The tier first: once the index has it, the block can be evicted and its slot written anew.
@@ -359,17 +359,24 @@ class CacheEngine:
             if filled[reserved].any():
                 self._offer_below(part, pin_all=plan.made_room)
             return
+        if plan.kind is PlanKind.PREFETCH:
+            self._offer_fetched(part, filled)
         if plan.kind is PlanKind.SPILL:
             queue = self._below[plan.tier - 1].queue
             if not outcomes:
                 queue.drop(part.keys)
             else:
                 queue.num_dropped += int((filled[reserved] == 0).sum())
-        for moved, ok, corrupt in outcomes:
-            self._note_outcome(moved, ok, corrupt, result.error)
+        for moved, ok, harmless in outcomes:
+            self._note_outcome(moved, ok, harmless, result.error)
 
-    def _note_outcome(self, moved: TransferOp, ok: npt.NDArray[np.uint8], corrupt: int, error: str) -> None:
-        """Takes in how an op of a lower tier ended."""
+    def _note_outcome(self, moved: TransferOp, ok: npt.NDArray[np.uint8], harmless: int, error: str) -> None:
+        """Takes in how an op of a lower tier ended.
+
+        Args:
+            harmless: blocks that did not get where they should, and say nothing about the medium's health:
+                what came is not what was stored, or is not there any more, or there is no room for it.
+        """
         below = self._below[moved.tier - 1]
         if moved.transfer_type is TransferType.LOWER2H and not ok.all():
             # What cannot be read back, or is not what was written, is not there.
@@ -378,8 +385,7 @@ class CacheEngine:
             self.index.invalidate(moved.tier, np.ascontiguousarray(moved.keys[ok == 0]))
             if below.is_in:
                 below.tier.lost(np.ascontiguousarray(moved.src_block_ids[ok == 0]))
-        # A corrupt block says nothing about the medium's health; a failed transfer does.
-        if int((ok == 0).sum()) > corrupt:
+        if int((ok == 0).sum()) > harmless:
             below.failures[moved.transfer_type] += 1
             below.error = error
         else:
@@ -414,6 +420,18 @@ class CacheEngine:
                 keys = keys[: unseen[0]] if len(unseen) else keys
             if len(keys):
                 below.queue.add(WaitingBlocks(part.parent, keys, pin_all))
+
+    def _offer_fetched(self, part: PlanPart, filled: npt.NDArray[np.uint8]) -> None:
+        """What came from a tier that others share goes to those between it and the CPU tier as well: the next
+        time it is near."""
+        for below in self._below:
+            if not below.tier.is_asked:
+                continue
+            came = np.flatnonzero((part.tiers == below.number) & (filled != 0))
+            for nearer in self._taking_part:
+                if nearer.number < below.number and len(came) and nearer.seen is None:
+                    keys = part.keys[came[0] : came[-1] + 1]
+                    nearer.queue.add(WaitingBlocks(part.parent, keys))
 
     # ---- what waits, and what came of it ----
 
@@ -456,6 +474,22 @@ class CacheEngine:
                 "dropped": below.queue.num_dropped,
             }
         return out
+
+    # ---- what a lower tier is asked for ----
+
+    def learn(self, tier: int, parent: BlockKeys | None, keys: BlockKeys) -> int:
+        """An asked tier has these blocks. Returns how many of the leading ones the index knows it has."""
+        if not self._below[tier - 1].is_in or len(keys) == 0:
+            return 0
+        reserved = self.index.reserve(tier, parent, keys)
+        if reserved is None:
+            return 0
+        txn, positions, _ = reserved
+        if txn:  # else all of them were known
+            self.index.commit(txn, np.ones(len(positions), np.uint8))
+        lease, known, _ = self.index.acquire(keys, tier)
+        self.index.release(lease)
+        return len(known)
 
     # ---- lower tiers come and go ----
 
@@ -575,6 +609,10 @@ class GlobalCacheEngine:
     def _longest(self, keys: BlockKeys) -> int:
         """How many of the leading blocks, which the first group holds, can be brought."""
         return int(np.flatnonzero(self._resumable(keys))[-1]) if self._windowed else len(keys)
+
+    def learn(self, tier: int, parent: BlockKeys | None, keys: BlockKeys) -> int:
+        """See CacheEngine.learn."""
+        return self._full.learn(tier, parent, keys)
 
     # ---- plans ----
 

@@ -7,7 +7,7 @@ queued before this one. The costs are measured while the server runs, nothing is
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -88,10 +88,21 @@ class Prompt:
 
 
 class LoadOrRecompute:
-    """Decides for one rank; the ranks then take the shortest answer."""
+    """Decides for one rank; the ranks then take the shortest answer.
 
-    def __init__(self, policy: LoadPolicy, *, block_bytes: int, tokens_per_block: int) -> None:
-        self._policy = policy
+    Args:
+        loaded_before: tiers whose blocks come before anything is computed, and not while it is.
+    """
+
+    def __init__(
+        self,
+        policy: LoadPolicy,
+        *,
+        block_bytes: int,
+        tokens_per_block: int,
+        loaded_before: Collection[int] = (),
+    ) -> None:
+        self._policy, self._loaded_before = policy, loaded_before
         self._block_bytes, self._tokens_per_block = block_bytes, tokens_per_block
         self.prefill = PrefillCost()
         self.to_device = LinkSpeed()
@@ -144,15 +155,20 @@ class LoadOrRecompute:
 
     def _seconds(self, prompt: Prompt, num_blocks: int, lower: Sequence[int]) -> float:
         """Until the first token, if so many blocks are loaded: layers are computed while others arrive."""
-        load_s = 0.0
+        load_s = before_s = 0.0
         if num_blocks:
             load_s = self.to_device.seconds(num_blocks * self._block_bytes)
         for tier in lower:
             if count := int(np.count_nonzero(prompt.tiers[:num_blocks] == tier)):
                 wanted = prompt.queued_bytes.get(tier, 0) + count * self._block_bytes
-                load_s = max(load_s, self.from_tier[tier].seconds(wanted))
+                seconds = self.from_tier[tier].seconds(wanted)
+                if tier in self._loaded_before:
+                    before_s = max(before_s, seconds)
+                else:
+                    load_s = max(load_s, seconds)
         start = prompt.device_tokens + num_blocks * self._tokens_per_block
-        return max(load_s, self.prefill.seconds(min(start, prompt.total_tokens), prompt.total_tokens))
+        compute_s = self.prefill.seconds(min(start, prompt.total_tokens), prompt.total_tokens)
+        return before_s + max(load_s, compute_s)
 
 
 def _pairs(start: int, end: int) -> float:

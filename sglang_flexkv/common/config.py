@@ -32,11 +32,13 @@ from pydantic import (
 
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.paths import parse_path, reason, why_not_writable
+from sglang_flexkv.common.remote_url import GIVES, RemoteUrl, parse_remote_url
 
 logger = logging.getLogger(__name__)
 
 GIB = 1024**3
 ENV_PREFIX = "FLEXKV_"
+_REMEMBERED_MIN = 1 << 16  # blocks of a remote store; each takes about a hundred bytes
 _CONFIG_PATH_ENV = "FLEXKV_CONFIG_PATH"  # FlexKV's own name for the configuration file
 
 
@@ -111,6 +113,16 @@ def _parse_file(value: object) -> object:
     return parse_path(value) if isinstance(value, (str, Path)) else value
 
 
+def _parse_remote(value: object) -> object:
+    if not isinstance(value, str):
+        if value is None or isinstance(value, RemoteUrl):
+            return value
+        raise ValueError(f"must be the URL of a store; {GIVES}")
+    return parse_remote_url(value) if is_set(value) else None
+
+
+# What is wrong with a URL is said without it: it may hold a password.
+Remote = Annotated[RemoteUrl | None, BeforeValidator(_parse_remote)]
 Directories = Annotated[tuple[Path, ...], BeforeValidator(_split_dirs)]
 
 
@@ -185,7 +197,7 @@ class CacheConfig(_Settings):
     """Sizes of the tiers in blocks, as the engine takes them."""
 
     tokens_per_block: int = Field(default=16, gt=0)
-    enable_cpu: bool = True  # FlexKV's programs set this and enable_remote: they run as they are
+    enable_cpu: bool = True  # FlexKV's programs set this: they run as they are
     num_cpu_blocks: int = Field(default=1000, gt=0)
     enable_ssd: bool = False
     num_ssd_blocks: int = Field(default=0, ge=0)
@@ -196,6 +208,11 @@ class CacheConfig(_Settings):
     ssd_admission: Admission = Admission.ALL
     ssd_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
     enable_remote: bool = False
+    remote: Remote = None  # a store below the other tiers, shared by servers
+    num_remote_blocks: int = Field(default=1 << 16, gt=0)  # of it that this process remembers
+    remote_admission: Admission = Admission.ALL
+    remote_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
+    remote_timeout_s: float = Field(default=1.0, gt=0)  # that one call of it may take
     lease_timeout_s: float = Field(default=60.0, gt=0)  # a task that is not launched by then is cancelled
     trace_file: TraceFile = None  # a timeline of transfers, written at the end, per rank
     copy_threads: int = Field(default=2, gt=0, le=64)
@@ -207,7 +224,7 @@ class CacheConfig(_Settings):
         if not self.enable_cpu:
             raise ValueError("enable_cpu: the CPU tier cannot be off, every other tier loads through it")
         if self.enable_remote:
-            raise ValueError("enable_remote: there is no remote tier yet; set it to false")
+            raise ValueError(f"enable_remote: a remote store is named by its URL here, as 'remote'; {GIVES}")
         if self.enable_ssd and not (self.num_ssd_blocks and self.ssd_cache_dir):
             raise ValueError("enable_ssd needs num_ssd_blocks > 0 and ssd_cache_dir")
         return self
@@ -225,6 +242,10 @@ class FlexKVConfig(_Settings):
     ssd_on_mismatch: SsdMismatch = SsdMismatch.REFUSE
     ssd_admission: Admission = Admission.ALL
     ssd_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
+    remote: Remote = None  # a store below the other tiers, shared by servers
+    remote_admission: Admission = Admission.ALL
+    remote_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
+    remote_timeout_s: float = Field(default=1.0, gt=0)  # that one call of it may take
     cpu_eviction_policy: EvictionPolicy = EvictionPolicy.ADAPTIVE
     ssd_eviction_policy: EvictionPolicy = EvictionPolicy.ADAPTIVE
     write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
@@ -235,6 +256,13 @@ class FlexKVConfig(_Settings):
     io_engine: IoEngine = IoEngine.AUTO
     io_depth: int = Field(default=64, gt=0, le=4096)
     trace_file: TraceFile = None  # a timeline of transfers, written when the server stops
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_flexkv_s_name(cls, values: Any) -> Any:
+        if isinstance(values, dict) and "enable_remote" in values:
+            raise ValueError(f"enable_remote: a remote store is named by its URL here, as 'remote'; {GIVES}")
+        return values
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -315,6 +343,11 @@ class FlexKVConfig(_Settings):
             ssd_on_mismatch=self.ssd_on_mismatch,
             ssd_admission=self.ssd_admission,
             ssd_write_limit_mb_s=self.ssd_write_limit_mb_s / num_ranks,
+            remote=self.remote,
+            num_remote_blocks=max(_REMEMBERED_MIN, 4 * (num_cpu_blocks + num_ssd_blocks)),
+            remote_admission=self.remote_admission,
+            remote_write_limit_mb_s=self.remote_write_limit_mb_s / num_ranks,
+            remote_timeout_s=self.remote_timeout_s,
             copy_threads=threads,
             io_engine=self.io_engine,
             io_depth=self.io_depth,

@@ -19,10 +19,15 @@ What a tier owes:
   ``open``: never another exception.
 - What ``core`` loads is what was stored under that key, compared before anybody sees it.
 - Only ``open``, ``close`` and ``sync`` may wait for the medium.
+
+A tier that others write to as well does not know all that it holds. It is *asked*: what it answers to
+``look_up`` the index remembers as it does what was stored, until a load finds that it is not there any more.
+Its slots are places in that memory and no more.
 """
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,6 +38,7 @@ import numpy.typing as npt
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import BlockKeys
 from sglang_flexkv.common.config import Admission, EvictionPolicy
+from sglang_flexkv.common.errors import ConfigError
 
 # The number of the CPU tier.
 CPU = 0
@@ -50,6 +56,40 @@ class HeldBlocks:
     slots: TierSlots = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
+class AwayError(ConfigError):
+    """What a tier is kept in cannot be reached now, and may be later: nobody has to change a setting."""
+
+
+class Question:
+    """What an asked tier was asked, and its answer when it comes.
+
+    Args:
+        keys: of blocks that follow each other.
+        deadline_s: of the monotonic clock; nothing was found by then.
+    """
+
+    def __init__(self, keys: BlockKeys, deadline_s: float) -> None:
+        self.keys, self._deadline_s = keys, deadline_s
+        self._found: int | None = None
+
+    def answer(self, num_found: int) -> None:
+        """By the tier, once, from any thread."""
+        self._found = num_found
+
+    @property
+    def answered(self) -> bool:
+        return self._found is not None
+
+    @property
+    def is_over(self) -> bool:
+        return self.answered or time.monotonic() >= self._deadline_s
+
+    @property
+    def num_found(self) -> int:
+        """How many of the leading blocks the tier has."""
+        return self._found or 0
+
+
 class LowerTier(ABC):
     """See the module.
 
@@ -59,7 +99,13 @@ class LowerTier(ABC):
         num_slots: blocks it can hold.
         eviction_policy: which of them goes first.
         admission: which blocks are worth a place in it.
+
+    Attributes:
+        is_asked: it has ``look_up``. Its blocks come to the CPU tier while a request waits, and no forward
+            waits for them: how long they take depends on others.
     """
+
+    is_asked = False
 
     def __init__(
         self,
@@ -78,8 +124,13 @@ class LowerTier(ABC):
         """Makes the medium ready; also the way back after a fault.
 
         Raises:
-            ConfigError: it cannot be, with what to do about it.
+            ConfigError: it cannot be, with what to do about it. An AwayError does not keep a server from
+                starting without the tier.
         """
+
+    def look_up(self, keys: BlockKeys) -> Question:
+        """Asks which of the leading blocks it has; only of a tier that ``is_asked``. Returns at once."""
+        raise NotImplementedError
 
     @property
     @abstractmethod

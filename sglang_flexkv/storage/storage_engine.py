@@ -9,9 +9,11 @@ from sglang_flexkv import _core
 from sglang_flexkv.common.block import Namespace, make_namespace
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import CacheConfig
+from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.kv_group import KVGroup
-from sglang_flexkv.common.lower_tier import LowerTier
+from sglang_flexkv.common.lower_tier import AwayError, LowerTier
 from sglang_flexkv.common.storage import DeviceBuffers
+from sglang_flexkv.storage.remote.tier import RemoteTier
 from sglang_flexkv.storage.ssd_identity import Identity
 from sglang_flexkv.storage.ssd_tier import SsdTier
 
@@ -66,12 +68,31 @@ def _ssd(request: TierRequest) -> LowerTier | None:
     )
 
 
+def _remote(request: TierRequest) -> LowerTier | None:
+    config = request.config
+    if config.remote is None:
+        return None
+    if request.group is not None:
+        raise ConfigError(
+            "remote: blocks with parts in several pools cannot be stored remotely; leave it out"
+        )
+    return RemoteTier(
+        config.remote,
+        config.num_remote_blocks,
+        namespace=request.namespace,
+        admission=config.remote_admission,
+        write_limit_mb_s=config.remote_write_limit_mb_s,
+        timeout_s=config.remote_timeout_s,
+    )
+
+
 # The tiers that there can be below the CPU tier, nearest first. None: the configuration does not ask for it.
-LOWER_TIERS: list[Callable[[TierRequest], LowerTier | None]] = [_ssd]
+LOWER_TIERS: list[Callable[[TierRequest], LowerTier | None]] = [_ssd, _remote]
 
 
 class GroupStorage:
-    """The storage of one group: its device pool's layout, its CPU pool and its lower tiers, opened.
+    """The storage of one group: its device pool's layout, its CPU pool and its lower tiers, opened as far as
+    they can be: ``away`` has the reason for each that cannot be reached now.
 
     Raises:
         ConfigError: a tier cannot be set up as configured.
@@ -86,12 +107,16 @@ class GroupStorage:
         self.layout = device.block_layout(config.tokens_per_block)
         self.slot_bytes = slot_bytes_for(self.layout.block_bytes)
         self.lower: list[LowerTier] = []
+        self.away: dict[LowerTier, str] = {}
         slice_bytes = tuple(_core.slice_bytes(self.layout, self.slot_bytes))
         try:
             for build in LOWER_TIERS:
                 tier = build(replace(request, slice_bytes=slice_bytes))
                 if tier is not None:
-                    tier.open()
+                    try:
+                        tier.open()
+                    except AwayError as error:
+                        self.away[tier] = str(error)
                     self.lower.append(tier)
             self.host = _core.HostPool(num_blocks, self.slot_bytes)
         except BaseException:

@@ -25,6 +25,7 @@ from sglang_flexkv.common.config import (
     WritePolicy,
 )
 from sglang_flexkv.common.errors import ConfigError
+from sglang_flexkv.common.remote_url import RemoteUrl
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +68,10 @@ SETTINGS = {
     "ssd_write_limit_mb_s": 250.5,
     "cpu_eviction_policy": "s3fifo",
     "ssd_eviction_policy": "fifo",
+    "remote": "redis://:secret@host",
+    "remote_admission": "reuse",
+    "remote_write_limit_mb_s": 100.5,
+    "remote_timeout_s": 2.5,
     "write_policy": "write_back",
     "prefetch_policy": "best_effort",
     "prefetch_timeout_s": 0.5,
@@ -92,6 +97,10 @@ def test_every_setting_from_a_file(load: Any, name: str) -> None:
         ssd_write_limit_mb_s=250.5,
         cpu_eviction_policy=EvictionPolicy.S3FIFO,
         ssd_eviction_policy=EvictionPolicy.FIFO,
+        remote=RemoteUrl("redis", host="host", port=6379, password="secret"),
+        remote_admission=Admission.REUSE,
+        remote_write_limit_mb_s=100.5,
+        remote_timeout_s=2.5,
         write_policy=WritePolicy.WRITE_BACK,
         prefetch_policy=PrefetchPolicy.BEST_EFFORT,
         prefetch_timeout_s=0.5,
@@ -193,6 +202,12 @@ NAMED_IN_EVERY_MESSAGE = [
     ("ssd_write_limit_mb_s: -1", ["ssd_write_limit_mb_s", "must be greater than or equal to 0", "-1"]),
     ("ssd_write_limit_mb_s: .inf", ["ssd_write_limit_mb_s", "must be a finite number"]),
     ("ssd_write_limit_mb_s: 100M", ["ssd_write_limit_mb_s", "must be a valid number", "'100M'"]),
+    ("enable_remote: true", ["enable_remote", "by its URL here, as 'remote'", "give file:///DIRECTORY"]),
+    ("remote: mooncake://h", ["remote: there is no store 'mooncake' here", "give file:///DIRECTORY"]),
+    ("remote: 3", ["remote: must be the URL of a store"]),
+    ("remote_admission: none", ["remote_admission", "'all' or 'reuse'", "'none'"]),
+    ("remote_write_limit_mb_s: -1", ["remote_write_limit_mb_s", "must be greater than or equal to 0", "-1"]),
+    ("remote_timeout_s: 0", ["remote_timeout_s", "must be greater than 0"]),
     ("write_policy: never", ["write_policy", "'write_through_selective' or 'write_back'", "'never'"]),
     ("prefetch_policy: 3", ["prefetch_policy", "'best_effort', 'timeout' or 'wait_complete'"]),
     ("load_policy: never", ["load_policy", "'auto', 'load' or 'recompute'"]),
@@ -221,6 +236,14 @@ def test_a_wrong_file_is_refused(load: Any, text: str, expected: list[str]) -> N
     assert "\n" not in message
     for part in expected:
         assert part in message
+
+
+@pytest.mark.parametrize("url", ["redis://:s3cret@h/x", "redis://:s3cret@h:99999", "nil://:s3cret@h"])
+def test_no_message_has_a_password(load: Any, url: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(f"remote: {url}")
+    assert "s3cret" not in str(caught.value)
+    assert "s3cret" not in repr(load("remote: redis://:s3cret@h"))
 
 
 def test_every_problem_is_reported_at_once(load: Any) -> None:
@@ -330,7 +353,7 @@ def test_sizes_that_hold_no_block_are_refused() -> None:
     [
         ({"tokens_per_block": 0}, "tokens_per_block: must be greater than 0"),
         ({"enable_cpu": False}, "enable_cpu: the CPU tier cannot be off"),
-        ({"enable_remote": True}, "enable_remote: there is no remote tier yet; set it to false"),
+        ({"enable_remote": True}, "enable_remote: a remote store is named by its URL here, as 'remote'"),
         ({"ssd_admission": "some"}, "ssd_admission: must be"),
         ({"ssd_on_mismatch": "ask"}, "ssd_on_mismatch: must be"),
         ({"ssd_write_limit_mb_s": -1}, "ssd_write_limit_mb_s: must be greater than or equal to 0"),

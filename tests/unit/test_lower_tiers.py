@@ -1,4 +1,5 @@
-"""The contract of lower tiers, on each of them: the SSD tier, and one in memory that only tests have.
+"""The contract of lower tiers, on each of them: the SSD tier, the stores of the remote tier, and a tier in
+memory that only tests have.
 
 A tier that is new here is a class like ``Medium``'s below and a line in ``MEDIA``.
 """
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from memory_tier import MemoryTier
+from redis_server import RedisServer
+from remote_faults import Faults, faulty_stores
 from sglang_flexkv_testing import FaultyDisk
 
 from sglang_flexkv import CacheConfig, KVCacheLayout, KVCacheLayoutType, tierlife
@@ -22,6 +25,7 @@ from sglang_flexkv.common.block import SequenceMeta, make_namespace
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
 from sglang_flexkv.storage import storage_engine
+from sglang_flexkv.storage.remote import tier as remote_tier
 
 BLOCK = 16
 LAYERS = 6
@@ -35,6 +39,7 @@ class Medium(Protocol):
     """A medium under a tier, with a switch for each fault."""
 
     name: str
+    knows_what_it_holds: bool  # when it is opened; or it is asked
 
     def config(self) -> dict[str, object]:
         """Settings that ask for the tier."""
@@ -51,6 +56,7 @@ class Medium(Protocol):
 
 class SsdMedium:
     name = "SSD"
+    knows_what_it_holds = True
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._directory, self._disk = directory, FaultyDisk(3)
@@ -80,6 +86,7 @@ class SsdMedium:
 
 class MemoryMedium:
     name = "MEMORY"
+    knows_what_it_holds = True
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._tier = MemoryTier(LOWER_BLOCKS)
@@ -111,7 +118,65 @@ class MemoryMedium:
         self._tier.opens_fail = False
 
 
-MEDIA: list[Callable[[Path, pytest.MonkeyPatch], Medium]] = [SsdMedium, MemoryMedium]
+class RemoteMedium:
+    """A store behind one that fails on demand."""
+
+    name = "REMOTE"
+    knows_what_it_holds = False
+
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._url, self._faults = self.url(directory), Faults()
+        monkeypatch.setattr(remote_tier, "STORES", faulty_stores(self._faults))
+        monkeypatch.setattr(remote_tier, "_ABSENT_S", 0.0)
+
+    def url(self, directory: Path) -> str:
+        raise NotImplementedError
+
+    def config(self) -> dict[str, object]:
+        return {"remote": self._url, "num_remote_blocks": LOWER_BLOCKS, "remote_timeout_s": 5.0}
+
+    def disk(self) -> None:
+        return None
+
+    def fail(self, *, loads: bool = False, stores: bool = False) -> None:
+        self._faults.loads_fail, self._faults.stores_fail = loads, stores
+
+    def stall(self) -> None:
+        self._faults.stall()
+
+    def damage(self) -> None:
+        self._faults.flip = 1.0
+
+    def refuse_to_open(self) -> None:
+        self._faults.opens_fail = True
+
+    def heal(self) -> None:
+        self._faults.heal()
+
+
+class DirectoryMedium(RemoteMedium):
+    def url(self, directory: Path) -> str:
+        return f"file://{directory}?max_gb=1"
+
+
+class RedisMedium(RemoteMedium):
+    def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._server = RedisServer(directory)
+        super().__init__(directory, monkeypatch)
+
+    def url(self, directory: Path) -> str:
+        return self._server.url
+
+    def end(self) -> None:
+        self._server.stop()
+
+
+MEDIA: list[Callable[[Path, pytest.MonkeyPatch], Medium]] = [
+    SsdMedium,
+    MemoryMedium,
+    DirectoryMedium,
+    RedisMedium,
+]
 
 
 class Cache:
@@ -147,7 +212,16 @@ class Cache:
         assert self.engine.wait([task], PATIENCE_S)
         self.engine.forget(task)
 
+    def ask(self, number: int) -> None:
+        """Learns what a tier that is asked has of a sequence."""
+        keys = self.sequence(number).block_keys
+        question = self.engine.ask(keys) if self.engine.can_ask else None
+        if question is not None:
+            self.until(lambda: question.is_over, "a question is never over")
+            self.engine.learn(question, None)
+
     def start_get(self, number: int) -> KVTask:
+        self.ask(number)
         self.kv[:] = -1
         task = self.engine.create_get(self.sequence(number))
         self.engine.launch(task, self.slots)
@@ -206,13 +280,17 @@ class Cache:
         self.engine.close()
 
 
-@pytest.fixture(params=MEDIA, ids=lambda medium: medium.name)
-def medium(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Medium:
+@pytest.fixture(params=MEDIA, ids=lambda medium: medium.__name__.removesuffix("Medium"))
+def medium(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Medium]:
     monkeypatch.setattr(tierlife, "_RETRY_S", 0.05)
     monkeypatch.setattr(tierlife, "_RETRY_MAX_S", 0.2)
     monkeypatch.setattr(tierlife, "_CHECK_EVERY_S", 0.0)
     made: Medium = request.param(tmp_path, monkeypatch)
-    return made
+    yield made
+    if isinstance(made, RedisMedium):
+        made.end()
 
 
 @pytest.fixture
@@ -272,7 +350,7 @@ def test_a_tier_that_fails_is_taken_out_and_comes_back_with_what_it_holds(cache:
     cache.until_out()
     cache.medium.heal()
     cache.until_back()
-    assert 0 < cache.of_tier("recovered") <= held
+    assert 0 < cache.of_tier("recovered") <= held or not cache.medium.knows_what_it_holds
     assert cache.get(4) == SEQUENCE
 
 
@@ -327,7 +405,7 @@ def test_what_is_cleared_is_gone_for_the_next_one_too(medium: Medium) -> None:
     first.fill(range(10, 12))
     first.close()
     second = Cache(medium)
-    assert second.of_tier("recovered") == 2 * SEQUENCE
+    assert second.of_tier("recovered") == 2 * SEQUENCE * second.medium.knows_what_it_holds
     assert second.get(10) == SEQUENCE
     assert second.get(0) == 0
     second.close()
@@ -351,6 +429,7 @@ def test_what_must_not_persist_is_found_by_this_process_only(medium: Medium) -> 
     first.close()
     second = Cache(medium)
     assert second.of_tier("recovered") == 0
+    assert second.get(0) == 0
     second.close()
 
 
@@ -360,7 +439,7 @@ def test_what_was_synced_is_found_by_the_next_one(medium: Medium) -> None:
     assert first.engine.sync(PATIENCE_S)
     first.close()
     second = Cache(medium)
-    assert second.of_tier("recovered") == 4 * SEQUENCE
+    assert second.of_tier("recovered") == 4 * SEQUENCE * second.medium.knows_what_it_holds
     for number in range(4):
         assert second.get(number) == SEQUENCE
     second.close()

@@ -1,0 +1,98 @@
+"""The URL of a remote store. What is secret in it is in no text that is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+GIVES = "give file:///DIRECTORY, redis://HOST:PORT or rediss://HOST:PORT"
+
+# Options of each kind, as they stand behind the URL's ``?``.
+_OPTIONS = {
+    "file": {"max_gb"},
+    "redis": {"db"},
+    "rediss": {"db", "ca_file"},
+}
+_PORT = 6379
+
+
+@dataclass(frozen=True)
+class RemoteUrl:
+    """What people write to name a store, in parts."""
+
+    scheme: str
+    host: str = ""
+    port: int = 0
+    path: str = ""  # file: the directory
+    options: Mapping[str, str] = field(default_factory=dict)
+    username: str = field(default="", repr=False)
+    password: str = field(default="", repr=False)
+
+    def __str__(self) -> str:
+        """Without credentials."""
+        if self.scheme == "file":
+            return f"file://{self.path}"
+        return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
+
+    @property
+    def has_credentials(self) -> bool:
+        return bool(self.username or self.password)
+
+    def number(self, name: str) -> float | None:
+        """An option that is a number above 0; None if it is not given."""
+        return float(self.options[name]) if name in self.options else None
+
+
+def parse_remote_url(text: str) -> RemoteUrl:
+    """
+    Raises:
+        ValueError: it cannot be meant; says why, and nothing that may be secret.
+    """
+    if "#" in text:
+        raise ValueError("has a '#', which would end it; write it as %23")
+    try:
+        parts = urlsplit(text.strip())
+        port = parts.port
+    except ValueError:
+        raise ValueError(f"is no URL; {GIVES}") from None
+    scheme = parts.scheme
+    if scheme not in _OPTIONS:
+        known = f"there is no store {scheme!r} here" if scheme else "names no kind of store"
+        raise ValueError(f"{known}; {GIVES}")
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    for name in options:
+        if name not in _OPTIONS[scheme]:
+            allowed = ", ".join(sorted(_OPTIONS[scheme]))
+            raise ValueError(f"{scheme}:// has no option {name!r}; there is {allowed}")
+    for name in {"max_gb"} & options.keys():
+        if not _is_above_zero(options[name]):
+            raise ValueError(f"{name} must be a number above 0 (got {options[name]!r})")
+    if scheme == "file":
+        path = unquote(parts.path)
+        if parts.hostname not in (None, "localhost") or not path.startswith("/") or "\0" in path:
+            raise ValueError("needs a path from the root: file:///mnt/cache")
+        return RemoteUrl(scheme, path=str(PurePosixPath(path)), options=options)
+    if not parts.hostname:
+        raise ValueError(f"names no host; write {scheme}://HOST:PORT")
+    database = parts.path.strip("/")
+    if database:
+        options.setdefault("db", database)
+    if not options.get("db", "0").isdecimal():
+        raise ValueError(f"the database behind {scheme}://HOST:PORT/ is a number, or nothing")
+    return RemoteUrl(
+        scheme,
+        host=parts.hostname,
+        port=_PORT if port is None else port,
+        options=options,
+        username=unquote(parts.username or ""),
+        password=unquote(parts.password or ""),
+    )
+
+
+def _is_above_zero(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False

@@ -1,0 +1,465 @@
+"""The remote tier: a store that many servers read and write, as a tier below all others.
+
+Threads of its own talk to the store, each through a session: some load, some store, one looks up. They take
+their work from ``core`` and settle it there; the scheduler's thread leaves questions and never waits.
+
+What this process does not know of the store it asks for. What it does know is worth remembering for a
+while: what was there goes to the index, what was not (or did not come back as it was) is not asked for
+again for some seconds.
+"""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+
+from sglang_flexkv import _core
+from sglang_flexkv.common.block import KEY_BYTES, BlockKeys, Namespace, make_namespace
+from sglang_flexkv.common.config import Admission, EvictionPolicy
+from sglang_flexkv.common.lower_tier import AwayError, HeldBlocks, LowerTier, Question, TierSlots
+from sglang_flexkv.common.remote_url import RemoteUrl
+from sglang_flexkv.storage.remote.directory import DirectoryStore
+from sglang_flexkv.storage.remote.redis import RedisStore
+from sglang_flexkv.storage.remote.store import Outcome, Session, Store, StoreError, StoreFullError
+
+logger = logging.getLogger(__name__)
+
+STORES: dict[str, Callable[[RemoteUrl, float], Store]] = {
+    "file": DirectoryStore,
+    "redis": RedisStore,
+    "rediss": RedisStore,
+}
+
+# Bytes that one call moves. With the threads they bound what is in flight, also of calls whose request has
+# given up on them.
+_CALL_BYTES = 8 << 20
+_LOAD_THREADS, _STORE_THREADS = 4, 2
+# How long a thread waits for work before it looks whether it should end.
+_IDLE_S = 0.2
+# Threads that a medium holds are left behind: they hold no slot, and end when it lets go of them.
+_JOIN_S = 2.0
+# What was not there is not asked for again for so long; what did not come, or was damaged, longer.
+_ABSENT_S, _SPOILT_S = 2.0, 10.0
+_REMEMBERED_MAX = 1 << 16
+# Look-ups in a row that failed or came too late, after which the store is of no use.
+_LOOKUPS_FAILED_MAX = 3
+_LOOKUP_STALL_S = 3.0
+# A store that is full is left alone for so long, then twice as long, up to the second.
+_FULL_S, _FULL_MAX_S = 1.0, 60.0
+# Another server may have flushed the cache: how often that is looked at.
+_GENERATION_S = 10.0
+
+_GENERATION_MAGIC = b"FLEXKVGN"
+_GENERATION_BYTES = len(_GENERATION_MAGIC) + KEY_BYTES
+_GENERATION_RECORD = _GENERATION_BYTES + KEY_BYTES  # and a digest of it
+
+NO_GENERATION = bytes(KEY_BYTES)
+
+
+class RemoteTier(LowerTier):
+    """The blocks of one rank.
+
+    Args:
+        num_slots: blocks of the store that this process remembers.
+        namespace: of the keys; what is found under another one is not ours.
+        write_limit_mb_s: MB (10^6 bytes) per second, for this rank; 0: no limit.
+        timeout_s: that a call may take, and a look-up of all of a prompt.
+    """
+
+    is_asked = True
+
+    def __init__(
+        self,
+        url: RemoteUrl,
+        num_slots: int,
+        *,
+        namespace: Namespace,
+        admission: Admission = Admission.ALL,
+        write_limit_mb_s: float = 0.0,
+        timeout_s: float = 1.0,
+    ) -> None:
+        super().__init__(
+            "REMOTE", "REMOTE", num_slots, eviction_policy=EvictionPolicy.LRU, admission=admission
+        )
+        self._namespace = namespace
+        self._write_limit, self._timeout_s = write_limit_mb_s * 1e6, timeout_s
+        self.store = STORES[url.scheme](url, timeout_s)
+        self._generation = NO_GENERATION
+        self._untold_generation = False  # the store does not know it yet
+        self._private = False  # no other process is to find what is stored
+        self._read_generation_s = 0.0
+        self._core = self._make_core()
+        self._threads: list[threading.Thread] = []
+        self._stop = threading.Event()
+        self._questions: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # over what follows, for several threads write it
+        self._not_there: OrderedDict[bytes, float] = OrderedDict()  # keys, and until when
+        self._spoilt: OrderedDict[bytes, None] = OrderedDict()  # keys whose values are to be replaced
+        self._full_until_s = self._full_s = 0.0
+        self._why_broken = ""
+        self._lookups_failed = 0
+        self._asking_since_s = 0.0
+        self._count: Counter[str] = Counter()
+        self._lookup_s = 0.0
+
+    # ---- the contract ----
+
+    def open(self) -> None:
+        self.store.open()
+        try:
+            session = self.store.session()
+            try:
+                if self._untold_generation:
+                    self._write_generation(session)
+                elif not self._private:
+                    self._generation = self._read_generation(session)
+            finally:
+                session.close()
+        except StoreError as error:
+            raise AwayError(f"remote: {error}") from None
+        self._read_generation_s = time.monotonic()
+        self._why_broken = ""
+        self._lookups_failed = 0
+        self._asking_since_s = 0.0
+        self._not_there.clear()  # what did not come may come now
+        self._core = self._make_core()
+        self._stop = threading.Event()
+        self._questions = queue.SimpleQueue()
+        loops: list[tuple[str, Callable[[], None]]] = [("ask", _Asker(self).run)]
+        loops += [(f"load-{n}", _Mover(self, store=False).run) for n in range(_LOAD_THREADS)]
+        loops += [(f"store-{n}", _Mover(self, store=True).run) for n in range(_STORE_THREADS)]
+        self._threads = [
+            threading.Thread(target=run, name=f"flexkv-remote-{name}", daemon=True) for name, run in loops
+        ]
+        for thread in self._threads:
+            thread.start()
+        # A thread that waits in C++ when the interpreter goes would take the process down with an abort.
+        atexit.register(self.close)
+
+    @property
+    def core(self) -> _core.RemoteTier:
+        return self._core
+
+    def take_held(self) -> HeldBlocks:
+        return HeldBlocks()  # what it holds is asked for
+
+    def stored(self, keys: BlockKeys, parents: BlockKeys, slots: TierSlots) -> None:
+        del keys, parents, slots  # the store knows
+
+    def lost(self, slots: TierSlots) -> None:
+        del slots  # who tried to load it has made a note of the key
+
+    def why_broken(self) -> str:
+        since_s = self._asking_since_s
+        if since_s and (waited_s := time.monotonic() - since_s) > _LOOKUP_STALL_S:
+            return f"no answer to a look-up for {waited_s:.1f} s"
+        return self._why_broken
+
+    def clear(self, *, keep: bool) -> None:
+        """What was stored so far keeps its place in the store, under a name that nobody asks for any more: it
+        may be somebody else's as well, and goes as the store's own rules say."""
+        self._private = self._private or not keep
+        self._generation = secrets.token_bytes(KEY_BYTES)
+        self._untold_generation = not self._private
+        self._core.set_namespace(self.values_namespace())
+        with self._lock:
+            self._not_there.clear()
+            self._spoilt.clear()
+        if self._untold_generation:
+            self._questions.put(None)
+
+    def look_up(self, keys: BlockKeys) -> Question:
+        question = Question(keys, time.monotonic() + self._timeout_s)
+        self._count["lookups"] += 1
+        if self.first_absent(keys[:1]) == 0:
+            question.answer(0)
+        else:
+            self._questions.put(question)
+        return question
+
+    def stats(self) -> Mapping[str, float]:
+        """Beside those of every tier: lookups, lookups_failed (or too late), lookup_s (in all), asked_blocks,
+        found_blocks, there_already (blocks that were not stored because somebody else had), full (times)."""
+        names = ("lookups", "lookups_failed", "asked_blocks", "found_blocks", "there_already", "full")
+        return {**{name: self._count[name] for name in names}, "lookup_s": self._lookup_s}
+
+    def close(self) -> None:
+        atexit.unregister(self.close)
+        self._stop.set()
+        self._questions.put(None)
+        deadline_s = time.monotonic() + _JOIN_S + self._timeout_s
+        for thread in self._threads:
+            thread.join(max(0.0, deadline_s - time.monotonic()))
+        self._threads = []
+
+    # ---- names ----
+
+    def values_namespace(self) -> Namespace:
+        """Whose values these are: of the keys' namespace, since it was flushed last."""
+        return make_namespace({"keys": self._namespace.hex(), "generation": self._generation.hex()})
+
+    def _make_core(self) -> _core.RemoteTier:
+        return _core.RemoteTier(self.values_namespace(), self.num_slots, _CALL_BYTES, self.store.name)
+
+    # ---- generations: what a flush leaves behind is not found again ----
+
+    def _generation_name(self) -> str:
+        return f"fkv1/{self._namespace.hex()}/generation"
+
+    def _read_generation(self, session: Session) -> bytes:
+        record = bytearray(_GENERATION_RECORD)
+        (outcome,) = session.get([self._generation_name()], [[memoryview(record)]])
+        if outcome == Outcome.GOOD and record == _generation_record(bytes(record[8:_GENERATION_BYTES])):
+            return bytes(record[8:_GENERATION_BYTES])
+        return NO_GENERATION
+
+    def _write_generation(self, session: Session) -> None:
+        record = memoryview(_generation_record(self._generation))
+        session.put([self._generation_name()], [[record]])
+        self._untold_generation = False
+
+    def _look_at_generation(self, session: Session) -> None:
+        """By the thread that asks, before it does."""
+        if self._untold_generation:
+            self._write_generation(session)
+        elif not self._private and time.monotonic() - self._read_generation_s > _GENERATION_S:
+            self._read_generation_s = time.monotonic()
+            if self._read_generation(session) != self._generation and not self._untold_generation:
+                self._why_broken = "another server has flushed the cache"
+
+    # ---- what is not there ----
+
+    def first_absent(self, keys: BlockKeys) -> int:
+        """Position of the first that is not to be asked for now; their number if all are."""
+        now_s = time.monotonic()
+        with self._lock:
+            if self._not_there:
+                for position, key in enumerate(keys):
+                    if self._not_there.get(key.tobytes(), 0.0) > now_s:
+                        return position
+        return len(keys)
+
+    def note_absent(self, key: bytes, *, spoilt: bool = False) -> None:
+        """Nobody asks for it for a while; what is there although it is not what was stored is replaced by who
+        stores it next."""
+        with self._lock:
+            self._not_there[key] = time.monotonic() + (_SPOILT_S if spoilt else _ABSENT_S)
+            self._not_there.move_to_end(key)
+            if spoilt:
+                self._spoilt[key] = None
+            for kept in (self._not_there, self._spoilt):
+                if len(kept) > _REMEMBERED_MAX:
+                    kept.popitem(last=False)
+
+    def take_spoilt(self, key: bytes) -> bool:
+        with self._lock:
+            return self._spoilt.pop(key, False) is None
+
+    def note_stored(self, keys: Sequence[bytes]) -> None:
+        with self._lock:
+            for key in keys:
+                self._not_there.pop(key, None)
+
+    # ---- full ----
+
+    @property
+    def is_full(self) -> bool:
+        return time.monotonic() < self._full_until_s
+
+    def note_full(self, error: StoreFullError) -> None:
+        with self._lock:
+            self._full_s = min(max(_FULL_S, 2 * self._full_s), _FULL_MAX_S)
+            self._full_until_s = time.monotonic() + self._full_s
+            self._count["full"] += 1
+            first = self._count["full"] == 1
+        if first:
+            logger.warning("%s. What is there is served; blocks are stored again when there is room.", error)
+
+    def note_room(self) -> None:
+        self._full_s = 0.0
+
+
+class _Thread:
+    """What the threads have in common: a session that is made anew after an error."""
+
+    def __init__(self, tier: RemoteTier) -> None:
+        # Those of this opening: the tier may be closed, and opened again, while this hangs.
+        self.tier, self.core = tier, tier.core
+        self.stop = tier._stop
+        self._session: Session | None = None
+
+    def try_with_session(self, call: Callable[[Session], object]) -> None:
+        """Makes a call, a second time if what went wrong may be gone at once. Raises StoreError."""
+        for attempt in (1, 2):
+            try:
+                if self._session is None:
+                    self._session = self.tier.store.session()
+                call(self._session)
+                return
+            except StoreError as error:
+                self.end_session()
+                if isinstance(error, StoreFullError) or not error.temporary or attempt == 2:
+                    raise
+
+    def end_session(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            session.close()
+
+
+class _Asker(_Thread):
+    """Looks up."""
+
+    def run(self) -> None:
+        tier, questions = self.tier, self.tier._questions
+        while True:
+            question = questions.get()
+            if question is None and self.stop.is_set():
+                break
+            if question is not None and question.is_over:  # nobody waits for it any more
+                continue
+            tier._asking_since_s = start_s = time.monotonic()
+            found = 0
+            try:
+                self.try_with_session(tier._look_at_generation)
+                if question is not None:
+                    found = self._count_leading(question.keys)
+                tier._lookups_failed = 0
+            except StoreError as error:
+                self._failed(str(error))
+            except Exception as error:  # of a client that we do not know to the last line
+                logger.exception("a look-up failed")
+                self._failed(repr(error))
+            finally:
+                if tier._asking_since_s == start_s:
+                    tier._asking_since_s = 0.0
+                tier._lookup_s += time.monotonic() - start_s
+            if question is None:
+                continue
+            if question.is_over:
+                self._failed("an answer came too late")
+            question.answer(found)
+            tier._count["asked_blocks"] += len(question.keys)
+            tier._count["found_blocks"] += found
+        self.end_session()
+
+    def _count_leading(self, keys: BlockKeys) -> int:
+        names = _names_of(keys, self.tier.values_namespace())
+        found = 0
+
+        def count(session: Session) -> None:
+            nonlocal found
+            found = session.count_leading(names)
+
+        self.try_with_session(count)
+        if found < len(keys):
+            self.tier.note_absent(keys[found].tobytes())
+        return self.tier.first_absent(keys[:found])  # is there, and is not what was stored
+
+    def _failed(self, why: str) -> None:
+        tier = self.tier
+        tier._count["lookups_failed"] += 1
+        tier._lookups_failed += 1
+        if tier._lookups_failed >= _LOOKUPS_FAILED_MAX and tier._stop is self.stop:
+            tier._why_broken = f"{tier._lookups_failed} look-ups failed in a row, the last one: {why}"
+
+
+class _Mover(_Thread):
+    """Loads, or stores."""
+
+    def __init__(self, tier: RemoteTier, *, store: bool) -> None:
+        super().__init__(tier)
+        self._store = store
+
+    def run(self) -> None:
+        while not self.stop.is_set():
+            call = self.core.take(self._store, _IDLE_S)
+            if call is not None:
+                self._move(call)
+        self.end_session()
+
+    def _move(self, call: _core.RemoteCall) -> None:
+        keys, values = call.keys, call.values()
+        names = _names_of(keys, call.namespace)
+        outcomes = [Outcome.FAILED] * len(names)
+        why = ""
+        try:
+            if self._store:
+                outcomes = self._put(keys, names, values)
+            else:
+                self.try_with_session(lambda session: _set(outcomes, session.get(names, values)))
+        except StoreFullError as error:
+            self.tier.note_full(error)
+            outcomes = [Outcome.MISSING] * len(names)
+        except StoreError as error:
+            why = str(error)
+        except Exception as error:  # of a client that we do not know to the last line
+            logger.exception("a call of %s failed", self.tier.store.name)
+            why = f"{self.tier.store.name}: {error!r}"
+        if not why and Outcome.CORRUPT in outcomes:
+            why = f"{self.tier.store.name}: a value has another size than was stored"
+        outcomes, why_corrupt = self.core.verify(call, outcomes)
+        # Before anybody learns of it, and asks again.
+        self._remember(keys, outcomes)
+        self.core.settle(call, outcomes, why or why_corrupt)
+
+    def _put(
+        self, keys: BlockKeys, names: list[str], values: Sequence[Sequence[memoryview]]
+    ) -> list[Outcome]:
+        """Stores what nobody has stored yet. A value is megabytes, and to ask is a few bytes."""
+        tier = self.tier
+        if tier.is_full:
+            return [Outcome.MISSING] * len(names)
+        outcomes = [Outcome.GOOD] * len(names)
+        spoilt = [tier.take_spoilt(key.tobytes()) for key in keys]
+
+        def put(session: Session) -> None:
+            there = session.exists(names)
+            missing = [i for i in range(len(names)) if spoilt[i] or not there[i]]
+            if missing:
+                done = session.put([names[i] for i in missing], [values[i] for i in missing])
+                for i, outcome in zip(missing, done, strict=True):
+                    outcomes[i] = outcome
+            tier._count["there_already"] += len(names) - len(missing)
+            size = sum(len(piece) for i in missing for piece in values[i])
+            if tier._write_limit:
+                self.stop.wait(_STORE_THREADS * size / tier._write_limit)
+
+        self.try_with_session(put)
+        if Outcome.GOOD in outcomes:
+            tier.note_room()
+        return outcomes
+
+    def _remember(self, keys: BlockKeys, outcomes: Sequence[Outcome]) -> None:
+        if self._store:
+            self.tier.note_stored(
+                [k.tobytes() for k, o in zip(keys, outcomes, strict=True) if o == Outcome.GOOD]
+            )
+            return
+        for key, outcome in zip(keys, outcomes, strict=True):
+            if outcome != Outcome.GOOD and outcome != Outcome.DROPPED:
+                self.tier.note_absent(key.tobytes(), spoilt=outcome == Outcome.CORRUPT)
+
+
+def _names_of(keys: BlockKeys, namespace: bytes) -> list[str]:
+    """Hashes of hashes: they show neither tokens nor whose they are."""
+    prefix = f"fkv1/{namespace.hex()}/"
+    text = keys.tobytes().hex()
+    digits = 2 * KEY_BYTES
+    return [prefix + text[at : at + digits] for at in range(0, len(text), digits)]
+
+
+def _generation_record(generation: bytes) -> bytes:
+    content = _GENERATION_MAGIC + generation
+    return content + hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+
+
+def _set(outcomes: list[Outcome], to: list[Outcome]) -> None:
+    outcomes[:] = to

@@ -1,0 +1,445 @@
+"""Each store by itself: what it keeps, what it says when it cannot, and who it lets in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from redis_server import RedisServer
+
+from sglang_flexkv.common.config import GIB
+from sglang_flexkv.common.errors import ConfigError
+from sglang_flexkv.common.lower_tier import AwayError
+from sglang_flexkv.common.remote_url import parse_remote_url
+from sglang_flexkv.storage.remote.check import check
+from sglang_flexkv.storage.remote.directory import DirectoryStore
+from sglang_flexkv.storage.remote.redis import RedisStore
+from sglang_flexkv.storage.remote.store import Outcome, Session, StoreError, StoreFullError
+
+SIZE = 8192
+NAMES = [f"fkv1/{'ab' * 16}/{i:032x}" for i in range(40)]
+
+
+def value(number: int, size: int = SIZE) -> list[memoryview]:
+    content = bytearray(bytes([number % 256]) * size)
+    return [memoryview(content)[:4096], memoryview(content)[4096:]]
+
+
+def empty(size: int = SIZE) -> list[memoryview]:
+    return value(0xEE, size)
+
+
+def content(pieces: list[memoryview]) -> bytes:
+    return b"".join(map(bytes, pieces))
+
+
+def redis_store(url: str, timeout_s: float = 5.0) -> RedisStore:
+    return RedisStore(parse_remote_url(url), timeout_s)
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[RedisServer]:
+    server = RedisServer(tmp_path)
+    yield server
+    server.stop()
+
+
+@pytest.fixture(params=["directory", "redis"])
+def session(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Session]:
+    if request.param == "directory":
+        store = DirectoryStore(parse_remote_url(f"file://{tmp_path}"), 5.0)
+    else:
+        store = redis_store(request.getfixturevalue("redis").url)
+    store.open()
+    made = store.session()
+    yield made
+    made.close()
+
+
+def test_what_is_stored_is_there(session: Session) -> None:
+    assert session.exists(NAMES) == [False] * 40
+    assert session.count_leading(NAMES) == 0
+    assert session.put(NAMES[:30], [value(i) for i in range(30)]) == [Outcome.GOOD] * 30
+    assert session.exists(NAMES) == [True] * 30 + [False] * 10
+    assert session.count_leading(NAMES) == 30
+    into = [empty() for _ in range(31)]
+    assert session.get(NAMES[:31], into) == [Outcome.GOOD] * 30 + [Outcome.MISSING]
+    for i in range(30):
+        assert content(into[i]) == content(value(i))
+
+
+def test_another_size_is_no_hit_and_spoils_nothing_else(session: Session) -> None:
+    session.put(NAMES[:4], [value(0), value(1, SIZE - 4096), value(2, SIZE + 4096), value(3)])
+    into = [empty() for _ in range(4)]
+    outcomes = session.get(NAMES[:4], into)
+    assert outcomes == [Outcome.GOOD, Outcome.CORRUPT, Outcome.CORRUPT, Outcome.GOOD]
+    assert content(into[3]) == content(value(3))
+    session.put(NAMES[:2], [value(5), value(6)])  # in place of what was there
+    assert session.get(NAMES[:2], into[:2]) == [Outcome.GOOD] * 2
+    assert content(into[1]) == content(value(6))
+
+
+# ---- directory ----
+
+
+def test_files_are_spread_and_none_is_seen_half_written(tmp_path: Path) -> None:
+    store = DirectoryStore(parse_remote_url(f"file://{tmp_path}"), 5.0)
+    store.open()
+    name = f"fkv1/{'ab' * 16}/{'cdef' + '0' * 28}"
+    assert store.path_of(name) == f"{tmp_path}/fkv1/cd/ef/{'ab' * 16}-{'cdef' + '0' * 28}"
+    stop = threading.Event()
+    wrong: list[bytes] = []
+
+    def read() -> None:
+        session = store.session()
+        while not stop.is_set():
+            into = empty()
+            if session.get([name], [into]) == [Outcome.GOOD] and len(set(content(into))) != 1:
+                wrong.append(content(into))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    writers = [
+        threading.Thread(target=lambda n=n: [store.write(name, value(n)) for _ in range(100)])
+        for n in range(3)
+    ]
+    for thread in writers:
+        thread.start()
+    for thread in writers:
+        thread.join()
+    stop.set()
+    reader.join()
+    assert not wrong
+    assert os.listdir(tmp_path / "fkv1" / "tmp") == []
+
+
+def used(directory: Path) -> int:
+    return sum(path.stat().st_size for path in directory.rglob("*-*") if path.is_file())
+
+
+@pytest.mark.parametrize("num_stores", [1, 3])
+def test_a_directory_keeps_its_bound_and_what_was_used_last(tmp_path: Path, num_stores: int) -> None:
+    bound = 64 * SIZE
+    url = parse_remote_url(f"file://{tmp_path}?max_gb={bound / GIB}")
+    stores = [DirectoryStore(url, 5.0) for _ in range(num_stores)]
+    for store in stores:
+        store.open()
+    for i in range(300):
+        name = f"fkv1/{'ab' * 16}/{i * 2654435761 % 2**32:08x}{'0' * 24}"
+        stores[i % num_stores].write(name, value(i))
+        os.utime(stores[0].path_of(name), (i, i))
+        assert used(tmp_path) <= bound * (1 + num_stores / 16)
+    assert used(tmp_path) >= bound // 2
+    assert os.path.exists(stores[0].path_of(name))
+
+
+def test_a_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    for path, what in (
+        (tmp_path / "none", "create it or mount what belongs there"),
+        (file, "is no directory"),
+    ):
+        with pytest.raises(ConfigError, match=what):
+            DirectoryStore(parse_remote_url(f"file://{path}"), 5.0).open()
+
+
+def test_a_full_file_system_is_full_and_nothing_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DirectoryStore(parse_remote_url(f"file://{tmp_path}"), 5.0)
+    store.open()
+
+    def no_space(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwritev", no_space)
+        with pytest.raises(StoreFullError):
+            store.session().put(NAMES[:1], [value(1)])
+    assert os.listdir(tmp_path / "fkv1" / "tmp") == []
+    assert store.session().put(NAMES[:1], [value(1)]) == [Outcome.GOOD]
+
+
+def test_without_o_direct_it_goes_through_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = DirectoryStore(parse_remote_url(f"file://{tmp_path}"), 5.0)
+    store.open()
+    pwritev = os.pwritev
+
+    def refuse(fd: int, *rest: object) -> int:
+        if store.direct:
+            raise OSError(22, "Invalid argument")
+        return pwritev(fd, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "pwritev", refuse)
+    session = store.session()
+    assert session.put(NAMES[:1], [value(1)]) == [Outcome.GOOD]
+    into = empty()
+    assert session.get(NAMES[:1], [into]) == [Outcome.GOOD]
+    assert content(into) == content(value(1))
+
+
+# ---- Redis ----
+
+
+def test_a_password_is_needed_right_and_never_told(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path, "--requirepass", "hunter2")
+    try:
+        for wrong in (server.url, server.url.replace("//", "//:hunter3@")):
+            with pytest.raises(ConfigError) as error:
+                redis_store(wrong).open()
+            assert "hunter" not in str(error.value)
+        right = parse_remote_url(server.url.replace("//", "//:hunter2@"))
+        store = RedisStore(right, 5.0)
+        store.open()
+        assert store.session().put(NAMES[:1], [value(1)]) == [Outcome.GOOD]
+        assert "hunter2" not in f"{right} {right!r} {store.name} {check(right)}"
+        assert not check(right).problem
+    finally:
+        server.stop()
+
+
+def test_a_full_server_is_full_and_is_still_read(tmp_path: Path) -> None:
+    server = RedisServer(tmp_path, "--maxmemory", "3mb", "--maxmemory-policy", "noeviction")
+    try:
+        store = redis_store(server.url)
+        session = store.session()
+        assert session.put(NAMES[:1], [value(1, 1 << 19)]) == [Outcome.GOOD]
+        # As far as there is room; then nothing of a call, which is told.
+        assert Outcome.GOOD in session.put(NAMES[:10], [value(1, 1 << 19)] * 10)
+        with pytest.raises(StoreFullError):
+            session.put(NAMES[20:24], [value(1, 1 << 19)] * 4)
+        session = store.session()
+        assert session.get(NAMES[:1], [empty(1 << 19)]) == [Outcome.GOOD]
+        assert any("allkeys-lru" in note for note in store.notes())
+    finally:
+        server.stop()
+
+
+def test_a_server_that_stands_still_takes_no_longer_than_it_may(redis: RedisServer) -> None:
+    store = redis_store(redis.url, timeout_s=0.3)
+    session = store.session()
+    redis.send(signal.SIGSTOP)
+    try:
+        for call in (
+            lambda: session.exists(NAMES),
+            lambda: store.session().get(NAMES[:1], [empty()]),
+            lambda: store.session().put(NAMES[:1], [value(1, 64 << 20)]),
+        ):
+            with pytest.raises(StoreError):
+                call()
+        with pytest.raises(AwayError):
+            store.open()
+    finally:
+        redis.send(signal.SIGCONT)
+    store.open()
+
+
+def test_a_server_that_was_started_anew_is_a_temporary_fault(redis: RedisServer) -> None:
+    session = redis_store(redis.url).session()
+    redis.stop()
+    with pytest.raises(AwayError):
+        redis_store(redis.url).open()
+    redis.start()
+    with pytest.raises(StoreError) as error:
+        session.get(NAMES, [empty() for _ in NAMES])
+    assert error.value.temporary
+
+
+def answering(answer: Callable[[socket.socket], None]) -> tuple[str, Callable[[], None]]:
+    """A server of any kind; its URL, and what ends it."""
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            with connection:
+                connection.settimeout(5)
+                try:
+                    connection.recv(1 << 16)
+                    answer(connection)
+                except OSError:
+                    pass
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+
+    def end() -> None:
+        listening.shutdown(socket.SHUT_RDWR)
+        listening.close()
+        thread.join()
+
+    return f"redis://127.0.0.1:{listening.getsockname()[1]}", end
+
+
+NONSENSE = {
+    "HTTP": b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    "nothing": b"",
+    "no line": b"\0" * (1 << 17),
+    "no number": b"$x\r\n",
+    "negative": b"$-7\r\n",
+    "a value without an end": b"$8192\r\n" + b"x" * 8192 + b"yy",
+    "half a value": b"$8192\r\n" + b"x" * 100,
+    "a huge value": b"$9999999999\r\n" + b"x" * 100,
+    "an error": b"-ERR something\r\n",
+    "of a cluster": b"-MOVED 1 10.0.0.1:6379\r\n",
+}
+
+
+@pytest.mark.parametrize("kind", NONSENSE)
+def test_what_does_not_answer_as_redis_does_brings_nothing(kind: str) -> None:
+    url, end = answering(lambda connection: connection.sendall(NONSENSE[kind]))
+    try:
+        try:
+            outcomes = redis_store(url, 1.0).session().get(NAMES[:1], [empty()])
+        except StoreError:
+            outcomes = [Outcome.FAILED]
+        assert outcomes != [Outcome.GOOD]
+        with pytest.raises(ConfigError):
+            redis_store(url, 1.0).open()
+        assert check(parse_remote_url(url), 1.0).problem
+    finally:
+        end()
+
+
+def pass_on(one: socket.socket, other: socket.socket) -> None:
+    """What comes on either goes to the other, until one of them has gone."""
+    one.settimeout(0.02)
+    other.settimeout(0.02)
+    while True:
+        for source, sink in ((one, other), (other, one)):
+            try:
+                data = source.recv(1 << 16)
+            except TimeoutError:
+                continue
+            if not data:
+                return
+            sink.sendall(data)
+
+
+def test_tls_is_spoken_to_those_whose_certificate_is_trusted(tmp_path: Path) -> None:
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is missing")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    subprocess.run(
+        [
+            *(
+                "openssl",
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                "/CN=localhost",
+            ),
+            *("-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    server = RedisServer(tmp_path)
+    proxy = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    proxy.load_cert_chain(certificate, key)
+    listening = socket.create_server(("127.0.0.1", 0))
+
+    def serve() -> None:
+        """Takes TLS off: Debian's server may be built without it."""
+        while True:
+            try:
+                connection, _ = listening.accept()
+                with (
+                    proxy.wrap_socket(connection, server_side=True) as ours,
+                    socket.create_connection(("127.0.0.1", server.port)) as theirs,
+                ):
+                    pass_on(ours, theirs)
+            except ssl.SSLError:
+                continue  # somebody who does not trust it
+            except OSError:
+                return
+
+    thread = threading.Thread(target=serve, daemon=True)
+    thread.start()
+    url = f"rediss://localhost:{listening.getsockname()[1]}"
+    with pytest.raises(ConfigError, match="certificate is not trusted"):
+        redis_store(url).open()
+    store = redis_store(f"{url}?ca_file={certificate}")
+    store.open()
+    session = store.session()
+    assert session.put(NAMES[:2], [value(1, 1 << 17), value(2, 1 << 17)]) == [Outcome.GOOD] * 2
+    into = [empty(1 << 17), empty(1 << 17)]
+    assert session.get(NAMES[:2], into) == [Outcome.GOOD] * 2
+    assert content(into[1]) == content(value(2, 1 << 17))
+    session.close()
+    listening.shutdown(socket.SHUT_RDWR)
+    listening.close()
+    server.stop()
+
+
+# ---- URLs ----
+
+
+@pytest.mark.parametrize(
+    ("url", "told"),
+    [
+        ("redis://HOST", "redis://host:6379"),
+        ("redis://user:secret@10.0.0.1:7000/3", "redis://10.0.0.1:7000"),
+        ("rediss://[::1]:7000", "rediss://[::1]:7000"),
+        ("file:///mnt/a%20b?max_gb=2.5", "file:///mnt/a b"),
+        ("file://localhost/mnt", "file:///mnt"),
+    ],
+)
+def test_urls(url: str, told: str) -> None:
+    assert str(parse_remote_url(url)) == told
+    assert "secret" not in repr(parse_remote_url(url))
+
+
+@pytest.mark.parametrize(
+    ("url", "why"),
+    [
+        ("/mnt/cache", "names no kind of store"),
+        ("mooncake://host", "no store 'mooncake'"),
+        ("s3://bucket/secret", "no store 's3'"),
+        ("file://host/mnt", "from the root"),
+        ("file:", "from the root"),
+        ("redis://", "names no host"),
+        ("redis://secret@h:99999", "is no URL"),
+        ("redis://:secret@h/x", "is a number"),
+        ("redis://:sec#ret@h", "'#'"),
+        ("redis://h?max_gb=1", "no option 'max_gb'"),
+        ("file:///mnt?max_gb=0", "above 0"),
+        ("file:///mnt?max_gb=nan", "above 0"),
+    ],
+)
+def test_urls_that_cannot_be_meant(url: str, why: str) -> None:
+    with pytest.raises(ValueError, match=why) as error:
+        parse_remote_url(url)
+    assert "secret" not in str(error.value).replace("'s3'", "")
+
+
+def test_a_check_says_what_is_slow_and_what_is_wrong(tmp_path: Path, redis: RedisServer) -> None:
+    for url in (f"file://{tmp_path}?max_gb=1", redis.url):
+        found = check(parse_remote_url(url))
+        assert not found.problem
+        assert min(found.put_mb_s, found.get_mb_s, found.round_trip_s, found.look_up_s) > 0
+        assert found.notes
+    redis.stop()
+    start_s = time.monotonic()
+    assert "cannot be reached" in check(parse_remote_url(redis.url)).problem
+    assert time.monotonic() - start_s < 30
