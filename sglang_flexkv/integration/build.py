@@ -70,7 +70,9 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         identity.namespace,
         num_layers=layout.num_layers,
         single_rank=place.tp_size == 1,
-        metrics=Metrics(labels if server.exports_metrics() else None, engine.tier_names),
+        metrics=Metrics(
+            labels if server.exports_metrics() else None, engine.tier_names, remote=bool(engine.asked_tiers)
+        ),
     )
     atexit.register(linker.close)
     cache.attach(linker, config.write_policy, by_priority=server.evicts_by_priority())
@@ -104,7 +106,7 @@ def _identity(
 def _log(engine: KVTaskEngine, policy: WritePolicy) -> None:
     config, slot_bytes = engine.config, engine.slot_bytes
     lower = [
-        f"{name} tier {num_slots * slot_bytes / GIB:.2f} GiB through {moved_by}"
+        f"{name} tier {f'{num_slots * slot_bytes / GIB:.2f} GiB through ' if num_slots else ''}{moved_by}"
         for name, (num_slots, moved_by) in engine.describe_lower_tiers().items()
     ]
     logger.info(

@@ -8,6 +8,7 @@ What SGLang takes as agreed already (``load``, ``offload``) never depends on loc
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ _LEASED_SHARE_MAX = 0.5
 # A leaving node waits for its copy. Copies take milliseconds; this is for the day they do not.
 _WRITE_BACK_TIMEOUT_S = 30.0
 _FINISH_TIMEOUT_S = 120.0
+# Figures of the remote tier are told so often.
+_METRICS_EVERY_S = 1.0
 
 
 @dataclass
@@ -81,7 +84,10 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._page = engine.config.tokens_per_block
         self.page_hashes = PageHashes(self._page, namespace)
         self.load_or_recompute = LoadOrRecompute(
-            config.load_policy, block_bytes=engine.slot_bytes, tokens_per_block=self._page
+            config.load_policy,
+            block_bytes=engine.slot_bytes,
+            tokens_per_block=self._page,
+            loaded_before=engine.asked_tiers,
         )
         self.states = RequestStates(engine.unpin, _LEASED_SHARE_MAX * engine.config.num_cpu_blocks)
         self._next_batch: dict[str, _Load] = {}  # of the requests admitted so far, in the order of admission
@@ -89,6 +95,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._offloads: deque[KVTask] = deque()
         # Nodes that left the device, and whose slots no stream has been told to leave alone yet.
         self._write_backs: list[tuple[_core.LayerGate, KVTask]] = []
+        self._told_metrics_s = 0.0
         self._closed = False
         self._summary = "in what state is not known"
 
@@ -109,7 +116,7 @@ class FlexKVLinker(UnifiedCacheLinker):
 
     def find_and_pin(self, rid: str, keys: BlockKeys) -> int:
         """Pins the leading blocks that are held until they are loaded or let go. Returns how many should be
-        loaded."""
+        loaded by the request's forward."""
         self.states.end_lease(rid)
         state = self.states.of(rid)
         if state.gave_up:
@@ -120,12 +127,13 @@ class FlexKVLinker(UnifiedCacheLinker):
         # Asked for only where it matters: this runs at every attempt to match a waiting prompt.
         queued_bytes = self.engine.queued_read_bytes() if num_cpu_blocks < len(held) else {}
         prompt = Prompt(held, state.device_tokens, state.total_tokens, queued_bytes)
-        state.found = Lookup(keys, held, self.load_or_recompute.blocks_to_load(prompt))
+        num_to_load = self.load_or_recompute.blocks_to_load(prompt)
+        state.found = Lookup(keys, held, num_to_load, self.engine.asked_tiers)
         if state.found.num_to_load:
             self.states.add_lease(rid, lease, num_cpu_blocks)
         elif len(held):
             self.engine.unpin(lease)
-        return state.found.num_to_load
+        return state.found.num_for_forward
 
     def forget_lookup(self, rid: str) -> None:
         """A request looks again; what it found before does not count."""
@@ -147,6 +155,25 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.engine.poll()
         self.metrics.spill_dropped(self.engine.num_spill_dropped_blocks)
         self.states.end_old_leases()
+        now_s = time.monotonic()
+        if self.metrics.wants_remote and now_s - self._told_metrics_s >= _METRICS_EVERY_S:
+            self._told_metrics_s = now_s
+            self.metrics.remote(self._remote_figures())
+
+    def _remote_figures(self) -> dict[str, float]:
+        stats = self.engine.stats()
+        (number,) = self.engine.asked_tiers
+        name = self.engine.tier_names[number]
+        loads, stores = stats[f"{name}2H"], stats[f"H2{name}"]
+        return {
+            **stats[name],
+            "loaded_bytes": loads["bytes"],
+            "loading_s": loads["busy_s"],
+            "missing_blocks": loads["missing_blocks"],
+            "corrupt_blocks": loads["corrupt_blocks"],
+            "stored_bytes": stores["bytes"],
+            "storing_s": stores["busy_s"],
+        }
 
     # ---- load: CPU -> device, layer by layer under the forward ----
 

@@ -3,6 +3,10 @@
 Such a request waits for a read of its own, or joins one that somebody else has begun, or both. Who waits, and
 for how long, is decided here, by all ranks together (``ranks``). What a request reads under its own forward
 is in ``linker``: nobody waits for that in the queue.
+
+Of a tier that is asked (a store that other servers write as well) it is not known what it has: what is
+missing at the end of a prompt is asked for when the request comes, and what is found is brought as soon as
+the answer is there. The wait is for both.
 """
 
 from __future__ import annotations
@@ -11,13 +15,17 @@ import math
 import time
 from dataclasses import dataclass
 
+import numpy as np
+
+from sglang_flexkv.cache.load_or_recompute import Prompt
 from sglang_flexkv.common.block import BlockKeys
 from sglang_flexkv.common.config import PrefetchPolicy
+from sglang_flexkv.common.lower_tier import Question
 from sglang_flexkv.integration.compat.scheduler import SchedulerView
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.ranks import Ranks
 from sglang_flexkv.integration.request_state import RequestState
-from sglang_flexkv.kvtask import KVTask, TaskStatus
+from sglang_flexkv.kvtask import Fetch, TaskStatus
 
 # Times that one request waits for reads from lower tiers. Two or three bring all of a prompt, each what the
 # one before left; it takes more if blocks are evicted again meanwhile, which must not go on for ever.
@@ -28,14 +36,24 @@ _WAITS_MAX = 8
 class Wait:
     """One request's wait for reads from lower tiers."""
 
-    own: KVTask | None  # its own read; None: this rank has nothing to bring
-    joined: KVTask | None  # somebody else's, which brings what comes next
+    own: Fetch | None  # its own read; None: this rank has nothing to bring
+    joined: Fetch | None  # somebody else's, which brings what comes next
     keys: BlockKeys  # of all that the request asked for
     deadline_s: float | None = None  # set when the request's turn comes
+    question: Question | None = None  # to the tier that is asked, about what follows `asked_from`
+    asked_from: int = 0  # block of `keys`
+    asked: Fetch | None = None  # what the answer made worth bringing
+    num_ended: int = 0  # tasks of `own` and `asked`, as far as somebody has looked
 
     @property
     def is_done(self) -> bool:
-        return all(read is None or read.ended for read in (self.own, self.joined))
+        return self.question is None and all(
+            read is None or read.ended for read in (self.own, self.joined, self.asked)
+        )
+
+    @property
+    def own_reads(self) -> list[Fetch]:
+        return [read for read in (self.own, self.asked) if read is not None]
 
     @property
     def is_late(self) -> bool:
@@ -52,6 +70,7 @@ class Prefetches:
         self._ranks = ranks
         self._scheduler = scheduler
         self._page = linker.engine.config.tokens_per_block
+        self._asks = bool(self._engine.asked_tiers)
         self.waits: dict[str, Wait] = {}  # by the requests that wait
 
     def enter(self, rid: str) -> None:
@@ -59,21 +78,30 @@ class Prefetches:
         if not self._engine.has_lower_tiers:
             return
         scheduler = self._scheduler
-        if scheduler.next_is_free and not scheduler.runs_something:
-            return  # its turn comes at once, and its load reads under the forward
+        its_turn = scheduler.next_is_free and not scheduler.runs_something
+        if its_turn and not self._asks:
+            return  # its load reads under the forward
         state = self._linker.states.known(rid)
-        num_lower_blocks = state.found.num_lower_blocks
-        if scheduler.next_is_free and self._hides_its_reads(state):
-            num_lower_blocks = 0
+        num_blocks = state.found.num_lower_blocks
+        if its_turn or (scheduler.next_is_free and self._hides_its_reads(state)):
+            num_blocks = state.found.num_asked_blocks
+        num_blocks += self._num_to_ask(state)
         # Whether to wait is decided by all ranks together; which blocks to bring, by each for itself.
-        if self._ranks.any_would_wait(num_lower_blocks):
+        if self._ranks.any_would_wait(num_blocks):
             self._start(rid)
+
+    def tick(self) -> None:
+        """Called at each step of the scheduler: answers are taken in, whoever's turn it is."""
+        if not self._asks:
+            return
+        for rid, wait in self.waits.items():
+            self._go_on(rid, wait)
 
     def may_run(self, rid: str) -> bool:
         """Whether a request whose turn has come may be scheduled. Same answer on every rank."""
         waited = self.waits.get(rid)
         if waited is not None:
-            if not self._ranks.all_may_go_on(self._is_over(waited)):
+            if not self._ranks.all_may_go_on(self._is_over(rid, waited)):
                 return False
             self._end(rid, waited)
         elif not self._ranks.reads_may_run:
@@ -100,8 +128,8 @@ class Prefetches:
 
     # ---- one wait ----
 
-    def _start(self, rid: str, joined: KVTask | None = None, before: Wait | None = None) -> None:
-        """Starts to bring what the last lookup decided to load from lower tiers.
+    def _start(self, rid: str, joined: Fetch | None = None, before: Wait | None = None) -> None:
+        """Starts to bring what the last lookup decided to load from lower tiers, and asks for what follows.
 
         Args:
             joined: a read of somebody else that the request waits for as well.
@@ -115,11 +143,43 @@ class Prefetches:
         state.num_waits += 1
         if not state.num_brought:
             state.brought_from = state.device_tokens + found.num_cpu_blocks * self._page
-        self.waits[rid] = Wait(own, joined, found.keys, before.deadline_s if before is not None else None)
+        wait = Wait(own, joined, found.keys, before.deadline_s if before is not None else None)
+        if self._num_to_ask(state):
+            wait.asked_from = len(found.held)
+            wait.question = self._engine.ask(found.keys[wait.asked_from :])
+        self.waits[rid] = wait
+        self._go_on(rid, wait)
 
-    def _is_over(self, wait: Wait) -> bool:
+    def _go_on(self, rid: str, wait: Wait) -> None:
+        """Takes in what has come of a wait."""
+        question = wait.question
+        if question is not None and question.is_over:
+            wait.question = None
+            if question.num_found:
+                self._bring_answer(rid, wait, question)
+        num_ended = sum(read.num_ended for read in wait.own_reads) if self._asks else 0
+        if num_ended > wait.num_ended:  # what has come is kept, whatever becomes of the rest
+            wait.num_ended = num_ended
+            self._linker.find_and_pin(rid, wait.keys)
+
+    def _bring_answer(self, rid: str, wait: Wait, question: Question) -> None:
+        """Starts to bring what the tier that was asked has, as far as that is worth it."""
+        state, first = self._linker.states.of(rid), wait.asked_from
+        num_found = self._engine.learn(question, wait.keys[first - 1] if first else None)
+        (tier,) = self._engine.asked_tiers
+        tiers = np.concatenate([state.found.held[:first], np.full(num_found, tier, np.uint8)])
+        if len(tiers) < first + num_found:  # something of what was held before it has gone meanwhile
+            return
+        queued_bytes = self._engine.queued_read_bytes()
+        num_to_load = self._costs.blocks_to_load(
+            Prompt(tiers, state.device_tokens, state.total_tokens, queued_bytes)
+        )
+        wait.asked = self._engine.start_prefetch(wait.keys[first:num_to_load])
+
+    def _is_over(self, rid: str, wait: Wait) -> bool:
         """Whether a request stops waiting: all is there, or it has let others pass for long enough."""
         self._engine.poll()
+        self._go_on(rid, wait)
         if wait.deadline_s is None:
             wait.deadline_s = (
                 time.monotonic()
@@ -134,10 +194,9 @@ class Prefetches:
     def _end(self, rid: str, wait: Wait) -> None:
         """Keeps what has arrived pinned for the request."""
         del self.waits[rid]
-        if wait.own is not None:
-            if wait.own.status is TaskStatus.COMPLETED and wait.own.plan is not None:
-                self._linker.states.of(rid).num_brought += wait.own.plan.num_lower_blocks
-            self._engine.forget(wait.own)
+        for read in wait.own_reads:
+            self._linker.states.of(rid).num_brought += read.num_brought
+            self._engine.forget_fetch(read)
         self._linker.find_and_pin(rid, wait.keys)
 
     # ---- whether to wait ----
@@ -151,7 +210,7 @@ class Prefetches:
         if self._may_wait(state, before):
             joined = self._read_to_join(state)
             after_another = before is not None and before.joined is not None
-            left = after_another and self._would_hold_up_others(state)
+            left = after_another and (self._would_hold_up_others(state) or self._num_to_ask(state) > 0)
         waits = self._ranks.any_waits_again(joined is not None or left, self._engine.num_reads)
         if waits:
             self._start(rid, joined, before)
@@ -165,7 +224,7 @@ class Prefetches:
             and not (before is not None and before.is_late)
         )
 
-    def _read_to_join(self, state: RequestState) -> KVTask | None:
+    def _read_to_join(self, state: RequestState) -> Fetch | None:
         """Somebody else's read that brings what the request should load next, if waiting for it beats
         computing. Until it has ended no lookup finds these blocks."""
         found = state.found
@@ -178,12 +237,13 @@ class Prefetches:
                 return read if self._is_worth_waiting(state, first, read) else None
         return None
 
-    def _is_worth_waiting(self, state: RequestState, first: int, read: KVTask) -> bool:
+    def _is_worth_waiting(self, state: RequestState, first: int, read: Fetch) -> bool:
         """Whether to wait for a read that brings the block ``first`` of a prompt, and more behind it."""
         reached = self._engine.match(state.found.keys).num_blocks  # with what is being read
         num_bytes = self._engine.queued_read_bytes()
-        if read.status is TaskStatus.READY and read.plan is not None:
-            num_bytes += self._engine.bytes_by_tier(read.plan.tiers)
+        for task in read.tasks:
+            if task.status is TaskStatus.READY and task.plan is not None:
+                num_bytes += self._engine.bytes_by_tier(task.plan.tiers)
         return self._costs.is_worth_waiting(
             num_bytes,
             state.device_tokens + first * self._page,
@@ -191,8 +251,31 @@ class Prefetches:
             state.total_tokens,
         )
 
+    def _num_to_ask(self, state: RequestState) -> int:
+        """Blocks behind those that are held that are worth asking for: to have them brought would take less
+        time than to compute them, as far as is known."""
+        found = state.found
+        missing = len(found.keys) - len(found.held)
+        if not self._asks or state.gave_up or not missing or found.num_to_load < len(found.held):
+            return 0
+        if not self._engine.can_ask:
+            return 0
+        first = len(found.held)
+        if self._engine.find_read(found.keys[first]) is not None:  # somebody brings it
+            return 0
+        (tier,) = self._engine.asked_tiers
+        num_bytes = self._engine.queued_read_bytes()
+        num_bytes[tier] += missing * self._engine.slot_bytes
+        start = state.device_tokens + first * self._page
+        worth = self._costs.is_worth_waiting(
+            num_bytes, start, start + missing * self._page, state.total_tokens
+        )
+        return missing if worth else 0
+
     def _would_hold_up_others(self, state: RequestState) -> bool:
-        """Whether a request would read in its forward while others have to wait for that."""
+        """Whether a request should not read in its forward, as others would have to wait for that."""
+        if state.found.num_asked_blocks:
+            return True  # in no forward at all
         return (
             state.found.num_lower_blocks > 0
             and self._scheduler.runs_something

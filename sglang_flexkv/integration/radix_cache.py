@@ -322,6 +322,8 @@ class FlexKVRadixCache(TreeCache):
             super().check_hicache_events()
         if self.linker is not None:
             self.linker.cache_linker.tick()
+        if self.prefetches is not None:
+            self.prefetches.tick()
 
     # ---- a batch runs ----
 

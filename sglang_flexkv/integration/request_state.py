@@ -23,6 +23,7 @@ class Lookup:
     keys: BlockKeys  # of everything it asked for
     held: TierNumbers  # of each leading block that is held the tier that it would come from
     num_to_load: int  # of these
+    asked_tiers: frozenset[int] = frozenset()  # from which no forward loads: see LowerTier.is_asked
 
     @property
     def num_cpu_blocks(self) -> int:
@@ -34,6 +35,20 @@ class Lookup:
     def num_lower_blocks(self) -> int:
         """Blocks to load that come from below the CPU tier."""
         return int(np.count_nonzero(self.to_load != CPU))
+
+    @property
+    def num_for_forward(self) -> int:
+        """Leading blocks to load that a forward may load as they are."""
+        return self.num_to_load if not self.asked_tiers else self._first_asked()
+
+    @property
+    def num_asked_blocks(self) -> int:
+        """Blocks to load that have to come to the CPU tier first."""
+        return int(np.isin(self.to_load, list(self.asked_tiers)).sum()) if self.asked_tiers else 0
+
+    def _first_asked(self) -> int:
+        asked = np.flatnonzero(np.isin(self.to_load, list(self.asked_tiers)))
+        return int(asked[0]) if len(asked) else self.num_to_load
 
     @property
     def to_load(self) -> TierNumbers:

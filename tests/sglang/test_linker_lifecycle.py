@@ -73,8 +73,9 @@ def test_a_flush_while_a_request_waits_for_ssd_leaves_no_task(make_rig: MakeRig,
     invalidate_cpu_tier(rig)
     req = rig.request(sequence(1))
     prefetch(rig, req)
-    task = rig.cache.prefetches.waits[name_of(req)].own
-    assert task is not None
+    fetch = rig.cache.prefetches.waits[name_of(req)].own
+    assert fetch is not None
+    (task,) = fetch.tasks
     rig.cache.reset()
     rig.allocator.clear()
     # A flush does not wait for the disk; what the read brings is thrown away.

@@ -29,6 +29,7 @@ from sglang_flexkv import _core
 from sglang_flexkv.common.block import keys_from_page_hashes
 from sglang_flexkv.common.config import LoadPolicy, PrefetchPolicy
 from sglang_flexkv.integration.compat.requests import name_of
+from sglang_flexkv.kvtask import Fetch
 
 
 @pytest.mark.parametrize("in_memory", [0, 1], ids=lambda n: f"{n}_pages_in_memory")
@@ -235,7 +236,7 @@ def test_nobody_waits_for_others_for_ever(make_rig: MakeRig, tmp_path: Path) -> 
     rig.engine.forget(ended)
     rig.cache.ranks.reads_may_run = True
     with (
-        mock.patch.object(rig.cache.prefetches, "_read_to_join", return_value=ended),
+        mock.patch.object(rig.cache.prefetches, "_read_to_join", return_value=Fetch([ended])),
         mock.patch.object(rig.engine, "start_prefetch", return_value=None),
     ):
         turns = [may_run(rig, req) for _ in range(20)]

@@ -165,6 +165,7 @@ class Rig:
     Args:
         parts: the cache, its allocator and its request pool.
         ssd_dir: where the SSD tier lives; none: no SSD tier.
+        remote: URL of a remote store; none: no remote tier.
         single_rank: as the linker's; False makes it behave as one of several ranks.
     """
 
@@ -181,6 +182,9 @@ class Rig:
         load_policy: LoadPolicy = LoadPolicy.AUTO,
         disk: _core.Disk | None = None,
         by_priority: bool = False,
+        remote: str | None = None,
+        remote_timeout_s: float = TIMEOUT_S,
+        prefetch_timeout_s: float = 3.0,
     ) -> None:
         self.cache, self.allocator, self.requests = parts
         self.pool = self.allocator.get_kvcache()
@@ -202,6 +206,8 @@ class Rig:
                 num_ssd_blocks=num_cpu_blocks if ssd_dir is not None else 0,
                 ssd_cache_dir=(ssd_dir,) if ssd_dir is not None else (),
                 copy_threads=copy_threads,
+                remote=remote,
+                remote_timeout_s=remote_timeout_s,
             ),
             device,
             namespace=namespace,
@@ -209,7 +215,12 @@ class Rig:
         )
         self.linker = FlexKVLinker(
             self.engine,
-            FlexKVConfig(write_policy=policy, prefetch_policy=prefetch_policy, load_policy=load_policy),
+            FlexKVConfig(
+                write_policy=policy,
+                prefetch_policy=prefetch_policy,
+                prefetch_timeout_s=prefetch_timeout_s,
+                load_policy=load_policy,
+            ),
             namespace,
             num_layers=self.pool.layer_num,
             single_rank=single_rank,

@@ -91,10 +91,10 @@ def forget_in_memory(rig: Rig, tokens: list[int], first_page: int) -> None:
     """The CPU tier loses the pages from this one on, which SSD holds as well."""
     invalidate_cpu_tier(rig)
     kept = keys_from_page_hashes(page_hashes(rig, tokens), rig.linker.namespace)[:first_page]
-    task = rig.engine.start_prefetch(kept)
-    if task is not None:
-        assert rig.engine.wait([task], TIMEOUT_S)
-        rig.engine.forget(task)
+    fetch = rig.engine.start_prefetch(kept)
+    if fetch is not None:
+        assert rig.engine.wait(fetch.tasks, TIMEOUT_S)
+        rig.engine.forget_fetch(fetch)
 
 
 def store_on_ssd_alone(rig: Rig, tokens: list[int]) -> None:

@@ -1,0 +1,108 @@
+"""Two real servers that share a store: what the first computed the second does not compute, also when the
+first is gone; and nobody notices when the store goes."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from answers import ASK, differing, rounding
+from forked_server import ForkedServer
+from redis_server import RedisServer
+from server import SGLangServer
+from workload import conversations
+
+ROOT = Path(__file__).parents[2]
+NEW_TOKENS = 6
+MODEL = ROOT / "models" / "tiny-gqa"
+PROMPTS = [turn.tokens for turn in conversations(6, 2, seed=3)][-6:]
+OTHERS = [turn.tokens for turn in conversations(6, 2, seed=4)][-6:]
+PATIENCE_S = 120.0
+
+
+def answers(server: SGLangServer, prompts: list[list[int]] = PROMPTS) -> list[dict[str, Any]]:
+    return [server.generate(prompt, NEW_TOKENS, **ASK) for prompt in prompts]
+
+
+def from_storage(answer: dict[str, Any]) -> int:
+    return (answer["meta_info"].get("cached_tokens_details") or {}).get("storage", 0)
+
+
+def figure(server: SGLangServer, name: str) -> float:
+    return sum(sample.value for sample in server.metrics() if sample.name == f"flexkv_remote_{name}")
+
+
+def until(condition: Any, what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.1)
+
+
+class Directory:
+    def __init__(self, directory: Path) -> None:
+        (directory / "store").mkdir()
+        self.url = f"file://{directory}/store?max_gb=1"
+
+    def stop(self) -> None:
+        pass
+
+
+@pytest.fixture(params=[Directory, RedisServer], ids=["directory", "redis"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Directory | RedisServer]:
+    made = request.param(tmp_path)
+    yield made
+    made.stop()
+
+
+def start(store: Directory | RedisServer, log: Path) -> SGLangServer:
+    flags = {"enable-flexkv": True, "enable-metrics": True, "max-total-tokens": 4096, "log-level": "info"}
+    env = {"FLEXKV_REMOTE": store.url, "FLEXKV_CPU_CACHE_GB": "0.1"}
+    return ForkedServer(MODEL, flags, env=env, log_path=log)
+
+
+def test_a_second_server_finds_what_the_first_computed(
+    store: Directory | RedisServer, tmp_path: Path
+) -> None:
+    apart = rounding(MODEL)
+    with start(store, tmp_path / "first.log") as first:
+        expected = answers(first)
+        until(lambda: figure(first, "stored_bytes_total") > 0, "nothing is stored")
+    # It is gone, and what it had in memory with it. Its stop has let what waited be stored.
+    with start(store, tmp_path / "second.log") as second:
+        got = answers(second)
+        assert from_storage(got[0]) >= len(PROMPTS[0]) - 16, got[0]["meta_info"]
+        assert sum(map(from_storage, got)) > 0.5 * sum(map(len, PROMPTS))
+        assert not differing(got, expected, apart)
+        assert figure(second, "online") == 1
+        if isinstance(store, RedisServer):
+            check_that_nobody_notices_when_it_goes(second, store, expected, apart)
+
+
+def check_that_nobody_notices_when_it_goes(
+    server: SGLangServer, store: RedisServer, expected: list[dict[str, Any]], apart: Any
+) -> None:
+    """It stands still, goes on, is killed, and comes back empty. Every request is answered as before."""
+    store.send(signal.SIGSTOP)
+    answers(server, OTHERS)
+    assert not differing(answers(server), expected, apart)
+    until(lambda: figure(server, "online") == 0, "a store that stands still is still asked")
+    assert not differing(answers(server), expected, apart)
+    store.send(signal.SIGCONT)
+    until(lambda: figure(server, "online") == 1, "the store does not come back")
+    store.stop()
+    new = (rng.sample(OTHERS[0], 80) for rng in map(random.Random, itertools.count()))
+    until(
+        lambda: server.generate(next(new), 1) and figure(server, "online") == 0,
+        "a dead store is still asked",
+    )
+    assert not differing(answers(server), expected, apart)
+    store.start()
+    until(lambda: figure(server, "online") == 1, "the store does not come back")
+    assert not differing(answers(server), expected, apart)
