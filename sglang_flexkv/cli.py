@@ -1,5 +1,5 @@
 """The command ``sglang-flexkv``: shows whether ``--enable-flexkv`` works here, installs the monkey-patch,
-looks after the SSD tier's files, and replays traces (``cli_replay``).
+looks after the SSD tier's files and remote stores, and replays traces (``cli_replay``).
 
 Prints and asks only; what is looked at and written is in ``integration`` and ``storage``.
 """
@@ -37,6 +37,8 @@ app = typer.Typer(
 )
 ssd_app = typer.Typer(help="Looks after the files of the SSD tier, without a server.", no_args_is_help=True)
 app.add_typer(ssd_app, name="ssd")
+remote_app = typer.Typer(help="Looks after remote stores, without a server.", no_args_is_help=True)
+app.add_typer(remote_app, name="remote")
 for _command in (cli_replay.replay, cli_replay.plan, cli_replay.generate_trace):
     app.command()(_command)
 
@@ -170,6 +172,49 @@ def ssd_clear(
             size = _gib(sum(each.disk_bytes for each in found))
             typer.confirm(f"Remove these files ({size})?", abort=True)
         say(f"[green]removed, {_gib(ssd_tools.clear(found))} freed[/green]")
+
+
+@remote_app.command("check")
+def remote_check(
+    url: Annotated[
+        str, typer.Argument(metavar="[URL]", help="As the setting remote; without it, that setting's own.")
+    ] = "",
+    config_file: Annotated[
+        str, typer.Option("--flexkv-config-file", help="Where the setting is, if it is not FLEXKV_REMOTE.")
+    ] = "",
+) -> None:
+    """Try a store: reach it, store, look up, load, compare (exit code 1 if a server could not use it)."""
+    with errors():
+        from sglang_flexkv.common.config import FlexKVConfig
+        from sglang_flexkv.common.errors import ConfigError
+        from sglang_flexkv.common.remote_url import parse_remote_url
+        from sglang_flexkv.storage.remote.check import check
+
+        try:
+            named = parse_remote_url(url) if url else FlexKVConfig.load(config_file or None).remote
+        except ValueError as error:
+            raise ConfigError(str(error) if not url else f"URL {error}") from None
+        if named is None:
+            raise ConfigError("no store is named: give its URL, or set FLEXKV_REMOTE")
+        if url and named.has_credentials:
+            raise ConfigError(
+                "a URL with credentials can be read by every user of this machine while the command runs; "
+                "set FLEXKV_REMOTE to it and leave the argument out"
+            )
+        found = check(named)
+        say(f"[bold]{escape(found.store)}[/bold]")
+        for note in found.notes:
+            say(f"  {escape(note)}")
+        if found.get_mb_s:
+            speeds = f"stores {found.put_mb_s:.0f} MB/s, loads {found.get_mb_s:.0f} MB/s"
+            say(f"  {speeds} (one thread, values of 2 MiB)")
+        if found.look_up_s:
+            absent = f"to a prompt of 2,048 blocks that it lacks in {found.look_up_s * 1e3:.2f} ms"
+            say(f"  answers in {found.round_trip_s * 1e3:.2f} ms; {absent}")
+        if found.problem:
+            say(f"[red]{escape(found.problem)}[/red]")
+            raise typer.Exit(1)
+        say("[green]A server can use it.[/green]")
 
 
 def _print_inspection(i: Inspection) -> None:
