@@ -21,7 +21,10 @@ class AdaptivePolicy final : public EvictionPolicy {
  public:
   AdaptivePolicy(uint32_t capacity, const BlockTraits& traits);
 
-  void Reserve(size_t count, bool populate) override { blocks_.Reserve(count, populate); }
+  void Reserve(size_t count, bool populate) override {
+    blocks_.Reserve(count, populate);
+    leaves_[0].leaves.Reserve(count);  // most requests are of no importance
+  }
   void Tick() override;
   void Store(uint32_t first, uint32_t count, const BlockKey* keys, bool staging) override;
   void Touch(uint32_t first, uint32_t count, bool use) override;
@@ -42,10 +45,20 @@ class AdaptivePolicy final : public EvictionPolicy {
   std::string Check(const std::vector<bool>& evictable) const override;
 
  private:
+  // All that is looked at of a victim lies side by side.
   struct Block {
-    ReuseModel::Past past;
-    uint32_t place;  // among the leaves of its importance, counted from kFirstPlace; or one of these:
+    ReuseModel::Standing standing;
+    uint8_t uses;
+    uint8_t importance;  // of a leaf: where it is among the others
+    uint32_t place;      // among the leaves of its importance, counted from kFirstPlace; or one of these:
+
+    ReuseModel::Past past() const { return {standing, uses}; }
+    void set_past(const ReuseModel::Past& past) {
+      standing = past.standing;
+      uses = past.uses;
+    }
   };
+  static_assert(sizeof(Block) == 12);
   static constexpr uint32_t kAbsent = 0, kHeld = 1, kFirstPlace = 2;
   // What is drawn: a leaf with all that its worth depends on, so that a draw reads nothing else.
   struct Leaf {
@@ -57,19 +70,21 @@ class AdaptivePolicy final : public EvictionPolicy {
     uint32_t count = 0;
   };
   struct Candidate {
-    Leaf leaf;
-    float worth;
+    uint64_t order;  // by ReuseModel: the lower goes first
+    uint32_t id;
   };
-  // A draw takes leaves that lie side by side, which are read together, at several places, because those
-  // that lie side by side came at about the same time. Its best are candidates; when half of them
-  // have gone there is another draw.
-  static constexpr uint32_t kSideBySide = 8, kPlaces = 8, kCandidates = 16;
+  // A draw takes leaves that lie side by side, a cache line of them, at several places, because those
+  // that lie side by side came at about the same time. Its best go after those of the draw before; when
+  // half of them are left there is another. So it is known some time before who goes, and what it takes
+  // is on its way from memory by then: that is what evicting many costs.
+  static constexpr uint32_t kSideBySide = 64 / sizeof(Leaf), kPlaces = 8;
+  static constexpr uint32_t kChosen = 16, kDrawAgain = kChosen / 2;
+  static constexpr uint32_t kCandidates = 32;  // with leaves that came about since they were chosen
+  // Of those that move because others go so many are fetched ahead.
+  static constexpr uint32_t kMovesAhead = 4;
 
-  bool Precedes(const Candidate& one, const Candidate& other) const {
-    return one.worth != other.worth ? one.worth < other.worth
-                                    : model_.Older(one.leaf.standing, other.leaf.standing);
-  }
   void Draw(const Leaves& of);
+  void ChoosePlaces(const Leaves& of);
   void Consider(const Leaf& leaf, bool before_equals);
   void Forget(uint32_t id);
   uint32_t Random(uint32_t below);
@@ -84,6 +99,11 @@ class AdaptivePolicy final : public EvictionPolicy {
   // The best of what was drawn in this call, the next victim last. All of one importance.
   std::array<Candidate, kCandidates> candidates_;
   uint32_t num_candidates_ = 0;
+  // Where the next draw of this call takes its leaves, in units of kSideBySide; if it was said already.
+  std::array<uint32_t, kPlaces> places_;
+  bool places_chosen_ = false;
+  // What the draws of this call after the first choose: what would have been among the best of the first.
+  uint64_t limit_ = UINT64_MAX;
   size_t importance_ = 0;
 };
 

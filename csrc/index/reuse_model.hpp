@@ -60,8 +60,12 @@ class ReuseModel {
   void Leave(const BlockKey& key, const Past& past);
 
   float Worth(const Standing& block) const { return worth_[block.kind][CellOf(AgeOf(block.last))]; }
-  // Whether one of them was used longer ago than the other.
-  bool Older(const Standing& one, const Standing& other) const { return AgeOf(one.last) > AgeOf(other.last); }
+  // Of two blocks the lower should go first: the one of less worth (which is above zero, so its bits
+  // have its order), of equals the one used longer ago.
+  uint64_t Order(const Standing& block) const {
+    const uint32_t age = AgeOf(block.last);
+    return uint64_t{std::bit_cast<uint32_t>(worth_[block.kind][CellOf(age)])} << 32 | (kTimeMask - age);
+  }
 
   bool Remembers(const BlockKey& key) const { return FindGhost(key) != nullptr; }
   void Prefetch(const BlockKey& key) const { __builtin_prefetch(&ghosts_[SetOfKey(key, ghosts_.size())]); }
