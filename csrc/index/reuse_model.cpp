@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <tuple>
 
 namespace flexkv {
@@ -16,6 +17,10 @@ constexpr double kPriorBlocks = 20;
 constexpr double kPriorReuse = 0.9;
 // What all blocks together did, as if so many of each class had done it.
 constexpr double kPooledBlocks = 100;
+// How much of a worth is in doubt, as the logarithm of a factor: per square of the evidence that a window has
+// more than there is, in parts of what there is; and at most.
+constexpr double kDoubt = 0.04;
+constexpr double kDoubtMax = 0.8;
 // Neighbouring cells know about each other: times that a cell gets a quarter of each neighbour. Two
 // blocks in three are counted within half an octave then.
 constexpr int kSmoothing = 12;
@@ -81,6 +86,32 @@ void ReuseModel::Leave(const BlockKey& key, const Past& past) {
   any_ghost_ = true;
 }
 
+ReuseModel::Histogram ReuseModel::Worths(Histogram hits, double blocks) const {
+  blocks = std::max(blocks, std::accumulate(hits.begin(), hits.end(), 0.0));
+  Smooth(&hits);
+  // Points of a curve, one per end of a cell: time that a block takes up if it stays till then or its
+  // next use (x), and the hits of that (y). What is best from a point on is the steepest line to a
+  // later point: an edge of the curve's upper hull, which is built from the end.
+  double x[kCells + 1], y[kCells + 1];
+  int hull[kCells + 1];
+  x[0] = y[0] = 0;
+  for (int cell = 0; cell < kCells; ++cell) {
+    const double width = cell_begin_[cell + 1] - cell_begin_[cell];
+    y[cell + 1] = y[cell] + hits[cell];
+    x[cell + 1] = x[cell] + width * std::max(blocks - y[cell] - hits[cell] / 2, 1e-9);
+  }
+  auto slope = [&](int from, int to) { return (y[to] - y[from]) / (x[to] - x[from]); };
+  Histogram worths;
+  int top = 0;
+  hull[0] = kCells;
+  for (int cell = kCells; cell-- > 0;) {
+    while (top > 0 && slope(cell, hull[top]) <= slope(hull[top], hull[top - 1])) --top;
+    worths[cell] = slope(cell, hull[top]);
+    hull[++top] = cell;
+  }
+  return worths;
+}
+
 void ReuseModel::Refresh() {
   constexpr double kPriorPerCell = kPriorBlocks * kPriorReuse / kCells;
   Histogram pooled;
@@ -90,34 +121,22 @@ void ReuseModel::Refresh() {
     pooled_entered += entered_[kind];
     for (int cell = 0; cell < kCells; ++cell) pooled[cell] += reused_[kind][cell];
   }
+  // Worths are moved, by the factor that is in doubt at most, to where recency alone decides: one curve
+  // for all classes, which does not rise with age.
+  const double missing = std::max(0.0, window_ / pooled_entered - 1);
+  const double factor = std::exp(std::min(kDoubtMax, kDoubt * missing * missing));
+  Histogram recency = Worths(pooled, pooled_entered);
+  for (int cell = 1; cell < kCells; ++cell) {
+    recency[cell] = std::clamp(recency[cell - 1], recency[cell] / factor, recency[cell] * factor);
+  }
   const double decay = std::exp(-1 / kRefreshes);
   for (int kind = 0; kind < kClasses; ++kind) {
     Histogram hits = reused_[kind];
-    double all_hits = 0;
+    for (int cell = 0; cell < kCells; ++cell) hits[cell] += kPooledBlocks * pooled[cell] / pooled_entered;
+    const Histogram worths = Worths(hits, entered_[kind] + kPooledBlocks);
     for (int cell = 0; cell < kCells; ++cell) {
-      hits[cell] += kPooledBlocks * pooled[cell] / pooled_entered;
-      all_hits += hits[cell];
-    }
-    Smooth(&hits);
-    // Points of a curve, one per end of a cell: time that a block of the class takes up if it stays till
-    // then or its next use (x), and the hits of that (y). What is best from a point on is the steepest line
-    // to a later point: an edge of the curve's upper hull, which is built from the end.
-    double x[kCells + 1], y[kCells + 1];
-    int hull[kCells + 1];
-    x[0] = y[0] = 0;
-    const double blocks = std::max(entered_[kind] + kPooledBlocks, all_hits);
-    for (int cell = 0; cell < kCells; ++cell) {
-      const double width = cell_begin_[cell + 1] - cell_begin_[cell];
-      y[cell + 1] = y[cell] + hits[cell];
-      x[cell + 1] = x[cell] + width * std::max(blocks - y[cell] - hits[cell] / 2, 1e-9);
-    }
-    auto slope = [&](int from, int to) { return (y[to] - y[from]) / (x[to] - x[from]); };
-    int top = 0;
-    hull[0] = kCells;
-    for (int cell = kCells; cell-- > 0;) {
-      while (top > 0 && slope(cell, hull[top]) <= slope(hull[top], hull[top - 1])) --top;
-      worth_[kind][cell] = static_cast<float>(slope(cell, hull[top]));
-      hull[++top] = cell;
+      worth_[kind][cell] =
+          static_cast<float>(std::clamp(recency[cell], worths[cell] / factor, worths[cell] * factor));
     }
     entered_[kind] *= decay;
     for (double& count : reused_[kind]) count *= decay;

@@ -6,7 +6,8 @@
 // the tier for that. The odds come from histograms of the age at which blocks were used again, one
 // per class of how often they were used before, and they count what was used again after it had
 // left, or was never let in, too (a bounded table of ghosts remembers it). Without evidence the
-// odds fall with age: then it is LRU.
+// odds fall with age: then it is LRU, and little evidence moves worths away from that only as far as
+// it is beyond doubt.
 //
 // The clock counts blocks that were used or came, so nothing depends on the speed of the machine.
 // docs/eviction.md has the formula, the constants and the measurements.
@@ -131,6 +132,8 @@ class ReuseModel {
     return past;
   }
   void CountReuse(const Standing& block) { reused_[block.kind][CellOf(AgeOf(block.last))] += 1; }
+  // Worths by age, of blocks `hits` of which were used again at what age.
+  Histogram Worths(Histogram hits, double blocks) const;
   void Refresh();
 
   const double window_;  // ticks that evidence lasts
