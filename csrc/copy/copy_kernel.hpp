@@ -1,21 +1,17 @@
 // The copy kernel's text: one for nvcc, which makes the GPU's code of it, and for a C++ compiler, which
 // makes the tests' code of it. What a test proves about the places of bytes holds on the GPU, too.
 //
-// The kernel moves one group of neighbouring layers of many blocks, between the device pool's rows and slots, where
-// the group is one run of bytes per block. Slots are in pinned memory of the host, or in a buffer on the device.
-// What is contiguous on both sides is a run: one buffer of one layer of a block where the rows follow one another,
-// else one row. A team of neighbouring threads, as many as the run has use for and 32 at most, finds out where the
-// run is, once, and copies it in units of 16, 8, 4 or 1 bytes, the widest that every address and size of the pool is
-// a multiple of.
+// The kernel moves one group of neighbouring layers of many blocks between the device pool's rows and a buffer on the
+// device, where the group of each block is one run of bytes, one block after the other. Copy engines move those runs
+// between the buffer and the host. What is contiguous on both sides is a run of the kernel's: one buffer of one layer of
+// a block where the rows follow one another, else one row. A team of neighbouring threads, as many as the run has use
+// for and 32 at most, finds out where the run is, once, and copies it in units of 16, 8, 4 or 1 bytes, the widest that
+// every address and size of the pool is a multiple of.
 //
-// How many bytes are in flight decides the speed: a link of B bytes/s and a delay of T needs B * T of
-// them on their way. PCIe Gen5 x16 carries about 55 GB/s, and a GPU's read of host memory takes 1 to
-// 2 us, so 55 to 110 KB. A thread has kUnitsInFlight loads of 16 bytes out before it stores the first:
-// 8 KiB per CTA, 128 KiB in all of kCopyCtas.
-//
-// CTAs are small, because a GEMM or an attention that is there to stay leaves little of a processor: 128 threads of
-// 40 registers are a twelfth of one, all of them together take little more than one has. Loads and stores are of the
-// streaming kind: nothing is read twice, and what attention keeps in the caches is worth more.
+// Its launches are short and wide: a GEMM or an attention whose CTAs fill the GPU takes as long as the processor that
+// has the least time for it, so all of them give a little rather than few of them much. CTAs are small, as little of a
+// processor is left there: 128 threads of 40 registers are a twelfth of one. Loads and stores are of the streaming
+// kind: nothing is read twice, and what attention keeps in the caches is worth more.
 #pragma once
 
 #include <cstdint>
@@ -32,7 +28,7 @@
 namespace flexkv {
 
 constexpr uint32_t kCopyThreads = 128;          // of a CTA
-constexpr uint32_t kCopyCtas = 16;              // of a launch, at most
+constexpr uint32_t kCopyCtasOfProcessor = 4;    // of a launch, at most
 constexpr uint32_t kCopyCtasPerProcessor = 12;  // fit, which leaves a thread 40 registers
 constexpr uint32_t kUnitsInFlight = 4;          // loads of a thread before its first store
 constexpr uint32_t kTeamLog2Max = 5;
@@ -41,29 +37,28 @@ constexpr uint32_t kTeamLog2Max = 5;
 struct CopyBuffer {
   uint64_t base;  // address of row 0 on the device
   uint64_t row_stride;
-  uint64_t offset;     // where the block's rows start in a slot
+  uint64_t offset;     // where the block's rows start in a block
   uint64_t row_bytes;  // below 4 GiB
 };
 
 // The kernel's argument.
 struct CopyGroup {
   const CopyBuffer* buffers;  // of the group
-  const uint32_t* slots;      // slot of each block
-  const uint32_t* rows;       // first row of each block on the device; with listed_rows all of its rows
-  uint64_t base;              // address of slot 0, as the device sees it
-  uint64_t slot_bytes;
+  const uint32_t* rows;       // first row of each block in the pool; with listed_rows all of its rows
+  uint64_t base;      // where the first block would begin in the buffer if all of its layers were there
+  uint64_t stride;    // from one block to the next in the buffer
   uint32_t num_runs;  // of all blocks together, below 2^31
   uint32_t runs_per_block;
   uint32_t runs_per_buffer;  // of one block
   uint32_t rows_per_run;
   uint32_t listed_rows;  // rows listed per block; 0: the rows of each block follow one another
   uint32_t team_log2;    // threads of a team
-  uint32_t to_device;
+  uint32_t to_pool;
 };
 
 struct CopyRun {
-  uint64_t slot;
-  uint64_t device;
+  uint64_t buffer;
+  uint64_t pool;
   uint32_t bytes;
 };
 
@@ -75,11 +70,11 @@ FLEXKV_DEVICE CopyRun PlaceOfRun(const CopyGroup& group, uint32_t run) {
   const uint32_t row = in_block - of_buffer * group.runs_per_buffer;
   const CopyBuffer& buffer = group.buffers[of_buffer];
   const uint32_t bytes = static_cast<uint32_t>(buffer.row_bytes) * group.rows_per_run;
-  const uint64_t device_row = group.listed_rows != 0
-                                  ? uint64_t{group.rows[uint64_t{block} * group.listed_rows + row]}
-                                  : uint64_t{group.rows[block]} + row;
-  return {group.base + group.slots[block] * group.slot_bytes + buffer.offset + uint64_t{row} * bytes,
-          buffer.base + device_row * buffer.row_stride, bytes};
+  const uint64_t pool_row = group.listed_rows != 0
+                                ? uint64_t{group.rows[uint64_t{block} * group.listed_rows + row]}
+                                : uint64_t{group.rows[block]} + row;
+  return {group.base + block * group.stride + buffer.offset + uint64_t{row} * bytes,
+          buffer.base + pool_row * buffer.row_stride, bytes};
 }
 
 // What one of num_threads threads does. Access says how a unit is loaded and stored.
@@ -90,8 +85,8 @@ FLEXKV_DEVICE void CopyAsThread(const CopyGroup& group, uint32_t thread, uint32_
   for (uint32_t run = thread >> group.team_log2; run < group.num_runs;
        run += num_threads >> group.team_log2) {
     const CopyRun place = PlaceOfRun(group, run);
-    const uint64_t from = group.to_device != 0 ? place.slot : place.device;
-    const uint64_t to = group.to_device != 0 ? place.device : place.slot;
+    const uint64_t from = group.to_pool != 0 ? place.buffer : place.pool;
+    const uint64_t to = group.to_pool != 0 ? place.pool : place.buffer;
     const uint32_t num_units = place.bytes / static_cast<uint32_t>(sizeof(Unit));
     for (uint32_t first = lane; first < num_units; first += kUnitsInFlight << group.team_log2) {
       Unit held[kUnitsInFlight];

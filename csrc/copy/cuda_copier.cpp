@@ -26,8 +26,13 @@ constexpr auto kPollInterval = std::chrono::microseconds(100);
 // not waited for: its caller was held up, and the link is not to be idle for that.
 constexpr auto kNextLoadMax = std::chrono::milliseconds(5);
 
-// Where it could not be measured: copy engines reach most of a link's speed with pieces of 28 to 64 KiB.
-constexpr size_t kEnginePieceBytes = size_t{32} << 10;
+// Where it could not be measured. An H100 that has nothing else to do and so low clocks gives pieces of 32 KiB half
+// of the link, of 256 KiB nine tenths.
+constexpr size_t kEnginePieceBytes = size_t{256} << 10;
+// The first layers of a load go in smaller pieces: a forward waits for them.
+constexpr size_t kFirstPieceDivisor = 4;
+// What is stored goes in larger ones, as nobody waits for its first layers.
+constexpr size_t kStoredPieceBytes = size_t{4} << 20;
 
 }  // namespace
 
@@ -41,21 +46,20 @@ CudaCopier::CudaCopier(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layo
       // All slots of the pool, once to be stored and once to be loaded.
       slot_reader_(cuda_, 2 * static_cast<size_t>(layout_.num_token_slots())) {
   const CudaContext context(*cuda_);
-  // Loads go first: a forward waits for them, and for nobody's stores.
   loads_.to_device = true;
   for (Direction* direction : {&loads_, &stores_}) {
-    direction->stream = std::make_unique<CopyStream>(cuda_, direction->to_device);
+    direction->route = std::make_unique<KernelPath::Route>(cuda_, direction->to_device);
   }
-  kernel_path_ = std::make_unique<KernelPath>(cuda_, layout_, *host_, *loads_.stream);
+  kernel_path_ =
+      std::make_unique<KernelPath>(cuda_, layout_, *host_, engine_path_, *loads_.route, *stores_.route);
   if (kernel_path_->usable()) {
     std::string problem;
-    engine_piece_bytes_ =
-        MeasureEnginePieceBytes(*cuda_, *kernel_path_, *timed_events_, *loads_.stream, &problem);
-    note_ = "copy engines from " +
-            std::to_string((problem.empty() ? engine_piece_bytes_ : kEnginePieceBytes) >> 10) +
-            " KiB a piece (" + (problem.empty() ? "measured" : "not measured: " + problem) +
-            "), below by kernel; here " + std::to_string(engine_path_.piece_bytes(true) >> 10) + " KiB";
+    engine_piece_bytes_ = MeasureEnginePieceBytes(*cuda_, *timed_events_, loads_.route->engines, &problem);
     if (!problem.empty()) engine_piece_bytes_ = kEnginePieceBytes;
+    note_ = "copy engines alone from " + std::to_string(engine_piece_bytes_ >> 10) + " KiB a piece (" +
+            (problem.empty() ? "measured" : "not measured: " + problem) +
+            "), below through a buffer on the device; here " +
+            std::to_string(engine_path_.piece_bytes(true) >> 10) + " KiB";
   } else {
     note_ = "copy engines alone: " + kernel_path_->note();
   }
@@ -72,7 +76,7 @@ CudaCopier::~CudaCopier() {
   wake_.notify_all();
   for (Direction* direction : {&loads_, &stores_}) direction->thread.join();
   const CudaContext context(*cuda_);
-  for (Direction* direction : {&loads_, &stores_}) direction->stream.reset();
+  for (Direction* direction : {&loads_, &stores_}) direction->route.reset();
   kernel_path_.reset();
 }
 
@@ -193,8 +197,8 @@ bool CudaCopier::IsPinned(const CopiedBlocks& blocks) const {
   return (static_cast<size_t>(blocks.last_host_slot) + 1) * host_->slot_bytes() <= host_->pinned_bytes();
 }
 
-bool CudaCopier::GoesByKernel(const CopiedBlocks& blocks, bool pinned) const {
-  // What is stored leaves the device by the copy engines, so where it goes need not be pinned.
+bool CudaCopier::GoesThroughBuffer(const CopiedBlocks& blocks, bool pinned) const {
+  // The call that loads memory that is not pinned waits for the stream, and that one might wait for a kernel.
   return (pinned || !blocks.to_device) &&
          engine_path_.piece_bytes(blocks.in_sequence) < engine_piece_bytes_ && kernel_path_->Takes(blocks);
 }
@@ -238,9 +242,8 @@ bool CudaCopier::Start(Direction& direction, std::unique_ptr<Flight>& flight) {
   // The driver copies memory that is not pinned by way of a buffer of its own, and its call returns only when
   // the stream has got that far. Nobody who needs the driver meanwhile should wait for a forward.
   if (!flight->pinned && (flight->waits() || !direction.flights.empty())) return false;
-  flight->by_kernel = GoesByKernel(flight->blocks, flight->pinned);
   JoinArrays(*flight);
-  if (flight->by_kernel) {
+  if (GoesThroughBuffer(flight->blocks, flight->pinned)) {
     flight->described = kernel_path_->Describe(flight->blocks);
     if (!flight->described) return false;
   }
@@ -277,28 +280,29 @@ void CudaCopier::JoinArrays(Flight& flight) const {
 
 void CudaCopier::Queue(Direction& direction, std::unique_ptr<Flight> flight) {
   const auto start = std::chrono::steady_clock::now();
-  CopyStream& stream = *direction.stream;
+  KernelPath::Route& route = *direction.route;
+  CopyStream& first = flight->described ? route.first() : route.engines;
   bool good = true;
   if (flight->waits()) {
-    stream.MakeRoom(flight->wait_events.size());
+    first.MakeRoom(flight->wait_events.size());
     for (uint64_t event : flight->wait_events) {
-      good = good && cuda_->StreamWaitEvent(stream.get(), event, &flight->error);
+      good = good && cuda_->StreamWaitEvent(first.get(), event, &flight->error);
     }
   }
   std::string ignored;
-  flight->start = timed_events_->Record(stream.get(), &ignored);
+  flight->start = timed_events_->Record(first.get(), &ignored);
   good = good && (!flight->described ||
-                  kernel_path_->QueueDescriptors(flight->blocks, *flight->described, stream, &flight->error));
-  if (good) direction.to_device ? QueueLoad(*flight, stream) : QueueStore(*flight, stream);
+                  kernel_path_->QueueDescriptors(flight->blocks, *flight->described, route, &flight->error));
+  if (good) direction.to_device ? QueueLoad(*flight, route) : QueueStore(*flight, route);
   // Whatever was queued must have left the pools before the slots are given to somebody else, so one that
-  // failed half-way is followed to its end, too; without an event, to the end of its stream.
-  flight->end = timed_events_->Record(stream.get(), &ignored);
+  // failed half-way is followed to its end, too; without an event, to the end of its streams.
+  flight->end = RecordEnd(*flight, route);
   direction.flights.push_back(std::move(flight));
   direction.queue_s.fetch_add(
       std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
 }
 
-bool CudaCopier::QueueLoad(Flight& flight, CopyStream& stream) {
+bool CudaCopier::QueueLoad(Flight& flight, KernelPath::Route& route) {
   const DeviceCopy& copy = flight.copy();
   const CopiedBlocks& blocks = flight.blocks;
   const int layers = copy.layer_end - copy.layer_begin;
@@ -309,52 +313,62 @@ bool CudaCopier::QueueLoad(Flight& flight, CopyStream& stream) {
                     [](const Submission& submission) { return submission.copy.cancelled->load(); })) {
       return true;
     }
+    const bool first = copy.gate && begin == copy.layer_begin;
     int end = begin;
     size_t bytes = 0;
-    while (end < copy.layer_end && (end - begin < (copy.gate && begin == copy.layer_begin ? 1 : layers_min) ||
-                                    bytes < kGroupBytesMin)) {
+    while (end < copy.layer_end && (end - begin < (first ? 1 : layers_min) || bytes < kGroupBytesMin)) {
       bytes += layout_.layer_bytes(end) * blocks.count;
       ++end;
     }
-    if (!(flight.by_kernel
-              ? kernel_path_->QueueLoad(blocks, *flight.described, begin, end, stream, &flight.error)
-              : engine_path_.Queue(blocks, begin, end, flight.pinned, stream, &flight.error)) ||
-        !TellQueued(flight, begin, end, stream)) {
-      return false;
+    if (flight.described) {
+      const size_t piece =
+          std::max(engine_piece_bytes_ / (first ? kFirstPieceDivisor : 1), layout_.layers_bytes(begin, end));
+      end = kernel_path_->EndOfPiece(begin, copy.layer_end, piece);
     }
+    if (!QueueLayers(flight, begin, end, route) || !TellQueued(flight, begin, end, route)) return false;
     begin = end;
   }
   return true;
 }
 
-bool CudaCopier::QueueStore(Flight& flight, CopyStream& stream) {
+bool CudaCopier::QueueStore(Flight& flight, KernelPath::Route& route) {
   const DeviceCopy& copy = flight.copy();
-  const CopiedBlocks& blocks = flight.blocks;
-  if (!flight.by_kernel) {
-    return engine_path_.Queue(blocks, copy.layer_begin, copy.layer_end, flight.pinned, stream,
-                              &flight.error) &&
-           TellQueued(flight, 0, 1, stream);
+  for (int begin = copy.layer_begin; begin < copy.layer_end;) {
+    const int end = flight.described ? kernel_path_->EndOfPiece(begin, copy.layer_end, kStoredPieceBytes)
+                                     : copy.layer_end;
+    if (!QueueLayers(flight, begin, end, route)) return false;
+    begin = end;
   }
-  for (size_t first = 0; first < blocks.count; first += kernel_path_->slots_on_device()) {
-    const size_t count = std::min(blocks.count - first, kernel_path_->slots_on_device());
-    // The slots are free: what was in them has been queued to leave before.
-    if (!kernel_path_->QueueGather(blocks, *flight.described, first, count, copy.layer_begin, copy.layer_end,
-                                   stream, &flight.error) ||
-        !engine_path_.QueueFromSlots(blocks, first, count, copy.layer_begin, copy.layer_end,
-                                     kernel_path_->address_of_slots(), flight.pinned, stream,
-                                     &flight.error)) {
-      return false;
-    }
-  }
-  return TellQueued(flight, 0, 1, stream);
+  return TellQueued(flight, 0, 1, route);
 }
 
-bool CudaCopier::TellQueued(Flight& flight, int layer_begin, int layer_end, CopyStream& stream) {
+bool CudaCopier::QueueLayers(Flight& flight, int layer_begin, int layer_end, KernelPath::Route& route) {
+  if (!flight.described) {
+    return engine_path_.Queue(flight.blocks, layer_begin, layer_end, flight.pinned, route.engines,
+                              &flight.error);
+  }
+  flight.behind_layers = kernel_path_->Queue(flight.blocks, *flight.described, layer_begin, layer_end,
+                                             flight.pinned, route, &flight.error);
+  return flight.behind_layers != nullptr;
+}
+
+bool CudaCopier::TellQueued(Flight& flight, int layer_begin, int layer_end, KernelPath::Route& route) {
   if (!flight.copy().gate) return true;
-  const StreamEvent event = stream.Record(&flight.error);
+  const StreamEvent event = flight.described ? flight.behind_layers : route.engines.Record(&flight.error);
   if (event == nullptr) return false;
   for (Submission& submission : flight.submissions) submission.copy.on_queued(layer_begin, layer_end, event);
   return true;
+}
+
+StreamEvent CudaCopier::RecordEnd(const Flight& flight, KernelPath::Route& route) {
+  std::string ignored;
+  if (!flight.described) return timed_events_->Record(route.engines.get(), &ignored);
+  // What is complete has its last stream wait for the other one already.
+  if (!flight.error.empty()) {
+    const StreamEvent event = route.first().Record(&ignored);
+    if (event == nullptr || !route.last().WaitFor(event, &ignored)) return nullptr;
+  }
+  return timed_events_->Record(route.last().get(), &ignored);
 }
 
 void CudaCopier::Reap(Direction& direction) {
@@ -367,10 +381,13 @@ void CudaCopier::Reap(Direction& direction) {
       if (state == CudaDriver::State::kPending) return;
       if (flight.error.empty()) flight.error = error;
     }
-    // Without an event, or one that cannot be asked: when the stream is idle. If that cannot be asked either,
+    // Without an event, or one that cannot be asked: when the streams are idle. If that cannot be asked either,
     // the device is lost, and nothing on it runs any more.
-    if (state == CudaDriver::State::kFailed) state = cuda_->QueryStream(direction.stream->get(), &error);
-    if (state == CudaDriver::State::kPending) return;
+    if (state == CudaDriver::State::kFailed) {
+      for (CopyStream* stream : {&direction.route->engines, &direction.route->kernels}) {
+        if (cuda_->QueryStream(stream->get(), &error) == CudaDriver::State::kPending) return;
+      }
+    }
     if (flight.error.empty()) flight.error = error;
     if (flight.described) kernel_path_->Release(*flight.described);
     if (flight.error.empty() && flight.start != nullptr && flight.end != nullptr) {

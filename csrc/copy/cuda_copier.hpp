@@ -1,7 +1,7 @@
 // Copies between the host pool and a device pool on a CUDA GPU, in the order of streams: the host queues them
 // and looks now and then which have ended. It waits for none.
 //
-// Loads have one stream, stores another, each with a thread that queues. Nothing is ever queued behind what
+// Loads have their streams, stores others, each with a thread that queues. Nothing is ever queued behind what
 // has yet to be queued: the events that a copy waits for are recorded, and what waits for a copy waits for an
 // event behind it. So what is on a stream always comes to its end.
 //
@@ -67,9 +67,10 @@ class CudaCopier final : public Copier {
         first_rows;  // what `blocks` points to, unless it is one copy
     std::vector<uint64_t> wait_events;
     size_t events_seen = 0;  // of wait_events, that have happened
-    bool by_kernel = false, pinned = false;
-    std::optional<KernelPath::Descriptors> described;
-    StreamEvent start, end;  // timed; without `end` it ends when its stream is idle
+    bool pinned = false;
+    std::optional<KernelPath::Descriptors> described;  // to the kernel; nothing: by copy engines alone
+    StreamEvent behind_layers;                         // that were described and queued last
+    StreamEvent start, end;  // timed; without `end` it ends when its streams are idle
     std::string error;
 
     bool waits() const { return events_seen < wait_events.size(); }
@@ -78,8 +79,8 @@ class CudaCopier final : public Copier {
   };
   struct Direction {
     bool to_device = false;
-    std::unique_ptr<CopyStream> stream;
-    std::deque<std::unique_ptr<Flight>> flights;  // in stream order
+    std::unique_ptr<KernelPath::Route> route;
+    std::deque<std::unique_ptr<Flight>> flights;  // in the order in which they were queued
     std::deque<Submission> submitted;             // under mutex_
     bool complete = false;                        // under mutex_: a gate has been given all of its loads
     std::deque<Submission> waiting;               // for slots, events, descriptors, or for other loads
@@ -96,7 +97,7 @@ class CudaCopier final : public Copier {
   // Whether more loads of its gate will be here in a moment.
   static bool IsHeldBack(const DeviceCopy& copy);
   bool IsPinned(const CopiedBlocks& blocks) const;
-  bool GoesByKernel(const CopiedBlocks& blocks, bool pinned) const;
+  bool GoesThroughBuffer(const CopiedBlocks& blocks, bool pinned) const;
   // Takes the first of `ready`, and the other loads that can go with it.
   std::unique_ptr<Flight> TakeFlight(std::deque<Submission>& ready) const;
   // True if the flight is on a stream or has ended, false if its time has not come.
@@ -104,10 +105,13 @@ class CudaCopier final : public Copier {
   CudaDriver::State StateOfEvents(Flight& flight);
   void JoinArrays(Flight& flight) const;
   void Queue(Direction& direction, std::unique_ptr<Flight> flight);
-  bool QueueLoad(Flight& flight, CopyStream& stream);
-  bool QueueStore(Flight& flight, CopyStream& stream);
-  // Tells all of the flight that these layers are on the stream.
-  bool TellQueued(Flight& flight, int layer_begin, int layer_end, CopyStream& stream);
+  bool QueueLoad(Flight& flight, KernelPath::Route& route);
+  bool QueueStore(Flight& flight, KernelPath::Route& route);
+  bool QueueLayers(Flight& flight, int layer_begin, int layer_end, KernelPath::Route& route);
+  // Tells all of the flight that these layers are on a stream.
+  bool TellQueued(Flight& flight, int layer_begin, int layer_end, KernelPath::Route& route);
+  // Behind all of the flight; nullptr on failure.
+  StreamEvent RecordEnd(const Flight& flight, KernelPath::Route& route);
   void Reap(Direction& direction);
   void End(Submission& submission, const std::string& flight_error);
 
@@ -117,7 +121,7 @@ class CudaCopier final : public Copier {
   std::string note_;
   EnginePath engine_path_;
   std::unique_ptr<KernelPath> kernel_path_;
-  size_t engine_piece_bytes_ = 0;  // pieces of this size and more go by the copy engines
+  size_t engine_piece_bytes_ = 0;  // pieces of this size and more go by the copy engines alone
   std::shared_ptr<EventPool> timed_events_;
   SlotReader slot_reader_;
   std::mutex mutex_;

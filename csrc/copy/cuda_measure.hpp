@@ -1,19 +1,16 @@
-// How large a piece has to be so that the copy engines are the better way, on this machine: measured when it starts.
+// From which size on copy engines reach their speed, on this machine: measured when it starts.
 #pragma once
 
 #include <cstddef>
-#include <memory>
 #include <string>
 
-#include "copy/cuda_paths.hpp"
+#include "cuda/cuda_driver.hpp"
+#include "cuda/cuda_stream.hpp"
 
 namespace flexkv {
 
-// Loads pieces of several sizes both ways, some milliseconds in all, and returns the size from which on the copy
-// engines are about as fast as the kernel, or faster: they take nothing from the GPU's processors. That the kernel
-// runs once here means besides that its first launch, which loads it, is not one that a forward waits for. 0 if
-// something failed, with the reason in *note.
-size_t MeasureEnginePieceBytes(CudaDriver& cuda, const KernelPath& kernel, EventPool& timed,
-                               CopyStream& stream, std::string* note);
+// Loads pieces of several sizes, some milliseconds in all, and returns the smallest with which the copy engines are
+// about as fast as with large ones. 0 if something failed, with the reason in *note.
+size_t MeasureEnginePieceBytes(CudaDriver& cuda, EventPool& timed, CopyStream& stream, std::string* note);
 
 }  // namespace flexkv

@@ -22,9 +22,11 @@ constexpr size_t kBatchMax = 128;
 // way in pages of one token.
 constexpr size_t kRingWords = size_t{1} << 20;
 
-// Room on the device for blocks that are being stored: gathering them takes a fraction of the time that the link
-// takes, so there is no need for a second one.
-constexpr size_t kSlotsBytes = size_t{16} << 20;
+// Of a buffer on the device, 0.3 ms on a fast link. While a kernel waits for attention's to leave it a processor, copy
+// engines fill the other ones: attention over a long context takes that long and more for a wave of its CTAs.
+// Nobody's forward waits for stores.
+constexpr size_t kBufferBytes = size_t{16} << 20;
+constexpr size_t kLoadBuffers = 4, kStoreBuffers = 2;
 
 constexpr uint64_t kRunsMax = uint64_t{1} << 31;
 constexpr uint64_t kMax32 = std::numeric_limits<uint32_t>::max();
@@ -86,19 +88,24 @@ bool EnginePath::Queue(const CopiedBlocks& blocks, int layer_begin, int layer_en
   return good && Flush(batch);
 }
 
-bool EnginePath::QueueFromSlots(const CopiedBlocks& blocks, size_t first, size_t count, int layer_begin,
-                                int layer_end, uint64_t slots, bool pinned, CopyStream& stream,
-                                std::string* error) {
+bool EnginePath::QueueBuffer(const CopiedBlocks& blocks, size_t first, size_t count, int layer_begin,
+                             int layer_end, uint64_t buffer, bool pinned, CopyStream& stream,
+                             std::string* error) {
   const size_t offset = layout_.layer_offset(layer_begin);
-  const size_t bytes = layout_.layer_offset(layer_end - 1) + layout_.layer_bytes(layer_end - 1) - offset;
-  Batch batch{stream, false, pinned, error};
+  const size_t bytes = layout_.layers_bytes(layer_begin, layer_end);
+  Batch batch{stream, blocks.to_device, pinned, error};
+  Piece piece{nullptr, buffer, 0};
   for (size_t i = 0; i < count; ++i) {
-    if (!Add(batch, {host_.Slot(blocks.host_slots[first + i]) + offset,
-                     slots + i * host_.slot_bytes() + offset, bytes})) {
-      return false;
+    char* host = host_.Slot(blocks.host_slots[first + i]) + offset;
+    // Whole blocks in slots that follow one another are one piece.
+    if (piece.bytes > 0 && host != piece.host + piece.bytes) {
+      if (!Add(batch, piece)) return false;
+      piece = {host, piece.device + piece.bytes, 0};
     }
+    if (piece.bytes == 0) piece.host = host;
+    piece.bytes += bytes;
   }
-  return Flush(batch);
+  return Add(batch, piece) && Flush(batch);
 }
 
 bool EnginePath::Add(Batch& batch, Piece piece) {
@@ -147,27 +154,31 @@ bool EnginePath::Flush(Batch& batch) {
 
 // ---- kernel ------------------------------------------------------------------------------------
 
+KernelPath::Route::Route(std::shared_ptr<CudaDriver> cuda, bool to_device)
+    : engines(cuda, to_device), kernels(cuda, to_device), cuda_(std::move(cuda)), to_device_(to_device) {}
+
+KernelPath::Route::~Route() {
+  std::string ignored;
+  for (CopyStream* stream : {&engines, &kernels}) cuda_->Synchronize(stream->get(), &ignored);
+  for (const Buffer& buffer : buffers_) cuda_->FreeDevice(buffer.address);
+}
+
 KernelPath::KernelPath(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout, const HostPool& host,
-                       CopyStream& stream)
-    : cuda_(std::move(cuda)), layout_(layout), host_(host) {
-  if (!SetUp(stream)) kernel_ = nullptr;
+                       EnginePath& engines, Route& loads, Route& stores)
+    : cuda_(std::move(cuda)), layout_(layout), host_(host), engines_(engines) {
+  if (!SetUp(loads, stores)) kernel_ = nullptr;
 }
 
 KernelPath::~KernelPath() {
   if (module_ != nullptr) cuda_->UnloadModule(module_);
   if (table_ != 0) cuda_->FreeDevice(table_);
   if (device_ring_ != 0) cuda_->FreeDevice(device_ring_);
-  if (slots_ != 0) cuda_->FreeDevice(slots_);
   if (ring_ != nullptr) cuda_->FreePinned(ring_);
 }
 
-bool KernelPath::SetUp(CopyStream& stream) {
-  if (!cuda_->same_host_addresses()) {
-    note_ = "pinned memory has other addresses on this device";
-    return false;
-  }
+bool KernelPath::SetUp(Route& loads, Route& stores) {
   std::vector<CopyBuffer> table;
-  uint64_t bits = reinterpret_cast<uint64_t>(host_.base()) | host_.slot_bytes();
+  uint64_t bits = 0;
   for (int layer = 0; layer < layout_.num_layers(); ++layer) {
     uint64_t offset = layout_.layer_offset(layer);
     first_buffer_.push_back(table.size());
@@ -185,6 +196,9 @@ bool KernelPath::SetUp(CopyStream& stream) {
     }
   }
   first_buffer_.push_back(table.size());
+  for (int layer = 0; layer < layout_.num_layers(); ++layer) {
+    layers_fit_ = layers_fit_ && layout_.layer_bytes(layer) <= kBufferBytes;
+  }
   const char* name = nullptr;
   for (const auto& [unit, kernel] : {std::pair<size_t, const char*>{16, "flexkv_copy_16"},
                                      {8, "flexkv_copy_8"},
@@ -200,24 +214,35 @@ bool KernelPath::SetUp(CopyStream& stream) {
     return false;
   }
   const size_t table_bytes = table.size() * sizeof(CopyBuffer);
-  num_slots_ = std::max<size_t>(1, kSlotsBytes / host_.slot_bytes());
   device_ring_ = cuda_->AllocateDevice(kRingWords * sizeof(uint32_t), &note_);
   table_ = device_ring_ != 0 ? cuda_->AllocateDevice(table_bytes, &note_) : 0;
-  slots_ = table_ != 0 ? cuda_->AllocateDevice(num_slots_ * host_.slot_bytes(), &note_) : 0;
-  module_ = slots_ != 0 ? cuda_->LoadModule(kKernelPtx, &note_) : nullptr;
+  bool room = table_ != 0;
+  for (auto [route, count] : {std::pair<Route*, size_t>{&loads, kLoadBuffers}, {&stores, kStoreBuffers}}) {
+    for (size_t i = 0; i < count && room; ++i) {
+      const uint64_t address = cuda_->AllocateDevice(kBufferBytes, &note_);
+      room = address != 0;
+      if (room) route->buffers_.push_back({address, nullptr});
+    }
+  }
+  module_ = room ? cuda_->LoadModule(kKernelPtx, &note_) : nullptr;
   kernel_ = module_ != nullptr ? cuda_->FindKernel(module_, name, &note_) : nullptr;
-  return kernel_ != nullptr && cuda_->CopyToDevice(table_, table.data(), table_bytes, stream.get(), &note_) &&
-         cuda_->Synchronize(stream.get(), &note_);
+  // The first launch, which loads the kernel, is not one that a forward waits for: it moves nothing.
+  CopyGroup nothing{};
+  nothing.runs_per_block = nothing.runs_per_buffer = 1;
+  const CudaDriver::Stream stream = loads.kernels.get();
+  return kernel_ != nullptr && cuda_->CopyToDevice(table_, table.data(), table_bytes, stream, &note_) &&
+         cuda_->Launch(kernel_, 1, kCopyThreads, &nothing, stream, &note_) &&
+         cuda_->Synchronize(stream, &note_);
 }
 
 size_t KernelPath::WordsOf(const CopiedBlocks& blocks) const {
   const size_t rows = blocks.in_sequence ? 1 : static_cast<size_t>(layout_.rows_per_block());
-  return blocks.count * (1 + rows);
+  return blocks.count * rows;
 }
 
 bool KernelPath::Takes(const CopiedBlocks& blocks) const {
   const uint64_t rows = first_buffer_.back() * static_cast<uint64_t>(layout_.rows_per_block());
-  return usable() && WordsOf(blocks) <= kRingWords && rows * blocks.count < kRunsMax;
+  return usable() && WordsOf(blocks) <= kRingWords && rows * blocks.count < kRunsMax && layers_fit_;
 }
 
 std::optional<KernelPath::Descriptors> KernelPath::Describe(const CopiedBlocks& blocks) {
@@ -238,10 +263,6 @@ std::optional<KernelPath::Descriptors> KernelPath::Describe(const CopiedBlocks& 
   Descriptors described{at, blocks.in_sequence ? 0 : static_cast<size_t>(layout_.rows_per_block())};
   uint32_t* out = ring_ + at;
   for (size_t b = 0; b < blocks.count; ++b) {
-    *out++ =
-        static_cast<uint32_t>(blocks.to_device ? static_cast<size_t>(blocks.host_slots[b]) : b % num_slots_);
-  }
-  for (size_t b = 0; b < blocks.count; ++b) {
     if (described.listed_rows == 0) {
       *out++ = static_cast<uint32_t>(blocks.first_rows[b]);
       continue;
@@ -254,46 +275,68 @@ std::optional<KernelPath::Descriptors> KernelPath::Describe(const CopiedBlocks& 
   return described;
 }
 
-bool KernelPath::QueueDescriptors(const CopiedBlocks& blocks, const Descriptors& described,
-                                  CopyStream& stream, std::string* error) {
+bool KernelPath::QueueDescriptors(const CopiedBlocks& blocks, const Descriptors& described, Route& route,
+                                  std::string* error) {
   // Copied once: the kernel would fetch them over the link again and again, each time before it knows an address.
-  const size_t words = blocks.count * (1 + std::max<size_t>(1, described.listed_rows));
-  stream.MakeRoom(1);
+  const size_t words = blocks.count * std::max<size_t>(1, described.listed_rows);
+  route.kernels.MakeRoom(1);
   return cuda_->CopyToDevice(device_ring_ + described.at * sizeof(uint32_t), ring_ + described.at,
-                             words * sizeof(uint32_t), stream.get(), error);
+                             words * sizeof(uint32_t), route.kernels.get(), error);
 }
 
-bool KernelPath::QueueLoad(const CopiedBlocks& blocks, const Descriptors& described, int layer_begin,
-                           int layer_end, CopyStream& stream, std::string* error) {
-  return Launch(blocks, described, 0, blocks.count, layer_begin, layer_end,
-                reinterpret_cast<uint64_t>(host_.base()), stream, error);
+int KernelPath::EndOfPiece(int layer_begin, int layer_end, size_t bytes) const {
+  int end = layer_begin + 1;
+  while (end < layer_end && layout_.layers_bytes(layer_begin, end) < bytes &&
+         layout_.layers_bytes(layer_begin, end + 1) <= kBufferBytes) {
+    ++end;
+  }
+  return end;
 }
 
-bool KernelPath::QueueGather(const CopiedBlocks& blocks, const Descriptors& described, size_t first,
-                             size_t count, int layer_begin, int layer_end, CopyStream& stream,
-                             std::string* error) {
-  return Launch(blocks, described, first, count, layer_begin, layer_end, slots_, stream, error);
+StreamEvent KernelPath::Queue(const CopiedBlocks& blocks, const Descriptors& described, int layer_begin,
+                              int layer_end, bool pinned, Route& route, std::string* error) {
+  const size_t count_max = kBufferBytes / layout_.layers_bytes(layer_begin, layer_end);
+  StreamEvent left;
+  for (size_t first = 0; first < blocks.count; first += count_max) {
+    const size_t count = std::min(blocks.count - first, count_max);
+    Route::Buffer& buffer = route.buffers_[route.next_++ % route.buffers_.size()];
+    const auto engines = [&] {
+      return engines_.QueueBuffer(blocks, first, count, layer_begin, layer_end, buffer.address, pinned,
+                                  route.engines, error);
+    };
+    const auto kernel = [&] {
+      return Launch(blocks, described, first, count, layer_begin, layer_end, buffer.address, route.kernels,
+                    error);
+    };
+    if (buffer.left && !route.first().WaitFor(buffer.left, error)) return nullptr;
+    if (!(blocks.to_device ? engines() : kernel())) return nullptr;
+    const StreamEvent between = route.first().Record(error);
+    if (!between || !route.last().WaitFor(between, error)) return nullptr;
+    if (!(blocks.to_device ? kernel() : engines())) return nullptr;
+    left = route.last().Record(error);
+    if (!left) return nullptr;
+    buffer.left = left;
+  }
+  return left;
 }
 
 bool KernelPath::Launch(const CopiedBlocks& blocks, const Descriptors& described, size_t first, size_t count,
-                        int layer_begin, int layer_end, uint64_t base, CopyStream& stream,
+                        int layer_begin, int layer_end, uint64_t buffer, CopyStream& stream,
                         std::string* error) {
   const size_t rows_per_block = static_cast<size_t>(layout_.rows_per_block());
   const bool by_row = described.listed_rows != 0 || !whole_buffers_;
   uint64_t run_bytes = 0;
   for (int layer = layer_begin; layer < layer_end; ++layer) {
-    for (const DeviceBuffer& buffer : layout_.buffers(layer)) {
-      run_bytes =
-          std::max(run_bytes, static_cast<uint64_t>(buffer.row_bytes) * (by_row ? 1 : rows_per_block));
+    for (const DeviceBuffer& rows : layout_.buffers(layer)) {
+      run_bytes = std::max(run_bytes, static_cast<uint64_t>(rows.row_bytes) * (by_row ? 1 : rows_per_block));
     }
   }
-  const uint32_t* slots = reinterpret_cast<const uint32_t*>(device_ring_ + described.at * sizeof(uint32_t));
+  const uint32_t* rows = reinterpret_cast<const uint32_t*>(device_ring_ + described.at * sizeof(uint32_t));
   CopyGroup group{};
   group.buffers = reinterpret_cast<const CopyBuffer*>(table_) + first_buffer_[layer_begin];
-  group.slots = slots + first;
-  group.rows = slots + blocks.count + first * std::max<size_t>(1, described.listed_rows);
-  group.base = base;
-  group.slot_bytes = host_.slot_bytes();
+  group.rows = rows + first * std::max<size_t>(1, described.listed_rows);
+  group.base = buffer - layout_.layer_offset(layer_begin);
+  group.stride = layout_.layers_bytes(layer_begin, layer_end);
   group.runs_per_buffer = static_cast<uint32_t>(by_row ? rows_per_block : 1);
   group.runs_per_block =
       group.runs_per_buffer * static_cast<uint32_t>(first_buffer_[layer_end] - first_buffer_[layer_begin]);
@@ -303,9 +346,11 @@ bool KernelPath::Launch(const CopiedBlocks& blocks, const Descriptors& described
   while (group.team_log2 < kTeamLog2Max && uint64_t{1} << group.team_log2 < run_bytes / unit_bytes_) {
     ++group.team_log2;
   }
-  group.to_device = blocks.to_device;
+  group.to_pool = blocks.to_device;
   const uint64_t threads = uint64_t{group.num_runs} << group.team_log2;
-  const uint64_t ctas = std::min<uint64_t>(kCopyCtas, (threads + kCopyThreads - 1) / kCopyThreads);
+  const uint64_t ctas_max =
+      uint64_t{kCopyCtasOfProcessor} * static_cast<uint64_t>(cuda_->num_multiprocessors());
+  const uint64_t ctas = std::min(ctas_max, (threads + kCopyThreads - 1) / kCopyThreads);
   stream.MakeRoom(1);
   return cuda_->Launch(kernel_, static_cast<unsigned>(ctas), kCopyThreads, &group, stream.get(), error);
 }

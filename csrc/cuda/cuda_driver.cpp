@@ -16,11 +16,9 @@ constexpr unsigned kHostDeviceMap = 2;             // CU_MEMHOST{REGISTER,ALLOC}
 constexpr int kSourceInStreamOrder = 1;            // CU_MEMCPY_SRC_ACCESS_ORDER_STREAM
 constexpr unsigned kPreferOverlapWithCompute = 1;  // CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE
 constexpr int kMultiprocessorCount = 16;           // CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT
-constexpr int kHostPointerForRegisteredMemory =
-    91;                                  // CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM
-constexpr int kCaptureModeRelaxed = 2;   // CU_STREAM_CAPTURE_MODE_RELAXED
-constexpr int kErrorNotReady = 600;      // CUDA_ERROR_NOT_READY
-constexpr int kErrorNotSupported = 801;  // CUDA_ERROR_NOT_SUPPORTED
+constexpr int kCaptureModeRelaxed = 2;             // CU_STREAM_CAPTURE_MODE_RELAXED
+constexpr int kErrorNotReady = 600;                // CUDA_ERROR_NOT_READY
+constexpr int kErrorNotSupported = 801;            // CUDA_ERROR_NOT_SUPPORTED
 
 template <typename Fn>
 bool Find(void* library, const char* name, Fn* out) {
@@ -87,7 +85,6 @@ std::shared_ptr<CudaDriver> CudaDriver::Load(int device, const std::string& libr
   d->device_ = device;
   int value = 0;
   if (attribute(&value, kMultiprocessorCount, device) == 0) d->num_multiprocessors_ = value;
-  d->same_host_addresses_ = attribute(&value, kHostPointerForRegisteredMemory, device) == 0 && value != 0;
   return d;
 }
 

@@ -32,8 +32,6 @@ class CudaDriver {
   bool MakeCurrent(std::string* error);
 
   int num_multiprocessors() const { return num_multiprocessors_; }
-  // Registered host memory has the same address on the device. True on every 64-bit Linux with a current GPU.
-  bool same_host_addresses() const { return same_host_addresses_; }
   bool has_batch_copies() const { return batch_copies_.load(std::memory_order_relaxed); }
 
   // Throws SystemError. An urgent stream's work goes before that of others.
@@ -85,7 +83,6 @@ class CudaDriver {
   void* context_ = nullptr;
   int device_ = 0;
   int num_multiprocessors_ = 1;
-  bool same_host_addresses_ = false;
   std::atomic<bool> batch_copies_{false};
 
   // Of the version of cuMemcpyBatchAsync that came with CUDA 12.8; CUDA 13 dropped an argument.

@@ -50,6 +50,11 @@ CopyStream::~CopyStream() {
   cuda_->DestroyStream(stream_);
 }
 
+bool CopyStream::WaitFor(const StreamEvent& event, std::string* error) {
+  MakeRoom(1);
+  return cuda_->StreamWaitEvent(stream_, reinterpret_cast<uint64_t>(event.get()), error);
+}
+
 void CopyStream::MakeRoom(size_t commands) {
   std::string ignored;
   if (unmarked_ >= kCommandsPerMark) {

@@ -48,8 +48,10 @@ class CopyStream {
   // Before so many commands are queued: waits until a driver's queue has room for them. Who adds to a full one waits
   // inside the driver, maybe with a lock that a forward's launches need.
   void MakeRoom(size_t commands);
-  // An event behind everything that is on the stream, for other streams to wait for.
+  // An event behind everything that is on the stream, for other streams to wait for; nullptr on failure.
   StreamEvent Record(std::string* error) { return events_->Record(stream_, error); }
+  // Has what is queued from now on wait for an event, which has been recorded.
+  bool WaitFor(const StreamEvent& event, std::string* error);
 
  private:
   struct Mark {

@@ -34,7 +34,8 @@ class BlockLayout {
   const std::vector<DeviceBuffer>& buffers(int layer) const { return layers_[layer]; }
   // Offset and size of a layer within a block. The offset after the last one is block_bytes().
   size_t layer_offset(int layer) const { return layer_offset_[layer]; }
-  size_t layer_bytes(int layer) const { return layer_offset_[layer + 1] - layer_offset_[layer]; }
+  size_t layer_bytes(int layer) const { return layers_bytes(layer, layer + 1); }
+  size_t layers_bytes(int begin, int end) const { return layer_offset_[end] - layer_offset_[begin]; }
   size_t block_bytes() const { return layer_offset_.back(); }
 
   // First row of each block for the token slots of `count` blocks (count * tokens_per_block values).

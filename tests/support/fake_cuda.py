@@ -60,9 +60,9 @@ class FakeCuda:
         """Streams that are created from now on share so many hardware queues."""
         self._c.fake_queues(count)
 
-    def speeds(self, piece_us: float, kernel_bytes_per_us: float) -> None:
-        """How fast copies are for who measures them: a piece's price for a copy engine, and the kernel."""
-        self._c.fake_speeds(ctypes.c_double(piece_us), ctypes.c_double(kernel_bytes_per_us))
+    def speeds(self, piece_us: float) -> None:
+        """How fast copies are for who measures them: a piece's price for a copy engine."""
+        self._c.fake_speeds(ctypes.c_double(piece_us))
 
     def registration(self, ms: int) -> None:
         """To register a chunk of memory takes so long, and as long nobody may begin with another one."""
