@@ -4,7 +4,7 @@
 #     bash .gpu/kit/run.sh [STAGE ...]       in the project's folder; `make gpu-kit` makes .gpu/kit elsewhere
 #
 # STAGEs, in this order (default: all): sanity unpack core probe bytes built speed overlap kernels gqa mla sanitizer
-# tests (the unit tests, and those of SGLang's cache with ours, on this machine's Python and torch).
+# tests (the unit tests, on this machine's Python and torch).
 # Each has a time limit of its own, and none stops the others. What comes back:
 #
 #     $OUT/stage.log      everything that was printed, stage by stage
@@ -189,9 +189,8 @@ servers() { # NAME OPTION...: real SGLang with the model of this name
 gqa() { servers gqa --sizes 8192,32768; }
 mla() { servers mla --sizes 8192 --repeats 1; }
 tests() {
-    local files=(tests/unit tests/sglang/test_linker_*.py tests/sglang/test_slots_on_a_gpu.py)
     cd "$ROOT" || return
-    "$PY" -P -m pytest "${files[@]}" -q -n "$(nproc)" -p no:cacheprovider --durations 5 2>&1 | tail -c 30000
+    "$PY" -P -m pytest tests/unit -q -n "$(nproc)" -p no:cacheprovider --durations 5 2>&1 | tail -c 30000
     return "${PIPESTATUS[0]}"
 }
 
