@@ -5,8 +5,9 @@
 One server runs with a device pool that holds only some of the prompts, a CPU tier that holds all of them but
 not the ones that come after, and an SSD tier. The same prompts are sent when nothing is cached, when they
 are still on the device, when they were evicted to the CPU tier, when they were pushed on to SSD, and after
-the server was started anew; then to a server without any cache. The table says where each token came from
-and what that saved.
+the server was started anew; then, when it is gone, to another one that shares its remote store and has
+nothing else; then to a server without any cache. The table says where each token came from and what that
+saved.
 """
 
 from __future__ import annotations
@@ -101,7 +102,7 @@ def run_one(phase: Phase, server: SGLangServer, prompt: list[int]) -> None:
     phase.answers.append(answer)
     console.print(
         f"  {phase.name:<20} prompt {len(phase.answers)}: {len(prompt)} tokens, "
-        f"[dim]device[/] {answer.device} [dim]CPU[/] {answer.cpu} [dim]SSD[/] {answer.ssd}, "
+        f"[dim]device[/] {answer.device} [dim]CPU[/] {answer.cpu} [dim]SSD, store[/] {answer.ssd}, "
         f"first token after {answer.ttft_s * 1000:.0f} ms",
         soft_wrap=True,
     )
@@ -137,14 +138,19 @@ def main() -> int:
 
     (ROOT / "build").mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="demo-", dir=ROOT / "build") as scratch:
-        ssd = Path(scratch) / "ssd"
+        ssd, store = Path(scratch) / "ssd", Path(scratch) / "store"
         ssd.mkdir()
-        settings = Path(scratch) / "flexkv.yaml"
+        store.mkdir()
+        settings, of_another = Path(scratch) / "flexkv.yaml", Path(scratch) / "another.yaml"
         per_prompt_gb = (options.tokens + 64) * token_bytes / 2**30
         settings.write_text(
             f"cpu_cache_gb: {CPU_TIER_PROMPTS * per_prompt_gb:.4f}\n"
             f"ssd_cache_gb: {4 * CPU_TIER_PROMPTS * per_prompt_gb:.4f}\n"
             f"ssd_cache_dir: {ssd}\n"
+            f"remote: file://{store}?max_gb=8\n"
+        )
+        of_another.write_text(
+            f"cpu_cache_gb: {CPU_TIER_PROMPTS * per_prompt_gb:.4f}\nremote: file://{store}?max_gb=8\n"
         )
         console.print(f"[bold]sglang-flexkv[/], settings:\n[dim]{settings.read_text()}[/]", end="")
         flags = {"max-total-tokens": int(DEVICE_PROMPTS * options.tokens), "page-size": 16}
@@ -174,6 +180,17 @@ def main() -> int:
             phases.append(run(Phase("restarted, SSD hit"), with_cache, prompts))
         finally:
             with_cache.stop()
+        another = SGLangServer(
+            options.model,
+            {**flags, "enable-flexkv": True, "flexkv-config-file": str(of_another)},
+            log_path=ROOT / "logs" / "demo-another.log",
+        )
+        try:
+            step("it is gone; another server that shares its store is up", another.start)
+            ask(another, others[-1][:64])
+            phases.append(run(Phase("other server, store"), another, prompts))
+        finally:
+            another.stop()
         without = SGLangServer(
             options.model,
             {**flags, "disable-radix-cache": True},
@@ -190,7 +207,7 @@ def main() -> int:
     plain = phases[-1]
     total = sum(map(len, prompts))
     table = Table(title=f"{options.prompts} prompts of {len(prompts[0])} tokens, {options.model.name}")
-    for column in ("", "device", "CPU", "SSD", "computed", "TTFT", "saved"):
+    for column in ("", "device", "CPU", "SSD, store", "computed", "TTFT", "saved"):
         table.add_column(column, justify="left" if not column else "right")
     for phase in phases:
         found = [phase.tokens(source) for source in ("device", "cpu", "ssd")]
@@ -213,7 +230,7 @@ def main() -> int:
     console.print(f"outputs {judged}: [bold]{same}/{len(answers)}[/]")
 
     # A demo that shows nothing must not look like one that does.
-    expected = {1: "device", 2: "cpu", 3: "ssd", 4: "ssd"}
+    expected = {1: "device", 2: "cpu", 3: "ssd", 4: "ssd", 5: "ssd"}
     empty = [phases[i].name for i, source in expected.items() if phases[i].tokens(source) < total // 2]
     if empty:
         console.print(f"[red]too few tokens came from where they should: {', '.join(empty)}[/]")

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from sglang_flexkv.cache.load_or_recompute import Prompt
 from sglang_flexkv.common.block import BlockKeys
 from sglang_flexkv.common.config import PrefetchPolicy
-from sglang_flexkv.common.lower_tier import Question
+from sglang_flexkv.common.lower_tier import Question, TierNumbers
 from sglang_flexkv.integration.compat.scheduler import SchedulerView
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.ranks import Ranks
@@ -40,8 +40,10 @@ class Wait:
     joined: Fetch | None  # somebody else's, which brings what comes next
     keys: BlockKeys  # of all that the request asked for
     deadline_s: float | None = None  # set when the request's turn comes
-    question: Question | None = None  # to the tier that is asked, about what follows `asked_from`
-    asked_from: int = 0  # block of `keys`
+    question: Question | None = None  # to the tier that is asked, about what follows
+    before_asked: TierNumbers = field(
+        default_factory=lambda: np.zeros(0, np.uint8)
+    )  # where what is before is
     asked: Fetch | None = None  # what the answer made worth bringing
     num_ended: int = 0  # tasks of `own` and `asked`, as far as somebody has looked
 
@@ -145,8 +147,8 @@ class Prefetches:
             state.brought_from = state.device_tokens + found.num_cpu_blocks * self._page
         wait = Wait(own, joined, found.keys, before.deadline_s if before is not None else None)
         if self._num_to_ask(state):
-            wait.asked_from = len(found.held)
-            wait.question = self._engine.ask(found.keys[wait.asked_from :])
+            wait.before_asked = found.held
+            wait.question = self._engine.ask(found.keys[len(found.held) :])
         self.waits[rid] = wait
         self._go_on(rid, wait)
 
@@ -164,12 +166,10 @@ class Prefetches:
 
     def _bring_answer(self, rid: str, wait: Wait, question: Question) -> None:
         """Starts to bring what the tier that was asked has, as far as that is worth it."""
-        state, first = self._linker.states.of(rid), wait.asked_from
+        state, first = self._linker.states.of(rid), len(wait.before_asked)
         num_found = self._engine.learn(question, wait.keys[first - 1] if first else None)
         (tier,) = self._engine.asked_tiers
-        tiers = np.concatenate([state.found.held[:first], np.full(num_found, tier, np.uint8)])
-        if len(tiers) < first + num_found:  # something of what was held before it has gone meanwhile
-            return
+        tiers = np.concatenate([wait.before_asked, np.full(num_found, tier, np.uint8)])
         queued_bytes = self._engine.queued_read_bytes()
         num_to_load = self._costs.blocks_to_load(
             Prompt(tiers, state.device_tokens, state.total_tokens, queued_bytes)

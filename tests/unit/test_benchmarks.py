@@ -134,6 +134,17 @@ def test_what_the_scheduler_spends_is_compared_with_stock() -> None:
         assert checked(report, what) == len(prompts) * (report["settings"]["repeats"] + 1)
 
 
+def test_remote_stores_bring_every_byte() -> None:
+    report = report_of("bench_remote.py")
+    kinds = {row["store"] for row in report["rows"]}
+    assert "directory" in kinds
+    assert {f"{kind}_{way}_ratio" for kind in kinds for way in ("put", "get")} <= set(report["results"])
+    settings = report["settings"]
+    least = len(report["rows"]) * (settings["rounds"] + 1) * settings["mib"] * 2**20
+    assert checked(report, "bytes after get") > least
+    assert checked(report, "bytes after bare_get") == checked(report, "bytes after get")
+
+
 def test_recovery_finds_every_key() -> None:
     report = report_of("bench_recovery.py")
     assert report["results"]["recovery_s"] > 0

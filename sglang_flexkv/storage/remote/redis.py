@@ -13,7 +13,7 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.lower_tier import AwayError
@@ -30,6 +30,10 @@ from sglang_flexkv.storage.remote.store import (
 
 _LINE_MAX = 64 << 10  # of a reply that is one line: more is no server of this kind
 _SKIPPED_MAX = 64 << 20  # of a value that has another size: beyond that the connection goes
+# Of one connection, and one value at least. More is slower, not faster: the server keeps what it has not sent
+# yet, and large values leave its cache meanwhile. Round trips are hidden by the other connections.
+_UNDER_WAY = 256 << 10
+_COUNTED = 64  # values that are counted together
 _PIECES_MAX = 512  # that one call of the system takes
 
 # What a server answers while it starts, or to a client that came to the wrong one of several.
@@ -149,31 +153,38 @@ class _RedisSession(Session):
         return [self._integer() > 0 for _ in names]
 
     def count_leading(self, names: Sequence[str]) -> int:
-        there = self.exists(names)
-        return there.index(False) if False in there else len(there)
+        # How many of some are there is one short answer; which of them only where it is not all.
+        groups = [names[at : at + _COUNTED] for at in range(0, len(names), _COUNTED)]
+        self._begin()
+        self._send(["".join(map(_exists_of_all, groups)).encode()])
+        counts = [self._integer() for _ in groups]
+        for number, (group, count) in enumerate(zip(groups, counts, strict=True)):
+            if count < len(group):
+                there = self.exists(group)
+                return number * _COUNTED + (there.index(False) if False in there else len(there))
+        return len(names)
 
     def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         self._begin()
-        self._send([b"".join(_command("GET", name) for name in names)])
-        return [self._bulk_into(value) for value in values]
+        outcomes: list[Outcome] = []
+        for part in _at_once(values):
+            self._send([b"".join(_command("GET", name) for name in names[part])])
+            outcomes += [self._bulk_into(value) for value in values[part]]
+        return outcomes
 
     def put(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         self._begin()
-        pieces: list[bytes | memoryview] = []
-        for name, value in zip(names, values, strict=True):
-            size = value_bytes(value)
-            pieces.append(b"*3\r\n" + _bulk(b"SET") + _bulk(name.encode()) + b"$%d\r\n" % size)
-            pieces += [*value, b"\r\n"]
-        self._send(pieces)
         full: StoreFullError | None = None
         outcomes = []
-        for _ in names:
-            try:
-                self._expect_simple(self._line())
-                outcomes.append(Outcome.GOOD)
-            except StoreFullError as error:
-                full = error
-                outcomes.append(Outcome.MISSING)
+        for part in _at_once(values):
+            self._send_values(names[part], values[part])
+            for _ in names[part]:
+                try:
+                    self._expect_simple(self._line())
+                    outcomes.append(Outcome.GOOD)
+                except StoreFullError as error:
+                    full = error
+                    outcomes.append(Outcome.MISSING)
         if full is not None and Outcome.GOOD not in outcomes:
             raise full
         return outcomes
@@ -203,6 +214,14 @@ class _RedisSession(Session):
 
     def _late(self) -> StoreError:
         return StoreError(f"{self._store.name} has not answered for {self._store.timeout_s:g} s")
+
+    def _send_values(self, names: Sequence[str], values: Sequence[Value]) -> None:
+        pieces: list[bytes | memoryview] = []
+        for name, value in zip(names, values, strict=True):
+            size = value_bytes(value)
+            pieces.append(b"*3\r\n" + _bulk(b"SET") + _bulk(name.encode()) + b"$%d\r\n" % size)
+            pieces += [*value, b"\r\n"]
+        self._send(pieces)
 
     def _send(self, pieces: Sequence[bytes | memoryview]) -> None:
         rest: list[bytes | memoryview] = list(pieces)
@@ -346,6 +365,23 @@ class _RedisSession(Session):
 
     def _nonsense(self) -> StoreError:
         return StoreError(f"{self._store.name} does not answer as Redis does")
+
+
+def _at_once(values: Sequence[Value]) -> Iterator[slice]:
+    """Parts of a call that are under way together."""
+    first = num_bytes = 0
+    for end, value in enumerate(values):
+        num_bytes += value_bytes(value)
+        if end > first and num_bytes > _UNDER_WAY:
+            yield slice(first, end)
+            first, num_bytes = end, value_bytes(value)
+    if len(values) > first:
+        yield slice(first, len(values))
+
+
+def _exists_of_all(names: Sequence[str]) -> str:
+    bulks = "".join([f"${len(name)}\r\n{name}\r\n" for name in names])
+    return f"*{len(names) + 1}\r\n$6\r\nEXISTS\r\n{bulks}"
 
 
 def _bulk(text: bytes) -> bytes:

@@ -11,6 +11,7 @@ again for some seconds.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import logging
 import queue
@@ -348,6 +349,9 @@ class _Asker(_Thread):
             question.answer(found)
             tier._count["asked_blocks"] += len(question.keys)
             tier._count["found_blocks"] += found
+        if tier._untold_generation and tier._stop is self.stop:
+            with contextlib.suppress(StoreError):  # told at the next opening, if there is one
+                self.try_with_session(tier._look_at_generation)
         self.end_session()
 
     def _count_leading(self, keys: BlockKeys) -> int:

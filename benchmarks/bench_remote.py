@@ -1,0 +1,227 @@
+"""Remote stores: values to and from Redis and a directory, against the barest client of each.
+
+    python benchmarks/bench_remote.py [--smoke] [--json FILE|-] [--dir DIRECTORY]
+
+Ours is a store's session, as the tier's threads use it: a header and a block each, in calls of 8 MiB. The
+barest client of Redis is a socket to which one buffer after the other is sent, and from which one is
+received, as its protocol has it; that of a directory opens, writes and renames files with O_DIRECT. All have
+one thread and take turns, round by round. Making and comparing the sums is in none of them. Looking up is of
+2,048 blocks that are there, and of as many that are not. Every byte that came back is compared.
+"""
+
+from __future__ import annotations
+
+import importlib
+import mmap
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from common import (
+    ROOT,
+    JsonOption,
+    Machine,
+    Report,
+    SmokeOption,
+    disk_directory,
+    median_ratio,
+    print_table,
+    random_bytes,
+)
+
+from sglang_flexkv import _core
+from sglang_flexkv.common.remote_url import parse_remote_url
+from sglang_flexkv.storage.remote.tier import STORES
+
+sys.path.append(str(ROOT / "tests" / "support"))
+_redis_server: Any = importlib.import_module("redis_server")
+
+_HEADER = _core.VALUE_HEADER_BYTES
+_CALL_BYTES = 8 << 20
+_LOOKED_UP = 2048
+_TIMEOUT_S = 60.0
+_NAMESPACE = "ab" * 16
+
+
+class Memory:
+    """So many values, on whole pages."""
+
+    def __init__(self, count: int, block_bytes: int) -> None:
+        self.size = _HEADER + block_bytes
+        self.view = memoryview(mmap.mmap(-1, count * self.size))
+        self.whole = [self.view[i * self.size : (i + 1) * self.size] for i in range(count)]
+        self.values = [[value[:_HEADER], value[_HEADER:]] for value in self.whole]
+
+    def array(self) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        return np.frombuffer(self.view, np.uint8)
+
+
+class BareRedis:
+    def __init__(self, port: int) -> None:
+        self._socket = socket.create_connection(("127.0.0.1", port))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    def put(self, name: str, value: memoryview) -> None:
+        head = b"*3\r\n$3\r\nSET\r\n$%d\r\n%s\r\n$%d\r\n" % (len(name), name.encode(), len(value))
+        self._socket.sendall(head)
+        self._socket.sendall(value)
+        self._socket.sendall(b"\r\n")
+        assert self._socket.recv(5, socket.MSG_WAITALL) == b"+OK\r\n"
+
+    def get(self, name: str, value: memoryview) -> None:
+        self._socket.sendall(b"*2\r\n$3\r\nGET\r\n$%d\r\n%s\r\n" % (len(name), name.encode()))
+        head = b"$%d\r\n" % len(value)
+        assert self._socket.recv(len(head), socket.MSG_WAITALL) == head
+        assert self._socket.recv_into(value, 0, socket.MSG_WAITALL) == len(value)
+        assert self._socket.recv(2, socket.MSG_WAITALL) == b"\r\n"
+
+
+class BareFiles:
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+        self._direct = os.O_DIRECT if _takes_direct(directory) else 0
+
+    def put(self, name: str, value: memoryview) -> None:
+        path = self._directory / name.rpartition("/")[2]
+        fd = os.open(f"{path}.tmp", os.O_WRONLY | os.O_CREAT | self._direct, 0o600)
+        assert os.pwrite(fd, value, 0) == len(value)
+        os.close(fd)
+        os.rename(f"{path}.tmp", path)
+
+    def get(self, name: str, value: memoryview) -> None:
+        fd = os.open(self._directory / name.rpartition("/")[2], os.O_RDONLY | self._direct)
+        assert os.preadv(fd, [value], 0) == len(value)
+        os.close(fd)
+
+
+def _takes_direct(directory: Path) -> bool:
+    try:
+        fd = os.open(directory / "probe", os.O_WRONLY | os.O_CREAT | os.O_DIRECT, 0o600)
+    except OSError:
+        return False
+    os.close(fd)
+    return True
+
+
+def main(
+    smoke: SmokeOption = False,
+    json_to: JsonOption = None,
+    directory: Annotated[Path | None, typer.Option("--dir", help="Where the files go.")] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
+    mib: Annotated[int, typer.Option(min=8, help="Stored and loaded per round.")] = 128,
+) -> None:
+    """Remote stores against the barest client of each."""
+    if smoke:
+        rounds, mib = 1, 8
+    with disk_directory(directory, "bench-remote") as scratch:
+        report = Report("remote", smoke, Machine.here(scratch), {"rounds": rounds, "mib": mib})
+        kinds: list[str] = ["directory"]
+        if shutil.which("redis-server") or shutil.which("redis-check-rdb"):
+            kinds.append("redis")
+        for kind in kinds:
+            for block_mib in (2, 4):
+                _measure(report, kind, scratch, block_mib << 20, mib << 20, rounds)
+            of_kind = [row for row in report.rows if row["store"] == kind]
+            for way in ("put", "get"):
+                name = f"{kind}_{way}_ratio"
+                report.results[name] = min(row[f"{way}_ratio"] for row in of_kind)
+                report.goals[name] = "≥ 0.9"
+            for what in ("there", "absent"):
+                report.results[f"{kind}_look_up_{what}_ms"] = max(row[f"{what}_ms"] for row in of_kind)
+        if "redis" in kinds:
+            report.goals["redis_look_up_there_ms"] = "≤ 1"
+    columns = ["store", "mib", "put_mb_s", "put_ratio", "get_mb_s", "get_ratio", "there_ms", "absent_ms"]
+    print_table("one thread; ratios to the barest client", report.rows, columns)
+    report.finish(json_to)
+
+
+def _measure(
+    report: Report, kind: str, scratch: Path, block_bytes: int, total_bytes: int, rounds: int
+) -> None:
+    count = max(2, total_bytes // block_bytes)
+    names = [f"fkv1/{_NAMESPACE}/{i * 2654435761 % 2**32:08x}{block_bytes:024x}" for i in range(count)]
+    sent, received = Memory(count, block_bytes), Memory(count, block_bytes)
+    sent.array()[:] = random_bytes((len(sent.view),), 1)
+    server = None
+    if kind == "redis":
+        server = _redis_server.RedisServer(scratch)
+        url, bare = server.url, BareRedis(server.port)
+    else:
+        (scratch / "store").mkdir(exist_ok=True)
+        (scratch / "bare").mkdir(exist_ok=True)
+        url, bare = f"file://{scratch}/store?max_gb=64", BareFiles(scratch / "bare")
+    try:
+        parsed = parse_remote_url(url)
+        store = STORES[parsed.scheme](parsed, _TIMEOUT_S)
+        store.open()
+        session = store.session()
+        at_once = max(1, _CALL_BYTES // block_bytes)
+        calls = [slice(first, first + at_once) for first in range(0, count, at_once)]
+        bare_names = [f"bare/{name.rpartition('/')[2]}" for name in names]
+
+        def ours(call: Callable[[Sequence[str], Any], Any], memory: Memory) -> None:
+            for part in calls:
+                call(names[part], memory.values[part])
+
+        def barest(call: Callable[[str, memoryview], None], memory: Memory) -> None:
+            for name, value in zip(bare_names, memory.whole, strict=True):
+                call(name, value)
+
+        ways: dict[str, Callable[[], None]] = {
+            "put": lambda: ours(session.put, sent),
+            "bare_put": lambda: barest(bare.put, sent),
+            "get": lambda: ours(session.get, received),
+            "bare_get": lambda: barest(bare.get, received),
+        }
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        for number in range(rounds + 1):
+            for way, call in ways.items():
+                if "get" in way:
+                    received.array()[:] = 0
+                begin_s = time.perf_counter()
+                call()
+                if number:  # the first is to warm up
+                    seconds[way].append(time.perf_counter() - begin_s)
+                if "get" in way:
+                    report.check_bytes(f"bytes after {way}", received.array(), sent.array())
+        there = [f"fkv1/{_NAMESPACE}/{i:032x}" for i in range(_LOOKED_UP)]
+        small = [[memoryview(bytes(1))]] * 64
+        for first in range(0, _LOOKED_UP, 64):
+            session.put(there[first : first + 64], small)
+        absent = [f"fkv1/{_NAMESPACE}/{i:032x}" for i in range(10**6, 10**6 + _LOOKED_UP)]
+        report.rows.append(
+            {
+                "store": kind,
+                "mib": block_bytes >> 20,
+                **{f"{way}_mb_s": count * sent.size / min(seconds[way]) / 1e6 for way in ("put", "get")},
+                "put_ratio": median_ratio(seconds["bare_put"], seconds["put"]),
+                "get_ratio": median_ratio(seconds["bare_get"], seconds["get"]),
+                "there_ms": _look_up_ms(report, session, there, _LOOKED_UP),
+                "absent_ms": _look_up_ms(report, session, absent, 0),
+            }
+        )
+        session.close()
+    finally:
+        if server is not None:
+            server.stop()
+
+
+def _look_up_ms(report: Report, session: Any, names: list[str], expected: int) -> float:
+    times = []
+    for _ in range(9):
+        begin_s = time.perf_counter()
+        found = session.count_leading(names)
+        times.append(time.perf_counter() - begin_s)
+        report.check("look-ups", found == expected)
+    return sorted(times)[len(times) // 2] * 1e3
+
+
+if __name__ == "__main__":
+    typer.run(main)
