@@ -95,6 +95,7 @@ class _Done:
     status: _core.OpStatus = _core.OpStatus.DONE
     ok: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))
     corrupt: int = 0
+    missing: int = 0
 
 
 @dataclass(frozen=True)
