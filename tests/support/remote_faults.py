@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from sglang_flexkv.common.errors import ConfigError
+from sglang_flexkv.common.lower_tier import AwayError
 from sglang_flexkv.common.remote_url import RemoteUrl
 from sglang_flexkv.storage.remote import tier as remote_tier
 from sglang_flexkv.storage.remote.store import (
@@ -32,7 +33,7 @@ class Faults:
         self.heal()
 
     def heal(self) -> None:
-        self.loads_fail = self.stores_fail = self.opens_fail = False
+        self.loads_fail = self.stores_fail = self.opens_fail = self.away = False
         self.flip = self.garbage = self.missing = self.wrong_size = self.error = self.lost = self.full = 0.0
         self.lies = 0.0  # says that something is there which is not
         self._may_go_on.set()
@@ -70,6 +71,8 @@ class FaultyStore(Store):
     def open(self) -> None:
         if self._faults.opens_fail:
             raise ConfigError("there is no store; start one")
+        if self._faults.away:
+            raise AwayError("its server does not answer")
         self._store.open()
 
     def session(self) -> Session:

@@ -153,6 +153,15 @@ class RemoteMedium:
     def heal(self) -> None:
         self._faults.heal()
 
+    def go_away(self) -> None:
+        self._faults.away = True
+
+    def come_back(self) -> None:
+        self._faults.away = False
+
+    def end(self) -> None:
+        pass
+
 
 class DirectoryMedium(RemoteMedium):
     def url(self, directory: Path) -> str:
@@ -166,6 +175,12 @@ class RedisMedium(RemoteMedium):
 
     def url(self, directory: Path) -> str:
         return self._server.url
+
+    def go_away(self) -> None:
+        self._server.stop()
+
+    def come_back(self) -> None:
+        self._server.start()
 
     def end(self) -> None:
         self._server.stop()
@@ -289,7 +304,7 @@ def medium(
     monkeypatch.setattr(tierlife, "_CHECK_EVERY_S", 0.0)
     made: Medium = request.param(tmp_path, monkeypatch)
     yield made
-    if isinstance(made, RedisMedium):
+    if isinstance(made, RemoteMedium):
         made.end()
 
 
@@ -463,6 +478,32 @@ def test_the_tier_evicts_when_it_is_full(cache: Cache) -> None:
     came = [cache.get(number) for number in range(LOWER_BLOCKS // SEQUENCE + 4)]
     assert came[-1] == SEQUENCE
     assert sum(came) >= LOWER_BLOCKS // 2
+
+
+@pytest.mark.parametrize("kind", [DirectoryMedium, RedisMedium], ids=["Directory", "Redis"])
+def test_a_store_that_is_away_at_the_start_comes_in_later(
+    kind: type[RemoteMedium],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(tierlife, "_RETRY_S", 0.05)
+    monkeypatch.setattr(tierlife, "_RETRY_MAX_S", 0.2)
+    medium = kind(tmp_path, monkeypatch)
+    medium.go_away()
+    cache = Cache(medium)
+    assert caplog.text.count("The server goes on without it") == 1
+    assert cache.of_tier("online") == 0
+    assert not cache.engine.can_ask
+    cache.put(0)
+    assert cache.get(0) == SEQUENCE  # the CPU tier goes on
+    medium.come_back()
+    cache.until_back()
+    cache.fill(range(1, 4))
+    cache.engine.clear_tiers(0)
+    assert cache.get(1) == SEQUENCE
+    cache.close()
+    medium.end()
 
 
 # ---- two lower tiers ----
