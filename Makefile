@@ -13,15 +13,15 @@ setup:  ## make .venv with SGLang and this project in it (about a second when up
 models: setup  ## make the small random-weight models
 	$(PYTHON) scripts/make_models.py
 
-# Two files of unit tests at a time: most of them use one thread, and wait for disks. Servers each use all cores.
+# Two files at a time: most of these tests use one thread, and wait for disks. Servers each use all cores.
 # Status 5: ARGS select nothing there.
 test: setup models  ## run all tests; ARGS="-k name" selects
-	@unit=0; servers=0; \
-	$(PYTHON) -m pytest tests/unit -q -n 2 --dist loadfile $(ARGS) || unit=$$?; \
-	$(PYTHON) -m pytest tests/sglang -q $(ARGS) || servers=$$?; \
-	if [ $$unit = 5 ]; then exit $$servers; fi; \
-	if [ $$servers = 5 ]; then exit $$unit; fi; \
-	exit $$((unit ? unit : servers))
+	@parts=0; servers=0; \
+	$(PYTHON) -m pytest tests/unit tests/sglang -q -n 2 --dist loadfile $(ARGS) || parts=$$?; \
+	$(PYTHON) -m pytest tests/servers -q $(ARGS) || servers=$$?; \
+	if [ $$parts = 5 ]; then exit $$servers; fi; \
+	if [ $$servers = 5 ]; then exit $$parts; fi; \
+	exit $$((parts ? parts : servers))
 
 demo: setup models  ## run the demo; ARGS are passed on
 	$(PYTHON) demo/demo.py $(ARGS)

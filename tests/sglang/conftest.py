@@ -1,33 +1,16 @@
-"""What tests of servers, and of our linker and cache, need."""
+"""What tests of our linker and cache need."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
-from server import ON_CPU
 
 if TYPE_CHECKING:
     from kit import Rig
     from linker_steps import MakeRig
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips servers of more ranks than there are GPUs; on a CPU ranks share it."""
-    if ON_CPU:
-        return
-    for item in items:
-        if Path(__file__).parent not in item.path.parents:  # the hook is given those of all folders
-            continue
-        params = (
-            item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        )
-        ranks = params.get("tp_size", getattr(params.get("scenario"), "tp_size", 1))
-        if ranks > torch.cuda.device_count():
-            item.add_marker(pytest.mark.skip(reason=f"{ranks} ranks want {ranks} GPUs"))
 
 
 @pytest.fixture
