@@ -380,9 +380,9 @@ def launches_while_pinning(rig: Rig, device: torch.device) -> Line:
 
 
 def queueing(report: Report, device: torch.device, smoke: bool) -> Iterator[Line]:
-    """How long a forward waits until it can queue its first layer, and how long queueing the last one takes. The
-    thread that queues keeps a part of the driver's queue ahead of the link, so a large load takes it as long as
-    the link."""
+    """How long a forward waits until it can queue its first layer, and how long queueing the last one takes.
+    The thread that queues keeps a part of the driver's queue ahead of the link, so a large load takes it as
+    long as the link."""
     counts = (16,) if smoke else (32, 512)
     rig = Rig(device, **_ROW, layers=64, page=16, device_pages=counts[-1], host_pages=counts[-1])
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

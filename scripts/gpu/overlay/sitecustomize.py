@@ -2,8 +2,9 @@
 
 Python imports this module at the start of every interpreter that has this folder in PYTHONPATH, so it also
 reaches the processes SGLang spawns. It sets defaults for environment variables (a value that is set wins),
-makes SGLang take its run-time compiled modules from `prebuilt_jit/` where they are there, gives `--load-format
-dummy` weights whose answers depend on the whole context, and does without CUTLASS's Python packages.
+makes SGLang take its run-time compiled modules from `prebuilt_jit/` where they are there, gives
+`--load-format dummy` weights whose answers depend on the whole context, and does without CUTLASS's Python
+packages.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Finder:
             elif name == _WEIGHTS:
                 module.initialize_dummy_weights = sharp_weights
             elif name == _DUAL_GEMM:
-                # A kernel for small batches in CUTLASS's Python, which does not travel. None: two plain products.
+                # A kernel for small batches in CUTLASS's Python, which does not travel: two plain products.
                 module.DualGemm._select_mode = lambda *args: None
             elif os.environ.get("FLEXKV_KIT_FA2") == "1":
                 # Where the fa3 kernels are not to be had: FlashInfer's second generation, which is as real.
