@@ -3,6 +3,7 @@ wrong, and a step that hangs costs its own lines only. No number is looked at: t
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -46,6 +47,13 @@ def gpu(library: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[PretendedGpu
     monkeypatch.setattr(probe_gpu, "LATE_S", 0.05)
     monkeypatch.setattr(probe_gpu, "RESCUE_S", 120.0)  # a machine may be busy; here nothing hangs
     monkeypatch.setenv("TRITON_INTERPRET", "1")
+    # Where it is installed it would want a real GPU.
+    find_spec = importlib.util.find_spec
+
+    def without_flashinfer(name: str, *about: str) -> Any:
+        return None if name == "flashinfer" else find_spec(name, *about)
+
+    monkeypatch.setattr(importlib.util, "find_spec", without_flashinfer)
     with PretendedGpu(library, 13).entered() as gpu:
         monkeypatch.setattr(probe_gpu.Driver, "wait_value", lambda driver, *about: gpu.wait_value(*about))
         monkeypatch.setattr(probe_gpu.Driver, "write_value", lambda driver, *about: gpu.write_value(*about))
