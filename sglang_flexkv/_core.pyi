@@ -304,6 +304,8 @@ class SsdTier(LowerTier):
 VALUE_VERSION: int
 VALUE_HEADER_BYTES: int
 
+def find_files(paths: Sequence[str], leading: bool) -> list[int]: ...
+
 class RemoteCall:
     @property
     def store(self) -> bool: ...

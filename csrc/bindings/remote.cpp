@@ -1,7 +1,11 @@
 // What Python sees of the remote room: a tier whose calls the threads of a store's client make.
+#include <sys/stat.h>
+
+#include <cerrno>
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "bindings/bindings.hpp"
 #include "remote/remote_tier.hpp"
@@ -12,6 +16,21 @@ namespace flexkv {
 void BindRemote(py::module_& m) {
   m.attr("VALUE_VERSION") = kValueVersion;
   m.attr("VALUE_HEADER_BYTES") = kValueHeaderBytes;
+
+  // Of each path 0, or the errno that looking for it gave; as far as the first one that is not 0 if nobody
+  // asks for more. Here, because a system call of Python's lets go of the GIL, and each may wait for it then.
+  m.def(
+      "find_files",
+      [](const std::vector<std::string>& paths, bool leading) {
+        std::vector<int> errors;
+        for (const std::string& path : paths) {
+          struct stat found;
+          errors.push_back(stat(path.c_str(), &found) == 0 ? 0 : errno);
+          if (leading && errors.back() != 0) break;
+        }
+        return errors;
+      },
+      py::arg("paths"), py::arg("leading"), NoGil());
 
   using Call = RemoteTier::Call;
   py::class_<Call, std::shared_ptr<Call>>(m, "RemoteCall")

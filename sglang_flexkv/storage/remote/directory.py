@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
+from sglang_flexkv import _core
 from sglang_flexkv.common.config import GIB
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.lower_tier import AwayError
@@ -276,16 +277,18 @@ class _DirectorySession(Session):
         self._store = store
 
     def exists(self, names: Sequence[str]) -> list[bool]:
-        there = []
-        for name in names:
-            try:
-                os.stat(self._store.path_of(name))
-                there.append(True)
-            except (FileNotFoundError, NotADirectoryError):
-                there.append(False)
-            except OSError as error:
-                raise self._error("look for a value", error) from None
-        return there
+        return self._find(names, leading=False)
+
+    def count_leading(self, names: Sequence[str]) -> int:
+        there = self._find(names, leading=True)
+        return len(there) if all(there) else len(there) - 1
+
+    def _find(self, names: Sequence[str], *, leading: bool) -> list[bool]:
+        errors = _core.find_files([self._store.path_of(name) for name in names], leading)
+        for number in errors:
+            if number not in (0, errno.ENOENT, errno.ENOTDIR):
+                raise self._error("look for a value", OSError(number, os.strerror(number)))
+        return [number == 0 for number in errors]
 
     def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         try:

@@ -52,7 +52,7 @@ class Session(ABC):
     def count_leading(self, names: Sequence[str]) -> int:
         """How many of the leading values are there. For stores that have to look for each on its own: more
         and more are asked for at once, so that a store that has none of them is asked for a few."""
-        found, step = 0, 16
+        found, step = 0, 1
         while found < len(names):
             there = self.exists(names[found : found + step])
             if not all(there):
