@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import random
+import signal
 import sys
 import time
 from pathlib import Path
@@ -32,6 +33,8 @@ def stored_blocks(directory: Path) -> int:
 def main() -> None:
     import sglang
 
+    # It is ignored in what a shell runs in its background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     job = json.load(sys.stdin)
     prompts, params = job["prompts"], job["sampling_params"]
 
