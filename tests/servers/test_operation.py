@@ -273,7 +273,9 @@ def test_requests_that_are_preempted(server: SGLangServer) -> None:
 def test_everything_is_given_up_or_paused(server: SGLangServer, how: str) -> None:
     """While some requests run, others load or wait."""
     rng = random.Random(5)
-    for _ in range(2):
+    ends = how in ("all aborted", "abort")
+    given_up: list[Request] = []
+    for rounds in range(1, 9):
         prompts = stored(server, rng, QUEUED_MAX - 1, 150)
         with ThreadPoolExecutor(len(prompts)) as pool:
             requests = [Request(pool, server, prompt, 60) for prompt in prompts]
@@ -283,10 +285,13 @@ def test_everything_is_given_up_or_paused(server: SGLangServer, how: str) -> Non
             else:
                 server.request("POST", "/pause_generation", json={"mode": how})
                 server.request("POST", "/continue_generation", json={})
-            given_up = [each for each in requests if each.end != "length"]
-        assert bool(given_up) == (how in ("all aborted", "abort"))
+            given_up += [each for each in requests if each.end != "length"]
+        assert ends or not given_up
         check_requests(server, requests)
         check(server, [(prompt, server.generate(prompt, 4, **ASK)) for prompt in prompts[:2]])
+        if rounds > 1 and (given_up or not ends):  # on a fast machine all may have ended before
+            break
+    assert bool(given_up) == ends
 
 
 def test_engines_in_one_process_and_a_signal_to_their_group(tmp_path: Path) -> None:
