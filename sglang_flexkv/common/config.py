@@ -39,6 +39,7 @@ logger = logging.getLogger(__name__)
 GIB = 1024**3
 ENV_PREFIX = "FLEXKV_"
 _REMEMBERED_MIN = 1 << 16  # blocks of a remote store; each takes about a hundred bytes
+_ENABLE_REMOTE = f"enable_remote: a remote store is named by its URL here, as 'remote'; {GIVES}"
 _CONFIG_PATH_ENV = "FLEXKV_CONFIG_PATH"  # FlexKV's own name for the configuration file
 
 
@@ -224,7 +225,7 @@ class CacheConfig(_Settings):
         if not self.enable_cpu:
             raise ValueError("enable_cpu: the CPU tier cannot be off, every other tier loads through it")
         if self.enable_remote:
-            raise ValueError(f"enable_remote: a remote store is named by its URL here, as 'remote'; {GIVES}")
+            raise ValueError(_ENABLE_REMOTE)
         if self.enable_ssd and not (self.num_ssd_blocks and self.ssd_cache_dir):
             raise ValueError("enable_ssd needs num_ssd_blocks > 0 and ssd_cache_dir")
         return self
@@ -261,7 +262,7 @@ class FlexKVConfig(_Settings):
     @classmethod
     def _by_flexkv_s_name(cls, values: Any) -> Any:
         if isinstance(values, dict) and "enable_remote" in values:
-            raise ValueError(f"enable_remote: a remote store is named by its URL here, as 'remote'; {GIVES}")
+            raise ValueError(_ENABLE_REMOTE)
         return values
 
     @model_validator(mode="after")

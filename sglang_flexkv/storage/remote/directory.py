@@ -159,7 +159,7 @@ class DirectoryStore(Store):
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
             raise
-        self._keep_bound(os.path.basename(path).rpartition("-")[2][:2], value_bytes(value))
+        self._keep_bound(name.rpartition("/")[2][:2], value_bytes(value))
 
     def _read(self, name: str, value: Value) -> Outcome:
         path = self.path_of(name)

@@ -28,7 +28,14 @@ from sglang_flexkv.common.lower_tier import AwayError, HeldBlocks, LowerTier, Qu
 from sglang_flexkv.common.remote_url import RemoteUrl
 from sglang_flexkv.storage.remote.directory import DirectoryStore
 from sglang_flexkv.storage.remote.redis import RedisStore
-from sglang_flexkv.storage.remote.store import Outcome, Session, Store, StoreError, StoreFullError
+from sglang_flexkv.storage.remote.store import (
+    Outcome,
+    Session,
+    Store,
+    StoreError,
+    StoreFullError,
+    value_bytes,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -432,8 +439,8 @@ class _Mover(_Thread):
                 for i, outcome in zip(missing, done, strict=True):
                     outcomes[i] = outcome
             tier._count["there_already"] += len(names) - len(missing)
-            size = sum(len(piece) for i in missing for piece in values[i])
             if tier._write_limit:
+                size = sum(value_bytes(values[i]) for i in missing)
                 self.stop.wait(_STORE_THREADS * size / tier._write_limit)
 
         self.try_with_session(put)
