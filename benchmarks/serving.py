@@ -25,9 +25,14 @@ _server: Any = importlib.import_module("server")
 _answers: Any = importlib.import_module("answers")
 SGLangServer: Any = _server.SGLangServer
 
+ON_CPU: bool = _server.ON_CPU
+EXACT: bool = _answers.EXACT
+free_port: Any = _server.free_port
+
 PAGE_SIZE = 16
 _REQUEST_TIMEOUT_S = 300.0
 _QUIET_TIMEOUT_S = 60.0
+_LAST_WORDS = "The server is fired up"
 
 
 def ensure_model(name: str) -> Path:
@@ -52,6 +57,21 @@ def kv_bytes_per_token(model: Path) -> int:
     return int(items * _server.KV_ITEM_BYTES)
 
 
+def start(server: Any) -> None:
+    """Starts a server, and has it freeze what Python's garbage collector looks at.
+
+    SGLang does that last, in a thread, when the server answers already. It may come too early for its own
+    HTTP server, or be stopped in the middle (``running``): then one server collects what another does not.
+    """
+    server.start()
+    deadline = time.monotonic() + _QUIET_TIMEOUT_S
+    while _LAST_WORDS not in server.log():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the server never said {_LAST_WORDS!r}:\n{server.log_tail()}")
+        time.sleep(0.05)
+    server.request("POST", "/freeze_gc")
+
+
 @contextmanager
 def both_servers(model: Path, flags: dict[str, Any], flexkv_env: dict[str, str]) -> Iterator[tuple[Any, Any]]:
     """A stock server and one with FlexKV, alike but for that. Both are stopped at the end."""
@@ -61,7 +81,7 @@ def both_servers(model: Path, flags: dict[str, Any], flexkv_env: dict[str, str])
     servers = (stock, flexkv)
     try:
         with ThreadPoolExecutor(len(servers)) as pool:  # a start is 20 s of imports
-            list(pool.map(lambda server: server.start(), servers))
+            list(pool.map(start, servers))
         for server in servers:
             _signal(server, signal.SIGSTOP)
         yield stock, flexkv
@@ -77,10 +97,19 @@ def _tree(server: Any) -> list[psutil.Process]:
     return [root, *root.children(recursive=True)]
 
 
-def _signal(server: Any, number: signal.Signals) -> None:
-    for process in _tree(server):
+def signal_trees(pids: Sequence[int], number: signal.Signals) -> None:
+    """Signals processes and all that they have started."""
+    for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
+            root = psutil.Process(pid)
+            for process in [root, *root.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+
+
+def _signal(server: Any, number: signal.Signals) -> None:
+    if server.pid is not None:
+        signal_trees([server.pid], number)
 
 
 @contextmanager

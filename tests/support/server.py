@@ -127,6 +127,7 @@ class SGLangServer:
         start_timeout_s: how long `start()` waits for the server to become ready.
         stop_grace_s: how long `stop()` waits for an orderly shutdown, which takes 1.5 to 10 s; with
             0 it kills the server at once, for tests that do not look at the shutdown.
+        python: the interpreter that runs it; default: this one.
     """
 
     def __init__(
@@ -138,8 +139,10 @@ class SGLangServer:
         log_path: str | Path | None = None,
         start_timeout_s: float = START_TIMEOUT_S,
         stop_grace_s: float = STOP_GRACE_S,
+        python: str | Path = sys.executable,
     ) -> None:
         self.model = Path(model)
+        self.python = str(python)
         self.port = free_port()
         self.start_timeout_s = start_timeout_s
         self.stop_grace_s = stop_grace_s
@@ -174,7 +177,7 @@ class SGLangServer:
     @property
     def command(self) -> list[str]:
         """The command line `start()` runs."""
-        return [sys.executable, "-m", "sglang.launch_server", *flag_arguments(self.flags)]
+        return [self.python, "-m", "sglang.launch_server", *flag_arguments(self.flags)]
 
     @property
     def pid(self) -> int | None:
