@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models test demo lint gpu-kit clean distclean
+.PHONY: help setup models test demo compare lint gpu-kit clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: setup models  ## run the demo; ARGS are passed on
 
 lint: setup  ## run the checks of .pre-commit-config.yaml on all files
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m pre_commit run --all-files
+
+compare: setup models  ## compare with SGLang's HiCache, LMCache and no cache (20 minutes; docs/comparison.md)
+	$(PYTHON) benchmarks/compare.py --json build/compare/compare.json --out build/compare $(ARGS)
 
 gpu-kit:  ## make .gpu/kit, which checks all this on a GPU machine without a network (docs/gpu.md)
 	scripts/gpu/make_kit.sh $(ARGS)

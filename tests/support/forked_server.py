@@ -38,7 +38,12 @@ import zygote
 from server import DEFAULT_ENVIRONMENT, ON_CPU, ServerStartError, SGLangServer, flag_arguments
 
 # What SGLang reads when it is used, not when it is imported. So are all of ours.
-_READ_LATE = {"SGLANG_CPU_OMP_THREADS_BIND", "SGLANG_REQ_WAITING_TIMEOUT"}
+_READ_LATE = {
+    "SGLANG_CPU_OMP_THREADS_BIND",
+    "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR",
+    "SGLANG_PLUGINS",
+    "SGLANG_REQ_WAITING_TIMEOUT",
+}
 
 
 class _Zygote:

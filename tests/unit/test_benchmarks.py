@@ -184,6 +184,20 @@ def test_throughput_compares_servers_without_hits() -> None:
     assert checked(report, "runs without a single hit") == 2
 
 
+def test_the_comparison_counts_hits_of_each_tier_and_draws_them(tmp_path: Path) -> None:
+    report = any_report_of("compare.py", "--out", str(tmp_path), program=WITH_FORKED_SERVERS)
+    rows = {row["contender"]: row["parts"] for row in report["rows"]}
+    assert set(rows) == {"radix", "ours-ssd", "hicache-file"}
+    for name in ("ours-ssd", "hicache-file"):
+        assert checked(report, f"outputs of {name} are those of stock SGLang")
+        for source in ("host", "storage"):
+            served = sum(part[f"{source}_tokens"] for part in rows[name].values())
+            assert checked(report, f"tokens that {name} served from {source}") == served
+    assert all(rows["radix"][part]["host_tokens"] == 0 for part in rows["radix"])
+    assert report["settings"]["versions"]["sglang"]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".png"}
+
+
 @pytest.mark.parametrize("kind", [None, "D2H", "H2D"])
 def test_the_check_of_a_gpu_compares_bytes(monkeypatch: pytest.MonkeyPatch, kind: str | None) -> None:
     """On a device of CPU memory, where its comparison of pools is the same; then with a byte damaged."""
