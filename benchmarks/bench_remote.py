@@ -1,17 +1,19 @@
-"""Remote stores: values to and from Redis and a directory, against the barest client of each.
+"""Remote stores: values to and from Redis, S3 and a directory, against the barest client of each.
 
     python benchmarks/bench_remote.py [--smoke] [--json FILE|-] [--dir DIRECTORY]
 
 Ours is a store's session, as the tier's threads use it: a header and a block each, in calls of 8 MiB. The
 barest client of Redis is a socket to which one buffer after the other is sent, and from which one is
-received, as its protocol has it; that of a directory opens, writes and renames files with O_DIRECT. All have
-one thread and take turns, round by round. Making and comparing the sums is in none of them. Looking up is of
-2,048 blocks that are there, and of as many that are not. Every byte that came back is compared.
+received, as its protocol has it; that of a directory opens, writes and renames files with O_DIRECT; that of
+S3 is obstore in four threads, with one buffer for each value. The others have one thread. All take turns,
+round by round. Making and comparing the sums is in none of them. Looking up is of 2,048 blocks that are
+there, and of as many that are not. Every byte that came back is compared.
 """
 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import mmap
 import os
 import shutil
@@ -19,6 +21,7 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -42,7 +45,10 @@ from sglang_flexkv.storage.remote.tier import STORES
 
 sys.path.append(str(ROOT / "tests" / "support"))
 _redis_server: Any = importlib.import_module("redis_server")
+_s3_server: Any = importlib.import_module("s3_server")
 
+# Where a wheel's programs are, whether or not the environment is the shell's own.
+_PROGRAMS = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
 _HEADER = _core.VALUE_HEADER_BYTES
 _CALL_BYTES = 8 << 20
 _LOOKED_UP = 2048
@@ -63,9 +69,22 @@ class Memory:
         return np.frombuffer(self.view, np.uint8)
 
 
-class BareRedis:
-    def __init__(self, port: int) -> None:
-        self._socket = socket.create_connection(("127.0.0.1", port))
+class Bare:
+    """The barest client of a store: a value at a time, in as many threads as are quickest."""
+
+    threads = 1
+
+    def put(self, name: str, value: memoryview) -> None: ...
+    def get(self, name: str, value: memoryview) -> None: ...
+    def stop(self) -> None:
+        """Also the store's server."""
+
+
+class BareRedis(Bare):
+    def __init__(self, scratch: Path) -> None:
+        self._server = _redis_server.RedisServer(scratch)
+        self.url = self._server.url
+        self._socket = socket.create_connection(("127.0.0.1", self._server.port))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def put(self, name: str, value: memoryview) -> None:
@@ -82,11 +101,39 @@ class BareRedis:
         assert self._socket.recv_into(value, 0, socket.MSG_WAITALL) == len(value)
         assert self._socket.recv(2, socket.MSG_WAITALL) == b"\r\n"
 
+    def stop(self) -> None:
+        self._server.stop()
 
-class BareFiles:
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._direct = os.O_DIRECT if _takes_direct(directory) else 0
+
+class BareS3(Bare):
+    threads = 4
+
+    def __init__(self, scratch: Path) -> None:
+        self._server = _s3_server.S3Server(scratch)
+        os.environ.update(self._server.environment)
+        self.url = self._server.url
+        self._client = importlib.import_module("obstore")
+        store = importlib.import_module("obstore.store").S3Store
+        options = {"allow_http": True}
+        self._bucket = store("cache", endpoint=self._server.endpoint, client_options=options)
+
+    def put(self, name: str, value: memoryview) -> None:
+        self._client.put(self._bucket, name, value, use_multipart=False)
+
+    def get(self, name: str, value: memoryview) -> None:
+        value[:] = memoryview(self._client.get(self._bucket, name).buffer())
+
+    def stop(self) -> None:
+        self._server.stop()
+
+
+class BareFiles(Bare):
+    def __init__(self, scratch: Path) -> None:
+        (scratch / "store").mkdir(exist_ok=True)
+        self.url = f"file://{scratch}/store?max_gb=64"
+        self._directory = scratch / "bare"
+        self._directory.mkdir(exist_ok=True)
+        self._direct = os.O_DIRECT if _takes_direct(self._directory) else 0
 
     def put(self, name: str, value: memoryview) -> None:
         path = self._directory / name.rpartition("/")[2]
@@ -99,6 +146,16 @@ class BareFiles:
         fd = os.open(self._directory / name.rpartition("/")[2], os.O_RDONLY | self._direct)
         assert os.preadv(fd, [value], 0) == len(value)
         os.close(fd)
+
+
+def _stores() -> dict[str, Callable[[Path], Any]]:
+    """Those whose servers and clients are here."""
+    found: dict[str, Callable[[Path], Any]] = {"directory": BareFiles}
+    if shutil.which("redis-server") or shutil.which("redis-check-rdb"):
+        found["redis"] = BareRedis
+    if shutil.which("weed", path=_PROGRAMS) and importlib.util.find_spec("obstore"):
+        found["s3"] = BareS3
+    return found
 
 
 def _takes_direct(directory: Path) -> bool:
@@ -116,18 +173,21 @@ def main(
     directory: Annotated[Path | None, typer.Option("--dir", help="Where the files go.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
     mib: Annotated[int, typer.Option(min=8, help="Stored and loaded per round.")] = 128,
+    only: Annotated[list[str] | None, typer.Option(help="Of these stores.")] = None,
 ) -> None:
     """Remote stores against the barest client of each."""
     if smoke:
         rounds, mib = 1, 8
     with disk_directory(directory, "bench-remote") as scratch:
         report = Report("remote", smoke, Machine.here(scratch), {"rounds": rounds, "mib": mib})
-        kinds: list[str] = ["directory"]
-        if shutil.which("redis-server") or shutil.which("redis-check-rdb"):
-            kinds.append("redis")
-        for kind in kinds:
-            for block_mib in (2, 4):
-                _measure(report, kind, scratch, block_mib << 20, mib << 20, rounds)
+        kinds = {name: make for name, make in _stores().items() if name in (only or [name])}
+        for kind, make in kinds.items():
+            bare = make(scratch)
+            try:
+                for block_mib in (2, 4):
+                    _measure(report, kind, bare, block_mib << 20, mib << 20, rounds)
+            finally:
+                bare.stop()
             of_kind = [row for row in report.rows if row["store"] == kind]
             for way in ("put", "get"):
                 name = f"{kind}_{way}_ratio"
@@ -138,27 +198,18 @@ def main(
         if "redis" in kinds:
             report.goals["redis_look_up_there_ms"] = "≤ 1"
     columns = ["store", "mib", "put_mb_s", "put_ratio", "get_mb_s", "get_ratio", "there_ms", "absent_ms"]
-    print_table("one thread; ratios to the barest client", report.rows, columns)
+    print_table("ratios to the barest client", report.rows, columns)
     report.finish(json_to)
 
 
-def _measure(
-    report: Report, kind: str, scratch: Path, block_bytes: int, total_bytes: int, rounds: int
-) -> None:
+def _measure(report: Report, kind: str, bare: Any, block_bytes: int, total_bytes: int, rounds: int) -> None:
     count = max(2, total_bytes // block_bytes)
     names = [f"fkv1/{_NAMESPACE}/{i * 2654435761 % 2**32:08x}{block_bytes:024x}" for i in range(count)]
     sent, received = Memory(count, block_bytes), Memory(count, block_bytes)
     sent.array()[:] = random_bytes((len(sent.view),), 1)
-    server = None
-    if kind == "redis":
-        server = _redis_server.RedisServer(scratch)
-        url, bare = server.url, BareRedis(server.port)
-    else:
-        (scratch / "store").mkdir(exist_ok=True)
-        (scratch / "bare").mkdir(exist_ok=True)
-        url, bare = f"file://{scratch}/store?max_gb=64", BareFiles(scratch / "bare")
+    threads = ThreadPoolExecutor(bare.threads) if bare.threads > 1 else None
     try:
-        parsed = parse_remote_url(url)
+        parsed = parse_remote_url(bare.url)
         store = STORES[parsed.scheme](parsed, _TIMEOUT_S)
         store.open()
         session = store.session()
@@ -171,8 +222,9 @@ def _measure(
                 call(names[part], memory.values[part])
 
         def barest(call: Callable[[str, memoryview], None], memory: Memory) -> None:
-            for name, value in zip(bare_names, memory.whole, strict=True):
-                call(name, value)
+            each = threads.map if threads else map
+            for _ in each(call, bare_names, memory.whole):
+                pass
 
         ways: dict[str, Callable[[], None]] = {
             "put": lambda: ours(session.put, sent),
@@ -191,7 +243,7 @@ def _measure(
                     seconds[way].append(time.perf_counter() - begin_s)
                 if "get" in way:
                     report.check_bytes(f"bytes after {way}", received.array(), sent.array())
-        there = [f"fkv1/{_NAMESPACE}/{i:032x}" for i in range(_LOOKED_UP)]
+        there = [f"fkv1/{_NAMESPACE}/{block_bytes:016x}{i:016x}" for i in range(_LOOKED_UP)]
         small = [[memoryview(bytes(1))]] * 64
         for first in range(0, _LOOKED_UP, 64):
             session.put(there[first : first + 64], small)
@@ -208,9 +260,10 @@ def _measure(
             }
         )
         session.close()
+        store.close()
     finally:
-        if server is not None:
-            server.stop()
+        if threads is not None:
+            threads.shutdown()
 
 
 def _look_up_ms(report: Report, session: Any, names: list[str], expected: int) -> float:

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from urllib.parse import parse_qsl, unquote, urlsplit
+from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-GIVES = "give file:///DIRECTORY, redis://HOST:PORT or rediss://HOST:PORT"
+GIVES = "give file:///DIRECTORY, redis://HOST:PORT, rediss://HOST:PORT or s3://BUCKET/PREFIX"
 
 # Options of each kind, as they stand behind the URL's ``?``.
 _OPTIONS = {
     "file": {"max_gb"},
     "redis": {"db"},
     "rediss": {"db", "ca_file"},
+    "s3": {"endpoint", "region", "ca_file"},
 }
 _PORT = 6379
 
@@ -23,9 +24,9 @@ class RemoteUrl:
     """What people write to name a store, in parts."""
 
     scheme: str
-    host: str = ""
+    host: str = ""  # s3: the bucket
     port: int = 0
-    path: str = ""  # file: the directory
+    path: str = ""  # file: the directory; s3: the prefix
     options: Mapping[str, str] = field(default_factory=dict)
     username: str = field(default="", repr=False)
     password: str = field(default="", repr=False)
@@ -34,6 +35,8 @@ class RemoteUrl:
         """Without credentials."""
         if self.scheme == "file":
             return f"file://{self.path}"
+        if self.scheme == "s3":
+            return f"s3://{self.host}/{self.path}"
         return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
 
     @property
@@ -74,6 +77,8 @@ def parse_remote_url(text: str) -> RemoteUrl:
         if parts.hostname not in (None, "localhost") or not path.startswith("/") or "\0" in path:
             raise ValueError("needs a path from the root: file:///mnt/cache")
         return RemoteUrl(scheme, path=str(PurePosixPath(path)), options=options)
+    if scheme == "s3":
+        return _s3(parts, options)
     if not parts.hostname:
         raise ValueError(f"names no host; write {scheme}://HOST:PORT")
     database = parts.path.strip("/")
@@ -89,6 +94,19 @@ def parse_remote_url(text: str) -> RemoteUrl:
         username=unquote(parts.username or ""),
         password=unquote(parts.password or ""),
     )
+
+
+def _s3(parts: SplitResult, options: Mapping[str, str]) -> RemoteUrl:
+    if "@" in parts.netloc:
+        raise ValueError("takes no credentials: they come from AWS_ACCESS_KEY_ID or ~/.aws/credentials")
+    if not parts.netloc or ":" in parts.netloc:
+        raise ValueError("names no bucket; write s3://BUCKET/PREFIX?endpoint=http://HOST:PORT")
+    endpoint = options.get("endpoint")
+    if endpoint is not None:
+        found = urlsplit(endpoint)
+        if found.scheme not in ("http", "https") or not found.hostname or "@" in found.netloc:
+            raise ValueError("endpoint must be http://HOST:PORT or https://HOST:PORT, without credentials")
+    return RemoteUrl("s3", host=parts.netloc, path=unquote(parts.path).strip("/"), options=options)
 
 
 def _is_above_zero(text: str) -> bool:

@@ -53,7 +53,7 @@ def test_the_setting_is_taken_where_no_url_is_given(tmp_path: Path, monkeypatch:
         (("redis://:hunter2@127.0.0.1",), "set FLEXKV_REMOTE to it and leave the argument out"),
         (("redis://127.0.0.1:1",), "cannot be reached"),
         (("file:///none/at/all",), "create it or mount what belongs there"),
-        (("s3://bucket",), "URL there is no store 's3' here"),
+        (("mongodb://host",), "URL there is no store 'mongodb' here"),
     ],
 )
 def test_what_cannot_be_used_is_told_with_the_remedy(arguments: tuple[str, ...], told: str) -> None:

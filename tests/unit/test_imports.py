@@ -42,6 +42,7 @@ OPENS_FILES = {
     "integration/model_identity.py": "what a model's own files hold, as digests",
     "integration/startup.py": "the monkey-patch it compares and writes",
     "storage/ssd_identity.py": "the fields of an identity beside the SSD tier's files",
+    "storage/remote/s3.py": "AWS's credentials, the certificates of a CA",
     "replay/planner.py": "a model's config.json, for the size of its KV",
 }
 

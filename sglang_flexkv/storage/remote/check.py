@@ -53,6 +53,8 @@ def check(url: RemoteUrl, timeout_s: float | None = None) -> Check:
         found.problem = f"{error}; make room, or let it evict"
     except StoreError as error:
         found.problem = f"{error}; if it is only slow, raise remote_timeout_s"
+    finally:
+        store.close()
     return found
 
 

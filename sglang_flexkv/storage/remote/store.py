@@ -7,12 +7,18 @@ those who ask it, so it need not.
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from sglang_flexkv import _core
+from sglang_flexkv.common.errors import ConfigError
 
 Outcome = _core.BlockOutcome
+
+# Values that are asked for at once when the last that is there is searched for.
+_PROBES = 16
 
 # A value is one range of bytes in the store; in memory it is these pieces, one after the other.
 Value = Sequence[memoryview]
@@ -36,6 +42,45 @@ class StoreFullError(StoreError):
 
 def value_bytes(value: Value) -> int:
     return sum(len(piece) for piece in value)
+
+
+def import_client(module: str, store: str, extra: str) -> Any:
+    """The client library of a store, which comes with an extra of this package.
+
+    Raises:
+        ConfigError: it is not installed, or does not load.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
+        why = "" if missing else f" ({error})"
+        raise ConfigError(
+            f"remote: {store} needs {module.partition('.')[0]}, which cannot be imported{why}; "
+            f"pip install 'sglang-flexkv[{extra}]'"
+        ) from None
+
+
+def search_leading(num: int, are_there: Callable[[Sequence[int]], Sequence[bool]]) -> int:
+    """How many leading values are there, where each has to be asked for on its own and that is dear.
+
+    Not all are asked for, but some at a time, evenly spread over those that may be the last: what lies
+    between two that are there is taken to be there, too. Where it is not, a load finds out.
+
+    Args:
+        are_there: of positions, in order.
+    """
+    low, high = 0, num  # before low all are there, at high is none
+    probes: Sequence[int] = [0, num - 1][:num]  # mostly it is none, or all
+    while low < high:
+        for probe, there in zip(probes, are_there(probes), strict=True):
+            if not there:
+                high = probe
+                break
+            low = probe + 1
+        step = max(1, -(-(high - low) // _PROBES))
+        probes = range(low + step - 1, high, step)
+    return low
 
 
 class Session(ABC):
@@ -97,6 +142,9 @@ class Store(ABC):
     @abstractmethod
     def session(self) -> Session:
         """Raises StoreError."""
+
+    def close(self) -> None:  # noqa: B027
+        """Gives back what ``open`` took, after the last session was closed. Never raises."""
 
     def notes(self) -> list[str]:
         """What a user should know about how the store is set up, with what to do. Asks the store."""

@@ -28,6 +28,7 @@ from sglang_flexkv.common.lower_tier import AwayError, HeldBlocks, LowerTier, Qu
 from sglang_flexkv.common.remote_url import RemoteUrl
 from sglang_flexkv.storage.remote.directory import DirectoryStore
 from sglang_flexkv.storage.remote.redis import RedisStore
+from sglang_flexkv.storage.remote.s3 import S3Store
 from sglang_flexkv.storage.remote.store import (
     Outcome,
     Session,
@@ -43,6 +44,7 @@ STORES: dict[str, Callable[[RemoteUrl, float], Store]] = {
     "file": DirectoryStore,
     "redis": RedisStore,
     "rediss": RedisStore,
+    "s3": S3Store,
 }
 
 # Bytes that one call moves. With the threads they bound what is in flight, also of calls whose request has
@@ -205,6 +207,8 @@ class RemoteTier(LowerTier):
         deadline_s = time.monotonic() + _JOIN_S + self._timeout_s
         for thread in self._threads:
             thread.join(max(0.0, deadline_s - time.monotonic()))
+        if not any(thread.is_alive() for thread in self._threads):
+            self.store.close()
         self._threads = []
 
     # ---- names ----

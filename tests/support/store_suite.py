@@ -1,0 +1,109 @@
+"""What every remote store owes, in tests that a file of tests imports beside a fixture ``store``: one that is
+open."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from sglang_flexkv.storage.remote.store import Outcome, Session, Store
+
+SIZE = 8192
+
+
+def some_names(count: int = 40) -> list[str]:
+    """Of a namespace that nobody has used before."""
+    namespace = secrets.token_hex(16)
+    return [f"fkv1/{namespace}/{i:032x}" for i in range(count)]
+
+
+def value(number: int, size: int = SIZE) -> list[memoryview]:
+    content = bytearray(bytes([number % 256]) * size)
+    return [memoryview(content)[:4096], memoryview(content)[4096:]]
+
+
+def empty(size: int = SIZE) -> list[memoryview]:
+    return value(0xEE, size)
+
+
+def content(pieces: list[memoryview]) -> bytes:
+    return b"".join(map(bytes, pieces))
+
+
+@pytest.fixture
+def session(store: Store) -> Iterator[Session]:
+    made = store.session()
+    yield made
+    made.close()
+
+
+def test_what_is_stored_is_there(session: Session) -> None:
+    names = some_names()
+    assert session.exists(names) == [False] * 40
+    assert session.count_leading(names) == 0
+    assert session.put(names[:30], [value(i) for i in range(30)]) == [Outcome.GOOD] * 30
+    assert session.exists(names) == [True] * 30 + [False] * 10
+    for asked in (40, 31, 30, 29, 1):
+        assert session.count_leading(names[:asked]) == min(30, asked)
+    assert session.count_leading(names[30:]) == 0
+    into = [empty() for _ in range(31)]
+    assert session.get(names[:31], into) == [Outcome.GOOD] * 30 + [Outcome.MISSING]
+    for i in range(30):
+        assert content(into[i]) == content(value(i))
+
+
+def test_another_size_is_no_hit_and_spoils_nothing_else(session: Session) -> None:
+    names = some_names()
+    session.put(names[:4], [value(0), value(1, SIZE - 4096), value(2, SIZE + 4096), value(3)])
+    into = [empty() for _ in range(4)]
+    outcomes = session.get(names[:4], into)
+    assert outcomes == [Outcome.GOOD, Outcome.CORRUPT, Outcome.CORRUPT, Outcome.GOOD]
+    assert content(into[3]) == content(value(3))
+    session.put(names[:2], [value(5), value(6)])  # in place of what was there
+    assert session.get(names[:2], into[:2]) == [Outcome.GOOD] * 2
+    assert content(into[1]) == content(value(6))
+
+
+def test_many_threads_store_and_load_at_the_same_time(store: Store) -> None:
+    names = some_names(24)
+    size = 1 << 19
+    wrong: list[object] = []
+
+    def work(number: int) -> None:
+        session = store.session()
+        mine = names[number::4]
+        for turn in range(3):
+            values = [value(10 * number + turn, size) for _ in mine]
+            if session.put(mine, values) != [Outcome.GOOD] * len(mine):
+                wrong.append("put")
+            into = [empty(size) for _ in mine]
+            outcomes = session.get(mine, into)
+            if outcomes != [Outcome.GOOD] * len(mine) or list(map(content, into)) != list(
+                map(content, values)
+            ):
+                wrong.append((number, turn, outcomes))
+        session.close()
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_it_is_used_again_after_it_was_closed(store: Store) -> None:
+    names = some_names(1)
+    session = store.session()
+    session.put(names, [value(1)])
+    session.close()
+    store.close()
+    store.open()
+    session = store.session()
+    into = empty()
+    assert session.get(names, [into]) == [Outcome.GOOD]
+    assert content(into) == content(value(1))
+    session.close()
