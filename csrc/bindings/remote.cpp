@@ -40,6 +40,12 @@ void BindRemote(py::module_& m) {
                                const BlockKey id = call.name_space();
                                return py::bytes(reinterpret_cast<const char*>(&id), sizeof id);
                              })
+      // All of the memory that its blocks are in.
+      .def_property_readonly("pool",
+                             [](const Call& call) {
+                               return py::memoryview::from_memory(
+                                   call.host().base(), static_cast<py::ssize_t>(call.host().total_bytes()));
+                             })
       .def_property_readonly("keys", [](const Call& call) { return KeysToArray(call.keys()); })
       // Of each block its header and its body, writable: memory of the call, which must outlive them.
       .def("values", [](const Call& call) {

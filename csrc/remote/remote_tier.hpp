@@ -53,6 +53,7 @@ class RemoteTier : public LowerTier {
     // Of each block the two pieces of memory that are its value.
     char* header(size_t i) const { return headers_.get() + i * kValueHeaderBytes; }
     char* body(size_t i) const { return bodies_[i]; }
+    const HostPool& host() const { return *host_; }
     size_t body_bytes() const { return shape_.slice_offsets.back(); }
 
    private:

@@ -361,6 +361,12 @@ def environment() -> Mapping[str, str]:
     return os.environ
 
 
+def default_environment(**variables: str) -> None:
+    """Sets those that are not set. For libraries that have settings nowhere else."""
+    for name, text in variables.items():
+        os.environ.setdefault(name, text)
+
+
 def is_set(value: object) -> bool:
     """Whether a value says anything: not YAML's null, and no empty text."""
     return bool(value.strip()) if isinstance(value, str) else value is not None

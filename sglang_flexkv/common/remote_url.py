@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-GIVES = "give file:///DIRECTORY, redis://HOST:PORT, rediss://HOST:PORT or s3://BUCKET/PREFIX"
+GIVES = "give file:///DIRECTORY, redis://HOST:PORT, rediss://HOST:PORT, s3://BUCKET/PREFIX or mooncake://MASTER:PORT"
 
 # Options of each kind, as they stand behind the URL's ``?``.
 _OPTIONS = {
@@ -15,8 +15,9 @@ _OPTIONS = {
     "redis": {"db"},
     "rediss": {"db", "ca_file"},
     "s3": {"endpoint", "region", "ca_file"},
+    "mooncake": {"protocol", "device", "metadata", "host"},
 }
-_PORT = 6379
+_PORTS = {"redis": 6379, "rediss": 6379, "mooncake": 50051}
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,13 @@ def parse_remote_url(text: str) -> RemoteUrl:
         return _s3(parts, options)
     if not parts.hostname:
         raise ValueError(f"names no host; write {scheme}://HOST:PORT")
+    if scheme == "mooncake":
+        if "@" in parts.netloc:
+            raise ValueError("takes no credentials: Mooncake Store has none")
+        if parts.path.strip("/"):
+            raise ValueError("has nothing behind mooncake://MASTER:PORT but options")
+        port = _PORTS[scheme] if port is None else port
+        return RemoteUrl(scheme, host=parts.hostname, port=port, options=options)
     database = parts.path.strip("/")
     if database:
         options.setdefault("db", database)
@@ -89,7 +97,7 @@ def parse_remote_url(text: str) -> RemoteUrl:
     return RemoteUrl(
         scheme,
         host=parts.hostname,
-        port=_PORT if port is None else port,
+        port=_PORTS[scheme] if port is None else port,
         options=options,
         username=unquote(parts.username or ""),
         password=unquote(parts.password or ""),

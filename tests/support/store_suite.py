@@ -73,6 +73,12 @@ def test_many_threads_store_and_load_at_the_same_time(store: Store) -> None:
     wrong: list[object] = []
 
     def work(number: int) -> None:
+        try:
+            store_and_load(number)
+        except Exception as error:
+            wrong.append(error)
+
+    def store_and_load(number: int) -> None:
         session = store.session()
         mine = names[number::4]
         for turn in range(3):

@@ -367,6 +367,7 @@ def test_tls_is_spoken_to_those_whose_certificate_is_trusted(tmp_path: Path) -> 
         ("rediss://[::1]:7000", "rediss://[::1]:7000"),
         ("file:///mnt/a%20b?max_gb=2.5", "file:///mnt/a b"),
         ("file://localhost/mnt", "file:///mnt"),
+        ("mooncake://host?protocol=rdma&device=mlx5_0", "mooncake://host:50051"),
         ("s3://bucket", "s3://bucket/"),
         ("s3://bucket/some/where/?endpoint=https://h:1&region=eu", "s3://bucket/some/where"),
     ],
@@ -380,7 +381,9 @@ def test_urls(url: str, told: str) -> None:
     ("url", "why"),
     [
         ("/mnt/cache", "names no kind of store"),
-        ("mooncake://host", "no store 'mooncake'"),
+        ("mooncake://:secret@host", "has none"),
+        ("mooncake://host/secret", "nothing behind"),
+        ("mooncake://host?max_gb=1", "no option"),
         ("s3:///prefix", "names no bucket"),
         ("s3://host:9000/bucket", "names no bucket"),
         ("s3://key:secret@bucket", "takes no credentials"),

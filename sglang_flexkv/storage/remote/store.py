@@ -146,6 +146,10 @@ class Store(ABC):
     def close(self) -> None:  # noqa: B027
         """Gives back what ``open`` took, after the last session was closed. Never raises."""
 
+    def lend(self, memory: memoryview) -> None:  # noqa: B027
+        """Blocks are in this memory from now on until ``close``; for clients that need to know memory
+        beforehand. Called before each call, by the thread that makes it. Raises StoreError."""
+
     def notes(self) -> list[str]:
         """What a user should know about how the store is set up, with what to do. Asks the store."""
         return []

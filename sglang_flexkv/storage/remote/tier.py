@@ -27,6 +27,7 @@ from sglang_flexkv.common.config import Admission, EvictionPolicy
 from sglang_flexkv.common.lower_tier import AwayError, HeldBlocks, LowerTier, Question, TierSlots
 from sglang_flexkv.common.remote_url import RemoteUrl
 from sglang_flexkv.storage.remote.directory import DirectoryStore
+from sglang_flexkv.storage.remote.mooncake import MooncakeStore
 from sglang_flexkv.storage.remote.redis import RedisStore
 from sglang_flexkv.storage.remote.s3 import S3Store
 from sglang_flexkv.storage.remote.store import (
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 STORES: dict[str, Callable[[RemoteUrl, float], Store]] = {
     "file": DirectoryStore,
+    "mooncake": MooncakeStore,
     "redis": RedisStore,
     "rediss": RedisStore,
     "s3": S3Store,
@@ -406,6 +408,7 @@ class _Mover(_Thread):
         outcomes = [Outcome.FAILED] * len(names)
         why = ""
         try:
+            self.tier.store.lend(call.pool)
             if self._store:
                 outcomes = self._put(keys, names, values)
             else:
