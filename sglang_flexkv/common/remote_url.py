@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit
 
-GIVES = "give file:///DIRECTORY, redis://HOST:PORT, rediss://HOST:PORT, s3://BUCKET/PREFIX or mooncake://MASTER:PORT"
+GIVES = (
+    "give file:///DIRECTORY, redis://HOST:PORT, rediss://HOST:PORT, s3://BUCKET/PREFIX, "
+    "mooncake://MASTER:PORT or hicache://BACKEND"
+)
 
 # Options of each kind, as they stand behind the URL's ``?``.
 _OPTIONS = {
@@ -16,6 +20,7 @@ _OPTIONS = {
     "rediss": {"db", "ca_file"},
     "s3": {"endpoint", "region", "ca_file"},
     "mooncake": {"protocol", "device", "metadata", "host"},
+    "hicache": None,  # the backend knows
 }
 _PORTS = {"redis": 6379, "rediss": 6379, "mooncake": 50051}
 
@@ -25,10 +30,10 @@ class RemoteUrl:
     """What people write to name a store, in parts."""
 
     scheme: str
-    host: str = ""  # s3: the bucket
+    host: str = ""  # s3: the bucket; hicache: the backend
     port: int = 0
     path: str = ""  # file: the directory; s3: the prefix
-    options: Mapping[str, str] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict, repr=False)
     username: str = field(default="", repr=False)
     password: str = field(default="", repr=False)
 
@@ -36,6 +41,8 @@ class RemoteUrl:
         """Without credentials."""
         if self.scheme == "file":
             return f"file://{self.path}"
+        if self.scheme == "hicache":
+            return f"hicache://{self.host}"
         if self.scheme == "s3":
             return f"s3://{self.host}/{self.path}"
         return f"{self.scheme}://{f'[{self.host}]' if ':' in self.host else self.host}:{self.port}"
@@ -63,12 +70,13 @@ def parse_remote_url(text: str) -> RemoteUrl:
         raise ValueError(f"is no URL; {GIVES}") from None
     scheme = parts.scheme
     if scheme not in _OPTIONS:
-        known = f"there is no store {scheme!r} here" if scheme else "names no kind of store"
-        raise ValueError(f"{known}; {GIVES}")
+        why = f"there is no store {scheme!r} here" if scheme else "names no kind of store"
+        raise ValueError(f"{why}; {GIVES}")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    known = _OPTIONS[scheme]
     for name in options:
-        if name not in _OPTIONS[scheme]:
-            allowed = ", ".join(sorted(_OPTIONS[scheme]))
+        if known is not None and name not in known:
+            allowed = ", ".join(sorted(known))
             raise ValueError(f"{scheme}:// has no option {name!r}; there is {allowed}")
     for name in {"max_gb"} & options.keys():
         if not _is_above_zero(options[name]):
@@ -78,6 +86,10 @@ def parse_remote_url(text: str) -> RemoteUrl:
         if parts.hostname not in (None, "localhost") or not path.startswith("/") or "\0" in path:
             raise ValueError("needs a path from the root: file:///mnt/cache")
         return RemoteUrl(scheme, path=str(PurePosixPath(path)), options=options)
+    if scheme == "hicache":
+        if not re.fullmatch(r"\w+", parts.netloc) or parts.path.strip("/"):
+            raise ValueError("names no backend; write hicache://BACKEND?NAME=VALUE, e.g. hicache://file")
+        return RemoteUrl(scheme, host=parts.netloc, options=options)
     if scheme == "s3":
         return _s3(parts, options)
     if not parts.hostname:

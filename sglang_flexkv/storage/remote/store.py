@@ -45,7 +45,7 @@ def value_bytes(value: Value) -> int:
 
 
 def import_client(module: str, store: str, extra: str) -> Any:
-    """The client library of a store, which comes with an extra of this package.
+    """The client library of a store, which comes with an extra of this package, if it is not SGLang itself.
 
     Raises:
         ConfigError: it is not installed, or does not load.
@@ -55,9 +55,9 @@ def import_client(module: str, store: str, extra: str) -> Any:
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == module.partition(".")[0]
         why = "" if missing else f" ({error})"
+        remedy = f"pip install 'sglang-flexkv[{extra}]'" if extra else "install it"
         raise ConfigError(
-            f"remote: {store} needs {module.partition('.')[0]}, which cannot be imported{why}; "
-            f"pip install 'sglang-flexkv[{extra}]'"
+            f"remote: {store} needs {module.partition('.')[0]}, which cannot be imported{why}; {remedy}"
         ) from None
 
 

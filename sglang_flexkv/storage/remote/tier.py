@@ -27,6 +27,7 @@ from sglang_flexkv.common.config import Admission, EvictionPolicy
 from sglang_flexkv.common.lower_tier import AwayError, HeldBlocks, LowerTier, Question, TierSlots
 from sglang_flexkv.common.remote_url import RemoteUrl
 from sglang_flexkv.storage.remote.directory import DirectoryStore
+from sglang_flexkv.storage.remote.hicache import HiCacheStore
 from sglang_flexkv.storage.remote.mooncake import MooncakeStore
 from sglang_flexkv.storage.remote.redis import RedisStore
 from sglang_flexkv.storage.remote.s3 import S3Store
@@ -43,6 +44,7 @@ logger = logging.getLogger(__name__)
 
 STORES: dict[str, Callable[[RemoteUrl, float], Store]] = {
     "file": DirectoryStore,
+    "hicache": HiCacheStore,
     "mooncake": MooncakeStore,
     "redis": RedisStore,
     "rediss": RedisStore,
