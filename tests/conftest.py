@@ -8,6 +8,15 @@ from types import FrameType
 import pytest
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--remote-runs",
+        type=int,
+        default=0,
+        help="Seeds of remote stores that do what they like, shared out among their kinds; 0: one each.",
+    )
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Has SIGTERM end the run as Ctrl-C does: fixtures are torn down, so no server is left behind."""
 

@@ -19,7 +19,7 @@ from linker_steps import (
 )
 from remote_faults import Faults, faulty_stores
 
-from sglang_flexkv import kvtask, tierlife
+from sglang_flexkv import kvtask
 from sglang_flexkv.common.block import keys_from_page_hashes
 from sglang_flexkv.common.config import LoadPolicy, PrefetchPolicy
 from sglang_flexkv.storage.remote import tier as remote_tier
@@ -223,38 +223,3 @@ def test_fetched_blocks_go_to_ssd_as_well(make_rig: MakeRig, url: str, tmp_path:
     assert run(second, sequence(1))[1] == PAGES * PAGE
     assert second.engine.flush_spills(TIMEOUT_S)
     assert second.stats("SSD")["ready"] == PAGES
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_a_store_that_does_what_it_likes_changes_no_request(
-    make_rig: MakeRig, url: str, faults: Faults, monkeypatch: pytest.MonkeyPatch, seed: int
-) -> None:
-    """Every kind of fault, mixed by a seed, under the real flow: what is loaded is right, nothing is left."""
-    monkeypatch.setattr(kvtask, "_FETCH_BYTES", 1)
-    monkeypatch.setattr(remote_tier, "_ABSENT_S", 0.0)
-    monkeypatch.setattr(remote_tier, "_SPOILT_S", 0.0)
-    monkeypatch.setattr(tierlife, "_RETRY_S", 0.01)
-    monkeypatch.setattr(tierlife, "_RETRY_MAX_S", 0.05)
-    first, second = make_rig(remote=url), make_rig(remote=url)
-    faults.__init__(seed)  # the draws of this test alone
-    expected = {number: store(first, sequence(1000 * number), number) for number in range(4)}
-    kinds = ("flip", "garbage", "missing", "wrong_size", "error", "lost", "full", "lies")
-    for step in range(40):
-        faults.heal()
-        for kind in kinds:
-            setattr(faults, kind, 0.3 if faults.draw(0.3) else 0.0)
-        number = faults.below(4)
-        got, _ = run(second, sequence(1000 * number))
-        assert_same(got, cut(expected[number], 0, len(got[0])))
-        if step % 2:
-            second.evict_all()
-            invalidate_cpu_tier(second)
-    # When all is well again it is of use again.
-    faults.heal()
-    deadline = time.monotonic() + TIMEOUT_S
-    brought = 0
-    while brought < PAGES * PAGE:
-        assert time.monotonic() < deadline, "the store is not used again"
-        forget_locally(second)
-        got, brought = run(second, sequence(1000))
-        assert_same(got, cut(expected[1], 0, len(got[0])))

@@ -1,0 +1,159 @@
+"""Every kind of remote store under the real flow: hits, faults of its server, faults of all kinds by a seed.
+
+``--remote-runs=1000`` has so many seeds, shared out among the stores, in place of one each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+from kit import TIMEOUT_S, Rig, assert_same, cut
+from linker_steps import PAGE, PAGES, MakeRig, invalidate_cpu_tier, may_run, prefetch, sequence
+from remote_faults import Faults, faulty_stores
+from remote_services import KINDS, SERVERS, Services, go_on, set_environment, stand_still
+
+from sglang_flexkv import kvtask, tierlife
+from sglang_flexkv.common.config import PrefetchPolicy
+from sglang_flexkv.storage.remote import tier as remote_tier
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        count = metafunc.config.getoption("--remote-runs") or len(KINDS)
+        kinds = list(KINDS)
+        metafunc.parametrize(
+            ("kind", "seed"),
+            [(kind, seed) for n, kind in enumerate(kinds) for seed in range(n, count, len(kinds))],
+        )
+
+
+@pytest.fixture(scope="module")
+def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
+    with pytest.MonkeyPatch.context() as patch:
+        set_environment(patch.setenv, patch.delenv)
+        made = Services(tmp_path_factory.mktemp)
+        yield made
+        made.end()
+
+
+@pytest.fixture(autouse=True)
+def _soon_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tierlife, "_RETRY_S", 0.01)
+    monkeypatch.setattr(tierlife, "_RETRY_MAX_S", 0.05)
+    monkeypatch.setattr(remote_tier, "_ABSENT_S", 0.0)
+    monkeypatch.setattr(remote_tier, "_SPOILT_S", 0.0)
+
+
+def store(rig: Rig, tokens: list[int], seed: int) -> list:
+    """Computes a prompt and stores it remotely."""
+    expected = rig.insert(tokens, seed=seed)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    return expected
+
+
+def run(rig: Rig, tokens: list[int]) -> tuple[list, int]:
+    """A request from the queue to its end: what it has of its prompt, and how much the store brought."""
+    req = rig.request(tokens)
+    prefetch(rig, req)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not may_run(rig, req):
+        assert time.monotonic() < deadline, "a request waits for ever"
+        time.sleep(0.001)  # the store's threads go on meanwhile
+    brought = rig.cache.pop_prefetch_loaded_tokens(req.cache_request_handle)
+    (slots,) = rig.restore(req)
+    got = rig.read(slots)
+    rig.finish(req, slots)
+    return got, brought
+
+
+def check_that_it_is_of_use(rig: Rig, tokens: list[int], expected: list, seed: int | None = None) -> None:
+    """Until all of a prompt comes from the store; computed and stored again if that is what it takes."""
+    deadline = time.monotonic() + TIMEOUT_S
+    while True:
+        rig.evict_all()
+        invalidate_cpu_tier(rig)
+        got, brought = run(rig, tokens)
+        assert_same(got, cut(expected, 0, len(got[0])))
+        if brought == PAGES * PAGE:
+            return
+        if seed is not None:
+            rig.insert(tokens, seed=seed)
+            rig.evict_all()
+            rig.engine.flush_spills(TIMEOUT_S)
+        assert time.monotonic() < deadline, "the store is not used again"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_one_server_stored_another_finds(make_rig: MakeRig, services: Services, kind: str) -> None:
+    url = services.get(kind).url
+    first, second = make_rig(remote=url), make_rig(remote=url)
+    expected = store(first, sequence(1), 1)
+    got, brought = run(second, sequence(1))
+    assert_same(got, expected)
+    assert brought == PAGES * PAGE
+
+
+@pytest.mark.parametrize("kind", SERVERS)
+def test_nobody_notices_when_a_store_stands_still_and_dies(
+    make_rig: MakeRig, services: Services, kind: str
+) -> None:
+    service = services.get(kind)
+    rig = make_rig(
+        remote=service.url,
+        remote_timeout_s=2.0,
+        prefetch_policy=PrefetchPolicy.TIMEOUT,
+        prefetch_timeout_s=0.2,
+    )
+    prompts = [sequence(1000 * number) for number in range(50, 54)]
+    expected = [store(rig, prompt, number) for number, prompt in enumerate(prompts)]
+    check_that_it_is_of_use(rig, prompts[0], expected[0], 0)
+
+    def requests() -> None:
+        for _ in range(2):
+            for prompt, right in zip(prompts, expected, strict=True):
+                rig.evict_all()
+                invalidate_cpu_tier(rig)
+                got, _ = run(rig, prompt)
+                assert_same(got, cut(right, 0, len(got[0])))
+
+    stand_still(service)
+    try:
+        requests()
+    finally:
+        go_on(service)
+    check_that_it_is_of_use(rig, prompts[0], expected[0], 0)
+    service.stop()
+    requests()
+    rig.cache.check_hicache_events()
+    assert rig.stats("REMOTE")["times_out"] > 0
+    service.start()
+    check_that_it_is_of_use(rig, prompts[0], expected[0], 0)
+
+
+def test_a_store_that_does_what_it_likes_changes_no_request(
+    make_rig: MakeRig, services: Services, monkeypatch: pytest.MonkeyPatch, kind: str, seed: int
+) -> None:
+    """Every kind of fault, mixed by a seed: what is loaded is right, nothing is left."""
+    faults = Faults(seed)
+    monkeypatch.setattr(remote_tier, "STORES", faulty_stores(faults))
+    monkeypatch.setattr(kvtask, "_FETCH_BYTES", 1)  # a task for each block
+    url = services.get(kind).url
+    first, second = make_rig(remote=url), make_rig(remote=url)
+    prompts = [sequence(100_000 * (seed + 1) + 1000 * number) for number in range(4)]
+    expected = [store(first, prompt, number) for number, prompt in enumerate(prompts)]
+    kinds = ("flip", "garbage", "missing", "wrong_size", "error", "lost", "full", "lies")
+    for step in range(40):
+        faults.heal()
+        for each in kinds:
+            setattr(faults, each, 0.3 if faults.draw(0.3) else 0.0)
+        number = faults.below(4)
+        got, _ = run(second, prompts[number])
+        assert_same(got, cut(expected[number], 0, len(got[0])))
+        if step % 2:
+            second.evict_all()
+            invalidate_cpu_tier(second)
+    faults.heal()
+    check_that_it_is_of_use(second, prompts[1], expected[1])
