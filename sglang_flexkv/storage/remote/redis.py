@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.lower_tier import AwayError
 from sglang_flexkv.common.remote_url import RemoteUrl
+from sglang_flexkv.storage.remote.redis_cluster import ClusterSession, SlotMap
 from sglang_flexkv.storage.remote.store import (
     Outcome,
     Session,
@@ -37,12 +38,12 @@ _COUNTED = 64  # values that are counted together
 _PIECES_MAX = 512  # that one call of the system takes
 
 # What a server answers while it starts, or to a client that came to the wrong one of several.
-_TEMPORARY = ("LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN")
+_TEMPORARY = ("LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "MOVED", "ASK")
 _TO_BE_CHANGED = {
     "NOAUTH": "it wants a password; put it into the URL, redis://:PASSWORD@HOST, in FLEXKV_REMOTE or a file",
     "WRONGPASS": "user or password are wrong; correct them in the URL",
     "NOPERM": "this user may not use GET, SET and EXISTS on fkv1/*; let it",
-    "MOVED": "it is a node of a cluster, and clusters are not supported; name a single server or a proxy",
+    "DENIED": "it is protected: only this machine may use it; set a password, or protected-mode no",
     "READONLY": "it is a replica; name the primary",
 }
 
@@ -56,6 +57,7 @@ class RedisStore(Store):
         self._url, self.timeout_s = url, timeout_s
         self.name = f"Redis at {url.host}:{url.port}"
         self._tls: ssl.SSLContext | None = None
+        self._slots: SlotMap | None = None  # of a cluster
 
     def open(self) -> None:
         try:
@@ -66,18 +68,35 @@ class RedisStore(Store):
                 f"remote: the certificates of ca_file cannot be read: {error}; correct it"
             ) from None
         try:
-            session = _RedisSession(self)
+            self.close()
+            first = _RedisSession(self)
             try:
-                session.exists(["fkv1/0/0"])
+                if first.is_of_a_cluster():
+                    self._slots = SlotMap(self._url, self.name, self.timeout_s)
+                else:
+                    first.exists(["fkv1/0/0"])
             finally:
-                session.close()
+                first.close()
+            if self.is_cluster:
+                session = self.session()
+                try:
+                    session.exists(["fkv1/0/0"])
+                finally:
+                    session.close()
         except _Refused as error:
             raise ConfigError(f"remote: {error}") from None
         except StoreError as error:
             raise AwayError(f"remote: {error}; start it, or check host and port") from None
 
     def session(self) -> Session:
+        if self._slots is not None:
+            return ClusterSession(self._slots, lambda node: _RedisSession(self, *node))
         return _RedisSession(self)
+
+    def close(self) -> None:
+        slots, self._slots = self._slots, None
+        if slots is not None:
+            slots.close()
 
     def notes(self) -> list[str]:
         session = _RedisSession(self)
@@ -88,6 +107,8 @@ class RedisStore(Store):
         finally:
             session.close()
         notes = [f"{found.get('redis_version', '?')}, {found.get('used_memory_human', '?')} used"]
+        if self.is_cluster:
+            notes.append("a cluster: what follows is of the node that the URL names")
         if found.get("maxmemory", "0") == "0":
             notes.append("maxmemory is not set: it grows until the machine has no memory; set it")
         elif "noeviction" in found.get("maxmemory_policy", ""):
@@ -96,15 +117,19 @@ class RedisStore(Store):
 
     # ---- for sessions ----
 
-    def connect(self) -> socket.socket:
-        """Raises StoreError."""
-        url = self._url
+    @property
+    def is_cluster(self) -> bool:
+        return self._slots is not None
+
+    def connect(self, host: str = "", port: int = 0) -> socket.socket:
+        """To the server that the URL names, or to another one of its cluster. Raises StoreError."""
+        host, port = host or self._url.host, port or self._url.port
         try:
-            connection = socket.create_connection((url.host, url.port), self.timeout_s)
+            connection = socket.create_connection((host, port), self.timeout_s)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
             if self._tls is not None:
-                return self._tls.wrap_socket(connection, server_hostname=url.host)
+                return self._tls.wrap_socket(connection, server_hostname=host)
             # The system's own limits, on a socket that blocks: megabytes then come with one call, and not
             # with one for each piece that has arrived, each of which would take the GIL.
             connection.settimeout(None)
@@ -131,12 +156,12 @@ class RedisStore(Store):
 class _RedisSession(Session):
     """One connection. Replies come in the order of the commands: many are sent before the first is read."""
 
-    def __init__(self, store: RedisStore) -> None:
+    def __init__(self, store: RedisStore, host: str = "", port: int = 0) -> None:
         self._store = store
         self._deadline_s = time.monotonic() + store.timeout_s
         self._buffer = bytearray(4096)  # what was received and belongs to the next reply
         self._at = self._end = 0
-        self._socket = store.connect()
+        self._socket = store.connect(host, port)
         try:
             for command in store.greeting():
                 self._send([_command(*command)])
@@ -188,6 +213,12 @@ class _RedisSession(Session):
         if full is not None and Outcome.GOOD not in outcomes:
             raise full
         return outcomes
+
+    def is_of_a_cluster(self) -> bool:
+        try:
+            return self.configuration().get("cluster_enabled", "0").strip() == "1"
+        except _Refused:
+            return False  # one that does not tell is taken for a server by itself
 
     def configuration(self) -> dict[str, str]:
         """What INFO says."""
@@ -355,6 +386,8 @@ class _RedisSession(Session):
         # What the server says may repeat what it was sent: only its kind is passed on.
         if kind == "OOM":
             return StoreFullError(f"{self._store.name} is full (maxmemory)")
+        if kind in ("MOVED", "ASK") and not self._store.is_cluster:
+            return _Refused(f"{self._store.name}: it is one of a cluster, and INFO is refused; allow it")
         if kind in _TO_BE_CHANGED:
             return _Refused(f"{self._store.name}: {_TO_BE_CHANGED[kind]}")
         if kind == "ERR" and "AUTH" in text:

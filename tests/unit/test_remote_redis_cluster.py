@@ -1,0 +1,100 @@
+"""A real cluster of three Redis servers: what every store owes, slots that move, a node that is gone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import redis
+from redis.crc import key_slot
+from redis_server import RedisCluster
+from store_suite import *  # noqa: F403
+from store_suite import content, empty, some_names, value
+
+from sglang_flexkv.common.errors import ConfigError
+from sglang_flexkv.common.remote_url import parse_remote_url
+from sglang_flexkv.storage.remote.check import check
+from sglang_flexkv.storage.remote.redis import RedisStore
+from sglang_flexkv.storage.remote.store import Outcome, StoreError
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisCluster]:
+    made = RedisCluster(tmp_path_factory.mktemp("cluster"))
+    yield made
+    made.stop()
+
+
+@pytest.fixture
+def store(cluster: RedisCluster) -> Iterator[RedisStore]:
+    made = RedisStore(parse_remote_url(cluster.url), 5.0)
+    made.open()
+    yield made
+    made.close()
+
+
+def test_values_lie_on_all_nodes(cluster: RedisCluster, store: RedisStore) -> None:
+    assert store.is_cluster
+    session, names = store.session(), some_names(100)
+    session.put(names, [value(i) for i in range(100)])
+    for node in cluster.nodes:
+        with redis.Redis(port=node.port) as client:
+            assert any(client.keys(f"{names[0][:37]}*"))
+    session.close()
+
+
+def test_slots_that_move_are_followed(cluster: RedisCluster, store: RedisStore) -> None:
+    session, (name,) = store.session(), some_names(1)
+    slot = key_slot(name.encode())
+    clients = [redis.Redis(port=node.port) for node in cluster.nodes]
+    ids = [client.execute_command("CLUSTER MYID") for client in clients]
+    first = next(i for i in range(3) if slot < 16384 * (i + 1) // 3)
+    for target in ((first + 1) % 3, first):  # and back
+        session.exists([name])  # it has a connection, and a map
+        for client in clients[target:] + clients[:target]:  # who gets it learns of it first
+            client.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[target])
+        with pytest.raises(StoreError) as error:
+            session.put([name], [value(1)])
+        assert error.value.temporary  # the tier makes the call once more, on another session
+        session.close()
+        session = store.session()
+        assert session.put([name], [value(target)]) == [Outcome.GOOD]
+        assert clients[target].exists(name)
+        into = empty()
+        assert session.get([name], [into]) == [Outcome.GOOD]
+        assert content(into) == content(value(target))
+        clients[target].delete(name)
+    session.close()
+    for client in clients:
+        client.close()
+
+
+def test_without_its_client_the_way_to_get_it_is_said(
+    cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "redis.crc", None)
+    with pytest.raises(ConfigError, match=r"pip install 'sglang-flexkv\[redis\]'"):
+        RedisStore(parse_remote_url(cluster.url), 5.0).open()
+
+
+def test_a_check_tries_a_cluster(cluster: RedisCluster) -> None:
+    found = check(parse_remote_url(cluster.url), 5.0)
+    assert not found.problem
+    assert min(found.put_mb_s, found.get_mb_s, found.look_up_s) > 0
+    assert any("cluster" in note for note in found.notes)
+
+
+def test_what_a_lost_node_had_spoils_nothing_of_the_others(cluster: RedisCluster, store: RedisStore) -> None:
+    session, names = store.session(), some_names(30)
+    session.put(names, [value(i) for i in range(30)])
+    cluster.nodes[2].stop()
+    of_it = [key_slot(name.encode()) >= 16384 * 2 // 3 for name in names]
+    assert True in of_it
+    assert False in of_it
+    into = [empty() for _ in names]
+    outcomes = session.get(names, into)
+    assert outcomes == [Outcome.FAILED if lost else Outcome.GOOD for lost in of_it]
+    for i in range(30):
+        assert of_it[i] or content(into[i]) == content(value(i))
+    session.close()
