@@ -203,7 +203,7 @@ NAMED_IN_EVERY_MESSAGE = [
     ("ssd_write_limit_mb_s: .inf", ["ssd_write_limit_mb_s", "must be a finite number"]),
     ("ssd_write_limit_mb_s: 100M", ["ssd_write_limit_mb_s", "must be a valid number", "'100M'"]),
     ("enable_remote: true", ["enable_remote", "by its URL here, as 'remote'", "give file:///DIRECTORY"]),
-    ("remote: mooncake://h", ["remote: there is no store 'mooncake' here", "give file:///DIRECTORY"]),
+    ("remote: mongodb://h", ["remote: there is no store 'mongodb' here", "give file:///DIRECTORY"]),
     ("remote: 3", ["remote: must be the URL of a store"]),
     ("remote_admission: none", ["remote_admission", "'all' or 'reuse'", "'none'"]),
     ("remote_write_limit_mb_s: -1", ["remote_write_limit_mb_s", "must be greater than or equal to 0", "-1"]),
