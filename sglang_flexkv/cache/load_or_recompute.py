@@ -6,8 +6,9 @@ queued before this one. The costs are measured while the server runs, nothing is
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -25,6 +26,9 @@ _CANDIDATES = 17
 _OBSERVED_MIN = 4
 # How fast a link is follows what was measured last by so much.
 _LINK_WEIGHT = 0.3
+# What has not been seen for so long is not believed any more: a link that was slow once would never be used
+# again. The next to come load, and what is seen then takes its place.
+_LINK_BELIEVED_S = 60.0
 # Copies that took less time together say little about a link.
 _LINK_BUSY_S_MIN = 1e-3
 
@@ -52,9 +56,11 @@ class PrefillCost:
 class LinkSpeed:
     """Bytes per second of one kind of transfer, from the engine's totals."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._bytes = self._busy_s = 0.0
         self._observed = 0
+        self._seen_s = clock()
         self.bytes_per_s = 0.0
 
     def observe(self, total_bytes: float, total_busy_s: float) -> None:
@@ -64,14 +70,18 @@ class LinkSpeed:
         speed = (total_bytes - self._bytes) / busy_s
         self._bytes, self._busy_s = total_bytes, total_busy_s
         if speed > 0:
-            self.bytes_per_s = (
-                speed if not self._observed else (1 - _LINK_WEIGHT) * self.bytes_per_s + _LINK_WEIGHT * speed
-            )
+            weight = _LINK_WEIGHT if self._observed and not self._is_old else 1.0
+            self.bytes_per_s = (1 - weight) * self.bytes_per_s + weight * speed
             self._observed += 1
+            self._seen_s = self._clock()
 
     @property
     def known(self) -> bool:
-        return self._observed >= _OBSERVED_MIN
+        return self._observed >= _OBSERVED_MIN and not self._is_old
+
+    @property
+    def _is_old(self) -> bool:
+        return self._clock() - self._seen_s > _LINK_BELIEVED_S
 
     def seconds(self, num_bytes: float) -> float:
         return num_bytes / self.bytes_per_s

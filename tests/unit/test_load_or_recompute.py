@@ -125,3 +125,17 @@ def test_the_speed_of_a_link_follows_what_is_measured() -> None:
     assert link.bytes_per_s == pytest.approx(2e9, rel=0.01)
     link.observe(total_bytes + 1, total_s + 1e-6)  # too short to tell
     assert link.bytes_per_s == pytest.approx(2e9, rel=0.01)
+
+
+def test_a_link_that_was_slow_is_tried_again() -> None:
+    now_s = 0.0
+    link = LinkSpeed(lambda: now_s)
+    for i in range(1, 6):
+        link.observe(i * 1e3, i * 1.0)
+    assert link.known
+    assert link.bytes_per_s == pytest.approx(1e3)
+    now_s = 61.0  # nobody has loaded since, for it was not worth it
+    assert not link.known
+    link.observe(5e3 + 1e9, 6.0)
+    assert link.known
+    assert link.bytes_per_s == pytest.approx(1e9)
