@@ -15,7 +15,7 @@ GIVES = (
 
 # Options of each kind, as they stand behind the URL's ``?``.
 _OPTIONS = {
-    "file": {"max_gb"},
+    "file": {"max_gb", "mounted"},
     "redis": {"db"},
     "rediss": {"db", "ca_file"},
     "s3": {"endpoint", "region", "ca_file"},
@@ -81,6 +81,8 @@ def parse_remote_url(text: str) -> RemoteUrl:
     for name in {"max_gb"} & options.keys():
         if not _is_above_zero(options[name]):
             raise ValueError(f"{name} must be a number above 0 (got {options[name]!r})")
+    if options.get("mounted", "yes") != "yes":
+        raise ValueError(f"mounted can only be yes (got {options['mounted']!r}); or leave it out")
     if scheme == "file":
         path = unquote(parts.path)
         if parts.hostname not in (None, "localhost") or not path.startswith("/") or "\0" in path:

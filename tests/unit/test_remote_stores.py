@@ -8,6 +8,7 @@ import signal
 import socket
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -120,6 +121,42 @@ def test_a_directory_that_cannot_be_used_is_told(tmp_path: Path) -> None:
     ):
         with pytest.raises(ConfigError, match=what):
             DirectoryStore(parse_remote_url(f"file://{path}"), 5.0).open()
+
+
+def test_a_mount_that_is_missing_is_not_stored_into(tmp_path: Path) -> None:
+    shared = Path("/dev/shm")  # a mount that every machine has
+    with tempfile.TemporaryDirectory(dir=shared) as mounted:
+        DirectoryStore(parse_remote_url(f"file://{mounted}?mounted=yes&max_gb=1"), 5.0).open()
+    if tmp_path.stat().st_dev != Path("/").stat().st_dev:
+        pytest.skip("the directory for tests is a mount itself")
+    with pytest.raises(AwayError, match="nothing is mounted"):
+        DirectoryStore(parse_remote_url(f"file://{tmp_path}?mounted=yes"), 5.0).open()
+    assert not list(tmp_path.iterdir())
+    assert "?mounted=yes" in check(parse_remote_url(f"file://{tmp_path}")).notes[0]
+
+
+def test_a_mount_that_hangs_keeps_nobody_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    goes_on = threading.Event()
+    statvfs = os.statvfs
+
+    def hang(path: str) -> os.statvfs_result:
+        goes_on.wait(60)
+        return statvfs(path)
+
+    monkeypatch.setattr(os, "statvfs", hang)
+    store = DirectoryStore(parse_remote_url(f"file://{tmp_path}"), 0.1)
+    threads = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(AwayError, match="does not answer"):
+            store.open()
+    assert threading.active_count() == threads + 1  # only one waits for it
+    goes_on.set()
+    assert store._opening is not None
+    store._opening.join()
+    store._timeout_s = 60
+    store.open()
 
 
 def test_a_full_file_system_is_full_and_nothing_worse(
@@ -404,6 +441,7 @@ def test_urls(url: str, told: str) -> None:
         ("redis://h?max_gb=1", "no option 'max_gb'"),
         ("file:///mnt?max_gb=0", "above 0"),
         ("file:///mnt?max_gb=nan", "above 0"),
+        ("file:///mnt?mounted=no", "can only be yes"),
     ],
 )
 def test_urls_that_cannot_be_meant(url: str, why: str) -> None:

@@ -65,11 +65,14 @@ class DirectoryStore(Store):
     """
     Args:
         url: its option ``max_gb`` bounds the size in GiB, for all processes together that give the same;
-            without it three quarters of what is free at the start, and what is there already.
+            without it three quarters of what is free at the start, and what is there already. With
+            ``mounted=yes`` it is away while the directory is on the file system of ``/``.
     """
 
     def __init__(self, url: RemoteUrl, timeout_s: float) -> None:
-        del timeout_s  # calls on files cannot be given one: who waits for them stops waiting
+        self._timeout_s = timeout_s  # of opening; other calls on files cannot be given one
+        self._must_be_mounted = url.options.get("mounted") == "yes"
+        self._opening: threading.Thread | None = None
         self.root = url.path
         self.tree = os.path.join(self.root, "fkv1")
         self.name = f"directory {self.root}"
@@ -81,10 +84,31 @@ class DirectoryStore(Store):
         self.direct = True  # O_DIRECT, until the file system says that it has none
 
     def open(self) -> None:
+        # A mount that hangs holds whoever asks it for anything, for as long as it likes.
+        result: list[ConfigError | None] = []
+        if self._opening is None or not self._opening.is_alive():
+            self._opening = threading.Thread(target=lambda: result.append(self._why_not()), daemon=True)
+            self._opening.start()
+            self._opening.join(self._timeout_s)
+        if not result:
+            raise AwayError(f"remote: {self.root} does not answer; check what serves it")
+        if result[0] is not None:
+            raise result[0]
+
+    def _why_not(self) -> ConfigError | None:
+        try:
+            self._open_tree()
+        except ConfigError as error:
+            return error
+        return None
+
+    def _open_tree(self) -> None:
         try:
             if not os.path.isdir(self.root):
                 os.stat(self.root)
                 raise ConfigError(f"remote: {self.root} is no directory; name one")
+            if self._must_be_mounted and not self._is_mounted():
+                raise AwayError(f"remote: nothing is mounted at {self.root}; mount it")
             with contextlib.suppress(FileExistsError):
                 os.mkdir(self.tree, 0o700)
             os.makedirs(os.path.join(self.tree, "tmp"), exist_ok=True)
@@ -104,8 +128,12 @@ class DirectoryStore(Store):
     def session(self) -> Session:
         return _DirectorySession(self)
 
+    def _is_mounted(self) -> bool:
+        return os.stat(self.root).st_dev != os.stat("/").st_dev
+
     def notes(self) -> list[str]:
-        return [
+        own = "is on the file system of /: if a mount belongs there, mount it; ?mounted=yes waits for one"
+        return ([] if self._is_mounted() else [own]) + [
             f"bounded at {self.max_bytes / GIB:.1f} GiB (max_gb), about "
             f"{self.used_bytes_estimate() / GIB:.1f} GiB are used"
         ]
