@@ -22,12 +22,19 @@ _METRICS = {
         "Tokens whose KV was loaded instead of computed, by tier.",
         "tier",
     ),
+    "shared": _Metric(
+        "flexkv_shared_tokens",
+        "Tokens that a request had from the load of another one in its batch instead of loading them again.",
+    ),
     "recomputed": _Metric(
         "flexkv_recomputed_tokens",
         "Tokens whose KV a tier held but which were computed, because that was expected to be faster or "
         "load_policy says so.",
     ),
-    "failed": _Metric("flexkv_failed_loads", "Requests that were computed because their load failed."),
+    "failed": _Metric(
+        "flexkv_failed_loads",
+        "Requests that were computed because a load failed, their own or one that they shared.",
+    ),
     "puts_without_room": _Metric(
         "flexkv_puts_without_room",
         "Copies to the CPU tier that were not made because everything in it was in use.",
@@ -101,6 +108,9 @@ class Metrics:
 
     def loaded(self, tier: str, tokens: int) -> None:
         self._count("loaded", tokens, tier.lower())
+
+    def shared(self, tokens: int) -> None:
+        self._count("shared", tokens)
 
     def recomputed(self, tokens: int) -> None:
         self._count("recomputed", tokens)

@@ -35,6 +35,7 @@ from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.prefetch import Prefetches
 from sglang_flexkv.integration.prefill_times import PrefillTimes
 from sglang_flexkv.integration.ranks import Ranks
+from sglang_flexkv.integration.shared_loads import SharedLoads
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ _STORE_AT_USE = {
 
 class FlexKVLinkerWrapper(LinkerWrapper):
     """SGLang's driver of a linker. It additionally tells it the parent and the importance of what is stored,
-    hashes the pages of a waiting prompt once, and reduces one number over the ranks instead of a mask.
+    hashes the pages of a waiting prompt once, reduces one number over the ranks instead of a mask, and lets
+    requests share what one of them loads.
 
     Wherever it takes or returns a request's id, that is the request's name (``compat.requests``)."""
 
@@ -59,15 +61,34 @@ class FlexKVLinkerWrapper(LinkerWrapper):
     inflight_load_index: int
     _matching_rid = ""
 
+    def __init__(self, cache: FlexKVRadixCache, linker: FlexKVLinker) -> None:
+        super().__init__(cache, linker)
+        self.loads = SharedLoads(cache)
+
     def match(self, key: Any, req: Any, result: Any) -> Any:
         self._matching_rid = req.rid
         # What an earlier attempt found must not survive an attempt that finds nothing.
         self.hit_markers.pop(req.rid, None)
         self.cache_linker.forget_lookup(req.rid)
+        if self.loads:
+            result = self._match_loads(key, req, result)
         matched = super().match(key, req, result)
         if req.rid not in self.hit_markers:
             self.cache_linker.states.end_lease(req.rid)
         return matched
+
+    def _match_loads(self, key: Any, req: Any, result: Any) -> Any:
+        """A match that also finds what others load."""
+        gave_up = self.cache_linker.states.known(req.rid).gave_up
+        while not gave_up and len(hashes := self.tail_hashes(key, result, result.device_prefix_len)):
+            load = self.loads.find(hashes[0])
+            if load is None:
+                break
+            self.loads.share(load)
+            self.private_load_indices.pop(load.name, None)
+            result = self.cache.match_on_device(key, req)
+        self.loads.note_match(req.rid, key, result.device_prefix_len)
+        return result
 
     def tail_hashes(self, key: Any, result: Any, device_hit_len: int) -> list[str]:
         anchor = None
@@ -95,15 +116,23 @@ class FlexKVLinkerWrapper(LinkerWrapper):
         loaded = super().load_back(req)
         if loaded[0] and self.cache_linker.engine.has_lower_tiers:
             self.cache.ranks.loads_begin()
+        if hit is None or not loaded[0]:
+            return loaded
+        slots = self.private_load_indices[req.rid]
+        self.loads.add(req, hit.tail_hashes[0], hit.device_hit_len, slots)
         first, count = self.cache_linker.storage_span(req.rid)
-        if hit is not None and count:
+        if count:
             page = self.cache.page_size
             report_storage_part(req, hit.device_hit_len + first * page, count * page)
         return loaded
 
+    def start_layer_wise_loading(self) -> int:
+        self.loads.begin_batch()
+        return super().start_layer_wise_loading()
+
     def finish_loads(self) -> list[str]:
-        """Requests whose KV did not land, the same on every rank. No other request has read what they were to
-        load: it is in slots of their own, and not in the tree before this has been answered."""
+        """Requests whose KV did not land, the same on every rank: what they were to load themselves, or what
+        another one of their batch was to load for them."""
         rids, self.inflight_load_rids = self.inflight_load_rids, []
         if not rids:
             return []
@@ -111,11 +140,8 @@ class FlexKVLinkerWrapper(LinkerWrapper):
         here = self.cache_linker.finish_layer_wise_loading(index)
         landed = self.cache.ranks.landed_everywhere([rid in here for rid in rids])
         for rid in rids:
-            del self.private_load_indices[rid]
-        failed = [rid for rid, ok in zip(rids, landed, strict=True) if not ok]
-        for rid in failed:
-            self.cache_linker.give_up(rid)
-        return failed
+            self.private_load_indices.pop(rid, None)
+        return list(self.loads.end(rids, [rid for rid, ok in zip(rids, landed, strict=True) if not ok]))
 
     def offload_nodes(self, node_ids: Sequence[int]) -> None:
         for node_id in node_ids:
@@ -151,8 +177,16 @@ class FlexKVLinkerWrapper(LinkerWrapper):
         return None if node is None else node.parent_last_hash
 
     def release_request(self, rid: str) -> None:
-        super().release_request(rid)
+        self.loads.forget(rid)
+        if self.loads.is_shared(rid):
+            self.hit_markers.pop(rid, None)  # its load goes on: others want it
+        else:
+            super().release_request(rid)
         self.cache_linker.forget_request(rid)
+
+    def reset(self) -> None:
+        super().reset()
+        self.loads.clear()
 
 
 class FlexKVRadixCache(TreeCache):
@@ -213,6 +247,11 @@ class FlexKVRadixCache(TreeCache):
     def init_load_back(self, params: Any) -> Any:
         with by_name(params.req):
             return super().init_load_back(params)
+
+    def checkpoint(self, req: Any, **kwargs: Any) -> None:
+        super().checkpoint(req, **kwargs)
+        if self.linker is not None:
+            self.linker.loads.forget(name_of(req))
 
     def prefix_device_indices(self, req: Any) -> torch.Tensor:
         with by_name(req):
@@ -348,7 +387,9 @@ class FlexKVRadixCache(TreeCache):
         with by_name(*reqs):
             failed = super().finish_external_linker_loads(reqs)
         for req in failed:
+            self.linker.cache_linker.give_up(name_of(req))
             end_with_its_beams(req)
+        self.linker.cache_linker.metrics.shared(self.linker.loads.end_batch(reqs, failed))
         ended = [
             req
             for req, skip_insert in zip(reqs, before, strict=True)

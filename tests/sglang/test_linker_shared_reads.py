@@ -59,7 +59,7 @@ def test_of_one_batch_only_the_first_reads_what_several_want(
     assert len(slots) == len(tokens)
     assert_same(rig.read(slots), expected)
     assert rig.stats("DISK2H")["ops_done"] == reads + 1
-    assert rig.linker.metrics.total["loaded cpu"] == (PAGES + in_memory) * PAGE
+    assert rig.linker.metrics.total["loaded cpu"] == in_memory * PAGE  # nor is it loaded again
     rig.abort(first, first_slots)
     rig.finish(second, slots)
 
@@ -83,8 +83,7 @@ def test_who_comes_while_a_load_reads_waits_even_if_nobody_else_does(
     rig.forward()
     assert rig.cache.finish_external_linker_loads([first]) == []
     assert may_run(rig, second)
-    assert rig.match(second).host_hit_length == len(tokens)
-    assert rig.stats("CPU")["pinned"] == PAGES
+    assert rig.match(second).device_prefix_len == len(tokens)
     # It did not bring them, so it does not say so.
     assert rig.cache.pop_prefetch_loaded_tokens(second.cache_request_handle) == 0
     rig.abort(first, first_slots)
@@ -150,14 +149,15 @@ def test_who_runs_alone_reads_what_is_left_under_its_forward(make_rig: MakeRig, 
     shared, tail = sequence(1), sequence(5000)
     store_on_ssd_alone(rig, shared + tail)
     first, second = rig.request(shared), rig.request(shared + tail)
-    first_slots = rig.admit(first)
     rig.match(second)
+    first_slots = rig.admit(first)
     assert not may_run(rig, second)
     rig.start_batch()
     rig.forward()
     assert rig.cache.finish_external_linker_loads([first]) == []
     assert may_run(rig, second)
-    assert rig.match(second).host_hit_length == 2 * PAGES * PAGE
+    match = rig.match(second)
+    assert (match.device_prefix_len, match.host_hit_length) == (PAGES * PAGE, PAGES * PAGE)
     assert rig.stats("DISK2H")["ops_done"] == 1
     rig.abort(first, first_slots)
     rig.abort(second)

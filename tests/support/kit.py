@@ -310,9 +310,10 @@ class Rig:
         the whole prefix, on the device or on their way. The request keeps a lock on its prefix until `finish`
         or `abort`."""
         match = match or self.match(req)
+        req.refresh_fill_ids()
         req.last_node = match.last_device_node
         req.lock = self.cache.lock(match.last_device_node)
-        req.prefix_len = match.device_prefix_len
+        req.prefix_len = req.kv.cache_protected_len = match.device_prefix_len
         if match.host_hit_length:
             loaded, _ = self.cache.init_load_back(
                 InitLoadBackParams(
@@ -341,7 +342,7 @@ class Rig:
             InsertParams(
                 key=radix_key(tokens, req.extra_key, req.cache_salt),
                 value=slots,
-                prev_prefix_len=self._on_device(req),
+                prev_prefix_len=req.kv.cache_protected_len,
             )
         )
         self.cache.unlock(req.lock)
@@ -351,13 +352,8 @@ class Rig:
         """Lets go of a request that will not run, and of the slots that were to be loaded for it."""
         self.cache.finish(req.cache_request_handle, CacheRequestOutcome.ABORT)
         if slots is not None:
-            self.allocator.free(slots[self._on_device(req) :])
+            self.allocator.free(slots[req.kv.cache_protected_len :])
         self.cache.unlock(req.lock)
-
-    def _on_device(self, req: Req) -> int:
-        """Tokens of a request's prefix that the tree held when it was admitted."""
-        root = self.cache.root_node_handle(req.extra_key)
-        return len(self.cache.tree_core.collect_full_device_indices(req.last_node, root))
 
     def restore(self, *reqs: Req) -> list[torch.Tensor]:
         """One batch through admission, loading and forward; returns each request's slots."""
@@ -390,6 +386,7 @@ class Rig:
         self.settle()
         assert not self.cache.has_pending_cache_operations()
         self.linker.check_idle()
+        assert not self.cache.linker.loads, "loads that somebody may still share"
         assert self.stats("CPU")["pinned"] == 0
         assert self.stats("CPU")["writing"] == 0
         assert self.cache.full_protected_size() == 0
