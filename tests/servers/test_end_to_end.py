@@ -56,7 +56,7 @@ SCENARIOS = [
     Scenario("tiny-gqa", "auto", 16, "write_through", server=SGLangServer),
     Scenario("tiny-mha", "bfloat16", 48, "write_back"),  # pages need not be a power of two
     Scenario("tiny-gqa", "bfloat16", 1, "write_through_selective", cpu_tokens=1_800, prompts=30),
-    Scenario("tiny-gqa", "auto", 16, "write_back", tp_size=2, server=SGLangServer),
+    Scenario("tiny-gqa", "auto", 16, "write_back", tp_size=2),
     # Attention over the latent takes a CPU ten times as long.
     Scenario("tiny-mla", "auto", 16, "write_through", tp_size=2, prompts=20),
 ]

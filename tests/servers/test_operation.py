@@ -25,7 +25,7 @@ import psutil
 import pytest
 from answers import ASK, EXACT, differing, rounding
 from forked_server import ForkedServer
-from server import DTYPE, ON_CPU, SGLangServer
+from server import DTYPE, ON_CPU, SGLangServer, wait_until_ended
 from test_damaged_blocks import damage
 from workload import some_tokens
 
@@ -38,7 +38,7 @@ RUNNING_MAX = 4
 # Of as many requests as this none is refused, however late the scheduler comes to look at them.
 QUEUED_MAX = 8
 # Nothing waits that long unless the server is paused.
-WAITING_S = 20
+WAITING_S = 12
 
 
 @pytest.fixture(scope="module")
@@ -340,8 +340,7 @@ def test_engines_in_one_process_and_a_signal_to_their_group(tmp_path: Path) -> N
         tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         os.killpg(process.pid, signal.SIGINT)
         process.wait()
-        _, left = psutil.wait_procs(tree, timeout=30)
-        assert not left
+        assert not wait_until_ended(tree, 30.0)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)

@@ -27,7 +27,6 @@ PROMPTS = [turn.tokens for turn in conversations(6, 2, seed=3)][-6:]
 # About operation: a pod that has another address, or where SGLang can compile nothing, is the same server.
 OPERATION = {
     "SGLANG_ZMQ_SOURCE_IP": "127.0.0.1",
-    "SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "2048",
     "TORCH_EXTENSIONS_DIR": "/proc/none",
 }
 
@@ -75,8 +74,7 @@ def test_the_first_request_after_a_restart_hits_ssd(tmp_path: Path) -> None:
 
     def server(env: dict[str, str] | None = None, log: str = "server.log", **changes: Any) -> SGLangServer:
         flags = {"enable-flexkv": True, "flexkv-config-file": str(config), "max-total-tokens": 4096}
-        kind = SGLangServer if env else ForkedServer
-        return kind(
+        return ForkedServer(
             MODEL,
             {**flags, "log-level": "info", **changes},
             env=env,

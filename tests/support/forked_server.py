@@ -15,7 +15,8 @@ What this does not show, and tests with servers that start as those of users do 
   patched;
 * what happens in an import, and settings that are read in one: ``ForkedServer`` takes those variables only
   that are known to be read later;
-* that what processes are given can be pickled.
+* that what processes are given can be pickled;
+* how long a stop takes: SGLang's launcher looks every 5 s whether it was told to end, and here more often.
 
 On a GPU servers start in the ordinary way: a process cannot use a device that its parent has used.
 """
@@ -43,6 +44,9 @@ _READ_LATE = {
     "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR",
     "SGLANG_PLUGINS",
     "SGLANG_REQ_WAITING_TIMEOUT",
+    "SGLANG_ROPE_CACHE_FP32",
+    "SGLANG_ZMQ_SOURCE_IP",
+    "TORCH_EXTENSIONS_DIR",
 }
 
 

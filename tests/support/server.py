@@ -112,6 +112,25 @@ def flag_arguments(flags: Mapping[str, FlagValue]) -> list[str]:
     return arguments
 
 
+def _has_ended(process: psutil.Process) -> bool:
+    """Whether it does nothing any more. It may still be listed: when whoever adopts orphans looks at what has
+    become of them is not ours to know, and takes a second on some machines."""
+    try:
+        return bool(process.status() == psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return True
+
+
+def wait_until_ended(processes: Iterable[psutil.Process], timeout_s: float) -> list[psutil.Process]:
+    """Waits for processes that need not be children of this one. Returns those that have not ended."""
+    deadline_s = time.monotonic() + timeout_s
+    while left := [process for process in processes if not _has_ended(process)]:
+        if time.monotonic() > deadline_s:
+            break
+        time.sleep(0.02)
+    return left
+
+
 class SGLangServer:
     """One `sglang.launch_server` process tree. Use as a context manager, or `start()`/`stop()`.
 
@@ -269,7 +288,7 @@ class SGLangServer:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(grace_s)
             # Its children may outlive it for a moment.
-            psutil.wait_procs(tree, timeout=1.0)
+            wait_until_ended(tree, 1.0)
         # A process started since `tree` was taken is in the session; one that left the session
         # is in `tree`. Both kills are harmless for what has already ended.
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -278,7 +297,7 @@ class SGLangServer:
             with contextlib.suppress(psutil.NoSuchProcess):
                 child.kill()
         process.wait()
-        psutil.wait_procs(tree, timeout=5.0)
+        wait_until_ended(tree, 5.0)
 
     def signal_group(self, signum: int) -> list[str]:
         """Send a signal to all processes at once, as a terminal or a supervisor does, and wait until they
@@ -291,8 +310,7 @@ class SGLangServer:
             raise RuntimeError("the server is not running")
         tree = self._tree(self._process.pid)
         os.killpg(self._process.pid, signum)
-        _, left = psutil.wait_procs(tree, timeout=STOP_GRACE_S)
-        return [process.name() for process in left]
+        return [process.name() for process in wait_until_ended(tree, STOP_GRACE_S)]
 
     @staticmethod
     def _tree(pid: int) -> list[psutil.Process]:
