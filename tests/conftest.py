@@ -10,11 +10,25 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
+        "--all-stores", action="store_true", help="Real servers over every kind of remote store."
+    )
+    parser.addoption(
         "--remote-runs",
         type=int,
         default=0,
         help="Seeds of remote stores that do what they like, shared out among their kinds; 0: one each.",
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Real servers over every kind of remote store take minutes: two kinds are enough in most runs."""
+    if "kind_of_store" in metafunc.fixturenames:
+        from remote_services import KINDS
+
+        few = ["directory", "redis"]
+        metafunc.parametrize(
+            "kind_of_store", list(KINDS) if metafunc.config.getoption("--all-stores") else few
+        )
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

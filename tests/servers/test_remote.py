@@ -1,5 +1,5 @@
 """Two real servers that share a store: what the first computed the second does not compute, also when the
-first is gone; and nobody notices when the store goes."""
+first is gone; and nobody notices when the store goes. ``--all-stores`` has every kind of store, not two."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from answers import ASK, differing, rounding
 from forked_server import ForkedServer
-from redis_server import RedisServer
+from remote_services import KINDS, SERVER_ENVIRONMENT
 from server import SGLangServer
 from workload import conversations
 
@@ -45,31 +45,21 @@ def until(condition: Any, what: str) -> None:
         time.sleep(0.1)
 
 
-class Directory:
-    def __init__(self, directory: Path) -> None:
-        (directory / "store").mkdir()
-        self.url = f"file://{directory}/store?max_gb=1"
-
-    def stop(self) -> None:
-        pass
-
-
-@pytest.fixture(params=[Directory, RedisServer], ids=["directory", "redis"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Directory | RedisServer]:
-    made = request.param(tmp_path)
+@pytest.fixture
+def store(kind_of_store: str, tmp_path: Path) -> Iterator[Any]:
+    (tmp_path / "store").mkdir()
+    made = KINDS[kind_of_store](tmp_path / "store")
     yield made
     made.stop()
 
 
-def start(store: Directory | RedisServer, log: Path) -> SGLangServer:
+def start(store: Any, log: Path) -> SGLangServer:
     flags = {"enable-flexkv": True, "enable-metrics": True, "max-total-tokens": 4096, "log-level": "info"}
-    env = {"FLEXKV_REMOTE": store.url, "FLEXKV_CPU_CACHE_GB": "0.1"}
+    env = {"FLEXKV_REMOTE": store.url, "FLEXKV_CPU_CACHE_GB": "0.1", **SERVER_ENVIRONMENT}
     return ForkedServer(MODEL, flags, env=env, log_path=log)
 
 
-def test_a_second_server_finds_what_the_first_computed(
-    store: Directory | RedisServer, tmp_path: Path
-) -> None:
+def test_a_second_server_finds_what_the_first_computed(store: Any, tmp_path: Path) -> None:
     apart = rounding(MODEL)
     with start(store, tmp_path / "first.log") as first:
         expected = answers(first)
@@ -81,12 +71,12 @@ def test_a_second_server_finds_what_the_first_computed(
         assert sum(map(from_storage, got)) > 0.5 * sum(map(len, PROMPTS))
         assert not differing(got, expected, apart)
         assert figure(second, "online") == 1
-        if isinstance(store, RedisServer):
+        if hasattr(store, "send"):
             check_that_nobody_notices_when_it_goes(second, store, expected, apart)
 
 
 def check_that_nobody_notices_when_it_goes(
-    server: SGLangServer, store: RedisServer, expected: list[dict[str, Any]], apart: Any
+    server: SGLangServer, store: Any, expected: list[dict[str, Any]], apart: Any
 ) -> None:
     """It stands still, goes on, is killed, and comes back empty. Every request is answered as before."""
     store.send(signal.SIGSTOP)

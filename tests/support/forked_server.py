@@ -38,8 +38,11 @@ from typing import Any, BinaryIO
 import zygote
 from server import DEFAULT_ENVIRONMENT, ON_CPU, ServerStartError, SGLangServer, flag_arguments
 
-# What SGLang reads when it is used, not when it is imported. So are all of ours.
+# What SGLang, or a remote store's client, reads when it is used, not when it is imported. So are all of ours.
 _READ_LATE = {
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "MC_TCP_BIND_ADDRESS",
     "SGLANG_CPU_OMP_THREADS_BIND",
     "SGLANG_HICACHE_FILE_BACKEND_STORAGE_DIR",
     "SGLANG_PLUGINS",

@@ -13,10 +13,10 @@ from mooncake_server import MooncakeServer
 from redis_server import RedisServer
 from s3_server import S3Server
 
+SERVER_ENVIRONMENT = {**S3Server.environment, "MC_TCP_BIND_ADDRESS": "127.0.0.1"}
 # Limits of Mooncake's client are its process's.
 ENVIRONMENT = {
-    **S3Server.environment,
-    "MC_TCP_BIND_ADDRESS": "127.0.0.1",
+    **SERVER_ENVIRONMENT,
     "MC_RPC_TIMEOUT_MS": "2000",
     "MC_RPC_CONNECT_TIMEOUT_MS": "2000",
     "MC_TCP_STATUS_TIMEOUT_SEC": "2",

@@ -86,8 +86,11 @@ def test_memory_that_was_lent_is_used_where_it_is(store: MooncakeStore) -> None:
     session.close()
 
 
-def test_a_store_without_room_is_full_and_nothing_worse(tmp_path: Path, server: MooncakeServer) -> None:
+def test_a_store_without_room_is_full_and_nothing_worse(
+    tmp_path: Path, server: MooncakeServer, request: pytest.FixtureRequest
+) -> None:
     small = MooncakeServer(tmp_path, "32 MB")
+    request.addfinalizer(small.stop)
     store = opened(small.url)
     session, names = store.session(), some_names(2)
     into = empty()
@@ -99,7 +102,6 @@ def test_a_store_without_room_is_full_and_nothing_worse(tmp_path: Path, server: 
     assert content(into) == content(value(1))
     session.close()
     store.close()
-    small.stop()
 
 
 @pytest.mark.timeout(25)  # not 30 and 60 s, as by the client's own limits
