@@ -78,6 +78,12 @@ class FaultyStore(Store):
     def session(self) -> Session:
         return _FaultySession(self._store.session(), self._faults)
 
+    def lend(self, memory: memoryview) -> None:
+        self._store.lend(memory)
+
+    def close(self) -> None:
+        self._store.close()
+
 
 class _FaultySession(Session):
     def __init__(self, session: Session, faults: Faults) -> None:
