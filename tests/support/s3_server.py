@@ -67,7 +67,7 @@ class S3Server:
             *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", *ports),
             *(f"-s3.config={self._directory / 's3.json'}", "-master.telemetry=false"),
             # Each bucket takes several volumes, and each of them this much at once.
-            *("-master.volumeSizeLimitMB=64", "-volume.max=0", "-s3.port.iceberg=0"),
+            *("-master.volumeSizeLimitMB=64", "-volume.max=0", "-s3.port.iceberg=0", "-s3.port.lance=0"),
         ]
         log = (self._directory / "log").open("ab")
         self._process = subprocess.Popen(arguments, stdout=log, stderr=log, cwd=self._directory)
