@@ -66,6 +66,8 @@ class S3Server:
             *(self._binary, "-logdir", str(self._directory), "server", f"-dir={self._directory}"),
             *("-ip=127.0.0.1", "-ip.bind=127.0.0.1", "-filer", "-s3", *ports),
             *(f"-s3.config={self._directory / 's3.json'}", "-master.telemetry=false"),
+            # In /tmp otherwise, where they stay.
+            *("-filer.localSocket=filer.sock", "-s3.localSocket=s3.sock"),
             # Each bucket takes several volumes, and each of them this much at once.
             *("-master.volumeSizeLimitMB=64", "-volume.max=0", "-s3.port.iceberg=0", "-s3.port.lance=0"),
         ]
@@ -104,3 +106,6 @@ class S3Server:
         if process is not None:
             process.kill()
             process.wait()
+            # Where it puts them whatever it is told.
+            for name, port in self._grpc.items():
+                Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)
