@@ -144,8 +144,17 @@ SMOKE_SIZES = Sizes(
 class Comparison:
     """A run: what was measured so far, and what was checked."""
 
-    def __init__(self, report: Report, model: Path, sizes: Sizes, trace: Trace, scratch: Path) -> None:
+    def __init__(
+        self,
+        report: Report,
+        json_to: str | None,
+        model: Path,
+        sizes: Sizes,
+        trace: Trace,
+        scratch: Path,
+    ) -> None:
         self.report, self.rows = report, list[figures.Row]()
+        self._json_to = None if json_to == "-" else json_to
         self._model, self._sizes, self._trace, self._scratch = model, sizes, trace, scratch
         self._vocabulary = int(model_fields(model)["vocab_size"])
         self._stock: dict[int, dict[str, Part]] = {}  # by round
@@ -160,6 +169,7 @@ class Comparison:
                     if running.name == "nocache" and round_number >= nocache_rounds:
                         continue
                     self._round(group, running, round_number)
+                    self.report.write(self._json_to)  # what there is, whatever becomes of the rest
             for running in up:
                 self._check_contender(group, running)
 
@@ -203,7 +213,7 @@ class Comparison:
         sizes = self._sizes
         if round_number < 0:
             sizes = replace(
-                sizes, sessions=2, turns=2, groups=1, new_prompts=1, burst=2, trace=sizes.trace // 4
+                sizes, sessions=1, turns=1, groups=1, new_prompts=1, burst=2, trace=sizes.trace // 8
             )
         traffic = Traffic(self._model, self._vocabulary, sizes, round_number, self._trace, self._scratch)
         parts = traffic.run(running)
@@ -310,13 +320,10 @@ def main(
             "versions": versions(),
         }
         environment_of_all(Path(common))
-        if smoke:  # threads that wait for each other take longer than what there is to compute
-            os.environ["OMP_NUM_THREADS"] = "1"
-        comparison = Comparison(report, model, sizes, trace, scratch)
+        comparison = Comparison(report, json_to, model, sizes, trace, scratch)
         run = groups(only or [], long, smoke, scale)
         for group in run:
             comparison.run(group, rounds, nocache_rounds=rounds if long else 1)
-            report.write(json_to if json_to != "-" else None)
     texts = []
     for group in run:
         comparison.summarise(group)

@@ -46,9 +46,9 @@ class Sizes:
 
     device: int = 2048
     disk: int = 98304
-    answer: int = 8
+    answer: int = 4
     prompts: int = 4  # number, of `cold`; together more than the device holds
-    prompt: int = 640
+    prompt: int = 576
     sessions: int = 5  # number; together more than the device holds
     turns: int = 3  # number
     first_turn: int = 448
@@ -57,10 +57,10 @@ class Sizes:
     group_prompts: int = 3  # number
     system: int = 512
     question: int = 32
-    trace: int = 3072
+    trace: int = 2048
     trace_prompt_max: int = 768
     new_prompts: int = 5  # number
-    new_prompt: int = 512
+    new_prompt: int = 448
     burst: int = 16  # number
     burst_prefix: int = 768
     burst_rest: int = 16
