@@ -158,6 +158,7 @@ class Comparison:
         self._model, self._sizes, self._trace, self._scratch = model, sizes, trace, scratch
         self._vocabulary = int(model_fields(model)["vocab_size"])
         self._stock: dict[int, dict[str, Part]] = {}  # by round
+        self._unchecked: list[tuple[str, int, dict[str, Part]]] = []
         self._logs = ROOT / "logs" / "compare" / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
     def run(self, group: Group, rounds: int, nocache_rounds: int) -> None:
@@ -170,6 +171,7 @@ class Comparison:
                         continue
                     self._round(group, running, round_number)
                     self.report.write(self._json_to)  # what there is, whatever becomes of the rest
+                self.check_outputs()
             for running in up:
                 self._check_contender(group, running)
 
@@ -193,7 +195,9 @@ class Comparison:
         begin_s = time.monotonic()
         console.print(f"{group.name}: starting {', '.join(group.contenders)} ...")
         up = []
-        owns = {name: stack.enter_context(contextlib.ExitStack()) for name in group.contenders}
+        # HiCache wants 10 GB to be free beside its pool when it starts, and so comes before the others.
+        names = sorted(group.contenders, key=lambda name: not name.startswith("hicache"))
+        owns = {name: stack.enter_context(contextlib.ExitStack()) for name in names}
         with ThreadPoolExecutor(2) as pool:
             try:
                 for name, running in zip(owns, pool.map(start, owns, owns.values()), strict=True):
@@ -205,6 +209,7 @@ class Comparison:
             except BaseException:  # one does not start, SIGTERM: no other is begun
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+        up.sort(key=lambda running: group.contenders.index(running.name))
         console.print(f"{len(up)} servers after {time.monotonic() - begin_s:.0f} s")
         return up
 
@@ -217,12 +222,11 @@ class Comparison:
             )
         traffic = Traffic(self._model, self._vocabulary, sizes, round_number, self._trace, self._scratch)
         parts = traffic.run(running)
-        if running.name == _STOCK:
-            self._stock.setdefault(round_number, parts)
         if round_number < 0:
             return
-        for name, part in parts.items():
-            self._check_outputs(running.name, name, part, self._stock[round_number])
+        if running.name == _STOCK:
+            self._stock.setdefault(round_number, parts)
+        self._unchecked.append((running.name, round_number, parts))
         row = figures.row_of(group.name, running.name, round_number, parts)
         self.rows.append(row)
         self.report.rows.append({**row.as_json(), "load_before": round(load, 2)})
@@ -230,6 +234,13 @@ class Comparison:
             f"round {round_number}: {running.name}: {time.monotonic() - begin_s:.0f} s, load {load:.1f}",
             highlight=False,
         )
+
+    def check_outputs(self) -> None:
+        """Of all rounds since the last time, in which stock SGLang may have come last."""
+        for contender, round_number, parts in self._unchecked:
+            for name, part in parts.items():
+                self._check_outputs(contender, name, part, self._stock[round_number])
+        self._unchecked.clear()
 
     def _check_outputs(self, contender: str, name: str, part: Part, stock: dict[str, Part]) -> None:
         of_stock = stock.get(name)

@@ -20,6 +20,7 @@ import io
 import json
 import os
 import random
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -207,11 +208,13 @@ class Traffic:
                 bench.cli_main()
             result = json.loads(output.read_text().splitlines()[-1])
         except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and error.code == 128 + signal.SIGTERM:  # ours to obey
+                raise
             raise RuntimeError(f"bench_serving failed: {error!r}\n{said.getvalue()[-2000:]}") from error
         failed = [error for error in result["errors"] if error]
         if failed:
             raise RuntimeError(f"bench_serving: {failed[0]}")
-        cached = {source: int(result.get(f"{source}_cached_tokens") or 0) for source in SOURCES}
+        cached = {source: int(result["cache_report"][f"{source}_cached_tokens"] or 0) for source in SOURCES}
         return Part(
             result["ttfts"],
             cached,

@@ -193,6 +193,8 @@ def test_the_comparison_counts_hits_of_each_tier_and_draws_them(tmp_path: Path) 
         for source in ("host", "storage"):
             served = sum(part[f"{source}_tokens"] for part in rows[name].values())
             assert checked(report, f"tokens that {name} served from {source}") == served
+        # Of bench_serving, too: every other prompt begins with what one before it began with.
+        assert sum(rows[name]["prefix"][f"{source}_tokens"] for source in ("device", "host", "storage"))
     assert all(rows["radix"][part]["host_tokens"] == 0 for part in rows["radix"])
     assert report["settings"]["versions"]["sglang"]
     assert {path.suffix for path in tmp_path.iterdir()} == {".md", ".png"}
