@@ -142,14 +142,18 @@ class _MooncakeSession(Session):
         self._own = memoryview(b"")
 
     def exists(self, names: Sequence[str]) -> list[bool]:
+        return [there == 1 for there in self._find(names)]
+
+    def count_leading(self, names: Sequence[str]) -> int:
+        found = self._find(names)
+        return found.index(0) if 0 in found else len(found)
+
+    def _find(self, names: Sequence[str]) -> list[int]:
+        """Of each value 1 or 0."""
         found: list[int] = self._client.batch_is_exist(list(names))
         if (lowest := min(found, default=0)) < 0:
             raise self._error(lowest)
-        return [there == 1 for there in found]
-
-    def count_leading(self, names: Sequence[str]) -> int:
-        there = self.exists(names)
-        return there.index(False) if False in there else len(there)
+        return found
 
     def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         addresses, sizes, elsewhere = self._places(values)
