@@ -249,7 +249,7 @@ def test_a_server_that_stands_still_takes_no_longer_than_it_may(redis: RedisServ
             store.open()
     finally:
         redis.send(signal.SIGCONT)
-    store.open()
+    redis_store(redis.url).open()
 
 
 def test_a_server_that_was_started_anew_is_a_temporary_fault(redis: RedisServer) -> None:
