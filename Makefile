@@ -29,7 +29,7 @@ demo: setup models  ## run the demo; ARGS are passed on
 lint: setup  ## run the checks of .pre-commit-config.yaml on all files
 	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m pre_commit run --all-files
 
-compare: setup models  ## compare with SGLang's HiCache, LMCache and no cache (20 minutes; docs/comparison.md)
+compare: setup models  ## compare with SGLang's HiCache, LMCache and no cache (docs/comparison.md)
 	$(PYTHON) benchmarks/compare.py --json build/compare/compare.json --out build/compare $(ARGS)
 
 gpu-kit:  ## make .gpu/kit, which checks all this on a GPU machine without a network (docs/gpu.md)
