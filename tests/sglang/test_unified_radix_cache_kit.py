@@ -429,7 +429,7 @@ def test_no_history_makes_it_serve_anything_but_the_right_bytes(
                 owner, tokens = rng.choice(["", "tenant"]), prompt()
                 req = rig.request(tokens, cache_salt=owner or None)
                 hit = rig.admit(req)
-                restored += len(hit) - rig._on_device(req)
+                restored += len(hit) - req.kv.cache_protected_len
                 if rng.random() < 0.15:
                     rig.abort(req, hit)
                     aborted += 1
