@@ -11,8 +11,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -24,7 +22,7 @@ import httpx
 import psutil
 import pytest
 from answers import ASK, EXACT, differing, rounding
-from forked_server import ForkedServer
+from forked_server import ForkedServer, start_script
 from server import DTYPE, ON_CPU, SGLangServer, wait_until_ended
 from test_damaged_blocks import damage
 from workload import some_tokens
@@ -340,21 +338,15 @@ def test_engines_in_one_process_and_a_signal_to_their_group(tmp_path: Path) -> N
     }
     if ON_CPU:
         job["arguments"]["device"] = "cpu"
-    with (tmp_path / "engines.log").open("wb") as log:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / "support" / "engines.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    reading, writing = os.pipe()
+    with (tmp_path / "job.json").open() as stdin, (tmp_path / "engines.log").open("wb") as log:
+        process = start_script(
+            ROOT / "tests" / "support" / "engines.py", stdin.fileno(), writing, log.fileno()
         )
+    os.close(writing)
     try:
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with process.stdin as stdin:
-            json.dump(job, stdin)
-        lines = (line for line in process.stdout if line.startswith("answers "))
+        lines = (line for line in os.fdopen(reading) if line.startswith("answers "))
         cold, warm = (json.loads(next(lines).removeprefix("answers ")) for _ in range(2))
         next(lines)  # one round of what goes on
         tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]

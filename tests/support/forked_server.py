@@ -33,6 +33,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, BinaryIO
 
 import zygote
@@ -90,10 +91,16 @@ class _Zygote:
         assert answer is not None, "the zygote of the servers has ended"
         return answer
 
-    def fork(self, arguments: list[str], environment: Mapping[str, str], log: int) -> ForkedProcess:
-        """A launcher, in a session of its own."""
-        request = {"arguments": arguments, "environment": dict(environment)}
-        return ForkedProcess(self, self._ask(request, [log])["pid"])
+    def fork(
+        self,
+        arguments: list[str],
+        environment: Mapping[str, str],
+        streams: tuple[int, int, int],
+        script: Path | None = None,
+    ) -> ForkedProcess:
+        """A launcher, or a script, in a session of its own, with these as its standard streams."""
+        request = {"arguments": arguments, "environment": dict(environment), "script": script and str(script)}
+        return ForkedProcess(self, self._ask(request, streams)["pid"])
 
     def status_of(self, pid: int) -> int | None:
         return self._ask({"status_of": pid})["status"]
@@ -132,6 +139,11 @@ def _the_zygote() -> _Zygote:
     return _Zygote()
 
 
+def _one_zygote() -> _Zygote:
+    with _one_at_a_time:
+        return _the_zygote()
+
+
 class ForkedServer(SGLangServer):
     """A server whose processes are forks of the zygote's; on a GPU an ordinary one.
 
@@ -140,7 +152,11 @@ class ForkedServer(SGLangServer):
     """
 
     def __init__(self, *arguments: Any, env: Mapping[str, str | None] | None = None, **options: Any) -> None:
-        early = [name for name in env or {} if name not in _READ_LATE and not name.startswith("FLEXKV_")]
+        early = [
+            name
+            for name in env or {}
+            if name not in _READ_LATE and not name.startswith(("FLEXKV_", "AWS_", "MC_"))
+        ]
         if early:
             raise ValueError(f"with {', '.join(early)} a server has to start in the ordinary way")
         super().__init__(*arguments, env=env, **options)
@@ -148,6 +164,15 @@ class ForkedServer(SGLangServer):
     def _launch(self, log: BinaryIO) -> Any:
         if not ON_CPU:
             return super()._launch(log)
-        with _one_at_a_time:
-            one = _the_zygote()
-        return one.fork(flag_arguments(self.flags), self._environment, log.fileno())
+        with open(os.devnull, "rb") as nothing:
+            streams = (nothing.fileno(), log.fileno(), log.fileno())
+            return _one_zygote().fork(flag_arguments(self.flags), self._environment, streams)
+
+
+def start_script(script: Path, stdin: int, stdout: int, stderr: int) -> Any:
+    """``python SCRIPT`` in a session of its own: a fork as servers are, and as they are not on a GPU."""
+    if not ON_CPU:
+        return subprocess.Popen(
+            [sys.executable, str(script)], stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
+        )
+    return _one_zygote().fork([], os.environ, (stdin, stdout, stderr), script)

@@ -1,4 +1,4 @@
-"""A process that has imported SGLang, and of which the launchers of servers are forks.
+"""A process that has imported SGLang, and of which servers of tests are forks.
 
     python zygote.py DESCRIPTOR
 
@@ -37,7 +37,7 @@ def send(to: socket.socket, message: Mapping[str, Any], descriptors: Sequence[in
 
 def receive(source: socket.socket) -> tuple[dict[str, Any] | None, list[int]]:
     """None: the other side has gone."""
-    text, descriptors, _, _ = socket.recv_fds(source, _MESSAGE_BYTES_MAX, 1)
+    text, descriptors, _, _ = socket.recv_fds(source, _MESSAGE_BYTES_MAX, 3)
     return json.loads(text) if text else None, descriptors
 
 
@@ -103,23 +103,26 @@ def _notice_sigterm_soon() -> None:
     tokenizer_manager.asyncio = Hurried()  # type: ignore[attr-defined]
 
 
-def _become_launcher(arguments: list[str], environment: dict[str, str], log: int) -> None:
-    """What a fork of the zygote does. Ends the process, with the status that an interpreter would have."""
+def _become_main(request: Mapping[str, Any], streams: Sequence[int]) -> None:
+    """What a fork of the zygote does: SGLang's launcher with these arguments, or a script. Ends the process,
+    with the status that an interpreter would have."""
+    environment, arguments, script = (request[name] for name in ("environment", "arguments", "script"))
     status = 1
     try:
         os.setsid()
-        with open(os.devnull, "rb") as nothing:
-            os.dup2(nothing.fileno(), 0)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        os.close(log)
+        for number, stream in enumerate(streams):
+            os.dup2(stream, number)
+            os.close(stream)
         os.environ.clear()
         os.environ.update(environment)
         _start_like_new()
         _fork_instead_of_spawn()
         _notice_sigterm_soon()
-        sys.argv = ["sglang.launch_server", *arguments]
-        runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+        sys.argv = [script or "sglang.launch_server", *arguments]
+        if script:
+            runpy.run_path(script, run_name="__main__")
+        else:
+            runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -136,11 +139,11 @@ def _become_launcher(arguments: list[str], environment: dict[str, str], log: int
 
 
 def serve(requests: socket.socket) -> None:
-    """Forks launchers and says how they ended, until nobody asks any more; then none is left."""
+    """Forks itself and says how the forks ended, until nobody asks any more; then none is left."""
     send(requests, {"num_threads": _num_threads()})
     running: set[int] = set()
     while True:
-        request, descriptors = receive(requests)
+        request, streams = receive(requests)
         if request is None:
             break
         if "status_of" in request:
@@ -148,12 +151,12 @@ def serve(requests: socket.socket) -> None:
             running.discard(pid)
             send(requests, {"status": os.waitstatus_to_exitcode(wait_status) if pid else None})
             continue
-        (log,) = descriptors
         pid = os.fork()
         if pid == 0:
             requests.close()
-            _become_launcher(request["arguments"], request["environment"], log)
-        os.close(log)
+            _become_main(request, streams)
+        for stream in streams:
+            os.close(stream)
         running.add(pid)
         send(requests, {"pid": pid})
     for pid in running:
