@@ -13,8 +13,8 @@ import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
-from redis_server import free_port
+from server import free_port
+from service import is_missing, send
 
 _STARTS_WITHIN_S = 40.0
 
@@ -30,9 +30,7 @@ class MooncakeServer:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         programs = [shutil.which(name, path=path) for name in ("mooncake_master", "mooncake_client")]
         if None in programs:
-            if os.environ.get("CI"):
-                raise AssertionError("mooncake_master is missing: scripts/setup.sh installs it")
-            pytest.skip("mooncake_master is missing: scripts/setup.sh installs it")
+            is_missing("mooncake_master")
         self._master, self._client = map(str, programs)
         self._directory, self._size = directory, size
         self.port, self._metrics_port = free_port(), free_port()
@@ -105,7 +103,7 @@ class MooncakeServer:
         return int(found[1]) if found else -1
 
     def send(self, number: signal.Signals, name: str = "master") -> None:
-        self._processes[name].send_signal(number)
+        send(self._processes[name], number)
 
     def kill(self, name: str) -> None:
         process = self._processes.pop(name)

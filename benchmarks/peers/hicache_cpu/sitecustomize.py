@@ -14,12 +14,9 @@ HiCache, which uses none of this. Part of a comparison, not of the package that 
 from __future__ import annotations
 
 import os
-import sys
 
 TYPE_CHECKING = False  # the real one is in `typing`, which every interpreter would have to load for it
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-    from importlib.machinery import ModuleSpec
     from types import ModuleType
     from typing import Any
 
@@ -48,32 +45,11 @@ def _pin_nothing(base: ModuleType) -> None:
     base.HostKVCache.__init__ = without_pinning
 
 
-_AFTER_IMPORT = {_POOLS + "base": _pin_nothing, _POOLS + "mha": _give_kernels, _POOLS + "mla": _give_kernels}
-
-
-class _Finder:
-    @staticmethod
-    def find_spec(
-        name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        complete = _AFTER_IMPORT.get(name)
-        if complete is None:
-            return None
-        from importlib.machinery import PathFinder
-
-        spec = PathFinder.find_spec(name, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            complete(module)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
-        return spec
-
-
-# The development environment sets this variable where there is no GPU, in a file that runs before this one.
+# The development environment sets this variable where there is no GPU, in a file that runs before this one
+# and completes modules after their import.
 if os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
-    sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
+    from sglang_cpu_env import AFTER_IMPORT
+
+    AFTER_IMPORT.update(
+        {_POOLS + "base": _pin_nothing, _POOLS + "mha": _give_kernels, _POOLS + "mla": _give_kernels}
+    )
