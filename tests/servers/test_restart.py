@@ -153,6 +153,7 @@ def test_a_burst_after_a_restart_computes_nothing_that_ssd_holds(tmp_path: Path,
             for name, tier in (
                 ("flexkv_loaded_tokens_total", "cpu"),
                 ("flexkv_loaded_tokens_total", "ssd"),
+                ("flexkv_shared_tokens_total", ""),
                 ("flexkv_recomputed_tokens_total", ""),
                 ("flexkv_failed_loads_total", ""),
                 ("flexkv_puts_without_room_total", ""),

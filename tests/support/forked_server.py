@@ -152,11 +152,7 @@ class ForkedServer(SGLangServer):
     """
 
     def __init__(self, *arguments: Any, env: Mapping[str, str | None] | None = None, **options: Any) -> None:
-        early = [
-            name
-            for name in env or {}
-            if name not in _READ_LATE and not name.startswith(("FLEXKV_", "AWS_", "MC_"))
-        ]
+        early = [name for name in env or {} if name not in _READ_LATE and not name.startswith("FLEXKV_")]
         if early:
             raise ValueError(f"with {', '.join(early)} a server has to start in the ordinary way")
         super().__init__(*arguments, env=env, **options)
