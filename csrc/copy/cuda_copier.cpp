@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <iterator>
+#include <map>
 #include <set>
 #include <utility>
 
@@ -120,8 +121,14 @@ void CudaCopier::Loop(Direction& direction) {
     }
     direction.submitted.clear();
     direction.complete = false;
-    // Under the mutex: a gate that has all of its loads by now has them all in `waiting`.
-    for (Submission& submission : direction.waiting) submission.held_back = IsHeldBack(submission.copy);
+    // Under the mutex: a gate that has all of its loads by now has them all in `waiting`. Each gate is asked once:
+    // its answer may change at any moment, and the loads of one batch are held back together or not at all.
+    std::map<const LayerGate*, bool> awaits_loads;
+    for (Submission& submission : direction.waiting) {
+      const auto [gate, is_new] = awaits_loads.try_emplace(submission.copy.gate.get());
+      if (is_new) gate->second = gate->first && gate->first->AwaitsLoads(kNextLoadMax);
+      submission.held_back = gate->second && MayBeHeldBack(submission.copy);
+    }
     lock.unlock();
     Reap(direction);
     StartWaiting(direction);
@@ -189,8 +196,8 @@ bool CudaCopier::AwaitsSlots(Submission& submission) {
   return false;
 }
 
-bool CudaCopier::IsHeldBack(const DeviceCopy& copy) {
-  return copy.blocks.to_device && copy.gate && !copy.follows_read && copy.gate->AwaitsLoads(kNextLoadMax);
+bool CudaCopier::MayBeHeldBack(const DeviceCopy& copy) {
+  return copy.blocks.to_device && copy.gate && !copy.follows_read;
 }
 
 bool CudaCopier::IsPinned(const CopiedBlocks& blocks) const {

@@ -94,8 +94,8 @@ class CudaCopier final : public Copier {
   bool EndedWaiting(Submission& submission);
   // Whether it has to wait for its slots. If they are there, they are bound.
   bool AwaitsSlots(Submission& submission);
-  // Whether more loads of its gate will be here in a moment.
-  static bool IsHeldBack(const DeviceCopy& copy);
+  // Whether it may wait for the other loads of its gate.
+  static bool MayBeHeldBack(const DeviceCopy& copy);
   bool IsPinned(const CopiedBlocks& blocks) const;
   bool GoesThroughBuffer(const CopiedBlocks& blocks, bool pinned) const;
   // Takes the first of `ready`, and the other loads that can go with it.
