@@ -186,6 +186,7 @@ def test_on_a_gpu_the_forwards_stream_waits_for_a_write_back(
         else:
             rig.linker.layer_done_counter.set_consumer(-1)
     assert told == [(0, 77 if overlap else 5)]
+    rig.settle()  # the copy has been made; that it has is known a moment later
     rig.scribble()
     req = rig.request(tokens)
     (slots,) = rig.restore(req)
