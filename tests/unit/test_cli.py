@@ -64,7 +64,7 @@ def test_status_of_a_machine_where_all_is_well(site: Path) -> None:
     for part in (
         "Python",
         "compiled core",
-        "0.5.23",
+        f"{version.installed_sglang()} (",
         "SGLang sees it",
         "not installed",
         "--enable-flexkv works here.",
@@ -95,7 +95,7 @@ def test_status_of_another_sglang(site: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(metadata, "version", lambda _: "0.5.12")
     result = run("status")
     assert result.exit_code == 1
-    assert "supports SGLang 0.5.23, not 0.5.12. To do: pip install sglang==0.5.23" in result.output
+    assert "supports SGLang 0.5.22, 0.5.23, not 0.5.12. To do: pip install sglang==0.5.23" in result.output
 
 
 def test_status_of_no_sglang(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -209,6 +209,8 @@ def test_a_tensor_that_we_do_not_know(build: Callable[[], Any], change: str) -> 
         pool.kv_buffer = [whole[:-1] for whole in pool.kv_buffer]
         pool.k_buffer = pool.kv_buffer
     pool.new_in_this_release = CHANGES[change](pool)
+    if pool.new_in_this_release is None:
+        pytest.skip("nothing is beside the rows of K in this SGLang")
     with pytest.raises(IncompatibleError, match=r"not copied: new_in_this_release, \("):
         device_buffers(pool)
 

@@ -14,6 +14,7 @@ from sglang.srt.mem_cache.utils import get_hash_str
 from sglang_flexkv.common.block import Namespace, keys_from_page_hashes
 from sglang_flexkv.integration import page_hashes
 from sglang_flexkv.integration.compat.sglang_hashes import hash_tokens, native_works
+from sglang_flexkv.integration.compat.version import is_0_5_22
 from sglang_flexkv.integration.page_hashes import PageHashes
 
 PAGE = 4
@@ -209,6 +210,10 @@ WIDE = [*PLAIN[:5], 2**32, *PLAIN[6:], 2**40]
 def test_python_hashes_as_sglang_does(key: object, before: str | None, page_size: int | None) -> None:
     if not native_works():
         pytest.skip("SGLang cannot compile its own here")
+    if is_0_5_22() and max(np.ravel(getattr(key, "token_ids", key)), default=0) >= 2**32:
+        with pytest.raises((IndexError, OverflowError)):  # it computes nothing wrong: it refuses
+            get_hash_str(key, before, page_size)
+        return
     assert hash_tokens(key, before, page_size) == get_hash_str(key, before, page_size)
 
 

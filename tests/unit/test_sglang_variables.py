@@ -8,12 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from sglang_flexkv.integration.compat import version
 from sglang_flexkv.integration.compat.arguments import variables
 
 sglang = pytest.importorskip("sglang")
 
 # In the text of SGLang's documentation only.
 NOT_VARIABLES = {"SGLANG_OLD_NAME", "SGLANG_"}
+TABLES = ("sglang_variables.txt", "sglang_variables_0_5_22.txt")
 CHANGED = "judge it by where SGLang reads it, and write it into integration/compat/sglang_variables.txt"
 
 
@@ -34,17 +36,21 @@ def read_directly() -> set[str]:
 
 
 def test_every_variable_of_sglang_is_judged_and_no_other() -> None:
-    known, there = set(variables()), declared() | read_directly()
-    assert len(declared()) > 700
-    assert there - known == set(), f"new in SGLang: {CHANGED}"
-    assert known - there == set(), (
-        "gone from SGLang: remove them from integration/compat/sglang_variables.txt"
+    there = declared() | read_directly()
+    of_newest, of_older = (set(variables([name])) for name in TABLES)
+    assert len(declared()) > 650
+    assert there - of_newest - of_older == set(), f"new in SGLang: {CHANGED}"
+    assert of_newest & of_older == set(), "judged twice"
+    older = version.is_0_5_22()
+    assert (of_older if older else of_newest) - there == set(), (
+        f"gone from SGLang: remove them from integration/compat/{TABLES[older]}"
     )
 
 
 def test_the_table_can_be_read() -> None:
-    text = resources.files("sglang_flexkv.integration.compat").joinpath("sglang_variables.txt").read_text()
-    lines = [line for line in text.splitlines() if line and line[0] not in "#["]
+    room = resources.files("sglang_flexkv.integration.compat")
+    texts = [room.joinpath(name).read_text() for name in TABLES]
+    lines = [line for text in texts for line in text.splitlines() if line and line[0] not in "#["]
     assert all(re.fullmatch(r"(yes|no ) [A-Za-z0-9_]+", line) for line in lines)
     assert len({line.split()[1] for line in lines}) == len(lines), "a variable is judged twice"
 

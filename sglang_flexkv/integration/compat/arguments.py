@@ -3,7 +3,7 @@ weights it loads. ``model_identity`` makes of them what a cache is recognised by
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Any
 
@@ -99,13 +99,14 @@ FILE_FORMATS = frozenset(
 )
 
 # What SGLang's environment variables are about, judged one by one.
-_VARIABLES_FILE = "sglang_variables.txt"
+_VARIABLES_FILES = ("sglang_variables.txt", "sglang_variables_0_5_22.txt")
 
 
-def variables() -> dict[str, bool]:
-    """The environment variables of the SGLang that is supported: whether they change KV."""
-    text = resources.files(__package__).joinpath(_VARIABLES_FILE).read_text(encoding="utf-8")
-    judged = (line.split() for line in text.splitlines() if line.startswith(("yes ", "no ")))
+def variables(files: Sequence[str] = _VARIABLES_FILES) -> dict[str, bool]:
+    """The environment variables of the versions of SGLang that are supported: whether they change KV."""
+    texts = [resources.files(__package__).joinpath(name).read_text(encoding="utf-8") for name in files]
+    lines = (line for text in texts for line in text.splitlines())
+    judged = (line.split() for line in lines if line.startswith(("yes ", "no ")))
     return {name: verdict == "yes" for verdict, name in judged}
 
 

@@ -29,8 +29,13 @@ def device_buffers(pool: Any) -> DeviceBuffers:
     Raises:
         IncompatibleError: the pool is of another class, or holds more than K and V (or a latent).
     """
-    from sglang.srt.mem_cache.device_pool_info import KVBufferLayout, MLABufferInfo
     from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+    from sglang_flexkv.integration.compat.pool_infos import (
+        KVBufferLayout,
+        MLABufferInfo,
+        device_pool_infos,
+    )
 
     # Subclasses keep more state than their parent describes (index keys, scales, windows), so only the two
     # plain pools are taken.
@@ -39,7 +44,7 @@ def device_buffers(pool: Any) -> DeviceBuffers:
     if pool.layer_shard_enabled:
         raise _refused(pool, "that holds some of the layers only")
     _check_recipe(pool)
-    (pool_info,) = pool.get_device_pool_infos()
+    (pool_info,) = device_pool_infos(pool)
     info = pool_info.buffer_info
     if isinstance(info, MLABufferInfo):
         if not isinstance(info.buffers, tuple):

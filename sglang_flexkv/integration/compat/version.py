@@ -9,7 +9,7 @@ from sglang_flexkv.common.errors import IncompatibleError
 
 # Versions whose hook targets were read and run. The linker's interface changes between minor releases, so a
 # newer one is refused until it was tried.
-SUPPORTED_SGLANG = ("0.5.23",)
+SUPPORTED_SGLANG = ("0.5.22", "0.5.23")
 
 
 def installed_sglang() -> str | None:
@@ -23,6 +23,11 @@ def installed_sglang() -> str | None:
     from sglang.version import __version__  # a source checkout on the path has no metadata
 
     return str(__version__)
+
+
+def is_0_5_22() -> bool:
+    """Whether what 0.5.23 added has to be made up for."""
+    return (installed_sglang() or "").split("+")[0] == "0.5.22"
 
 
 def check_version() -> None:
