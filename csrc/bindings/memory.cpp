@@ -9,14 +9,16 @@ namespace flexkv {
 
 void BindMemory(py::module_& m) {
   py::class_<DeviceBuffer>(m, "DeviceBuffer")
-      .def(py::init([](uint64_t base, int64_t num_rows, int64_t row_bytes, int64_t row_stride) {
-             return DeviceBuffer{base, num_rows, row_bytes, row_stride};
+      .def(py::init([](uint64_t base, int64_t num_rows, int64_t row_bytes, int64_t row_stride,
+                       int64_t tokens_per_row) {
+             return DeviceBuffer{base, num_rows, row_bytes, row_stride, tokens_per_row};
            }),
-           py::arg("base"), py::arg("num_rows"), py::arg("row_bytes"), py::arg("row_stride"));
+           py::arg("base"), py::arg("num_rows"), py::arg("row_bytes"), py::arg("row_stride"),
+           py::arg("tokens_per_row") = 1);
 
   py::class_<BlockLayout>(m, "BlockLayout")
-      .def(py::init<std::vector<std::vector<DeviceBuffer>>, int64_t, int64_t>(), py::arg("layers"),
-           py::arg("tokens_per_block"), py::arg("tokens_per_row") = 1)
+      .def(py::init<std::vector<std::vector<DeviceBuffer>>, int64_t>(), py::arg("layers"),
+           py::arg("tokens_per_block"))
       .def_property_readonly("num_layers", &BlockLayout::num_layers)
       .def_property_readonly("tokens_per_block", &BlockLayout::tokens_per_block)
       .def_property_readonly("block_bytes", &BlockLayout::block_bytes);

@@ -1,25 +1,53 @@
 #include "memory/block_layout.hpp"
 
 #include <algorithm>
+#include <numeric>
 #include <string>
 #include <utility>
 
 namespace flexkv {
 
-BlockLayout::BlockLayout(std::vector<std::vector<DeviceBuffer>> layers, int64_t tokens_per_block,
-                         int64_t tokens_per_row)
-    : layers_(std::move(layers)), tokens_per_block_(tokens_per_block), tokens_per_row_(tokens_per_row) {
-  Require(!layers_.empty(), "a layout needs at least one layer");
-  Require(tokens_per_block > 0 && tokens_per_row > 0 && tokens_per_block % tokens_per_row == 0,
-          "tokens_per_row must divide tokens_per_block");
-  num_rows_ = INT64_MAX;
-  layer_offset_.push_back(0);
-  for (const auto& buffers : layers_) {
+namespace {
+
+// Appends `buffer` to `buffers` with rows of tokens_per_row tokens, a multiple of its own.
+void AppendRows(std::vector<DeviceBuffer>& buffers, DeviceBuffer buffer, int64_t tokens_per_row) {
+  const int64_t joined = tokens_per_row / buffer.tokens_per_row;
+  const bool side_by_side = buffer.row_stride == buffer.row_bytes;
+  const int64_t row_stride = buffer.row_stride;
+  buffer.num_rows /= joined;
+  buffer.row_stride *= joined;
+  buffer.tokens_per_row = tokens_per_row;
+  Require(buffer.num_rows > 0, "a device buffer is smaller than a row of another one");
+  if (side_by_side) buffer.row_bytes *= joined;
+  for (int64_t i = 0; i < (side_by_side ? 1 : joined); ++i) {
+    buffers.push_back(buffer);
+    buffer.base += static_cast<uint64_t>(row_stride);
+  }
+}
+
+}  // namespace
+
+BlockLayout::BlockLayout(std::vector<std::vector<DeviceBuffer>> layers, int64_t tokens_per_block)
+    : tokens_per_block_(tokens_per_block) {
+  Require(!layers.empty(), "a layout needs at least one layer");
+  Require(tokens_per_block > 0, "a block needs tokens");
+  for (const auto& buffers : layers) {
     Require(!buffers.empty(), "a layer needs at least one buffer");
-    size_t bytes = 0;
     for (const DeviceBuffer& b : buffers) {
       Require(b.base != 0 && b.num_rows > 0 && b.row_bytes > 0 && b.row_stride >= b.row_bytes,
               "a device buffer needs an address, rows, and a stride of at least a row");
+      Require(b.tokens_per_row > 0 && tokens_per_block % b.tokens_per_row == 0,
+              "tokens_per_row must divide tokens_per_block");
+      tokens_per_row_ = std::lcm(tokens_per_row_, b.tokens_per_row);
+    }
+  }
+  num_rows_ = INT64_MAX;
+  layer_offset_.push_back(0);
+  for (const auto& buffers : layers) {
+    std::vector<DeviceBuffer>& layer = layers_.emplace_back();
+    for (const DeviceBuffer& b : buffers) AppendRows(layer, b, tokens_per_row_);
+    size_t bytes = 0;
+    for (const DeviceBuffer& b : layer) {
       num_rows_ = std::min(num_rows_, b.num_rows);
       bytes += static_cast<size_t>(b.row_bytes * rows_per_block());
     }

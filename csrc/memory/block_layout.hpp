@@ -1,7 +1,8 @@
 // Where a block's bytes are on both sides of a copy.
 //
-// Device side (LAYERWISE): one or two buffers per layer (K and V, or MLA's latent), each a matrix of
-// rows. A row holds one token, or a whole page where the pool is laid out by page.
+// Device side (LAYERWISE): some buffers per layer (K and V, or MLA's latent; scales, index keys, a draft model's
+// KV), each a matrix of rows. A row holds one token, or a whole page where the buffer is laid out by page.
+// Layers need not have the same number of buffers, nor buffers the same number of tokens per row.
 // Host side (BLOCKWISE): one slot per block, [layer][buffer][row in block][row bytes], so one layer
 // of a block is contiguous and a whole block is one I/O.
 #pragma once
@@ -18,13 +19,17 @@ struct DeviceBuffer {
   int64_t num_rows = 0;
   int64_t row_bytes = 0;   // bytes of a row that are copied
   int64_t row_stride = 0;  // bytes from one row to the next
+  int64_t tokens_per_row = 1;
 };
 
 class BlockLayout {
  public:
-  // layers[l] lists the buffers of layer l. tokens_per_row divides tokens_per_block.
-  BlockLayout(std::vector<std::vector<DeviceBuffer>> layers, int64_t tokens_per_block,
-              int64_t tokens_per_row);
+  // layers[l] lists the buffers of layer l. Their tokens_per_row divide tokens_per_block.
+  //
+  // Whoever copies sees rows of one number of tokens, tokens_per_row(): the smallest that holds whole rows of every
+  // buffer. What has shorter rows has so many of them made one; where they are not side by side, the first ones of
+  // all such rows make a buffer, the second ones another, and so on.
+  BlockLayout(std::vector<std::vector<DeviceBuffer>> layers, int64_t tokens_per_block);
 
   int num_layers() const { return static_cast<int>(layers_.size()); }
   int64_t tokens_per_block() const { return tokens_per_block_; }
@@ -47,7 +52,7 @@ class BlockLayout {
   std::vector<std::vector<DeviceBuffer>> layers_;
   std::vector<size_t> layer_offset_;
   int64_t tokens_per_block_;
-  int64_t tokens_per_row_;
+  int64_t tokens_per_row_ = 1;
   int64_t num_rows_ = 0;
 };
 

@@ -72,21 +72,26 @@ class KVCacheLayout:
 
 
 class DeviceBuffers:
-    """The device pool as the engine sees it: per layer one or two matrices of rows.
+    """The device pool as the engine sees it: per layer some matrices of rows.
 
-    A row is one token, or ``tokens_per_row`` tokens where the pool is laid out by page. Keeps the tensors
-    alive as long as the engine may touch them.
+    A row is one token, or several where a buffer is laid out by page. Keeps the tensors alive as long as the
+    engine may touch them.
 
     Args:
         layers: per layer its buffers, each with rows in dimension 0 and a contiguous row.
+        tokens_per_row: of every buffer, or of each, in the shape of ``layers``.
 
     Raises:
         ValueError: rows are not contiguous, or the buffers are not all on one device.
     """
 
-    def __init__(self, layers: Sequence[Sequence[torch.Tensor]], tokens_per_row: int) -> None:
+    def __init__(
+        self, layers: Sequence[Sequence[torch.Tensor]], tokens_per_row: int | Sequence[Sequence[int]]
+    ) -> None:
         self.tensors = [list(buffers) for buffers in layers]
-        self.tokens_per_row = tokens_per_row
+        if isinstance(tokens_per_row, int):
+            tokens_per_row = [[tokens_per_row] * len(buffers) for buffers in self.tensors]
+        self.tokens_per_row = [list(numbers) for numbers in tokens_per_row]
         devices = {tensor.device for buffers in self.tensors for tensor in buffers}
         if len(devices) != 1:
             raise ValueError(f"all KV buffers must be on one device, not on {sorted(map(str, devices))}")
@@ -97,9 +102,11 @@ class DeviceBuffers:
 
     def block_layout(self, tokens_per_block: int) -> _core.BlockLayout:
         return _core.BlockLayout(
-            [[_describe(tensor) for tensor in buffers] for buffers in self.tensors],
+            [
+                [_describe(tensor, tokens) for tensor, tokens in zip(buffers, numbers, strict=True)]
+                for buffers, numbers in zip(self.tensors, self.tokens_per_row, strict=True)
+            ],
             tokens_per_block,
-            self.tokens_per_row,
         )
 
     @property
@@ -110,11 +117,12 @@ class DeviceBuffers:
         return self.device.index if self.device.index is not None else torch.cuda.current_device()
 
 
-def _describe(tensor: torch.Tensor) -> _core.DeviceBuffer:
+def _describe(tensor: torch.Tensor, tokens_per_row: int) -> _core.DeviceBuffer:
     row = tensor[0]
     return _core.DeviceBuffer(
         base=tensor.data_ptr(),
         num_rows=tensor.shape[0],
         row_bytes=row.numel() * tensor.element_size(),
         row_stride=tensor.stride(0) * tensor.element_size(),
+        tokens_per_row=tokens_per_row,
     )

@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -185,9 +185,10 @@ class Rig:
     """A device pool, a host pool and the engine.
 
     Args:
-        row_bytes: of each buffer of a layer: two for MHA, one for MLA.
+        row_bytes: of each buffer of a layer, and of a token: two for MHA, one for MLA.
         row_padding: bytes between rows that belong to somebody else.
-        tokens_per_row: more than one: the pool is laid out by page.
+        tokens_per_row: of every buffer of a layer, or of each; more than one: it is laid out by page.
+        buffers_of: how many of the buffers a layer has; None: every layer has all of them.
         pinned_chunks: so many pieces of the host pool can be pinned; None: all.
     """
 
@@ -199,7 +200,8 @@ class Rig:
         layers: int = 3,
         row_bytes: Sequence[int] = (96, 96),
         row_padding: int = 0,
-        tokens_per_row: int = 1,
+        tokens_per_row: int | Sequence[int] = 1,
+        buffers_of: Sequence[int] | None = None,
         device_blocks: int = 24,
         host_slots: int = 16,
         pinned: bool = True,
@@ -207,16 +209,17 @@ class Rig:
     ) -> None:
         self.cuda, self.tokens_per_block, self.num_layers = cuda, tokens, layers
         self._slots_on_device: dict[int, int] = {}  # by stream
-        self.rows_per_block = tokens // tokens_per_row
-        num_rows = device_blocks * self.rows_per_block
+        per_row = [tokens_per_row] * len(row_bytes) if isinstance(tokens_per_row, int) else tokens_per_row
+        self._tokens_per_row = list(per_row)
         rng = np.random.default_rng(5)
         self.addresses: list[list[int]] = []
         self.device: list[list[Bytes]] = []  # [layer][buffer]: [row, stride]
-        self.row_bytes = [size * tokens_per_row for size in row_bytes]
-        for _ in range(layers):
+        self.row_bytes = [size * n for size, n in zip(row_bytes, per_row, strict=True)]
+        for number in buffers_of or [len(row_bytes)] * layers:
             self.addresses.append([])
             self.device.append([])
-            for size in self.row_bytes:
+            for size, n in list(zip(self.row_bytes, per_row, strict=True))[:number]:
+                num_rows = device_blocks * tokens // n
                 address, view = cuda.allocate(num_rows * (size + row_padding))
                 view[:] = rng.integers(0, 256, len(view), dtype=np.uint8)
                 self.addresses[-1].append(address)
@@ -224,15 +227,12 @@ class Rig:
         layout = _core.BlockLayout(
             [
                 [
-                    _core.DeviceBuffer(
-                        base=address, num_rows=num_rows, row_bytes=size, row_stride=size + row_padding
-                    )
-                    for address, size in zip(addresses, self.row_bytes, strict=True)
+                    _core.DeviceBuffer(address, len(buffer), size, size + row_padding, n)
+                    for address, buffer, size, n in zip(addresses, buffers, self.row_bytes, per_row)
                 ]
-                for addresses in self.addresses
+                for addresses, buffers in zip(self.addresses, self.device, strict=True)
             ],
             tokens,
-            tokens_per_row,
         )
         self.slot_bytes = -(-layout.block_bytes // 4096) * 4096
         self.block_bytes = layout.block_bytes
@@ -276,16 +276,19 @@ class Rig:
         return awaited
 
     def rows(self, block: int) -> np.ndarray:
-        return np.arange(block * self.rows_per_block, (block + 1) * self.rows_per_block)
+        """Of a block in buffers with a token per row."""
+        return self.token_slots(block)
+
+    def _parts(self, pool: list[list[Bytes]], rows: np.ndarray, layers: range | None) -> Iterator[Bytes]:
+        """Each row of a block in each buffer, in the order in which a host slot has them."""
+        for layer in layers or range(self.num_layers):
+            for buffer, size, n in zip(pool[layer], self.row_bytes, self._tokens_per_row):
+                for row in rows[::n] // n:
+                    yield buffer[row, :size]
 
     def bytes_of(self, rows: np.ndarray, layers: range | None = None) -> Bytes:
-        """What a host slot must hold for a block of these rows, as the naive copy has it."""
-        parts = [
-            buffer[rows, :size].ravel()
-            for layer in layers or range(self.num_layers)
-            for buffer, size in zip(self.device[layer], self.row_bytes, strict=True)
-        ]
-        return np.concatenate(parts)
+        """What a host slot must hold for a block of these rows (tokens), as the naive copy has it."""
+        return np.concatenate(list(self._parts(self.device, rows, layers)))
 
     def slot(self, slot: int) -> Bytes:
         return self.host.slot_view(slot)[: self.block_bytes]
@@ -294,11 +297,9 @@ class Rig:
         """Writes slots into a copy of the pool, one row after another."""
         for slot, block_rows in zip(slots, rows, strict=True):
             held, at = self.slot(int(slot)), 0
-            for layer in range(self.num_layers):
-                for buffer, size in zip(expected[layer], self.row_bytes, strict=True):
-                    for row in block_rows:
-                        buffer[row, :size] = held[at : at + size]
-                        at += size
+            for part in self._parts(expected, block_rows, None):
+                part[:] = held[at : at + len(part)]
+                at += len(part)
 
     def copy_of_device(self) -> list[list[Bytes]]:
         return [[buffer.copy() for buffer in layer] for layer in self.device]

@@ -141,6 +141,47 @@ def test_pools_that_are_laid_out_by_page(make_rig: MakeRig, cuda: FakeCuda, row_
     assert cuda.calls("cuLaunchKernel") == 3
 
 
+PAGES_BESIDE_TOKENS = {
+    # K and V by token, their scales by page; a latent by token, its index keys by page.
+    "scales": {"row_bytes": (96, 96, 6, 6), "tokens_per_row": (1, 1, 16, 16)},
+    "index keys": {"row_bytes": (1152, 132), "tokens_per_row": (1, 16)},
+    "index keys of some layers": {
+        "row_bytes": (1152, 132),
+        "tokens_per_row": (1, 16),
+        "layers": 5,
+        "buffers_of": (2, 1, 1, 2, 1),
+    },
+    "rows of three sizes": {"row_bytes": (24, 8, 33), "tokens_per_row": (4, 1, 16)},
+    "large": {"row_bytes": (BIG_ROW // 16, BIG_ROW // 64), "tokens_per_row": (1, 16)},
+}
+
+
+@pytest.mark.parametrize("pool", PAGES_BESIDE_TOKENS)
+@pytest.mark.parametrize("row_padding", [0, 64, 5])
+def test_buffers_by_page_beside_buffers_by_token(make_rig: MakeRig, row_padding: int, pool: str) -> None:
+    check_round_trip(make_rig(tokens=16, row_padding=row_padding, **PAGES_BESIDE_TOKENS[pool]))
+
+
+@pytest.mark.parametrize("pool", PAGES_BESIDE_TOKENS)
+@pytest.mark.parametrize("row_padding", [0, 64])
+def test_blocks_of_several_pages(make_rig: MakeRig, row_padding: int, pool: str) -> None:
+    rig = make_rig(tokens=48, row_padding=row_padding, **PAGES_BESIDE_TOKENS[pool])
+    if not row_padding:
+        return check_round_trip(rig)
+    # The order of rows in a slot is another one here.
+    stored = rig.bytes_of(rig.rows(3))
+    assert rig.run(_core.OpSpec(T.D2H, rig.token_slots(3), ints(1))).done
+    assert rig.run(_core.OpSpec(T.H2D, ints(1), rig.token_slots(8))).done
+    assert np.array_equal(rig.bytes_of(rig.rows(8)), stored)
+
+
+@pytest.mark.parametrize("tokens", [(3, 4), (17, 0)], ids=["scattered", "not from the start of a page"])
+def test_where_rows_are_pages_blocks_are(make_rig: MakeRig, tokens: tuple[int, int]) -> None:
+    rig = make_rig(tokens=2, row_bytes=(96, 24), tokens_per_row=(1, 2))
+    with pytest.raises(ValueError, match="whole pages"):
+        rig.engine.submit([_core.OpSpec(T.D2H, ints(*tokens), ints(1))])
+
+
 @pytest.mark.parametrize("cuda", [11, 12, 13], indirect=True)
 @pytest.mark.parametrize("row_padding", [0, 4096])
 def test_large_pieces_go_by_the_copy_engines(make_rig: MakeRig, cuda: FakeCuda, row_padding: int) -> None:
@@ -226,7 +267,7 @@ def test_many_copies_at_once(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> 
 def engine_over(cuda: FakeCuda, host: _core.HostPool) -> _core.TransferEngine:
     """An engine that pins the pool, over a device pool that nobody asks for anything."""
     buffer = _core.DeviceBuffer(base=1 << 20, num_rows=1, row_bytes=64, row_stride=64)
-    layout = _core.BlockLayout([[buffer]], 1, 1)
+    layout = _core.BlockLayout([[buffer]], 1)
     return _core.TransferEngine(layout, host, copy_threads=1, cuda_device=0, cuda_library=cuda.library)
 
 
@@ -527,6 +568,36 @@ def test_the_layer_counter_makes_the_current_stream_wait(
     assert cuda.calls("cuStreamWaitEvent") == 1 + 1 + 1
     dam.open()
     assert rig.finish(graph).done
+    cuda.synchronize(before)
+    cuda.end_stream(before)
+
+
+def test_where_attention_does_not_ask_a_forward_waits_for_all_layers(
+    make_rig: MakeRig, cuda: FakeCuda, stream: int
+) -> None:
+    from sglang_flexkv.integration.layer_counter import LayerLoadCounter
+
+    rig = make_rig()
+    before = cuda.stream()
+    dam = Dam(cuda, before)
+    counter = LayerLoadCounter(
+        rig.num_layers, rig.engine.make_gate, lambda: None, lambda: stream, by_layer=False
+    )
+    index, gate = counter.open_batch()
+    gate.expect(1)
+    stored = rig.slot(2).copy()
+    graph = rig.engine.submit(
+        [_core.OpSpec(T.H2D, ints(2), rig.token_slots(3))], gate=gate, wait_events=[cuda.record(before)]
+    )
+    counter.set_consumer(index)
+    # What the forward reads last of all layers, without asking for any.
+    last, rows = rig.device[-1][-1], rig.rows(3)
+    read = cuda.read(stream, rig.addresses[-1][-1] + int(rows[0]) * last.shape[1], len(rows) * last.shape[1])
+    dam.open()
+    assert rig.finish(graph).done
+    cuda.synchronize(stream)
+    assert np.array_equal(read, stored[-len(read) :])
+    counter.set_consumer(-1)  # nothing is loading: it goes on at once
     cuda.synchronize(before)
     cuda.end_stream(before)
 
