@@ -12,7 +12,7 @@ from sglang_flexkv import __version__
 from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.integration.compat import server
-from sglang_flexkv.integration.compat.kv_pool import device_buffers
+from sglang_flexkv.integration.compat.kv_pool import asks_for_layers, device_buffers
 from sglang_flexkv.integration.compat.sglang_hashes import native_works
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.metrics import Metrics
@@ -70,6 +70,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         identity.namespace,
         num_layers=layout.num_layers,
         single_rank=place.tp_size == 1,
+        by_layer=asks_for_layers(pool),
         metrics=Metrics(
             labels if server.exports_metrics() else None, engine.tier_names, remote=bool(engine.asked_tiers)
         ),
@@ -94,13 +95,19 @@ def _identity(
         pool={
             "dtype of the KV": str(pool.dtype),
             "layout of the KV": str([(t.dtype, tuple(t.shape[1:])) for t in chain(*device.tensors)]),
-            "tokens per row": str(device.tokens_per_row),
+            "tokens per row": _tokens_per_row(device),
             "tokens per block": str(ctx.params.page_size),
             "TP rank": f"{place.tp_rank} of {place.tp_size}",
             "attention TP rank": f"{place.attn_tp_rank} of {place.attn_tp_size}",
             "format": "2",
         },
     )
+
+
+def _tokens_per_row(device: DeviceBuffers) -> str:
+    """One number if it is that of all buffers."""
+    numbers = list(chain(*device.tokens_per_row))
+    return str(numbers[0] if len(set(numbers)) == 1 else device.tokens_per_row)
 
 
 def _log(engine: KVTaskEngine, policy: WritePolicy) -> None:

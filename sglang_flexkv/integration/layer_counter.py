@@ -35,6 +35,8 @@ class LayerLoadCounter:
             meanwhile, and a disk that hangs must be noticed.
         current_stream: the CUstream on which the caller of ``wait_until`` queues work; None on a CPU.
         before_forward: called before each forward, by the thread that is about to queue it.
+        by_layer: attention asks for every layer before it reads it. If not, a forward waits for all of them
+            before its first one.
     """
 
     def __init__(
@@ -44,6 +46,8 @@ class LayerLoadCounter:
         look_after: Callable[[], object],
         current_stream: Callable[[], int] | None = None,
         before_forward: Callable[[], object] = lambda: None,
+        *,
+        by_layer: bool = True,
     ) -> None:
         self.num_layers = num_layers
         self._look_after = look_after
@@ -51,6 +55,7 @@ class LayerLoadCounter:
         self._make_gate = make_gate
         self._current_stream = current_stream
         self._before_forward = before_forward
+        self._by_layer = by_layer
         self._gates: dict[int, _core.LayerGate] = {}
         self._next_index = 0
         self._went_on: set[int] = set()
@@ -75,6 +80,8 @@ class LayerLoadCounter:
         """SGLang's call before each forward: the batch whose loads it depends on, -1 for none."""
         self._before_forward()
         self._use(index)
+        if not self._by_layer:
+            self.wait_until(self.num_layers - 1)
 
     def _use(self, index: int) -> None:
         self.consumer_index = index

@@ -64,6 +64,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         num_layers: int,
         single_rank: bool,
         metrics: Metrics,
+        by_layer: bool = True,
     ) -> None:
         self.engine = engine
         self.config = config
@@ -78,6 +79,7 @@ class FlexKVLinker(UnifiedCacheLinker):
             # torch.cuda.current_stream() takes ten times as long, and this is asked twice per layer.
             partial(torch._C._cuda_getCurrentRawStream, device.cuda_device) if self.on_gpu else None,
             self.order_write_backs,
+            by_layer=by_layer,
         )
         self.pools = {PoolName.KV: device}
         self._single_rank = single_rank

@@ -156,6 +156,13 @@ def variant(tmp_path: Path, **changes: object) -> Path:
     return model
 
 
+DEEPSEEK_V32: dict[str, Any] = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_topk": 64,
+    "index_head_dim": 64,
+    "index_n_heads": 4,
+}
 OTHER_STATE: dict[str, tuple[dict[str, object], str]] = {
     "sliding windows": (
         {
@@ -178,15 +185,9 @@ OTHER_STATE: dict[str, tuple[dict[str, object], str]] = {
         },
         "Mamba or linear-attention state",
     ),
-    "sparse attention": (
-        {
-            "architectures": ["DeepseekV32ForCausalLM"],
-            "model_type": "deepseek_v32",
-            "index_topk": 64,
-            "index_head_dim": 64,
-            "index_n_heads": 4,
-        },
-        "the index keys of sparse attention",
+    "index keys with tails": (
+        DEEPSEEK_V32 | {"index_kpool": 2, "index_kpool_compress": True},
+        "index keys that wait for more tokens (index_kpool_compress)",
     ),
 }
 
@@ -197,9 +198,11 @@ def test_a_model_with_other_state_is_known_by_its_configuration(case: str, tmp_p
 
     changes, expected = OTHER_STATE[case]
     refused.check_model(ModelConfig(str(MODEL)))
-    if case == "sparse attention":
+    if case == "index keys with tails":
         # SGLang looks at a plain configuration for that; ModelConfig would ask for all of DeepSeek's fields.
         model = ModelConfig(str(MODEL))
+        model.hf_config.update(DEEPSEEK_V32)
+        refused.check_model(model)
         model.hf_config.update(changes)
     else:
         model = ModelConfig(str(variant(tmp_path, **changes)))
@@ -337,7 +340,6 @@ REFUSED_VALUES: dict[str, object] = {
     "enable_unified_memory": True,
     "enable_hisparse": True,
     "speculative_algorithm": "EAGLE",
-    "kv_cache_dtype": "nvfp4",
     "enable_kv_cache_sharding": True,
     "prefill_only_disable_kv_cache": True,
     "enable_pdmux": True,
@@ -353,7 +355,6 @@ def resolved(**changes: object) -> Any:
     plain: dict[str, object] = dict.fromkeys(REFUSED_VALUES, False) | {
         "radix_cache_backend": None,
         "speculative_algorithm": None,
-        "kv_cache_dtype": "auto",
         "pp_size": 1,
         "dcp_size": 1,
         "attn_cp_size": 1,
@@ -380,13 +381,6 @@ def test_a_conflicting_flag_is_named(name: str) -> None:
     message = str(caught.value)
     assert f"--enable-flexkv does not work with --{name.replace('_', '-')}" in message
     assert re.search(r"; (drop it|use |run |leave )", message), "no remedy"
-
-
-@pytest.mark.parametrize("dtype", ["nvfp4", "fp4_mx_block16", "mxfp8"])
-def test_kv_dtypes_with_scales_are_named(dtype: str) -> None:
-    flags = resolved(kv_cache_dtype=dtype)
-    with pytest.raises(IncompatibleError, match=f"--kv-cache-dtype {dtype}, which keeps scales .*use auto"):
-        refused.check_flags(flags, flags)
 
 
 def test_every_kv_dtype_of_sglang_is_judged() -> None:

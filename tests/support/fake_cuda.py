@@ -228,7 +228,9 @@ class Rig:
             [
                 [
                     _core.DeviceBuffer(address, len(buffer), size, size + row_padding, n)
-                    for address, buffer, size, n in zip(addresses, buffers, self.row_bytes, per_row)
+                    for address, buffer, size, n in zip(
+                        addresses, buffers, self.row_bytes, per_row, strict=False
+                    )
                 ]
                 for addresses, buffers in zip(self.addresses, self.device, strict=True)
             ],
@@ -282,7 +284,7 @@ class Rig:
     def _parts(self, pool: list[list[Bytes]], rows: np.ndarray, layers: range | None) -> Iterator[Bytes]:
         """Each row of a block in each buffer, in the order in which a host slot has them."""
         for layer in layers or range(self.num_layers):
-            for buffer, size, n in zip(pool[layer], self.row_bytes, self._tokens_per_row):
+            for buffer, size, n in zip(pool[layer], self.row_bytes, self._tokens_per_row, strict=False):
                 for row in rows[::n] // n:
                     yield buffer[row, :size]
 

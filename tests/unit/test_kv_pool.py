@@ -17,11 +17,8 @@ import torch
 
 pytest.importorskip("sglang")
 
-from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import (
-    CPUFP8KVCacheMethod,
-    FP4MXBlock16KVCacheMethod,
-    NVFP4KVCacheMethod,
-)
+from pools import HEADS, LAYERS, PAGE, PLAIN, TOKENS, WITH_MORE, dsa, mha, mla
+from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import NVFP4KVCacheMethod
 from sglang.srt.mem_cache.memory_pool import (
     DSATokenToKVPool,
     KVCache,
@@ -35,34 +32,9 @@ from sglang.srt.mem_cache.memory_pool import (
     NoOpMHATokenToKVPool,
 )
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
-from sglang.srt.runtime_context import get_parallel
 
 from sglang_flexkv.common.errors import IncompatibleError
-from sglang_flexkv.integration.compat.kv_pool import device_buffers
-
-TOKENS, PAGE, LAYERS = 60, 4, 2
-SIZE: dict[str, Any] = {
-    "size": TOKENS,
-    "page_size": PAGE,
-    "layer_num": LAYERS,
-    "device": "cpu",
-    "enable_memory_saver": False,
-}
-HEADS: dict[str, Any] = {**SIZE, "head_num": 2, "head_dim": 64}
-LATENT: dict[str, Any] = {**SIZE, "kv_lora_rank": 48, "qk_rope_head_dim": 16}
-
-
-def mha(kind: type = MHATokenToKVPool, **changes: Any) -> Any:
-    return kind(**HEADS | {"dtype": torch.bfloat16} | changes)
-
-
-def mla(kind: type = MLATokenToKVPool, **changes: Any) -> Any:
-    return kind(**LATENT | {"dtype": torch.bfloat16} | changes)
-
-
-def dsa() -> Any:
-    with get_parallel().override(attn_dcp_size=1):
-        return mla(DSATokenToKVPool, size=128, page_size=64, index_head_dim=128, kv_cache_dim=64)
+from sglang_flexkv.integration.compat.kv_pool import asks_for_layers, device_buffers
 
 
 def without(names: tuple[str, ...], **arguments: Any) -> dict[str, Any]:
@@ -71,62 +43,66 @@ def without(names: tuple[str, ...], **arguments: Any) -> dict[str, Any]:
 
 # ---- taken ----
 
-TAKEN: dict[str, Callable[[], Any]] = {
-    "fp32": lambda: mha(dtype=torch.float32),
-    "bf16": mha,
-    "fp16": lambda: mha(dtype=torch.float16),
-    "fp8 e5m2": lambda: mha(dtype=torch.float8_e5m2),
-    "fp8 e4m3": lambda: mha(dtype=torch.float8_e4m3fn),
-    "fp8 on a CPU": lambda: mha(dtype=torch.float8_e4m3fn, quant_method=CPUFP8KVCacheMethod()),
-    "heads of two sizes": lambda: mha(v_head_dim=32),
-    "mla": mla,
-    "mla in fp8": lambda: mla(dtype=torch.float8_e4m3fn),
-}
+
+def size_of(pool: Any) -> int:
+    """Bytes of KV as the pool counts them, without what it needs while it computes."""
+    size = pool.get_kv_size_bytes()
+    workspaces = [getattr(pool, name, None) for name in ("dq_k_buffer", "dq_v_buffer")]
+    return (sum(size) if isinstance(size, tuple) else size) - sum(
+        w.nbytes for w in workspaces if w is not None
+    )
 
 
-@pytest.mark.parametrize("case", TAKEN)
+@pytest.mark.parametrize("case", PLAIN)
 def test_all_of_a_plain_pool_is_carried(case: str) -> None:
-    pool = TAKEN[case]()
+    pool = PLAIN[case]()
     buffers = device_buffers(pool)
     assert len(buffers.tensors) == LAYERS
-    num_bytes = sum(t.numel() * t.element_size() for layer in buffers.tensors for t in layer)
-    size = pool.get_kv_size_bytes()
-    assert num_bytes == (sum(size) if isinstance(size, tuple) else size)
-    assert buffers.tokens_per_row == 1
+    assert sum(t.nbytes for layer in buffers.tensors for t in layer) == size_of(pool)
+    assert {n for layer in buffers.tokens_per_row for n in layer} == {1}
+    assert asks_for_layers(pool)
+
+
+@pytest.mark.parametrize("case", WITH_MORE)
+def test_what_belongs_to_kv_is_carried_with_it(case: str) -> None:
+    build, num_buffers, by_page = WITH_MORE[case]
+    pool = build()
+    buffers = device_buffers(pool)
+    assert [len(layer) for layer in buffers.tensors] == num_buffers
+    for layer in buffers.tokens_per_row:
+        assert layer == [pool.page_size if at in by_page else 1 for at in range(len(layer))]
+
+
+def test_what_nvfp4_reads_past_the_accessors() -> None:
+    assert not asks_for_layers(WITH_MORE["nvfp4"][0]())
 
 
 def test_a_pool_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
     buffers = device_buffers(mha())
-    assert buffers.tokens_per_row == PAGE
+    assert buffers.tokens_per_row == [[PAGE, PAGE]] * LAYERS
     assert buffers.tensors[0][0].shape[0] == TOKENS // PAGE + 1
 
 
 # ---- refused: more than K and V ----
 
-SCALES = "with scales beside the KV; .*use --kv-cache-dtype auto, bfloat16, fp8_e4m3 or fp8_e5m2"
+
+class NewRecipe(NVFP4KVCacheMethod):
+    name = "nvfp5"
+
+
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    # The scales of these two are in attributes of different names.
-    "nvfp4": (
-        lambda: mha(quant_method=NVFP4KVCacheMethod(LAYERS, "cpu", PAGE, native_scale_layout=False)),
-        f"MHATokenToKVPool, quantised by nvfp4, {SCALES}",
+    "a recipe that we do not know": (
+        lambda: mha(quant_method=NewRecipe(LAYERS, "cpu", PAGE, native_scale_layout=False)),
+        "quantised by nvfp5, .*use another --kv-cache-dtype",
     ),
-    "nvfp4 as the kernel wants it": (
-        lambda: mha(quant_method=NVFP4KVCacheMethod(LAYERS, "cpu", PAGE, native_scale_layout=True)),
-        f"MHATokenToKVPool, quantised by nvfp4, {SCALES}",
+    "index keys of several tokens, with tails": (
+        lambda: dsa(
+            page_size=128, size=1280, index_kpool=2, index_kpool_compress=True, max_running_requests=2
+        ),
+        "not copied: _compress_tail_k, .*start without",
     ),
-    "fp4": (
-        lambda: mha(quant_method=FP4MXBlock16KVCacheMethod()),
-        f"MHATokenToKVPool, quantised by fp4_mx_block16, {SCALES}",
-    ),
-    "fp4 pool": (lambda: mha(MHATokenToKVPoolFP4), "MHATokenToKVPoolFP4, .*start without --enable-flexkv"),
-    "mxfp8": (
-        lambda: mha(MHATokenToKVPoolMXFP8, dtype=torch.float8_e4m3fn),
-        "MHATokenToKVPoolMXFP8, .*start without",
-    ),
-    "mla in fp4": (lambda: mla(MLATokenToKVPoolFP4), "MLATokenToKVPoolFP4, .*start without"),
     "no KV at all": (lambda: mha(NoOpMHATokenToKVPool), "NoOpMHATokenToKVPool, .*start without"),
-    "index keys": (dsa, "DSATokenToKVPool, .*start without"),
     "windows": (
         lambda: SWAKVPool(
             **without(("layer_num",), **HEADS),
@@ -180,7 +156,16 @@ def test_every_pool_class_of_sglang_is_taken_or_refused_by_its_name() -> None:
     found = {kind for kind in subclasses(KVCache) if kind.__module__.startswith("sglang.")}
     found = {kind for kind in found if not inspect.isabstract(kind)}
     assert len(found) > 20
-    for kind in found - {MHATokenToKVPool, MLATokenToKVPool}:
+    taken = {
+        DSATokenToKVPool,
+        MHATokenToKVPool,
+        MHATokenToKVPoolFP4,
+        MHATokenToKVPoolMXFP8,
+        MLATokenToKVPool,
+        MLATokenToKVPoolFP4,
+    }
+    assert taken <= found
+    for kind in found - taken:
         with pytest.raises(IncompatibleError, match=f"in a {kind.__name__}, .*start without"):
             device_buffers(kind.__new__(kind))
 

@@ -1,9 +1,10 @@
 """SGLang's KV pools as the engine sees them: rows of bytes.
 
-Bytes are copied as they are, so every dtype that a pool can hold works: fp32, bf16, fp16, and fp8. A pool is
-taken only if everything it holds is copied: two pool classes, known recipes of quantisation, known layouts,
-and no tensor beside K and V (or the latent). Whatever a pool had more, now or in an SGLang that was changed,
-would come back as what another request left in those slots.
+Bytes are copied as they are, so every dtype that a pool can hold works: fp32, bf16, fp16, fp8, and what is
+quantised in blocks with scales beside it. A pool is taken only if everything it holds is copied: known pool
+classes, known recipes of quantisation, known layouts, and no tensor beside those that are carried. Whatever a
+pool had more, now or in an SGLang that was changed, would come back as what another request left in those
+slots.
 """
 
 from __future__ import annotations
@@ -17,77 +18,144 @@ import torch
 from sglang_flexkv.common.errors import IncompatibleError
 from sglang_flexkv.common.storage import DeviceBuffers
 
-# Attributes of the two pools that hold addresses and strides of the buffers, not KV.
+# Attributes of the pools that hold addresses and strides of the buffers, not KV.
 _TABLES = frozenset({"k_data_ptrs", "v_data_ptrs", "data_ptrs", "data_strides"})
+# Attributes in which pools keep scales, a list with an entry per layer, or None.
+_SCALES = (
+    "k_scale_buffer",
+    "v_scale_buffer",
+    "native_k_scale_buffer",
+    "native_v_scale_buffer",
+    "kv_scale_buffer",
+)
+# Those that hold nothing from one forward to the next: what is dequantised for the layer that runs.
+_WORKSPACES = ("dq_k_buffer", "dq_v_buffer")
 # How deep an attribute is searched for tensors: a scale in a dict of a list of a helper object is four.
 _DEPTH_MAX = 6
 
 
 def device_buffers(pool: Any) -> DeviceBuffers:
-    """Describes a pool of MHA, GQA or MLA KV.
+    """Describes a pool of MHA, GQA or MLA KV: of each layer K and V, or the latent, and what belongs to them.
 
     Raises:
-        IncompatibleError: the pool is of another class, or holds more than K and V (or a latent).
+        IncompatibleError: the pool is of another class, or holds more than is known.
     """
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+    _check_class(pool)
+    _check_recipe(pool)
+    layers = _kv(pool)
+    for name in _SCALES:
+        _add(layers, getattr(pool, name, None))
+    _add(layers, getattr(pool, "index_k_with_scale_buffer", None))
+    _check_nothing_else(pool, [buffer for layer in layers for buffer in layer])
+    return DeviceBuffers(layers, [[_tokens_per_row(pool, buffer) for buffer in layer] for layer in layers])
 
+
+def asks_for_layers(pool: Any) -> bool:
+    """Whether every accessor of a pool by which attention gets at KV asks first whether the layer is there.
+
+    The raw ones of NVFP4 do not (``get_raw_kv_buffer``, and the TRT-LLM backend reads the attributes).
+    """
+    from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import NVFP4KVCacheMethod
+
+    return not isinstance(getattr(pool, "quant_method", None), NVFP4KVCacheMethod)
+
+
+def _check_class(pool: Any) -> None:
+    from sglang.srt.mem_cache import memory_pool as pools
+
+    # Subclasses keep more state than their parent describes, so each one that is taken is named.
+    known = (
+        pools.MHATokenToKVPool,
+        pools.MHATokenToKVPoolFP4,
+        pools.MHATokenToKVPoolMXFP8,
+        pools.MLATokenToKVPool,
+        pools.MLATokenToKVPoolFP4,
+        pools.DSATokenToKVPool,
+    )
+    if type(pool) not in known:
+        raise _refused(pool, "of which it is not known what it holds beside K and V")
+    if pool.layer_shard_enabled:
+        raise _refused(pool, "that holds some of the layers only")
+
+
+def _check_recipe(pool: Any) -> None:
+    """The recipe by which KV is quantised decides what else is needed to read it."""
+    from sglang.srt.layers.quantization import fp4_kv_cache_quant_method as recipes
+
+    known = (
+        recipes.UnquantizedKVCacheMethod,
+        recipes.CPUFP8KVCacheMethod,
+        recipes.NVFP4KVCacheMethod,
+        recipes.FP4MXBlock16KVCacheMethod,
+    )
+    recipe = getattr(pool, "quant_method", None)  # an MLA pool has none
+    if recipe is not None and type(recipe) not in known:
+        raise _refused(
+            pool,
+            f"quantised by {recipe.name}, of which it is not known what it keeps beside the KV",
+            remedy="use another --kv-cache-dtype",
+        )
+
+
+def _kv(pool: Any) -> list[list[torch.Tensor]]:
+    """K and V of each layer, or the latent."""
     from sglang_flexkv.integration.compat.pool_infos import (
         KVBufferLayout,
         MLABufferInfo,
         device_pool_infos,
     )
 
-    # Subclasses keep more state than their parent describes (index keys, scales, windows), so only the two
-    # plain pools are taken.
-    if type(pool) not in (MHATokenToKVPool, MLATokenToKVPool):
-        raise _refused(pool, "of which it is not known what it holds beside K and V")
-    if pool.layer_shard_enabled:
-        raise _refused(pool, "that holds some of the layers only")
-    _check_recipe(pool)
     (pool_info,) = device_pool_infos(pool)
     info = pool_info.buffer_info
     if isinstance(info, MLABufferInfo):
         if not isinstance(info.buffers, tuple):
             raise _refused(pool, "whose latent is in several buffers")
-        layers = [[buffer] for buffer in info.buffers]
-        tokens_per_row = 1
-    else:
-        layout = info.buffers.layout
-        if layout not in (KVBufferLayout.NHD, KVBufferLayout.HND):
-            raise _refused(pool, f"with the layout {layout.value}")
-        layers = [[k, v] for k, v in zip(info.buffers.k, info.buffers.v, strict=True)]
-        tokens_per_row = 1 if layout is KVBufferLayout.NHD else info.page_size
-    _check_nothing_else(pool, [buffer for layer in layers for buffer in layer])
-    return DeviceBuffers(layers, tokens_per_row=tokens_per_row)
+        return [[buffer] for buffer in info.buffers]
+    layout = info.buffers.layout
+    if layout not in (KVBufferLayout.NHD, KVBufferLayout.HND):
+        raise _refused(pool, f"with the layout {layout.value}")
+    return [[k, v] for k, v in zip(info.buffers.k, info.buffers.v, strict=True)]
 
 
-def _check_recipe(pool: Any) -> None:
-    """The recipe by which KV is quantised decides what else is needed to read it."""
-    from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import (
-        CPUFP8KVCacheMethod,
-        UnquantizedKVCacheMethod,
-    )
+def _add(layers: list[list[torch.Tensor]], buffers: list[torch.Tensor] | None) -> None:
+    """A further buffer of each layer. Of layers that have none SGLang keeps one without rows."""
+    for layer, buffer in zip(layers, buffers or [None] * len(layers), strict=True):
+        if buffer is not None and buffer.numel():
+            layer.append(buffer)
 
-    recipe = getattr(pool, "quant_method", None)  # an MLA pool has none
-    if recipe is not None and type(recipe) not in (UnquantizedKVCacheMethod, CPUFP8KVCacheMethod):
-        raise _refused(
-            pool,
-            f"quantised by {recipe.name}, with scales beside the KV",
-            remedy="use --kv-cache-dtype auto, bfloat16, fp8_e4m3 or fp8_e5m2",
-        )
+
+def _tokens_per_row(pool: Any, buffer: torch.Tensor) -> int:
+    """A token, or a page. A pool has a page more than tokens, and index keys may have a row more yet."""
+    num_slots, page = pool.size + pool.page_size, pool.page_size
+    if buffer.shape[0] == num_slots:
+        return 1
+    if buffer.shape[0] in (num_slots // page, num_slots // page + 1):
+        return int(page)
+    raise _refused(pool, f"with {buffer.shape[0]} rows for {num_slots} slots in pages of {page}")
 
 
 def _check_nothing_else(pool: Any, buffers: list[torch.Tensor]) -> None:
-    """Every tensor that can be reached from the pool lies in ``buffers``, or is a table of them."""
-    carried = [_span(buffer) for buffer in buffers]
+    """Every tensor that can be reached from the pool lies in ``buffers``, is a table of them, or no KV."""
+    known = [_span(buffer) for buffer in (*buffers, *_no_kv(pool))]
     for name, value in vars(pool).items():
         if name in _TABLES:
             continue
-        for tensor in _tensors_in(value, set(), _DEPTH_MAX):
+        for tensor in _tensors_in(value, {id(pool)}, _DEPTH_MAX):
             first, end = _span(tensor)
-            if tensor.numel() and not any(start <= first and end <= stop for start, stop in carried):
+            if tensor.numel() and not any(start <= first and end <= stop for start, stop in known):
                 what = f"{tuple(tensor.shape)} of {str(tensor.dtype).removeprefix('torch.')}"
                 raise _refused(pool, f"with a tensor beside K and V that is not copied: {name}, {what}")
+
+
+def _no_kv(pool: Any) -> list[torch.Tensor]:
+    """What a pool holds that belongs to no token: work space, and what NVFP4 takes from the weights."""
+    from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import NVFP4KVCacheMethod
+
+    found = [getattr(pool, name, None) for name in _WORKSPACES]
+    recipe = getattr(pool, "quant_method", None)
+    if isinstance(recipe, NVFP4KVCacheMethod):
+        found += [recipe.k_scales_gpu, recipe.v_scales_gpu]
+    return [tensor for tensor in found if tensor is not None]
 
 
 def _span(tensor: torch.Tensor) -> tuple[int, int]:

@@ -29,11 +29,6 @@ _CONFLICTS = (
         "--speculative-algorithm, which keeps KV of a draft model that is not cached yet; drop it",
     ),
     (
-        "kv_cache_dtype",
-        lambda v: v in ("nvfp4", "fp4_mx_block16", "mxfp8"),
-        "--kv-cache-dtype {value}, which keeps scales beside the KV; use auto, bfloat16 or an fp8",
-    ),
-    (
         "enable_kv_cache_sharding",
         bool,
         "--enable-kv-cache-sharding, which spreads pages over the ranks; drop it",
@@ -89,14 +84,16 @@ def check_model(model: Any) -> None:
         model: SGLang's ModelConfig.
     """
     from sglang.srt.configs.hybrid_arch import mambaish_config
-    from sglang.srt.configs.model_config import is_deepseek_dsa, is_minimax_sparse
+    from sglang.srt.configs.model_config import get_dsa_index_kpool_compress, is_minimax_sparse
 
     others = {
         "sliding windows": model.is_hybrid_swa,
         "Mamba or linear-attention state": mambaish_config(model) is not None,
-        "the index keys of sparse attention": is_deepseek_dsa(model.hf_config)
-        or is_minimax_sparse(model.hf_config),
+        "the index keys of MiniMax's sparse attention": is_minimax_sparse(model.hf_config),
     }
+    # A page's index key would depend on the request that is computing it.
+    if get_dsa_index_kpool_compress(model.hf_config):
+        others["index keys that wait for more tokens (index_kpool_compress)"] = True
     found = [name for name, there in others.items() if there]
     if found:
         raise IncompatibleError(
