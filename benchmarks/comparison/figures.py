@@ -24,6 +24,7 @@ _FIELDS = {
     "trace": ("ttft_p50", "ttft_p99", "requests_per_s"),
     "new": ("ttft_p50", "requests_per_s"),
     "burst": ("ttft_p50", "ttft_p99", "requests_per_s"),
+    "late_burst": ("ttft_p50", "ttft_p99", "requests_per_s"),
 }
 METRICS = [(part, name) for part, names in _FIELDS.items() for name in names]
 

@@ -9,6 +9,7 @@ new         prompts that nobody has seen and nobody will: a cache can only cost
 burst       many requests at once that begin with one prompt, which has left the device
 late        the prompts of `cold` once more, after all of this. For who reads files in two halves: with the
             files in the page cache (`late_warm`), and without (`late_dropped`)
+late_burst  `burst` on a prompt that has not been seen since before `cold`
 
 A round has token ids of its own, and they are the same for every contender.
 """
@@ -133,6 +134,12 @@ class Traffic:
                     answers = list(pool.map(lambda prompt: ask(client, server, prompt, z.answer), prompts))
                 return _part(answers, time.perf_counter() - begin_s)
 
+            def burst(beginning: list[int], name: str) -> Part:
+                rests = [self._tokens(f"{name} {i}", z.burst_rest) for i in range(z.burst)]
+                return serve([beginning + rest for rest in rests], z.burst)
+
+            early = self._tokens("late_burst", z.burst_prefix)
+            serve([early], 1)
             cold = [self._tokens(f"cold {i}", z.prompt) for i in range(z.prompts)]
             parts = {"cold": serve(cold, 1), "soon": serve(cold, 1)}
             parts["sessions"] = self._sessions(serve)
@@ -144,15 +151,15 @@ class Traffic:
             serve([beginning], 1)
             new = [self._tokens(f"new {i}", z.new_prompt) for i in range(z.new_prompts)]
             parts["new"] = serve(new, _AT_ONCE)
-            rests = [self._tokens(f"burst {i}", z.burst_rest) for i in range(z.burst)]
-            parts["burst"] = serve([beginning + rest for rest in rests], z.burst)
-            if not running.contender.reads_disk:
+            parts["burst"] = burst(beginning, "burst")
+            if running.contender.reads_disk:
+                half = len(cold) // 2
+                parts["late_warm"] = serve(cold[:half], 1)
+                drop_page_cache(running.place.directory)
+                parts["late_dropped"] = serve(cold[half:], 1)
+            else:
                 parts["late"] = serve(cold, 1)
-                return parts
-            half = len(cold) // 2
-            parts["late_warm"] = serve(cold[:half], 1)
-            drop_page_cache(running.place.directory)
-            parts["late_dropped"] = serve(cold[half:], 1)
+            parts["late_burst"] = burst(early, "late_burst")
             return parts
 
     def _tokens(self, what: str, count: int) -> list[int]:
