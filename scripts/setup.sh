@@ -25,6 +25,7 @@ readonly HEARTBEAT_S=10
 readonly -A WITHOUT=(
     [fio]="disk benchmarks will have nothing to compare with"
     [redis-tools]="tests of the Redis store are skipped"
+    [bindfs]="tests of a mount that hangs are skipped"
     [libssl-dev]="SGLang cannot compile its hashing of pages, they are hashed in Python"
 )
 readonly IMPORT_CHECK='
@@ -124,6 +125,8 @@ sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
     # Tests start a Redis server of their own. redis-tools has the same program under another name, and unlike
     # redis-server no service that the machine would start.
     command -v redis-server >/dev/null || command -v redis-check-rdb >/dev/null || echo redis-tools
+    # They also mount a directory by FUSE, and stop what serves it.
+    command -v bindfs >/dev/null || echo bindfs
 }
 
 install_system_packages() {

@@ -35,6 +35,7 @@ from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import Admission, CacheConfig
 from sglang_flexkv.common.kv_group import KVGroup
 from sglang_flexkv.common.lower_tier import CPU, LowerTier, Question, TierNumbers
+from sglang_flexkv.common.patience import Patience
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, SlotsOnTheirWay, TransferType
 from sglang_flexkv.storage.ssd_identity import Identity
@@ -58,6 +59,9 @@ _WAIT_STEP_S = 0.1
 _QUIESCE_WARN_S = 30.0
 # An orderly stop gives blocks that wait for a lower tier so long to get there.
 _CLOSE_FLUSH_S = 5.0
+# Then what is on its way from or to a lower tier, and closing the tier, may each take so long. A medium that
+# takes longer hangs, and nobody waits for it.
+_CLOSE_WAIT_S = 10.0
 
 
 class TaskStatus(Enum):
@@ -123,13 +127,10 @@ class Fetch:
         return sum(task.ended for task in self.tasks)
 
     @property
-    def num_brought(self) -> int:
-        """Blocks that came from below the CPU tier, in tasks that brought all of theirs."""
-        return sum(
-            task.plan.num_lower_blocks
-            for task in self.tasks
-            if task.status is TaskStatus.COMPLETED and task.plan is not None
-        )
+    def brought(self) -> Counter[int]:
+        """Blocks that came from below the CPU tier, in tasks that brought all of theirs, by tier."""
+        plans = [t.plan for t in self.tasks if t.status is TaskStatus.COMPLETED and t.plan is not None]
+        return sum((plan.lower_blocks for plan in plans), Counter())
 
 
 @dataclass
@@ -190,6 +191,7 @@ class KVTaskEngine:
         self._spills_running: Counter[tuple[int, int]] = Counter()  # by group and tier
         self._waiting_puts: OrderedDict[int, _WaitingPut] = OrderedDict()  # CREATED tasks, the oldest first
         self._closed = False
+        self._hangs = False  # something below does not end
         try:
             self._cache = GlobalCacheEngine(
                 config,
@@ -237,6 +239,11 @@ class KVTaskEngine:
     def tier_names(self) -> Sequence[str]:
         """As users know them, by number: ``CPU`` and those below it."""
         return self._tier_names
+
+    @property
+    def tier_kinds(self) -> Sequence[str]:
+        """As clients know them, by number."""
+        return ["CPU", *(tier.kind for tier in self._storage.first.lower)]
 
     @property
     def has_lower_tiers(self) -> bool:
@@ -801,7 +808,8 @@ class KVTaskEngine:
             return out
 
     def close(self) -> None:
-        """Ends everything and gives memory, files and locks back. Safe to call twice.
+        """Ends everything and gives memory, files and locks back, except what a medium that hangs keeps: that
+        goes with the process. Safe to call twice.
 
         Raises:
             BaseException: that of the first step that failed, when all others are done.
@@ -815,7 +823,7 @@ class KVTaskEngine:
                 self._take_no_more,
                 self._write_trace,
                 self._stop_tiers,
-                self._transfer.close,
+                self._close_transfer,
                 self._close_tiers,
             )
 
@@ -826,8 +834,20 @@ class KVTaskEngine:
     def _stop_tiers(self) -> None:
         run_all(*(life.stop for life in self._lives.values()))
 
+    def _close_transfer(self) -> None:
+        self._hangs = not self._transfer.drain(_CLOSE_WAIT_S)
+        if not self._hangs:
+            self._transfer.close()
+
     def _close_tiers(self) -> None:
-        run_all(*(life.close for life in self._lives.values()))
+        steps: list[Callable[[], object]] = [life.close for life in self._lives.values()]
+        if self._hangs:  # what it may still write to stays until it has ended
+            steps.insert(0, self._transfer.close)
+        if not Patience().call(lambda: run_all(*steps), 0.0 if self._hangs else _CLOSE_WAIT_S):
+            logger.error(
+                "a lower tier does not answer and is left to itself: what it holds goes when it answers, or "
+                "with the process"
+            )
 
     def _take_no_more(self) -> None:
         self._closed = True

@@ -11,6 +11,7 @@ for what a request needs of all of them.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
@@ -92,6 +93,11 @@ class TransferPlan:
 
     def num_blocks_from(self, tier: int) -> int:
         return int(np.count_nonzero(self.tiers == tier))
+
+    @property
+    def lower_blocks(self) -> Counter[int]:
+        """Blocks that come from below the CPU tier, by tier."""
+        return Counter(self.tiers[self.tiers != CPU].tolist())
 
     @property
     def reads(self) -> list[tuple[int, int]]:

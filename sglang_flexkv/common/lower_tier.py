@@ -119,6 +119,11 @@ class LowerTier(ABC):
         self.name, self.medium, self.num_slots = name, medium, num_slots
         self.eviction_policy, self.admission = eviction_policy, admission
 
+    @property
+    def kind(self) -> str:
+        """As clients know it, who are told where their tokens came from: no address, no path."""
+        return self.name
+
     @abstractmethod
     def open(self) -> None:
         """Makes the medium ready; also the way back after a fault.

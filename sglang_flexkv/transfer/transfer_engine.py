@@ -17,6 +17,8 @@ from sglang_flexkv.storage.storage_engine import StorageEngine
 # stay busy.
 _QUEUE_BYTES = 1 << 30
 
+_FOREVER_S = 1e9
+
 
 class TransferEngine:
     """Submits graphs and hands their results back. Every submitted graph ends exactly once."""
@@ -136,5 +138,9 @@ class TransferEngine:
         return self._core.stats()
 
     def close(self) -> None:
-        """Cancels what has not started, waits for what has, and stops the threads."""
+        """Waits for what runs, however long that takes, and stops the threads. What has not started should
+        have been cancelled."""
+        # Its destructor would wait with the GIL, which threads of a tier need to end what they move. In one
+        # piece: a thread that comes back from C++ when the interpreter has gone takes the process down.
+        self._core.drain(_FOREVER_S)
         del self._core

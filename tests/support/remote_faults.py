@@ -30,6 +30,7 @@ class Faults:
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._may_go_on = threading.Event()
+        self.num_held = threading.Semaphore(0)  # loads that have been held up
         self.heal()
 
     def heal(self) -> None:
@@ -51,6 +52,8 @@ class Faults:
             return self._random.randrange(limit)
 
     def wait(self) -> None:
+        if not self._may_go_on.is_set():
+            self.num_held.release()
         self._may_go_on.wait(_HANGS_AT_MOST_S)
 
 

@@ -98,7 +98,7 @@ def test_many_threads_store_and_load_at_the_same_time(store: Store) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert not wrong
+    assert not wrong, wrong
 
 
 def test_it_is_used_again_after_it_was_closed(store: Store) -> None:

@@ -125,8 +125,8 @@ class RemoteMedium:
     knows_what_it_holds = False
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._url, self._faults = self.url(directory), Faults()
-        monkeypatch.setattr(remote_tier, "STORES", faulty_stores(self._faults))
+        self._url, self.faults = self.url(directory), Faults()
+        monkeypatch.setattr(remote_tier, "STORES", faulty_stores(self.faults))
         monkeypatch.setattr(remote_tier, "_ABSENT_S", 0.0)
 
     def url(self, directory: Path) -> str:
@@ -139,25 +139,25 @@ class RemoteMedium:
         return None
 
     def fail(self, *, loads: bool = False, stores: bool = False) -> None:
-        self._faults.loads_fail, self._faults.stores_fail = loads, stores
+        self.faults.loads_fail, self.faults.stores_fail = loads, stores
 
     def stall(self) -> None:
-        self._faults.stall()
+        self.faults.stall()
 
     def damage(self) -> None:
-        self._faults.flip = 1.0
+        self.faults.flip = 1.0
 
     def refuse_to_open(self) -> None:
-        self._faults.opens_fail = True
+        self.faults.opens_fail = True
 
     def heal(self) -> None:
-        self._faults.heal()
+        self.faults.heal()
 
     def go_away(self) -> None:
-        self._faults.away = True
+        self.faults.away = True
 
     def come_back(self) -> None:
-        self._faults.away = False
+        self.faults.away = False
 
     def end(self) -> None:
         pass
@@ -393,6 +393,18 @@ def test_nobody_waits_for_a_tier_that_hangs(cache: Cache, monkeypatch: pytest.Mo
     assert cache.end_get(0, task) in (0, SEQUENCE)
     cache.medium.heal()
     cache.until_back()
+
+
+def test_who_stops_waits_for_a_call_on_its_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the GIL, which the call needs to end."""
+    medium = DirectoryMedium(tmp_path, monkeypatch)
+    cache = Cache(medium)
+    cache.fill(range(4))
+    medium.stall()  # for two seconds
+    cache.start_get(0)
+    assert medium.faults.num_held.acquire(timeout=PATIENCE_S)
+    cache.engine.close()
+    assert not cache.engine._hangs
 
 
 def test_what_cannot_be_opened_is_tried_again(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:

@@ -153,8 +153,7 @@ def test_a_mount_that_hangs_keeps_nobody_from_starting(
             store.open()
     assert threading.active_count() == threads + 1  # only one waits for it
     goes_on.set()
-    assert store._opening is not None
-    store._opening.join()
+    store._opening.wait()
     store._timeout_s = 60
     store.open()
 

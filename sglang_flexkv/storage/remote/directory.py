@@ -31,6 +31,7 @@ from sglang_flexkv.common.config import GIB
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.lower_tier import AwayError
 from sglang_flexkv.common.paths import remedy
+from sglang_flexkv.common.patience import Patience
 from sglang_flexkv.common.remote_url import RemoteUrl
 from sglang_flexkv.storage.remote.store import (
     Outcome,
@@ -72,7 +73,7 @@ class DirectoryStore(Store):
     def __init__(self, url: RemoteUrl, timeout_s: float) -> None:
         self._timeout_s = timeout_s  # of opening; other calls on files cannot be given one
         self._must_be_mounted = url.options.get("mounted") == "yes"
-        self._opening: threading.Thread | None = None
+        self._opening = Patience()
         self.root = url.path
         self.tree = os.path.join(self.root, "fkv1")
         self.name = f"directory {self.root}"
@@ -84,23 +85,9 @@ class DirectoryStore(Store):
         self.direct = True  # O_DIRECT, until the file system says that it has none
 
     def open(self) -> None:
-        # A mount that hangs holds whoever asks it for anything, for as long as it likes.
-        result: list[ConfigError | None] = []
-        if self._opening is None or not self._opening.is_alive():
-            self._opening = threading.Thread(target=lambda: result.append(self._why_not()), daemon=True)
-            self._opening.start()
-            self._opening.join(self._timeout_s)
-        if not result:
+        # A mount that hangs holds whoever asks it for anything.
+        if not self._opening.call(self._open_tree, self._timeout_s):
             raise AwayError(f"remote: {self.root} does not answer; check what serves it")
-        if result[0] is not None:
-            raise result[0]
-
-    def _why_not(self) -> ConfigError | None:
-        try:
-            self._open_tree()
-        except ConfigError as error:
-            return error
-        return None
 
     def _open_tree(self) -> None:
         try:

@@ -25,6 +25,7 @@ from sglang_flexkv import _core
 from sglang_flexkv.common.block import KEY_BYTES, BlockKeys, Namespace, make_namespace
 from sglang_flexkv.common.config import Admission, EvictionPolicy
 from sglang_flexkv.common.lower_tier import AwayError, HeldBlocks, LowerTier, Question, TierSlots
+from sglang_flexkv.common.patience import Patience
 from sglang_flexkv.common.remote_url import RemoteUrl
 from sglang_flexkv.storage.remote.directory import DirectoryStore
 from sglang_flexkv.storage.remote.hicache import HiCacheStore
@@ -57,6 +58,8 @@ _CALL_BYTES = 8 << 20
 _LOAD_THREADS, _STORE_THREADS = 4, 2
 # How long a thread waits for work before it looks whether it should end.
 _IDLE_S = 0.2
+# What may take as long as it likes otherwise, for instance on a mount that answers to names and not to bytes.
+_OPEN_S = 30.0
 # Threads that a medium holds are left behind: they hold no slot, and end when it lets go of them.
 _JOIN_S = 2.0
 # What was not there is not asked for again for so long; what did not come, or was damaged, longer.
@@ -103,8 +106,10 @@ class RemoteTier(LowerTier):
             "REMOTE", "REMOTE", num_slots, eviction_policy=EvictionPolicy.LRU, admission=admission
         )
         self._namespace = namespace
+        self._kind = url.scheme
         self._write_limit, self._timeout_s = write_limit_mb_s * 1e6, timeout_s
         self.store = STORES[url.scheme](url, timeout_s)
+        self._opening = Patience()
         self._generation = NO_GENERATION
         self._untold_generation = False  # the store does not know it yet
         self._private = False  # no other process is to find what is stored
@@ -126,18 +131,8 @@ class RemoteTier(LowerTier):
     # ---- the contract ----
 
     def open(self) -> None:
-        self.store.open()
-        try:
-            session = self.store.session()
-            try:
-                if self._untold_generation:
-                    self._write_generation(session)
-                elif not self._private:
-                    self._generation = self._read_generation(session)
-            finally:
-                session.close()
-        except StoreError as error:
-            raise AwayError(f"remote: {error}") from None
+        if not self._opening.call(self._open_store, _OPEN_S, undo=self.store.close):
+            raise AwayError(f"remote: {self.store.name} does not answer; check what serves it")
         self._read_generation_s = time.monotonic()
         self._why_broken = ""
         self._lookups_failed = 0
@@ -156,6 +151,24 @@ class RemoteTier(LowerTier):
             thread.start()
         # A thread that waits in C++ when the interpreter goes would take the process down with an abort.
         atexit.register(self.close)
+
+    def _open_store(self) -> None:
+        self.store.open()
+        try:
+            session = self.store.session()
+            try:
+                if self._untold_generation:
+                    self._write_generation(session)
+                elif not self._private:
+                    self._generation = self._read_generation(session)
+            finally:
+                session.close()
+        except StoreError as error:
+            raise AwayError(f"remote: {error}") from None
+
+    @property
+    def kind(self) -> str:
+        return self._kind
 
     @property
     def core(self) -> _core.RemoteTier:
