@@ -205,6 +205,15 @@ class FlexKVLinker(UnifiedCacheLinker):
         lower = np.flatnonzero(load.task.plan.tiers)
         return int(lower[0]), len(lower)
 
+    def sources(self, rid: str) -> dict[str, int]:
+        """Tokens that a request has from lower tiers when its queued load has ended, by the tier's name for
+        clients."""
+        blocks = self.states.known(rid).brought.copy()
+        load = self._next_batch.get(rid)
+        if load is not None and load.task.plan is not None:
+            blocks += load.task.plan.lower_blocks
+        return {self.engine.tier_kinds[n]: count * self._page for n, count in sorted(blocks.items())}
+
     def cancel_queued_load(self, rid: str) -> bool:
         load = self._next_batch.pop(rid, None)
         if load is None:

@@ -115,7 +115,7 @@ class Prefetches:
         """What the waits of a request have brought since this was asked last: the first token of its prompt
         that came from a lower tier, and how many tokens did."""
         state = self._linker.states.known(rid)
-        num_blocks, state.num_brought = state.num_brought, 0
+        num_blocks, state.num_untold = state.num_untold, 0
         return state.brought_from, num_blocks * self._page
 
     def leave(self, rid: str) -> None:
@@ -143,7 +143,7 @@ class Prefetches:
         if own is not None:
             self._linker.states.end_lease(rid)  # the plan has leases of its own
         state.num_waits += 1
-        if not state.num_brought:
+        if not state.num_untold:
             state.brought_from = state.device_tokens + found.num_cpu_blocks * self._page
         wait = Wait(own, joined, found.keys, before.deadline_s if before is not None else None)
         if self._num_to_ask(state):
@@ -195,7 +195,9 @@ class Prefetches:
         """Keeps what has arrived pinned for the request."""
         del self.waits[rid]
         for read in wait.own_reads:
-            self._linker.states.of(rid).num_brought += read.num_brought
+            state, brought = self._linker.states.of(rid), read.brought
+            state.brought += brought
+            state.num_untold += brought.total()
             self._engine.forget_fetch(read)
         self._linker.find_and_pin(rid, wait.keys)
 

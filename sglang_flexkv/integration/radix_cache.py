@@ -27,6 +27,7 @@ from sglang_flexkv.integration.compat.requests import (
     by_name,
     name_of,
     release_borrowed_rows,
+    report_sources,
     report_storage_part,
 )
 from sglang_flexkv.integration.compat.scheduler import SchedulerView
@@ -124,6 +125,7 @@ class FlexKVLinkerWrapper(LinkerWrapper):
         if count:
             page = self.cache.page_size
             report_storage_part(req, hit.device_hit_len + first * page, count * page)
+        report_sources(req, self.cache_linker.sources(req.rid))
         return loaded
 
     def start_layer_wise_loading(self) -> int:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -76,8 +76,10 @@ class RequestState:
     total_tokens: int = 0
     found: Lookup = NOTHING_FOUND
     num_waits: int = 0  # times that it has waited for loads from lower tiers
-    # Blocks that these have brought and of which SGLang has not been told, and the token where they start.
-    num_brought: int = 0
+    # Blocks that these have brought, by tier; how many of them SGLang has not been told of, and the token
+    # where these start.
+    brought: Counter[int] = field(default_factory=Counter)
+    num_untold: int = 0
     brought_from: int = 0
     gave_up: bool = False  # a load of it failed: it loads nothing any more
 

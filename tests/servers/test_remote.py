@@ -68,6 +68,8 @@ def test_a_second_server_finds_what_the_first_computed(store: Any, tmp_path: Pat
     with start(store, tmp_path / "second.log") as second:
         got = answers(second)
         assert from_storage(got[0]) >= len(PROMPTS[0]) - 16, got[0]["meta_info"]
+        name = f"FlexKV: {store.url.partition(':')[0]}"
+        assert got[0]["meta_info"]["cached_tokens_details"]["storage_backend"] == name
         assert sum(map(from_storage, got)) > 0.5 * sum(map(len, PROMPTS))
         assert not differing(got, expected, apart)
         assert figure(second, "online") == 1

@@ -22,6 +22,7 @@ from remote_faults import Faults, faulty_stores
 from sglang_flexkv import kvtask
 from sglang_flexkv.common.block import keys_from_page_hashes
 from sglang_flexkv.common.config import LoadPolicy, PrefetchPolicy
+from sglang_flexkv.integration.compat.requests import storage_name
 from sglang_flexkv.storage.remote import tier as remote_tier
 
 
@@ -213,6 +214,31 @@ def test_a_flush_on_one_server_takes_nothing_from_the_others_files(
     got, brought = run(first, sequence(500))
     assert_same(got, expected)
     assert brought == PAGES * PAGE
+
+
+@pytest.mark.parametrize("device_pages", [0, 1])
+def test_an_answer_says_how_much_came_from_ssd_and_how_much_from_the_store(
+    make_rig: MakeRig, url: str, tmp_path: Path, device_pages: int
+) -> None:
+    ssd = tmp_path / "ssd"
+    ssd.mkdir()
+    first, second = make_rig(remote=url), make_rig(remote=url, ssd_dir=ssd)
+    expected = store(first, sequence(1))
+    # The first two pages are on its own SSD as well.
+    run(second, sequence(1)[: 2 * PAGE])
+    forget_locally_after_spills(second)
+    if device_pages:
+        run(second, sequence(1)[:PAGE])
+        invalidate_cpu_tier(second)
+    req = second.request(sequence(1))
+    prefetch(second, req)
+    wait_until_ready(second, req)
+    (slots,) = second.restore(req)
+    assert_same(second.read(slots), expected)
+    brought = (PAGES - device_pages) * PAGE
+    told = f"FlexKV: SSD {(2 - device_pages) * PAGE}, file {(PAGES - 2) * PAGE}"
+    assert storage_name(req, brought) == told
+    second.finish(req, slots)
 
 
 def test_fetched_blocks_go_to_ssd_as_well(make_rig: MakeRig, url: str, tmp_path: Path) -> None:

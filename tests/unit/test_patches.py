@@ -24,7 +24,7 @@ import pytest
 import sglang_flexkv
 from sglang_flexkv.common.errors import ConfigError, FlexKVError, IncompatibleError
 from sglang_flexkv.integration import plugin
-from sglang_flexkv.integration.compat import hooking, hooks, version
+from sglang_flexkv.integration.compat import hooking, hooks, requests, version
 from sglang_flexkv.integration.compat.hooking import Patch
 from sglang_flexkv.integration.compat.patches import PATCHES
 from sglang_flexkv.integration.compat.version import SUPPORTED_SGLANG
@@ -333,9 +333,24 @@ def test_the_default_divides_the_chunks_of_the_user(chunk: int | None, page_size
 
 def test_name_of_the_storage_backend(flag: Callable[[bool], None]) -> None:
     flag(False)
-    assert hooks.around_storage_backend_type(lambda streamer: "none", object()) == "none"
+    req = SimpleNamespace()
+    requests.report_sources(req, {"SSD": 32, "redis": 64})
+
+    def named(storage: int) -> str:
+        details = {"device": 0, "host": 0, "storage": storage, "storage_backend": "none"}
+        told = hooks.around_cached_tokens_details(lambda streamer, req: details, object(), req)
+        assert told is details
+        return str(details["storage_backend"])
+
+    assert named(96) == "none"
     flag(True)
-    assert hooks.around_storage_backend_type(lambda streamer: "none", object()) == "FlexKV"
+    assert named(96) == "FlexKV: SSD 32, redis 64"
+    assert named(95) == "FlexKV: SSD, redis"  # it has not used all
+    assert named(0) == "FlexKV"
+    requests.report_sources(req, {"SSD": 96})
+    assert named(96) == "FlexKV: SSD"
+    for details in (None, {"device": 1, "host": 0}):  # nothing to name
+        assert hooks.around_cached_tokens_details(lambda *_, told=details: told, object(), req) is details
 
 
 # ---- the hooks on SGLang's weight updater ----

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sglang_flexkv.integration.compat.requests import report_sources
+
 logger = logging.getLogger(__name__)
 
 # Set on a request while its end is not the client's business.
@@ -154,6 +156,7 @@ def _reset(failed: _Failed) -> None:
         req._cache_breakdown_computed = False
     req.storage_hit_length = 0
     req.storage_hit_start = None
+    report_sources(req, {})
 
 
 def _search_anew(scheduler: Any, req: Any) -> None:

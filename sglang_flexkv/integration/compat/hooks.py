@@ -103,11 +103,18 @@ def around_page_size_default(original: Callable[[Any], dict[str, Any]], view: An
     return chosen
 
 
-def around_storage_backend_type(original: Callable[[Any], str], streamer: Any) -> str:
+def around_cached_tokens_details(
+    original: Callable[[Any, Any], dict[str, Any] | None], streamer: Any, req: Any
+) -> dict[str, Any] | None:
     from sglang.srt.runtime_context import get_memory
 
+    details = original(streamer, req)
     # No look at the cache itself: with the flag set, none but ours was let through.
-    return "FlexKV" if get_memory().enable_flexkv else original(streamer)
+    if details is not None and "storage_backend" in details and get_memory().enable_flexkv:
+        from sglang_flexkv.integration.compat.requests import storage_name
+
+        details["storage_backend"] = storage_name(req, details["storage"])
+    return details
 
 
 def before_next_batch(scheduler: Any, *_args: Any, **_kwargs: Any) -> None:

@@ -64,12 +64,13 @@ PATCHES = (
     Patch(
         "storage-backend-name",
         "sglang.srt.managers.scheduler_components.output_streamer."
-        "SchedulerOutputStreamer._get_storage_backend_type",
+        "SchedulerOutputStreamer.get_cached_tokens_details",
         "around",
-        hooks.around_storage_backend_type,
-        ("self",),
-        "cached_tokens_details.storage_backend says 'none' for a cache without SGLang's own controller.",
-        "SGLang asks the tree cache for the name of its storage backend.",
+        hooks.around_cached_tokens_details,
+        ("self", "req"),
+        "cached_tokens_details.storage_backend says 'none' for a cache without SGLang's own controller, and "
+        "has one name for all requests.",
+        "SGLang asks the tree cache for the name of a request's storage.",
     ),
     Patch(
         "failed-loads-run-again",

@@ -9,7 +9,7 @@ cache first sees it; its own id stays what the client knows it by.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +17,9 @@ from typing import Any
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestHandle
 
 _numbers = itertools.count(1)
+
+# What a request carries, of ours.
+_SOURCES = "_sglang_flexkv_sources"
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,22 @@ def report_storage_part(req: Any, first_token: int, num_tokens: int) -> None:
     req.storage_hit_length += num_tokens
     req.storage_hit_start = first_token
     req.host_hit_is_storage = False
+
+
+def report_sources(req: Any, num_tokens: Mapping[str, int]) -> None:
+    """What its storage is: the tokens that came from each lower tier, by the tier's name."""
+    setattr(req, _SOURCES, dict(num_tokens))
+
+
+def storage_name(req: Any, num_tokens: int) -> str:
+    """What to call the storage that a request has so many tokens from. SGLang's answer has one number and one
+    name: where several tiers are behind the number, the name tells how much each has given."""
+    sources: dict[str, int] = getattr(req, _SOURCES, {}) if num_tokens else {}
+    if not sources:
+        return "FlexKV"
+    # What a request does not use of what it was given SGLang takes off its number.
+    tells = len(sources) > 1 and sum(sources.values()) == num_tokens
+    return "FlexKV: " + ", ".join(f"{name} {count}" if tells else name for name, count in sources.items())
 
 
 def release_borrowed_rows(waiting: Iterable[Any], sessions: Any) -> None:
