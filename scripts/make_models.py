@@ -155,6 +155,31 @@ def mla_config() -> dict[str, Any]:
     )
 
 
+def swa_config() -> dict[str, Any]:
+    """A Laguna config, dense, with two layers of a sliding window for each one of full attention."""
+    layers = 6
+    rope = {"rope_theta": 10000.0, "rope_type": "default"}
+    return common_config(
+        architectures=["LagunaForCausalLM"],
+        model_type="laguna",
+        num_hidden_layers=layers,
+        hidden_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=704,
+        gating=False,
+        sliding_window=128,
+        layer_types=["sliding_attention", "sliding_attention", "full_attention"] * (layers // 3),
+        mlp_layer_types=["dense"] * layers,
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        rope_parameters={"full_attention": rope, "sliding_attention": rope},
+    )
+
+
 def matrix(name: str, rows: int, columns: int, gain: float = 1.0) -> TensorSpec:
     """A projection that keeps the variance of its input (times `gain` squared)."""
     return TensorSpec(f"{name}.weight", (rows, columns), gain / math.sqrt(columns))
@@ -193,6 +218,13 @@ def llama_tensors(config: dict[str, Any]) -> Iterator[TensorSpec]:
         yield matrix(f"{attention}.v_proj", kv_size, hidden)
         yield matrix(f"{attention}.o_proj", hidden, q_size, gain=2.0)
         yield from swiglu_tensors(f"model.layers.{layer}.mlp", hidden, config["intermediate_size"])
+
+
+def swa_tensors(config: dict[str, Any]) -> Iterator[TensorSpec]:
+    yield from llama_tensors(config)
+    for layer in range(config["num_hidden_layers"]):
+        for part in ("q_norm", "k_norm"):
+            yield norm(f"model.layers.{layer}.self_attn.{part}", config["head_dim"])
 
 
 def mla_tensors(config: dict[str, Any]) -> Iterator[TensorSpec]:
@@ -247,6 +279,12 @@ MODELS = {
             "multi-head latent attention and a mixture of experts; 1,728 KV elements per token",
             mla_config(),
             mla_tensors,
+        ),
+        ModelSpec(
+            "tiny-swa",
+            "two layers in three have a sliding window of 128 tokens; KV in two pools",
+            swa_config(),
+            swa_tensors,
         ),
     )
 }

@@ -236,6 +236,19 @@ class KVTaskEngine:
         return self._storage.first.slot_bytes
 
     @property
+    def group_names(self) -> list[str]:
+        """Of the further groups."""
+        return [group.name for group in self._storage.more_groups]
+
+    @property
+    def windows(self) -> list[tuple[int, int]]:
+        """Of each further group the blocks of its window, and the bytes that one of them takes in a tier."""
+        return [
+            (group.window_blocks, storage.slot_bytes)
+            for group, storage in zip(self._storage.more_groups, self._storage.groups[1:], strict=True)
+        ]
+
+    @property
     def tier_names(self) -> Sequence[str]:
         """As users know them, by number: ``CPU`` and those below it."""
         return self._tier_names
@@ -278,21 +291,22 @@ class KVTaskEngine:
             self.poll()
             return self._cache.match(keys)
 
-    def pin(self, keys: BlockKeys) -> tuple[int, npt.NDArray[np.uint8]]:
+    def pin(self, keys: BlockKeys) -> tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int64] | None]:
         """Pins the leading held blocks for a reader that comes later.
 
         Returns:
-            The lease (to be given back with ``unpin``; 0 if there is nothing) and of each block the tier
-            that it is pinned in, uint8 [blocks].
+            The lease (to be given back with ``unpin``; 0 if there is nothing); of each block the tier that it
+            is pinned in, uint8 [blocks]; and how many of the leading blocks can be brought, growing, without
+            0. None: any number.
         """
         with self._lock:
             self.poll()
-            leases, tiers = self._cache.pin(keys)
+            leases, tiers, ends = self._cache.pin(keys)
             if not leases:
-                return 0, tiers
+                return 0, tiers, ends
             lease = next(self._ids)
             self._leases[lease] = leases
-            return lease, tiers
+            return lease, tiers, ends
 
     def queued_read_bytes(self) -> Counter[int]:
         """Bytes that wait to be loaded from each lower tier or are being loaded, by its number."""
@@ -318,21 +332,29 @@ class KVTaskEngine:
         """Tasks that bring blocks from lower tiers to the CPU tier, or are about to."""
         return len(self._reads)
 
-    def find_read(self, key: npt.NDArray[np.uint64]) -> Fetch | None:
-        """What brings a block from a lower tier to the CPU tier, None if nobody does. It ends by itself,
-        whoever forgets it meanwhile.
-
-        Args:
-            key: of the block, shape [2].
-        """
+    def find_read(self, keys: BlockKeys) -> Fetch | None:
+        """What brings the first of these blocks from a lower tier to the CPU tier, or a window behind it;
+        None if nobody does. It ends by itself, whoever forgets it meanwhile."""
         if not self._reads:
             return None
         with self._lock:
             self.poll()
-            task = self._reads.get((0, self._cache.index.writer(CPU, key)))
+            task = self._reads.get((0, self._cache.index.writer(CPU, keys[0])))
+            if task is None and len(self._cache.groups) > 1:
+                task = self._find_read_of_window(keys)
             if task is None or task.plan is None or task.plan.discarded:
                 return None
             return self._fetches.get(task.task_id) or Fetch([task])
+
+    def _find_read_of_window(self, keys: BlockKeys) -> KVTask | None:
+        for cache in self._cache.groups[1:]:
+            if not any(group == cache.group for group, _ in self._reads):
+                continue
+            for key in keys:
+                task = self._reads.get((cache.group, cache.index.writer(CPU, key)))
+                if task is not None:
+                    return task
+        return None
 
     # ---- tiers that are asked ----
 
@@ -386,12 +408,15 @@ class KVTaskEngine:
         tokens: TokenIds | None = None,
         *,
         importance: int = 0,
+        on_device: Mapping[int, int] | None = None,
     ) -> KVTask:
         """Task that stores the blocks that the CPU tier does not hold; READY. Its plan is None if there is no
         room. See GlobalCacheEngine.plan_put."""
         with self._lock:
             self.poll()
-            return self._add(self._cache.plan_put(parent, keys, tokens, importance=importance))
+            return self._add(
+                self._cache.plan_put(parent, keys, tokens, importance=importance, on_device=on_device)
+            )
 
     def put(
         self,
@@ -519,7 +544,7 @@ class KVTaskEngine:
         gate: _core.LayerGate | None = None,
         wait_events: Sequence[object] = (),
         timeout_s: float = 0.0,
-        more_slots: Mapping[int, Slots] | None = None,
+        more_slots: Mapping[int, Slots | SlotsOnTheirWay] | None = None,
     ) -> None:
         """Starts a READY task. One that has ended meanwhile is left alone. A put or a prefetch is cancelled
         instead while too many of its kind are on their way (see TransferEngine).
@@ -531,9 +556,8 @@ class KVTaskEngine:
                 every task that shares it, before the first of them is launched. Of a put, a gate with one
                 layer that expects one: opened when the device's slots may be written again.
             wait_events: torch.cuda.Event objects that must have happened before the device pool is touched.
-                more_slots: token slots in the pools of the further groups, int64 [tokens], by group: of the
-                blocks
-                that the plan's part has there (``PlanPart.first``).
+            more_slots: token slots in the pools of the further groups, int64 [tokens], by group: of the last
+                blocks of the plan.
         """
         with self._lock:
             if task.ended:
@@ -547,7 +571,9 @@ class KVTaskEngine:
             if token_slots is not None:
                 plan.graph.bind_device_slots(token_slots, self.config.tokens_per_block, places)
                 for group, slots in (more_slots or {}).items():
-                    plan.graph.bind_device_slots(slots, self.config.tokens_per_block, group=group)
+                    there = len(slots) // self.config.tokens_per_block
+                    places = np.arange(plan.num_blocks) - (plan.num_blocks - there)
+                    plan.graph.bind_device_slots(slots, self.config.tokens_per_block, places, group=group)
             task.core_graph = self._transfer.submit(
                 plan.graph,
                 gate=gate,

@@ -8,7 +8,7 @@ environment's own site-packages, it also reaches the processes SGLang spawns.
 It does two things, at the start of every interpreter of that environment:
 
 * It sets defaults for environment variables. A value the user has set wins.
-* It registers an import hook which completes two modules right after they have
+* It registers an import hook which completes a few modules right after they have
   been imported (`AFTER_IMPORT`). The hook is lazy: it imports nothing itself, so
   a plain `python -c pass` costs what it did before.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from importlib.machinery import ModuleSpec
     from types import ModuleType
+    from typing import Any
 
     from torch.library import Library
 
@@ -69,12 +70,56 @@ def _run_mla_as_mla(handler: ModuleType) -> None:
     handler.AttentionBackendRegistry.register("torch_native", lambda attention, batch: method)
 
 
+class _InWindow:
+    """A table of token slots whose entries are those in the pool of the sliding windows."""
+
+    def __init__(self, table: Any, translate: Callable[[Any], Any]) -> None:
+        self._table, self._translate = table, translate
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._translate(self._table[key].long())
+
+
+class _Requests:
+    def __init__(self, req_to_token: _InWindow) -> None:
+        self.req_to_token = req_to_token
+
+
+def _read_windows_where_they_are(backend: ModuleType) -> None:
+    """Let the attention that runs on a CPU read sliding-window layers in their own pool.
+
+    `torch_native` takes the slots of full attention for every layer, which in the pool of the windows are
+    those of other tokens.
+    """
+    attention = backend.TorchNativeAttnBackend
+
+    def translated(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(self: Any, q: Any, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
+            pool = self.token_to_kv_pool
+            if not self.use_sliding_window_kv_pool or not pool.layers_mapping[layer.layer_id][1]:
+                return forward(self, q, k, v, layer, *args, **kwargs)
+            requests = self.req_to_token_pool
+            self.req_to_token_pool = _Requests(
+                _InWindow(requests.req_to_token, pool.translate_loc_from_full_to_swa)
+            )
+            try:
+                return forward(self, q, k, v, layer, *args, **kwargs)
+            finally:
+                self.req_to_token_pool = requests
+
+        return wrapper
+
+    attention.forward_extend = translated(attention.forward_extend)
+    attention.forward_decode = translated(attention.forward_decode)
+
+
 # Called with the module of that name after its code has run.
 AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     # The submodule that tries to load the operators. Right after it is the only moment when it is known
     # whether they are missing and nothing has used them yet.
     "torchvision.extension": _define_missing_operators,
     "sglang.srt.models.deepseek_common.attention_backend_handler": _run_mla_as_mla,
+    "sglang.srt.layers.attention.torch_native_backend": _read_windows_where_they_are,
 }
 
 

@@ -47,7 +47,7 @@ class PlanKind(Enum):
 
 @dataclass
 class PlanPart:
-    """What a plan does, and holds in the index, of one group."""
+    """What a plan does, and holds in the index, of a run of blocks of one group."""
 
     group: int
     first: int  # block of the plan: it covers those from there on
@@ -72,7 +72,7 @@ class TransferPlan:
     kind: PlanKind
     keys: BlockKeys  # the blocks it covers, from the first on
     graph: TransferOpGraph
-    parts: list[PlanPart] = field(default_factory=list)  # by group
+    parts: list[PlanPart] = field(default_factory=list)  # the first one is the first group's
     tier: int = CPU  # that it writes to
     made_room: bool = False  # a put that waited until all of it can be pinned until lower tiers have it
     discarded: bool = False  # what it writes must not be published: the cache was cleared meanwhile
@@ -83,13 +83,19 @@ class TransferPlan:
 
     @property
     def tiers(self) -> TierNumbers:
-        """GET, PREFETCH: of each block the tier that it comes from, as far as the first group goes."""
-        return self.parts[0].tiers
+        """GET, PREFETCH: of each block the tier that it comes from; where its parts are in several, the
+        lowest."""
+        if len(self.parts) == 1:
+            return self.parts[0].tiers
+        tiers = self.parts[0].tiers.copy()
+        for part in self.parts[1:]:
+            np.maximum(tiers[part.first :], part.tiers, out=tiers[part.first :])
+        return tiers
 
     @property
     def num_lower_blocks(self) -> int:
-        """Blocks that come from below the CPU tier, as far as the first group goes."""
-        return self.parts[0].num_lower_blocks
+        """Blocks that come from below the CPU tier, with any of their parts."""
+        return int(np.count_nonzero(self.tiers))
 
     def num_blocks_from(self, tier: int) -> int:
         return int(np.count_nonzero(self.tiers == tier))
@@ -232,6 +238,7 @@ class CacheEngine:
                         keys=np.ascontiguousarray(part.keys[positions]),
                         tier=tier,
                         group=self.group,
+                        first=first,
                     )
                 )
                 part.fills.append(load)
@@ -243,6 +250,7 @@ class CacheEngine:
                         src_block_ids=host_slots[positions],
                         follows_layers_of=load,
                         group=self.group,
+                        first=first,
                     )
                 )
         return None
@@ -254,13 +262,16 @@ class CacheEngine:
         parent: BlockKeys | None,
         tokens: TokenIds | None,
         importance: int,
+        end: int | None = None,
     ) -> bool:
-        """Adds to a put what it takes to store the blocks of this group that the CPU tier does not hold.
-        False if pins leave no room; nothing is held then."""
-        keys = plan.keys[first:]
+        """Adds to a put what it takes to store the blocks from ``first`` to before ``end`` of this group
+        that the CPU tier does not hold. False if pins leave no room; nothing is held then."""
+        keys = plan.keys[first:end]
         # On its way down a block passes through the CPU tier: what that tier does not want for itself, a
         # lower one may well keep.
-        reserved = self.index.reserve(CPU, parent, keys, tokens, importance, required=self.stores_below)
+        # And a window is of use as a whole.
+        required = self.stores_below or self.group > 0
+        reserved = self.index.reserve(CPU, parent, keys, tokens, importance, required=required)
         if reserved is None:
             self.num_puts_without_room += 1
             return False
@@ -269,7 +280,9 @@ class CacheEngine:
         if txn:
             part.fills.append(
                 plan.graph.add_transfer_op(
-                    TransferOp(TransferType.D2H, positions, dst_block_ids=slots, group=self.group)
+                    TransferOp(
+                        TransferType.D2H, positions, dst_block_ids=slots, group=self.group, first=first
+                    )
                 )
             )
         plan.parts.append(part)
@@ -294,7 +307,8 @@ class CacheEngine:
         below = self._below[tier - 1]
         while below.is_in and (blocks := below.queue.take()) is not None:
             assert blocks.cpu_slots is not None
-            reserved = self.index.reserve(tier, blocks.parent, blocks.keys)
+            # A window is of use as a whole.
+            reserved = self.index.reserve(tier, blocks.parent, blocks.keys, required=self.group > 0)
             if reserved is None or reserved[0] == 0:
                 self.index.release(blocks.lease)
                 below.queue.end(len(blocks.keys))
@@ -567,6 +581,7 @@ class GlobalCacheEngine:
         # The others with the blocks that each takes to go on.
         windows = (group.window_blocks for group, _ in more_groups)
         self._windowed = list(zip(self.groups[1:], windows, strict=True))
+        self._kept = [group.kept for group, _ in more_groups]
 
     @property
     def index(self) -> _core.PrefixIndex:
@@ -582,23 +597,32 @@ class GlobalCacheEngine:
             return MatchResult(tiers, np.arange(1, len(tiers) + 1))
         return MatchResult(tiers, np.flatnonzero(self._resumable(keys[: len(tiers)]))[1:])
 
-    def pin(self, keys: BlockKeys) -> tuple[list[tuple[int, int]], TierNumbers]:
+    def pin(self, keys: BlockKeys) -> tuple[list[tuple[int, int]], TierNumbers, npt.NDArray[np.int64] | None]:
         """Pins what it takes to bring as many of the leading blocks as can be brought.
 
         Returns:
-            Leases, each with its group, and of each block the tier that the first group's part is in.
+            Leases, each with its group; of each block the tier that it is in (where its parts are in several,
+            the lowest); and how many of the leading blocks can be brought, growing, without 0. None: any
+            number.
         """
         lease, tiers, _ = self.index.acquire(keys, None)
-        if self._windowed and lease:
-            self.index.release(lease)
-            keys = keys[: self._longest(keys[: len(tiers)])]
+        if not self._windowed:
+            return [(0, lease)] if lease else [], tiers, None
+        ends = np.flatnonzero(self._resumable(keys[: len(tiers)]))
+        limit = int(ends[-1])
+        if limit < len(tiers):
+            if lease:
+                self.index.release(lease)
+            keys = keys[:limit]
             lease, tiers, _ = self.index.acquire(keys, None)
         leases = [(0, lease)] if lease else []
         for group, window in self._windowed:
-            lease, _, _ = group.index.acquire(keys[max(0, len(keys) - window) :], None)
+            first = max(0, limit - window)
+            lease, theirs, _ = group.index.acquire(keys[first:limit], None)
             if lease:
                 leases.append((group.group, lease))
-        return leases, tiers
+                np.maximum(tiers[first:], theirs, out=tiers[first:])
+        return leases, tiers, ends[1:]
 
     def unpin(self, leases: Sequence[tuple[int, int]]) -> None:
         for group, lease in leases:
@@ -683,16 +707,30 @@ class GlobalCacheEngine:
             self.finish(plan, None)
         return limit
 
-    def may_put(self, num_blocks: int, num_coming: Mapping[int, int]) -> bool:
+    def may_put(
+        self, num_blocks: int, num_coming: Mapping[int, int], on_device: Mapping[int, int] | None = None
+    ) -> bool:
         """Whether so many blocks can all be pinned until every lower tier has them.
 
         Args:
             num_coming: blocks of puts that run, by group.
+            on_device: see plan_put.
         """
         return self._full.may_put(num_blocks, num_coming.get(0, 0)) and all(
-            group.may_put(min(num_blocks, window), num_coming.get(group.group, 0))
-            for group, window in self._windowed
+            group.may_put(
+                sum(end - first for first, end in self._ranges(group, num_blocks, on_device)),
+                num_coming.get(group.group, 0),
+            )
+            for group, _ in self._windowed
         )
+
+    def _ranges(
+        self, group: CacheEngine, num_blocks: int, on_device: Mapping[int, int] | None
+    ) -> list[tuple[int, int]]:
+        """Which blocks of a put are kept of a further group."""
+        there = num_blocks if on_device is None else on_device.get(group.group, 0)
+        before = num_blocks - there
+        return [(before + first, before + end) for first, end in self._kept[group.group - 1](there)]
 
     def plan_put(
         self,
@@ -701,14 +739,17 @@ class GlobalCacheEngine:
         tokens: TokenIds | None = None,
         *,
         importance: int = 0,
+        on_device: Mapping[int, int] | None = None,
     ) -> TransferPlan | None:
         """Plan that copies blocks from the device to the CPU tier, those it holds already left out: all of
-        them of the first group, of the others what it takes to go on behind the last.
+        them of the first group, of the others what these keep (``KVGroup.kept``).
 
         Args:
             parent: key of the block before ``keys[0]``, shape [2]; None at the start of a sequence.
             tokens: what the blocks hold, int [blocks * tokens_per_block], if the index keeps tokens.
             importance: of the request, 0 to IMPORTANCE_MAX; less important blocks are evicted first.
+            on_device: of each further group how many of the blocks, the last ones, the device has; those that
+                are not named have none. None: all of them have all.
 
         Returns:
             A plan (with an empty graph if every block is held), or None if pins leave no room.
@@ -716,11 +757,12 @@ class GlobalCacheEngine:
         plan = TransferPlan(PlanKind.PUT, keys, TransferOpGraph())
         if not self._full.add_put(plan, 0, parent, tokens, importance):
             return None
-        for group, window in self._windowed:
-            # Without a parent: what goes first is a matter of each window.
-            if not group.add_put(plan, max(0, len(keys) - window), None, None, importance):
-                self.finish(plan, None)
-                return None
+        for group, _ in self._windowed:
+            for first, end in self._ranges(group, len(keys), on_device):
+                # Without a parent: what goes first is a matter of each window.
+                if not group.add_put(plan, first, None, None, importance, end):
+                    self.finish(plan, None)
+                    return None
         return plan
 
     def plan_spill(self, tier: int, group: int = 0) -> TransferPlan | None:

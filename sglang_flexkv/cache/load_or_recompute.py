@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.config import LoadPolicy
@@ -95,6 +96,8 @@ class Prompt:
     device_tokens: int  # on the device already
     total_tokens: int
     queued_bytes: Mapping[int, int] = field(default_factory=dict)  # by lower tier, loaded before this
+    # How many of the leading blocks can be loaded, growing; None: any number.
+    ends: npt.NDArray[np.int64] | None = None
 
 
 class LoadOrRecompute:
@@ -102,6 +105,7 @@ class LoadOrRecompute:
 
     Args:
         loaded_before: tiers whose blocks come before anything is computed, and not while it is.
+        windows: of each window that comes with a prefix its blocks, and the bytes of each.
     """
 
     def __init__(
@@ -111,7 +115,9 @@ class LoadOrRecompute:
         block_bytes: int,
         tokens_per_block: int,
         loaded_before: Collection[int] = (),
+        windows: Sequence[tuple[int, int]] = (),
     ) -> None:
+        self._windows = windows
         self._policy, self._loaded_before = policy, loaded_before
         self._block_bytes, self._tokens_per_block = block_bytes, tokens_per_block
         self.prefill = PrefillCost()
@@ -134,7 +140,12 @@ class LoadOrRecompute:
             or not all(self.from_tier[tier].known for tier in lower)
         ):
             return held
-        candidates = np.unique(np.linspace(0, held, _CANDIDATES).astype(int)).tolist()
+        if prompt.ends is None:
+            candidates = np.unique(np.linspace(0, held, _CANDIDATES).astype(int)).tolist()
+        else:
+            ends = np.concatenate(([0], prompt.ends))
+            places = np.linspace(0, len(ends) - 1, _CANDIDATES).astype(int)
+            candidates = np.unique(ends[places]).tolist()
         seconds = [self._seconds(prompt, count, lower) for count in candidates]
         best = min(range(len(candidates)), key=lambda i: (seconds[i], -candidates[i]))
         return candidates[best] if seconds[best] < _WORTH_COMPUTING * seconds[-1] else held
@@ -167,7 +178,9 @@ class LoadOrRecompute:
         """Until the first token, if so many blocks are loaded: layers are computed while others arrive."""
         load_s = before_s = 0.0
         if num_blocks:
-            load_s = self.to_device.seconds(num_blocks * self._block_bytes)
+            num_bytes = num_blocks * self._block_bytes
+            num_bytes += sum(min(num_blocks, blocks) * of_each for blocks, of_each in self._windows)
+            load_s = self.to_device.seconds(num_bytes)
         for tier in lower:
             if count := int(np.count_nonzero(prompt.tiers[:num_blocks] == tier)):
                 wanted = prompt.queued_bytes.get(tier, 0) + count * self._block_bytes

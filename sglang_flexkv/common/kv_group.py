@@ -31,6 +31,7 @@ class KVGroup:
         layers: of the model, one for each layer of the pool: what a forward waits for.
         window_blocks: blocks before a boundary that it takes to go on from there, at least 1.
         share: of the blocks that each tier can hold of the first group, so many it can hold of this one.
+        every_blocks: of a long run of blocks a window is kept after each so many, beside the last one.
 
     Raises:
         ValueError: one of these makes no group.
@@ -41,6 +42,7 @@ class KVGroup:
     layers: tuple[int, ...]
     window_blocks: int
     share: float = 1.0
+    every_blocks: int = 256
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9-]+", self.name):
@@ -52,10 +54,28 @@ class KVGroup:
             raise ValueError(f"KV group {self.name}: a window of {self.window_blocks} blocks holds nothing")
         if not 0 < self.share <= 1:
             raise ValueError(f"KV group {self.name}: share is above 0 and at most 1, not {self.share}")
+        if self.every_blocks < 1:
+            raise ValueError(f"KV group {self.name}: a window every {self.every_blocks} blocks is none")
 
     def quota(self, num_blocks: int) -> int:
         """Blocks that a tier holds of it which holds ``num_blocks`` of the first group."""
         return math.ceil(num_blocks * self.share)
+
+    def kept(self, num_blocks: int) -> list[tuple[int, int]]:
+        """What is kept of a run of blocks: which ranges, growing, with a gap between any two.
+
+        A window at the end and one block more, as the same prompt again is taken up one block before its end
+        at the latest (its last token is always computed). And one such window every ``every_blocks``, for
+        prompts that leave the run on the way.
+        """
+        ranges: list[tuple[int, int]] = []
+        for end in [*range(self.every_blocks, num_blocks, self.every_blocks), num_blocks]:
+            first = max(0, end - self.window_blocks - 1)
+            if ranges and ranges[-1][1] >= first:
+                first = ranges.pop()[0]
+            if end > first:
+                ranges.append((first, end))
+        return ranges
 
 
 def boundaries(held: npt.NDArray[np.bool_], window_blocks: int) -> npt.NDArray[np.bool_]:

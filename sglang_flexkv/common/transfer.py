@@ -60,9 +60,10 @@ class TransferOp:
     """One copy of some blocks between the device and the CPU tier, or between that and a tier below.
 
     ``src_block_ids`` and ``dst_block_ids`` are slots of the respective tier, int64 [blocks]. On the device
-    side they are None until the plan is launched; ``block_positions`` says which of the blocks of its group
-    the op moves, so that the launch can pick their device slots: token slots, int64 [blocks *
-    tokens_per_block], or which blocks of ``awaited`` they are, int64 [blocks].
+    side they are None until the plan is launched; ``block_positions`` says which of the blocks of its part
+    the op moves, and ``first`` with which block of the plan that part begins, so that the launch can pick
+    their device slots: token slots, int64 [blocks * tokens_per_block], or which blocks of ``awaited`` they
+    are, int64 [blocks].
     """
 
     transfer_type: TransferType
@@ -72,6 +73,7 @@ class TransferOp:
     keys: BlockKeys | None = None  # of a lower tier: what its slots hold, or are to hold
     tier: int = CPU  # which one, by its number
     group: int = 0  # whose part of the blocks
+    first: int = 0  # block of the plan
     op_id: int = -1
     follows_layers_of: int = -1  # H2D: the LOWER2H op whose layers it copies as they come
     awaited: SlotsOnTheirWay | None = None
@@ -105,7 +107,9 @@ class TransferOpGraph:
         for op in self.ops:
             if not op.transfer_type.touches_device or op.group != group:
                 continue
-            slots = op.block_positions if places is None else places[op.block_positions]
+            slots = op.block_positions + op.first
+            if places is not None:
+                slots = places[slots]
             if isinstance(token_slots, SlotsOnTheirWay):
                 op.awaited = token_slots
             else:

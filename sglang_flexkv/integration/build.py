@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import math
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -12,7 +13,7 @@ from sglang_flexkv import __version__
 from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.integration.compat import server
-from sglang_flexkv.integration.compat.kv_pool import asks_for_layers, device_buffers
+from sglang_flexkv.integration.compat.kv_pool import KVPools, asks_for_layers, kv_pools
 from sglang_flexkv.integration.compat.sglang_hashes import native_works
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.metrics import Metrics
@@ -41,21 +42,22 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     config = FlexKVConfig.load(server.config_file())
     place = server.place()
     pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
-    device = device_buffers(pool)
-    layout = device.block_layout(ctx.params.page_size)
+    page_size = ctx.params.page_size
+    pools = kv_pools(pool, page_size, cache.window_tokens)
     cache_config = config.cache_config(
-        block_bytes=slot_bytes_for(layout.block_bytes),
+        block_bytes=_bytes_per_block(pools, page_size),
         tokens_per_block=ctx.params.page_size,
         num_ranks=place.num_ranks,
     )
-    identity = _identity(ctx, pool, device, place, at_start)
+    identity = _identity(ctx, pool, pools, place, at_start)
     if cache_config.enable_ssd:
         for note in notes(identity):
             logger.warning("sglang-flexkv: %s", note)
     native_works()  # what SGLang has to compile is compiled before the first request comes
     engine = KVTaskEngine(
         cache_config,
-        device,
+        pools.full,
+        more_groups=pools.more,
         namespace=identity.namespace,
         label=describe(
             ctx.model_config.model_path, pool.dtype, ctx.params.page_size, place.tp_rank, place.tp_size
@@ -68,7 +70,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         engine,
         config,
         identity.namespace,
-        num_layers=layout.num_layers,
+        num_layers=pools.num_layers,
         single_rank=place.tp_size == 1,
         by_layer=asks_for_layers(pool),
         metrics=Metrics(
@@ -83,10 +85,27 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     return cache
 
 
+def _bytes_per_block(pools: KVPools, page_size: int) -> int:
+    """Bytes that a block takes in a tier, with what further groups have for each."""
+
+    def slot_bytes(device: DeviceBuffers) -> int:
+        return slot_bytes_for(device.block_layout(page_size).block_bytes)
+
+    return slot_bytes(pools.full) + sum(
+        math.ceil(group.share * slot_bytes(group.device)) for group in pools.more
+    )
+
+
 def _identity(
-    ctx: Any, pool: Any, device: DeviceBuffers, place: server.Place, at_start: Settings | None
+    ctx: Any, pool: Any, pools: KVPools, place: server.Place, at_start: Settings | None
 ) -> Identity:
     """Whose KV this is, with what the device pool adds."""
+    device = pools.full
+    groups = {
+        f"KV group {group.name}": f"layers {group.layers}, {_layout(group.device)}, windows of "
+        f"{group.window_blocks} blocks"
+        for group in pools.more
+    }
     return model_identity(
         server.reader(),
         ctx.model_config.model_path,
@@ -94,7 +113,8 @@ def _identity(
         at_start=at_start,
         pool={
             "dtype of the KV": str(pool.dtype),
-            "layout of the KV": str([(t.dtype, tuple(t.shape[1:])) for t in chain(*device.tensors)]),
+            "layout of the KV": _layout(device),
+            **groups,
             "tokens per row": _tokens_per_row(device),
             "tokens per block": str(ctx.params.page_size),
             "TP rank": f"{place.tp_rank} of {place.tp_size}",
@@ -108,6 +128,10 @@ def _tokens_per_row(device: DeviceBuffers) -> str:
     """One number if it is that of all buffers."""
     numbers = list(chain(*device.tokens_per_row))
     return str(numbers[0] if len(set(numbers)) == 1 else device.tokens_per_row)
+
+
+def _layout(device: DeviceBuffers) -> str:
+    return str([(t.dtype, tuple(t.shape[1:])) for t in chain(*device.tensors)])
 
 
 def _log(engine: KVTaskEngine, policy: WritePolicy) -> None:

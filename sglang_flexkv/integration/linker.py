@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -50,6 +50,7 @@ class _Load:
     task: KVTask
     token_slots: Slots | SlotsOnTheirWay
     complete: bool  # the plan covers all that was agreed on
+    more_slots: Mapping[int, Slots | SlotsOnTheirWay]  # in the pools of further groups
 
 
 class FlexKVLinker(UnifiedCacheLinker):
@@ -81,7 +82,11 @@ class FlexKVLinker(UnifiedCacheLinker):
             self.order_write_backs,
             by_layer=by_layer,
         )
-        self.pools = {PoolName.KV: device}
+        # The tree's components by the engine's groups; what has no part here the tree does not offer.
+        self.pools: dict[PoolName, object] = {PoolName.KV: device}
+        self._group_names = [PoolName.KV, *(PoolName(name) for name in engine.group_names)]
+        self.pools.update(dict.fromkeys(self._group_names[1:], None))
+        self.has_windows = len(self._group_names) > 1
         self._single_rank = single_rank
         self._page = engine.config.tokens_per_block
         self.page_hashes = PageHashes(self._page, namespace)
@@ -90,6 +95,7 @@ class FlexKVLinker(UnifiedCacheLinker):
             block_bytes=engine.slot_bytes,
             tokens_per_block=self._page,
             loaded_before=engine.asked_tiers,
+            windows=engine.windows,
         )
         self.states = RequestStates(engine.unpin, _LEASED_SHARE_MAX * engine.config.num_cpu_blocks)
         self._next_batch: dict[str, _Load] = {}  # of the requests admitted so far, in the order of admission
@@ -112,9 +118,14 @@ class FlexKVLinker(UnifiedCacheLinker):
         state.device_tokens, state.total_tokens = device_tokens, total_tokens
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
-        """Leading pages of the tail that should be loaded; every shorter prefix can be, too."""
+        """Leading pages of the tail that should be loaded, and the shorter prefixes that can be, too."""
         keys = self.page_hashes.keys(rid, transfers[0].keys or ())
-        return list(range(1, self.find_and_pin(rid, keys) + 1))
+        num_pages = self.find_and_pin(rid, keys)
+        ends = self.states.known(rid).found.ends
+        if ends is None:
+            return list(range(1, num_pages + 1))
+        shorter: list[int] = ends[ends <= num_pages].tolist()
+        return shorter
 
     def find_and_pin(self, rid: str, keys: BlockKeys) -> int:
         """Pins the leading blocks that are held until they are loaded or let go. Returns how many should be
@@ -124,13 +135,17 @@ class FlexKVLinker(UnifiedCacheLinker):
         if state.gave_up:
             state.found = replace(NOTHING_FOUND, keys=keys)
             return 0
-        lease, held = self.engine.pin(keys)
+        lease, held, ends = self.engine.pin(keys)
         num_cpu_blocks = int(np.count_nonzero(held == CPU))
         # Asked for only where it matters: this runs at every attempt to match a waiting prompt.
         queued_bytes = self.engine.queued_read_bytes() if num_cpu_blocks < len(held) else {}
-        prompt = Prompt(held, state.device_tokens, state.total_tokens, queued_bytes)
+        prompt = Prompt(held, state.device_tokens, state.total_tokens, queued_bytes, ends)
         num_to_load = self.load_or_recompute.blocks_to_load(prompt)
-        state.found = Lookup(keys, held, num_to_load, self.engine.asked_tiers)
+        if ends is not None and 0 < num_to_load < len(held):
+            self.engine.unpin(lease)  # a shorter prefix needs other windows
+            lease, held, ends = self.engine.pin(keys[:num_to_load])
+            num_to_load = len(held)
+        state.found = Lookup(keys, held, num_to_load, self.engine.asked_tiers, ends)
         if state.found.num_to_load:
             self.states.add_lease(rid, lease, num_cpu_blocks)
         elif len(held):
@@ -180,7 +195,7 @@ class FlexKVLinker(UnifiedCacheLinker):
     # ---- load: CPU -> device, layer by layer under the forward ----
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
-        (transfer,) = transfers
+        transfer = transfers[0]
         keys = self.page_hashes.keys(rid, transfer.keys or ())
         task = self.engine.create_get(keys)
         self.states.end_lease(rid)  # the plan has a lease of its own now
@@ -193,8 +208,20 @@ class FlexKVLinker(UnifiedCacheLinker):
         state = self.states.of(rid)
         self.metrics.recomputed(max(0, len(state.found.held) - len(keys)) * self._page)
         state.found = NOTHING_FOUND  # counted
-        self._next_batch[rid] = _Load(task, self.engine.token_slots(transfer.device_indices), complete)
+        self._next_batch[rid] = _Load(
+            task,
+            self.engine.token_slots(transfer.device_indices),
+            complete,
+            self._more_slots(transfers),
+        )
         return True
+
+    def _more_slots(self, transfers: Sequence[PoolTransfer]) -> dict[int, Slots | SlotsOnTheirWay]:
+        """By further group the token slots of the last blocks, as many as it has of them."""
+        return {
+            self._group_names.index(transfer.name): self.engine.token_slots(transfer.device_indices)
+            for transfer in transfers[1:]
+        }
 
     def storage_span(self, rid: str) -> tuple[int, int]:
         """Of a queued load: its first block that comes from a lower tier (SGLang's word is storage), and how
@@ -241,7 +268,13 @@ class FlexKVLinker(UnifiedCacheLinker):
             self.layer_done_counter.close_batch(index)  # nobody would ever open it
         for load in loads:
             if load.complete:
-                self.engine.launch(load.task, load.token_slots, gate=gate, wait_events=events)
+                self.engine.launch(
+                    load.task,
+                    load.token_slots,
+                    gate=gate,
+                    wait_events=events,
+                    more_slots=load.more_slots,
+                )
             else:
                 self.engine.cancel(load.task)
         self._loading[index] = batch
@@ -335,19 +368,21 @@ class FlexKVLinker(UnifiedCacheLinker):
         importance: int = 0,
         gate: _core.LayerGate | None = None,
     ) -> KVTask:
-        (transfer,) = transfers
+        transfer, *others = transfers
         keys = keys_from_page_hashes(transfer.keys or (), self.namespace)
         parent = keys_from_page_hashes([parent_hash], self.namespace)[0] if parent_hash else None
-        task = self.engine.create_put(parent, keys, importance=importance)
+        on_device = {self._group_names.index(other.name): len(other.keys or ()) for other in others}
+        task = self.engine.create_put(parent, keys, importance=importance, on_device=on_device)
         if task.plan is None:
             self.metrics.put_without_room()
             self.engine.cancel(task)  # a failed offload, tried again at the next use
             return task
         slots = self.engine.token_slots(transfer.device_indices) if task.plan.graph.ops else None
+        more_slots = self._more_slots(transfers) if slots is not None else {}
         events = self.record_offload_ready() if self.on_gpu and slots is not None else []
         if gate is not None:
             gate.expect(1)
-        self.engine.launch(task, slots, gate=gate, wait_events=events)
+        self.engine.launch(task, slots, gate=gate, wait_events=events, more_slots=more_slots)
         return task
 
     def wait_for_offloads(self) -> None:

@@ -234,14 +234,14 @@ class Prefetches:
             return None
         # What it found below (the read may have begun later), and where it ended.
         for first in sorted({found.num_cpu_blocks, len(found.held)} - {len(found.keys)}):
-            read = self._engine.find_read(found.keys[first])
+            read = self._engine.find_read(found.keys[first:])
             if read is not None:
                 return read if self._is_worth_waiting(state, first, read) else None
         return None
 
     def _is_worth_waiting(self, state: RequestState, first: int, read: Fetch) -> bool:
         """Whether to wait for a read that brings the block ``first`` of a prompt, and more behind it."""
-        reached = self._engine.match(state.found.keys).num_blocks  # with what is being read
+        reached = len(self._engine.match(state.found.keys).tiers)  # with what is being read
         num_bytes = self._engine.queued_read_bytes()
         for task in read.tasks:
             if task.status is TaskStatus.READY and task.plan is not None:
@@ -263,7 +263,7 @@ class Prefetches:
         if not self._engine.can_ask:
             return 0
         first = len(found.held)
-        if self._engine.find_read(found.keys[first]) is not None:  # somebody brings it
+        if self._engine.find_read(found.keys[first:]) is not None:  # somebody brings it
             return 0
         (tier,) = self._engine.asked_tiers
         num_bytes = self._engine.queued_read_bytes()

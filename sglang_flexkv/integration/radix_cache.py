@@ -8,6 +8,7 @@ which keeps eviction in our tiers leaf first, and what becomes of loads that fai
 from __future__ import annotations
 
 import logging
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -49,6 +50,10 @@ _STORE_AT_USE = {
 }
 
 
+# Nodes of which it is remembered that their windows were offered.
+_WINDOWS_REMEMBERED = 1 << 16
+
+
 class FlexKVLinkerWrapper(LinkerWrapper):
     """SGLang's driver of a linker. It additionally tells it the parent and the importance of what is stored,
     hashes the pages of a waiting prompt once, reduces one number over the ranks instead of a mask, and lets
@@ -65,6 +70,8 @@ class FlexKVLinkerWrapper(LinkerWrapper):
     def __init__(self, cache: FlexKVRadixCache, linker: FlexKVLinker) -> None:
         super().__init__(cache, linker)
         self.loads = SharedLoads(cache)
+        # Last pages of the nodes whose windows were offered.
+        self._windows_offered: OrderedDict[str, None] = OrderedDict()
 
     def match(self, key: Any, req: Any, result: Any) -> Any:
         self._matching_rid = req.rid
@@ -109,8 +116,10 @@ class FlexKVLinkerWrapper(LinkerWrapper):
             lambda first, end, before: hash_pages(key, first, end, before, page),
         )
 
-    def agree_on_hit(self, num_pages: int) -> int:
-        return self.cache.ranks.shortest_hit(num_pages)
+    def agree_on_hit(self, restorable: Sequence[int], num_pages: int) -> int:
+        if self.cache_linker.has_windows:
+            return self.cache.ranks.common_hit(restorable, num_pages)
+        return self.cache.ranks.shortest_hit(len(restorable))
 
     def load_back(self, req: Any) -> Any:
         hit = self.hit_markers.get(req.rid)
@@ -152,6 +161,13 @@ class FlexKVLinkerWrapper(LinkerWrapper):
                 self._offload(node_id, transfers)
 
     def _offload(self, node_id: int, transfers: list[Any]) -> None:
+        if len(transfers) > 1:
+            self._note_window(transfers[0].keys[-1])
+        lock_params = self._start_offload(node_id, transfers)
+        self.remember_offload(node_id, lock_params)
+
+    def _start_offload(self, node_id: int, transfers: list[Any]) -> Any:
+        """Starts to store a node, which is locked meanwhile. Returns what unlocks it."""
         cache = self.cache
         lock_params = cache.inc_lock_ref(node_id).to_dec_params()
         try:
@@ -163,7 +179,29 @@ class FlexKVLinkerWrapper(LinkerWrapper):
         except BaseException:
             cache.dec_lock_ref(node_id, lock_params)
             raise
-        self.remember_offload(node_id, lock_params)
+        return lock_params
+
+    def _note_window(self, last_hash: str) -> None:
+        self._windows_offered[last_hash] = None
+        self._windows_offered.move_to_end(last_hash)
+        if len(self._windows_offered) > _WINDOWS_REMEMBERED:
+            self._windows_offered.popitem(last=False)
+
+    def offer_window(self, node_id: int) -> None:
+        """Stores the window of a node that has got one on the device after it was stored without: SGLang
+        offers a node once.
+
+        Goes by what has been offered, which is the same on every rank, and not by what is held."""
+        cache = self.cache
+        if cache.is_root(node_id):
+            return
+        last_hash = cache.get_last_hash_value(node_id)
+        if last_hash is None or last_hash in self._windows_offered:
+            return
+        transfers = cache.offer_again(node_id)
+        if transfers:
+            self._note_window(last_hash)
+            self.remember_lock(node_id, self._start_offload(node_id, transfers))
 
     def write_back(self, node_id: int) -> None:
         """Stores a node that is about to be evicted, unless it is stored or on its way already."""
@@ -174,7 +212,7 @@ class FlexKVLinkerWrapper(LinkerWrapper):
     def _parent_hash(self, node_id: int, transfers: list[Any]) -> str | None:
         """Hash of the page before the node's first; None at the start of a sequence."""
         # Of the two calls that know it, this one copies neither the node's tokens nor its hashes.
-        (transfer,) = transfers
+        transfer = transfers[0]
         node = self.cache.tree_core.validate_buffer_backup(node_id, len(transfer.device_indices))
         return None if node is None else node.parent_last_hash
 
@@ -189,6 +227,7 @@ class FlexKVLinkerWrapper(LinkerWrapper):
     def reset(self) -> None:
         super().reset()
         self.loads.clear()
+        self._windows_offered.clear()
 
 
 class FlexKVRadixCache(TreeCache):
@@ -236,7 +275,10 @@ class FlexKVRadixCache(TreeCache):
         if self._by_priority:
             self.insert_importance = min(max(int(params.priority or 0), 0), _core.IMPORTANCE_MAX)
         try:
-            return super().insert(params)
+            result = super().insert(params)
+            if self.window_tokens and self.linker is not None and result.last_device_node is not None:
+                self.linker.offer_window(result.last_device_node)
+            return result
         finally:
             self.insert_importance = 0
 

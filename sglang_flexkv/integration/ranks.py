@@ -9,6 +9,7 @@ here, before anything depends on it.
 What                      Reduced    Why that is enough
 ========================  =========  =======================================================================
 length of a hit           least      of a prefix that a rank holds it holds every shorter one
+ends of a hit             all        with windows it does not: the longest prefix that every rank can load
 wait for reads at all     any        whether to wait is one decision; which blocks to bring is each rank's own
 a wait is over            all        a request is scheduled by all ranks in the same step
 wait again, or join       any        as above
@@ -28,6 +29,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 
@@ -47,6 +49,19 @@ class Ranks:
     def shortest_hit(self, num_blocks: int) -> int:
         """Blocks of a prefix that all ranks can load."""
         return self._common([num_blocks], torch.distributed.ReduceOp.MIN)[0]
+
+    def common_hit(self, num_blocks: Sequence[int], of_blocks: int) -> int:
+        """The longest prefix that all ranks can load, where a rank can load some and not every shorter one.
+
+        Args:
+            num_blocks: blocks of each prefix that this rank can load.
+            of_blocks: that were looked up, the same on every rank.
+        """
+        mask = np.zeros(of_blocks + 1, np.int64)
+        mask[0] = 1
+        mask[list(num_blocks)] = 1
+        common = self._common(mask.tolist(), torch.distributed.ReduceOp.MIN)
+        return int(np.flatnonzero(common)[-1])
 
     def any_would_wait(self, num_lower_blocks: int) -> bool:
         """Whether a rank has blocks to bring from lower tiers for a request that enters the queue. It waits

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from sglang_flexkv.common.block import BlockKeys
 from sglang_flexkv.common.lower_tier import CPU, TierNumbers
@@ -24,6 +25,8 @@ class Lookup:
     held: TierNumbers  # of each leading block that is held the tier that it would come from
     num_to_load: int  # of these
     asked_tiers: frozenset[int] = frozenset()  # from which no forward loads: see LowerTier.is_asked
+    # How many of the leading blocks can be loaded, growing; None: any number of those that are held.
+    ends: npt.NDArray[np.int64] | None = None
 
     @property
     def num_cpu_blocks(self) -> int:

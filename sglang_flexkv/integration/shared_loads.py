@@ -65,6 +65,9 @@ class SharedLoads:
         # loaded belongs to its session once it runs.
         if load is None or load.begun != load.ended or is_virtual_node(load.req.last_node):
             return None
+        # Of what the tree has already without a window behind it, it keeps its own.
+        if not self._tree.would_take_all(load.req, load.tokens, load.first, len(load.slots)):
+            return None
         return load
 
     def share(self, load: Load) -> None:

@@ -59,6 +59,8 @@ SCENARIOS = [
     Scenario("tiny-gqa", "auto", 16, "write_back", tp_size=2),
     # Attention over the latent takes a CPU ten times as long.
     Scenario("tiny-mla", "auto", 16, "write_through", tp_size=2, prompts=20),
+    # KV in two pools, one of which keeps sliding windows.
+    Scenario("tiny-swa", "auto", 16, "write_through", tp_size=2, prompts=20),
 ]
 
 

@@ -19,7 +19,8 @@ from server import FlagValue, ServerStartError, SGLangServer
 
 import sglang_flexkv
 from sglang_flexkv.common.block import make_namespace
-from sglang_flexkv.common.errors import IncompatibleError
+from sglang_flexkv.common.config import FlexKVConfig
+from sglang_flexkv.common.errors import ConfigError, IncompatibleError
 from sglang_flexkv.integration.compat import refused
 from sglang_flexkv.storage.ssd_store import SsdStore
 
@@ -156,6 +157,12 @@ def variant(tmp_path: Path, **changes: object) -> Path:
     return model
 
 
+SLIDING_WINDOWS: dict[str, object] = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 DEEPSEEK_V32: dict[str, Any] = {
     "architectures": ["DeepseekV32ForCausalLM"],
     "model_type": "deepseek_v32",
@@ -164,15 +171,6 @@ DEEPSEEK_V32: dict[str, Any] = {
     "index_n_heads": 4,
 }
 OTHER_STATE: dict[str, tuple[dict[str, object], str]] = {
-    "sliding windows": (
-        {
-            "architectures": ["GptOssForCausalLM"],
-            "model_type": "gpt_oss",
-            "sliding_window": 128,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-        },
-        "sliding windows",
-    ),
     "Mamba": (
         {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
         "Mamba or linear-attention state",
@@ -197,23 +195,42 @@ def test_a_model_with_other_state_is_known_by_its_configuration(case: str, tmp_p
     from sglang.srt.configs.model_config import ModelConfig
 
     changes, expected = OTHER_STATE[case]
-    refused.check_model(ModelConfig(str(MODEL)))
+    config = FlexKVConfig()
+    refused.check_model(ModelConfig(str(MODEL)), config)
     if case == "index keys with tails":
         # SGLang looks at a plain configuration for that; ModelConfig would ask for all of DeepSeek's fields.
         model = ModelConfig(str(MODEL))
         model.hf_config.update(DEEPSEEK_V32)
-        refused.check_model(model)
+        refused.check_model(model, config)
         model.hf_config.update(changes)
     else:
         model = ModelConfig(str(variant(tmp_path, **changes)))
     with pytest.raises(IncompatibleError) as caught:
-        refused.check_model(model)
+        refused.check_model(model, config)
     assert f"the model {model.model_path} keeps {expected} beside" in str(caught.value)
     assert "start without --enable-flexkv" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"write_policy": "write_back"}, "write_policy: the model .* use write_through"),
+        ({"remote": "redis://127.0.0.1:6379"}, "remote: the model .* leave it out for this model"),
+    ],
+)
+def test_what_does_not_go_with_sliding_windows(
+    settings: dict[str, str], expected: str, tmp_path: Path
+) -> None:
+    from sglang.srt.configs.model_config import ModelConfig
+
+    model = ModelConfig(str(variant(tmp_path, **SLIDING_WINDOWS)))
+    refused.check_model(model, FlexKVConfig())
+    with pytest.raises(ConfigError, match=expected):
+        refused.check_model(model, FlexKVConfig(**settings))
+
+
 def test_a_real_server_ends_before_it_loads_such_a_model(tmp_path: Path) -> None:
-    changes, expected = OTHER_STATE["sliding windows"]
+    changes, expected = OTHER_STATE["linear attention"]
     model = variant(tmp_path, **changes)
     start = fail_to_start(tmp_path, "cpu_cache_gb: 0.01", model=model, kind=ForkedServer)
     assert in_the_launcher(start), start.log
@@ -428,7 +445,7 @@ def test_components_are_those_of_sglang() -> None:
     refused.check_components((ComponentType.FULL,))
 
 
-@pytest.mark.parametrize("component", [Component.SWA, Component.MAMBA])
+@pytest.mark.parametrize("component", [Component.MAMBA])
 def test_models_with_other_state_are_refused(component: Component) -> None:
     with pytest.raises(IncompatibleError) as caught:
         refused.check_components((Component.FULL, component))

@@ -265,12 +265,12 @@ def test_a_flush_leaves_nothing_to_wait_for(make_rig: MakeRig, tmp_path: Path) -
     rig = make_rig(ssd_dir=tmp_path)
     tokens = sequence(1)
     store_on_ssd_alone(rig, tokens)
-    key = keys_from_page_hashes(page_hashes(rig, tokens), rig.linker.namespace)[0]
+    keys = keys_from_page_hashes(page_hashes(rig, tokens), rig.linker.namespace)
     req = rig.request(tokens)
     with reads_do_not_end(rig):
         prefetch(rig, req)
-        assert rig.engine.find_read(key) is not None
+        assert rig.engine.find_read(keys) is not None
         rig.abort(req)
-        assert rig.engine.find_read(key) is not None
+        assert rig.engine.find_read(keys) is not None
         rig.engine.clear()
-        assert rig.engine.find_read(key) is None
+        assert rig.engine.find_read(keys) is None

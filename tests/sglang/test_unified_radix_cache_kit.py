@@ -1,9 +1,9 @@
 """SGLang's own kit for its unified radix cache, run against our cache with our real engine under it.
 
-Every configuration of the kit is here: those with full attention only run from insert to load back, those
-with sliding-window or Mamba state are refused in words. The kit's steps for SGLang's own host tier
+Every configuration of the kit is here: those with full attention and sliding windows run from insert to load
+back, those with Mamba state are refused in words. The kit's steps for SGLang's own host tier
 (`hicache.py`, `load_back.py`, `storage.py`) have no place here, since a cache has either that tier or a
-linker; nor have the ones that need sliding windows.
+linker.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     MatchPrefixParams,
 )
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.session.streaming_session import is_virtual_node
 from sglang.test.kits.unified_radix_cache.config import CONFIGS
@@ -47,7 +48,8 @@ from sglang_flexkv.integration.compat.kv_pool import device_buffers
 from sglang_flexkv.integration.compat.requests import name_of
 
 FULL = [cfg for cfg in CONFIGS if not cfg.has_swa and not cfg.has_mamba and not cfg.is_eagle]
-OTHERS = [cfg for cfg in CONFIGS if cfg not in FULL]
+WINDOWS = [cfg for cfg in CONFIGS if cfg.has_swa and not cfg.has_mamba]
+OTHERS = [cfg for cfg in CONFIGS if cfg not in FULL and cfg not in WINDOWS]
 # The kit makes its EAGLE configurations from the full-attention ones in the same way.
 EAGLE = [dataclasses.replace(cfg, is_eagle=True) for cfg in FULL]
 
@@ -59,6 +61,11 @@ with_each_full_config = pytest.mark.parametrize("cfg", FULL, ids=lambda cfg: cfg
 def rig(cfg: KitConfig, core: str) -> Iterator[Rig]:
     with Rig(build_kit_cache(cfg, core)) as rig:
         yield rig
+
+
+def pages_of_a_prompt(cfg: KitConfig) -> int:
+    """Of one that is longer than its window."""
+    return (cfg.sliding_window_size or 0) // cfg.page_size + 3
 
 
 def drive_out(rig: Rig) -> None:
@@ -74,7 +81,8 @@ def test_the_kit_has_the_configurations_that_are_accounted_for_here() -> None:
     # Not to be adapted without looking: a new kind of configuration needs a test of its own.
     assert len(CONFIGS) == 19
     assert [cfg.page_size for cfg in FULL] == [1, 4, 16, 64, 128]
-    assert len(OTHERS) == 14
+    assert len(WINDOWS) == 8
+    assert len(OTHERS) == 6
     assert not any(cfg.is_eagle for cfg in CONFIGS)
 
 
@@ -120,8 +128,7 @@ def test_full_attention_goes_from_insert_to_load_back_byte_for_byte(
 def test_state_beside_full_attention_is_refused_by_name(cfg: KitConfig, core: str) -> None:
     with pytest.raises(IncompatibleError, match=r"not store yet; start without --enable-flexkv") as refusal:
         build_kit_cache(cfg, core)
-    for present, name in ((cfg.has_swa, "swa"), (cfg.has_mamba, "mamba")):
-        assert (name in str(refusal.value).split("state beside")[0]) is present
+    assert "keeps mamba state beside" in str(refusal.value)
 
 
 @pytest.mark.parametrize("cfg", OTHERS, ids=lambda cfg: cfg.label)
@@ -198,6 +205,64 @@ def test_pages_of_a_bigram_key_are_hashed_as_the_tree_hashes_them(
                 key[: pages * cfg.page_size], None, page_size=cfg.page_size
             )
             rig.abort(req)
+
+
+# ---- sliding windows beside full attention ----
+
+
+@on_both_cores
+@pytest.mark.parametrize("cfg", WINDOWS, ids=lambda cfg: cfg.label)
+def test_a_window_comes_back_with_the_prefix_before_it(rig: Rig, cfg: KitConfig, core: str) -> None:
+    tokens = KitSteps(cfg)._make_seq(1, pages_of_a_prompt(cfg))
+    expected = rig.insert(tokens, seed=1)
+    node = match_prefix(rig.cache, tokens).last_device_node
+    window = (cfg.sliding_window_size or 0) // cfg.page_size * cfg.page_size
+    window = max(window, cfg.page_size)
+    there = rig.read_window(rig.cache.path_device_indices(node)[-window:])
+    rig.evict_all()
+    req = rig.request([*tokens, 7])
+    (slots,) = rig.restore(req)
+    assert len(slots) == len(tokens)
+    assert_same(rig.read(slots), expected)
+    assert_same(rig.read_window(slots[-window:]), there)
+    rig.finish(req, slots)
+    match = match_prefix(rig.cache, tokens)
+    assert match.device_prefix_len == len(tokens)
+    # The same prompt again is taken up a page before its end.
+    rig.evict_all()
+    again = rig.request(tokens[:-1])
+    (slots,) = rig.restore(again)
+    assert len(slots) == len(tokens) - cfg.page_size
+    assert_same(rig.read(slots), cut(expected, 0, len(slots)))
+    rig.abort(again, slots)
+
+
+@on_both_cores
+@pytest.mark.parametrize("cfg", WINDOWS[:4], ids=lambda cfg: cfg.label)
+def test_a_window_that_comes_later_is_stored_later(rig: Rig, cfg: KitConfig, core: str) -> None:
+    tokens = KitSteps(cfg)._make_seq(1, pages_of_a_prompt(cfg))
+    slots = rig.allocate(len(tokens))
+    assert slots is not None
+    rig.write(slots, seed=1)
+    # As for a request that has gone on for so long that its window is elsewhere.
+    gone = {ComponentType.SWA: len(tokens)}
+    rig.cache.insert(InsertParams(key=radix_key(tokens), value=slots, component_evicted_seqlens=gone))
+    rig.allocator.free_swa(slots)
+    rig.settle()
+    assert rig.stats("CPU")["ready"] == len(tokens) // cfg.page_size
+    assert rig.stats("CPU swa")["ready"] == 0
+    req = rig.request([*tokens, 7])
+    assert rig.match(req).host_hit_length == 0
+    rig.abort(req)
+    expected = rig.insert(tokens, seed=1)  # computed once more
+    rig.settle()
+    assert rig.stats("CPU swa")["ready"] > 0
+    rig.evict_all()
+    req = rig.request([*tokens, 7])
+    (slots,) = rig.restore(req)
+    assert len(slots) == len(tokens)
+    assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
 
 
 # ---- the kit's steps: chains, splits, requests in flight ----
@@ -387,9 +452,10 @@ class Oracle:
     def _page_bytes(self, owner: str, tokens: list[int]) -> list[torch.Tensor]:
         digest = hashlib.blake2b(repr((owner, tokens)).encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        buffers = (*self.rig.buffers, *self.rig.window_buffers)
         return [
-            torch.randint(256, (self.page, part.shape[1]), dtype=torch.uint8, generator=generator)
-            for part in self.rig.read(torch.zeros(1, dtype=torch.int64))
+            torch.randint(256, (self.page, as_bytes(part).shape[1]), dtype=torch.uint8, generator=generator)
+            for part in buffers
         ]
 
     def expected(self, owner: str, tokens: list[int]) -> list[torch.Tensor]:
@@ -400,19 +466,44 @@ class Oracle:
 
     def compute(self, owner: str, tokens: list[int], slots: torch.Tensor, first: int) -> None:
         """A forward: writes the KV of tokens[first:] into its slots."""
-        for buffer, part in zip(self.rig.buffers, self.expected(owner, tokens), strict=True):
+        expected = self.expected(owner, tokens)
+        for buffer, part in zip(self.rig.buffers, expected, strict=False):
             as_bytes(buffer)[slots[first:].long()] = part[first:]
+        if self.rig.window_buffers and len(slots) > first:
+            where = self.rig.in_window(slots[first:])
+            for buffer, part in zip(self.rig.window_buffers, expected[len(self.rig.buffers) :], strict=True):
+                as_bytes(buffer)[where] = part[first:]
+
+    def check(self, owner: str, tokens: list[int], slots: torch.Tensor) -> None:
+        """What a request found of these tokens: all of full attention, and the window at its end."""
+        expected = self.expected(owner, tokens)
+        assert_same(self.rig.read(slots), expected[: len(self.rig.buffers)])
+        if self.rig.window_buffers:
+            window = min(len(slots), self.rig.cache.window_tokens)
+            there = self.rig.read_window(slots[-window:])
+            assert_same(there, [part[-window:] for part in expected[len(self.rig.buffers) :]])
 
 
 @on_both_cores
-@pytest.mark.parametrize("policy", WritePolicy, ids=lambda policy: policy.value)
-@pytest.mark.parametrize("cfg", [FULL[0], FULL[1], FULL[2]], ids=lambda cfg: cfg.label)
+@pytest.mark.parametrize(
+    ("cfg", "policy"),
+    [(cfg, policy) for cfg in FULL[:3] for policy in WritePolicy]
+    + [(cfg, WritePolicy.WRITE_THROUGH) for cfg in WINDOWS[:4]],
+    ids=lambda value: value.label if isinstance(value, KitConfig) else value.value,
+)
 def test_no_history_makes_it_serve_anything_but_the_right_bytes(
     cfg: KitConfig, core: str, policy: WritePolicy
 ) -> None:
-    cfg = dataclasses.replace(cfg, num_layers=2, head_num=1, head_dim=8, kv_size=24 * cfg.page_size)
+    cfg = dataclasses.replace(
+        cfg,
+        num_layers=2,
+        full_attention_layer_ids=(1,),
+        head_num=1,
+        head_dim=8,
+        kv_size=24 * cfg.page_size,
+    )
     # Smaller than what the policy stores in the end: blocks leave the CPU tier all the time as well.
-    num_cpu_blocks = 8 if policy is WritePolicy.WRITE_THROUGH_SELECTIVE else 20
+    num_cpu_blocks = 8 if policy is WritePolicy.WRITE_THROUGH_SELECTIVE or cfg.has_swa else 20
     with Rig(build_kit_cache(cfg, core), policy=policy, num_cpu_blocks=num_cpu_blocks) as rig:
         steps, oracle, rng = KitSteps(cfg), Oracle(rig), random.Random(f"{cfg.label} {core} {policy}")
         restored = aborted = 0
@@ -440,11 +531,12 @@ def test_no_history_makes_it_serve_anything_but_the_right_bytes(
             assert not rig.cache.finish_external_linker_loads([req for _, _, req, _ in batch])
             for owner, tokens, req, hit in batch:
                 if len(hit):
-                    assert_same(rig.read(hit), oracle.expected(owner, tokens[: len(hit)]))
+                    oracle.check(owner, tokens[: len(hit)], hit)
                 missing = len(tokens) - len(hit)
                 if missing > rig.allocator.available_size():
-                    rig.cache.evict(EvictParams(num_tokens=missing - rig.allocator.available_size()))
-                new = rig.allocator.alloc(missing) if missing else hit[:0]
+                    short = missing - rig.allocator.available_size()
+                    rig.cache.evict(EvictParams(num_tokens=short, swa_num_tokens=short if cfg.has_swa else 0))
+                new = rig.allocate(missing) if missing else hit[:0]
                 if new is None:
                     rig.abort(req, hit)
                     continue

@@ -16,6 +16,7 @@ import types
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import TestCase, mock
@@ -37,6 +38,7 @@ from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool, ReqToTokenPool
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.rust_tree_core.adapter import RustUnifiedTreeCore
+from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 from sglang.srt.sampling.sampling_params import SamplingParams
@@ -51,7 +53,7 @@ from sglang.test.kits.unified_radix_cache.unified_tree_core_inspection_interface
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import CacheConfig, FlexKVConfig, LoadPolicy, PrefetchPolicy, WritePolicy
-from sglang_flexkv.integration.compat.kv_pool import device_buffers
+from sglang_flexkv.integration.compat.kv_pool import kv_pools
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.metrics import Metrics
 from sglang_flexkv.integration.radix_cache import FlexKVRadixCache
@@ -189,12 +191,17 @@ class Rig:
         self.cache, self.allocator, self.requests = parts
         self.pool = self.allocator.get_kvcache()
         self.page_size = self.cache.page_size
-        device = device_buffers(self.pool)
+        pools = kv_pools(self.pool, self.page_size, self.cache.window_tokens)
         # Taken from the pool itself and not from our description of it, which is under test as well.
-        if isinstance(self.pool, MLATokenToKVPool):
-            layers = [[kv] for kv in self.pool.kv_buffer]
+        full = self.pool
+        self.window_buffers: list[torch.Tensor] = []
+        if isinstance(self.pool, SWAKVPool):
+            full, window = self.pool.full_kv_pool, self.pool.swa_kv_pool
+            self.window_buffers = [*window.k_buffer, *window.v_buffer]
+        if isinstance(full, MLATokenToKVPool):
+            layers = [[kv] for kv in full.kv_buffer]
         else:
-            layers = [[k, v] for k, v in zip(self.pool.k_buffer, self.pool.v_buffer, strict=True)]
+            layers = [[k, v] for k, v in zip(full.k_buffer, full.v_buffer, strict=True)]
         self.buffers = [buffer for layer in layers for buffer in layer]
         self.buffers_per_layer = len(layers[0])
         namespace = make_namespace({"model": "kit"})
@@ -209,7 +216,9 @@ class Rig:
                 remote=remote,
                 remote_timeout_s=remote_timeout_s,
             ),
-            device,
+            pools.full,
+            # Tiers here are too small for a share of them.
+            more_groups=[replace(group, share=1.0) for group in pools.more],
             namespace=namespace,
             disk=disk,
         )
@@ -222,7 +231,7 @@ class Rig:
                 load_policy=load_policy,
             ),
             namespace,
-            num_layers=self.pool.layer_num,
+            num_layers=pools.num_layers,
             single_rank=single_rank,
             metrics=Metrics(),
         )
@@ -236,6 +245,16 @@ class Rig:
         """What the pool holds in token slots: per buffer its bytes, one row per token."""
         return [as_bytes(buffer)[slots.long()] for buffer in self.buffers]
 
+    def read_window(self, slots: torch.Tensor) -> list[torch.Tensor]:
+        """What the pool of the windows holds of the tokens in these slots of the other one."""
+        return [as_bytes(buffer)[self.in_window(slots)] for buffer in self.window_buffers]
+
+    def in_window(self, slots: torch.Tensor) -> torch.Tensor:
+        """The slots in the pool of the windows of the tokens in these slots of the other one."""
+        where: torch.Tensor = self.pool.full_to_swa_index_mapping[slots.long()]
+        assert bool((where > 0).all()), "tokens without a slot in the pool of the windows"
+        return where
+
     def read_layer(self, layer: int, slots: torch.Tensor) -> list[torch.Tensor]:
         """`read` for one layer, by the way that attention takes: it waits for the layer."""
         self.pool.get_kv_buffer(layer)
@@ -246,10 +265,14 @@ class Rig:
     def write(self, slots: torch.Tensor, seed: int) -> list[torch.Tensor]:
         """Random bytes into token slots, as a forward would; returns them as `read` does."""
         generator = torch.Generator().manual_seed(seed)
-        for buffer in self.buffers:
+        places = [(buffer, slots.long()) for buffer in self.buffers]
+        if self.window_buffers:
+            where = self.in_window(slots)
+            places += [(buffer, where) for buffer in self.window_buffers]
+        for buffer, where in places:
             rows = as_bytes(buffer)
-            rows[slots.long()] = torch.randint(
-                256, (len(slots), rows.shape[1]), dtype=torch.uint8, generator=generator
+            rows[where] = torch.randint(
+                256, (len(where), rows.shape[1]), dtype=torch.uint8, generator=generator
             )
         return self.read(slots)
 
@@ -259,7 +282,7 @@ class Rig:
 
     def scribble(self) -> None:
         """Makes every byte of the pool wrong: what is right afterwards was loaded."""
-        for buffer in self.buffers:
+        for buffer in (*self.buffers, *self.window_buffers):
             as_bytes(buffer).fill_(0xA5)
 
     # ---- the scheduler's part ----
@@ -293,12 +316,24 @@ class Rig:
         priority: int = 0,
     ) -> list[torch.Tensor]:
         """Computes tokens that the tree does not hold and inserts them; returns their bytes."""
-        slots = self.allocator.alloc(len(tokens))
+        slots = self.allocate(len(tokens))
         assert slots is not None, "the device pool of this test is too small"
         expected = self.write(slots, seed)
         key = radix_key(tokens, extra_key, cache_salt)
         self.cache.insert(InsertParams(key=key, value=slots, priority=priority))
         return expected
+
+    def allocate(self, num_tokens: int) -> torch.Tensor | None:
+        """Slots for whole pages of new tokens, in all pools; None: there are not as many."""
+        if not self.window_buffers or self.page_size == 1:
+            slots: torch.Tensor | None = self.allocator.alloc(num_tokens)
+            return slots
+        full, window = self.allocator.full_attn_allocator, self.allocator.swa_attn_allocator
+        if num_tokens > min(full.available_size(), window.available_size()):
+            return None
+        slots = full.alloc(num_tokens)
+        self.allocator.set_full_to_swa_mapping(slots, window.alloc(num_tokens))
+        return slots
 
     def match(self, req: Req) -> MatchResult:
         return self.cache.match_prefix(
@@ -343,6 +378,7 @@ class Rig:
                 key=radix_key(tokens, req.extra_key, req.cache_salt),
                 value=slots,
                 prev_prefix_len=req.kv.cache_protected_len,
+                component_evicted_seqlens=dict(req.kv.component_evicted_seqlens),
             )
         )
         self.cache.unlock(req.lock)
@@ -352,8 +388,19 @@ class Rig:
         """Lets go of a request that will not run, and of the slots that were to be loaded for it."""
         self.cache.finish(req.cache_request_handle, CacheRequestOutcome.ABORT)
         if slots is not None:
-            self.allocator.free(slots[req.kv.cache_protected_len :])
+            self._free(req, slots)
         self.cache.unlock(req.lock)
+
+    def _free(self, req: Req, slots: torch.Tensor) -> None:
+        """Gives the slots back that a request has for itself, as SGLang does: those before its window have
+        nothing in the other pool."""
+        slots, protected = slots.long(), req.kv.cache_protected_len
+        without = (
+            max(protected, req.kv.get_evicted_seqlen(ComponentType.SWA)) if self.window_buffers else protected
+        )
+        if without > protected:
+            self.allocator.full_attn_allocator.free(slots[protected:without])
+        self.allocator.free(slots[without:])
 
     def restore(self, *reqs: Req) -> list[torch.Tensor]:
         """One batch through admission, loading and forward; returns each request's slots."""

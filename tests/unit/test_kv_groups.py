@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from sglang_flexkv.common.block import SequenceMeta, make_namespace
 from sglang_flexkv.common.config import EvictionPolicy
 from sglang_flexkv.common.kv_group import KVGroup, boundaries
 from sglang_flexkv.common.storage import DeviceBuffers
-from sglang_flexkv.kvtask import KVTaskEngine, TaskStatus
+from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
 
 BLOCK = 16
 SEQUENCE = 12  # blocks
@@ -90,19 +91,25 @@ class Cache:
         """Stores a sequence up to here, and what a window holds at its end, all the way to SSD."""
         self.write(number, blocks)
         sequence = self.sequence(number, blocks)
-        task = self.engine.create_put(None, sequence.block_keys, sequence.token_ids)
+        task = self.engine.create_put(
+            None, sequence.block_keys, sequence.token_ids, on_device={1: min(WINDOW, blocks)}
+        )
         assert task.plan is not None
-        self.engine.launch(task, self.slots, more_slots={1: self.window_slots})
+        self.engine.launch(task, self.slots, more_slots=self.more_slots(task))
         assert self.engine.wait([task], PATIENCE_S)
         self.engine.forget(task)
         assert self.engine.flush_spills(PATIENCE_S)
+
+    def more_slots(self, task: KVTask) -> dict[int, np.ndarray]:
+        blocks = task.plan.num_blocks if task.plan is not None else 0
+        return {1: self.window_slots[: min(WINDOW, blocks) * BLOCK]}
 
     def get(self, number: int, blocks: int = SEQUENCE) -> int:
         """How many leading blocks came, with the right bytes in both pools."""
         for buffer in (*self.buffers(0), *self.buffers(1)):
             buffer.fill_(-1)
         task = self.engine.create_get(self.sequence(number, blocks))
-        self.engine.launch(task, self.slots, more_slots={1: self.window_slots})
+        self.engine.launch(task, self.slots, more_slots=self.more_slots(task))
         assert self.engine.wait([task], PATIENCE_S)
         self.engine.forget(task)
         if task.status is not TaskStatus.COMPLETED or task.plan is None:
@@ -140,6 +147,14 @@ def test_which_prefixes_a_window_lets_a_prompt_go_on_from() -> None:
         held, window = rng.random(rng.integers(0, 20)) < 0.7, int(rng.integers(1, 6))
         wanted = [held[max(0, n - window) : n].all() for n in range(len(held) + 1)]
         assert boundaries(held, window).tolist() == wanted
+
+
+def test_what_is_kept_of_a_long_run(cache: Cache) -> None:
+    group = replace(cache.group, every_blocks=10)
+    assert group.kept(0) == []
+    assert group.kept(2) == [(0, 2)]
+    assert group.kept(12) == [(6, 12)]  # the windows before 10 and 12 are one
+    assert group.kept(25) == [(6, 10), (16, 20), (21, 25)]
 
 
 def test_both_parts_come_back_from_the_cpu_tier(cache: Cache) -> None:
@@ -199,7 +214,9 @@ def test_a_window_that_had_to_go_is_no_hit(tmp_path: Path) -> None:
 
 def test_what_is_pinned_of_both_parts_stays(cache: Cache) -> None:
     cache.put(1)
-    lease, tiers = cache.engine.pin(cache.sequence(1).block_keys)
+    lease, tiers, ends = cache.engine.pin(cache.sequence(1).block_keys)
+    assert ends is not None
+    assert ends.tolist() == [SEQUENCE]
     assert len(tiers) == SEQUENCE
     cache.engine.clear_tiers(1)
     for number in range(2, 8):
@@ -304,6 +321,7 @@ def test_files_of_one_group_are_not_taken_for_those_of_another(tmp_path: Path) -
         ({"layers": (1,)}, "1 layers, and 2 in its pool"),
         ({"window_blocks": 0}, "holds nothing"),
         ({"share": 0.0}, "share is above 0"),
+        ({"every_blocks": 0}, "every 0 blocks is none"),
     ],
 )
 def test_what_makes_no_group_is_refused(cache: Cache, change: dict, message: str) -> None:

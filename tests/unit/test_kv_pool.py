@@ -34,7 +34,7 @@ from sglang.srt.mem_cache.memory_pool import (
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_flexkv.common.errors import IncompatibleError
-from sglang_flexkv.integration.compat.kv_pool import asks_for_layers, device_buffers
+from sglang_flexkv.integration.compat.kv_pool import asks_for_layers, device_buffers, kv_pools
 
 
 def without(names: tuple[str, ...], **arguments: Any) -> dict[str, Any]:
@@ -84,6 +84,58 @@ def test_a_pool_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
     assert buffers.tensors[0][0].shape[0] == TOKENS // PAGE + 1
 
 
+# ---- windows in a pool of their own ----
+
+
+def windows(**changes: Any) -> SWAKVPool:
+    pool = SWAKVPool(
+        **without(("layer_num",), **HEADS),
+        size_swa=32,
+        dtype=torch.bfloat16,
+        **{"swa_attention_layer_ids": [0, 3], "full_attention_layer_ids": [1, 2, 4], **changes},
+    )
+    pool.register_mapping(torch.zeros(TOKENS + PAGE + 1, dtype=torch.int64))
+    return pool
+
+
+def test_all_of_a_pool_with_windows_is_carried() -> None:
+    pool = windows()
+    pools = kv_pools(pool, PAGE, 2 * PAGE + 1)
+    (group,) = pools.more
+    assert (group.name, group.layers, group.window_blocks) == ("swa", (0, 3), 3)
+    assert pools.num_layers == 5
+    for part, device in ((pool.full_kv_pool, pools.full), (pool.swa_kv_pool, group.device)):
+        num_bytes = sum(t.numel() * t.element_size() for layer in device.tensors for t in layer)
+        assert num_bytes == sum(part.get_kv_size_bytes())
+    for layer, (at, in_window) in pool.layers_mapping.items():
+        device = group.device if in_window else pools.full
+        assert device.tensors[at][0].data_ptr() == pool.get_key_buffer(layer).data_ptr()
+    # A plain pool has no further part.
+    assert kv_pools(mha(), PAGE, 0).more == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("swa_req_ring_size", 64, "not kept by page"),
+        ("swa_uses_full_indices", True, "not kept by page"),
+        ("start_layer", 2, "some of the layers"),
+        ("extra", torch.zeros(3), "not copied: extra"),
+    ],
+)
+def test_a_pool_with_windows_that_has_more_is_refused(name: str, value: Any, expected: str) -> None:
+    pool = windows()
+    setattr(pool, name, value)
+    with pytest.raises(IncompatibleError, match=f"SWAKVPool, .*{expected}"):
+        kv_pools(pool, PAGE, PAGE)
+
+
+def test_windows_in_a_pool_that_keeps_more_are_refused() -> None:
+    pool = windows(swa_kv_pool_class=MHATokenToKVPoolMXFP8)
+    with pytest.raises(IncompatibleError, match=r"MHATokenToKVPoolMXFP8, .*start without"):
+        kv_pools(pool, PAGE, PAGE)
+
+
 # ---- refused: more than K and V ----
 
 
@@ -103,16 +155,7 @@ REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
         "not copied: _compress_tail_k, .*start without",
     ),
     "no KV at all": (lambda: mha(NoOpMHATokenToKVPool), "NoOpMHATokenToKVPool, .*start without"),
-    "windows": (
-        lambda: SWAKVPool(
-            **without(("layer_num",), **HEADS),
-            size_swa=32,
-            dtype=torch.bfloat16,
-            swa_attention_layer_ids=[0],
-            full_attention_layer_ids=[1],
-        ),
-        "SWAKVPool, .*start without",
-    ),
+    "windows": (lambda: windows(), "SWAKVPool, .*start without"),
     "keys only": (
         lambda: mha(MHATokenToKOnlyPool),
         "MHATokenToKOnlyPool, .*start without",

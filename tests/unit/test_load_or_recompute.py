@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -139,3 +141,14 @@ def test_a_link_that_was_slow_is_tried_again() -> None:
     link.observe(5e3 + 1e9, 6.0)
     assert link.known
     assert link.bytes_per_s == pytest.approx(1e9)
+
+
+def test_of_what_ends_at_boundaries_as_much_is_loaded_as_ends_at_one() -> None:
+    """With windows a hit cannot be cut anywhere."""
+    slow = decision(tokens_per_s=100_000, from_ssd=100 * MB)
+    whole = prompt(250, 250)
+    assert 250 <= slow.blocks_to_load(whole) < 300
+    ends = np.array([100, 240, 400, 500])
+    assert slow.blocks_to_load(dataclasses.replace(whole, ends=ends)) == 240
+    assert slow.blocks_to_load(dataclasses.replace(whole, ends=np.array([500]))) in (0, 500)
+    assert decision().blocks_to_load(dataclasses.replace(whole, ends=ends)) == 500

@@ -203,7 +203,7 @@ def after_check_server_args(_result: Any, server_args: Any) -> None:
         config = FlexKVConfig.load(view.flexkv_config_file)
         checks.check_machine(config)
         model = model_config_of(server_args)
-        refused.check_model(model)
+        refused.check_model(model, config)
         checks.check_ssd(config, view, model)
     except FlexKVError as error:
         if _is_command_line():

@@ -10,12 +10,14 @@ slots.
 from __future__ import annotations
 
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from sglang_flexkv.common.errors import IncompatibleError
+from sglang_flexkv.common.kv_group import KVGroup
 from sglang_flexkv.common.storage import DeviceBuffers
 
 # Attributes of the pools that hold addresses and strides of the buffers, not KV.
@@ -32,6 +34,68 @@ _SCALES = (
 _WORKSPACES = ("dq_k_buffer", "dq_v_buffer")
 # How deep an attribute is searched for tensors: a scale in a dict of a list of a helper object is four.
 _DEPTH_MAX = 6
+# The group of sliding-window layers has the name of the tree's component.
+SWA = "swa"
+# A window is kept after each so many tokens of a long run, for prompts that leave it on the way.
+_WINDOW_EVERY_TOKENS = 2048
+# So many tokens of stored prompts have a window of their own, by which the windows get their share of a tier.
+_TOKENS_PER_WINDOW = 512
+
+
+@dataclass(frozen=True)
+class KVPools:
+    """What a pool of SGLang is made of.
+
+    Attributes:
+        full: what full attention keeps, which is there for all tokens.
+        more: what other layers keep.
+        num_layers: that a forward waits for, in all of them.
+    """
+
+    full: DeviceBuffers
+    more: tuple[KVGroup, ...]
+    num_layers: int
+
+
+def kv_pools(pool: Any, page_size: int, window_tokens: int) -> KVPools:
+    """Describes a pool of SGLang, with one part or with two of which one keeps sliding windows.
+
+    Args:
+        window_tokens: that the tree keeps before each boundary in a sliding window; 0: there is none.
+
+    Raises:
+        IncompatibleError: see ``device_buffers``.
+    """
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
+
+    if type(pool) is not SWAKVPool:
+        full = device_buffers(pool)
+        return KVPools(full, (), len(full.tensors))
+    if pool.swa_req_ring_size is not None or pool.request_window is not None or pool.swa_uses_full_indices:
+        raise _refused(pool, "whose windows are not kept by page")
+    if pool.start_layer != 0:
+        raise _refused(pool, "that holds some of the layers only")
+    parts = (pool.full_kv_pool, pool.swa_kv_pool)
+    for part in parts:
+        # What keeps more may hand it out without asking whether the layer is there.
+        if type(part) not in (MHATokenToKVPool, MLATokenToKVPool) or not asks_for_layers(part):
+            raise _refused(part, "with sliding windows beside it")
+    full, window = (device_buffers(part) for part in parts)
+    carried = [buffer for part in (full, window) for layer in part.tensors for buffer in layer]
+    # A table says where the window of a token is.
+    _check_nothing_else(pool, carried, parts, _TABLES | {"full_to_swa_index_mapping"})
+    where = sorted((at, layer) for layer, (at, in_window) in pool.layers_mapping.items() if in_window)
+    blocks = -(-window_tokens // page_size)
+    group = KVGroup(
+        SWA,
+        window,
+        tuple(layer for _, layer in where),
+        blocks,
+        share=min(1.0, (blocks + 1) * page_size / _TOKENS_PER_WINDOW),
+        every_blocks=max(2 * (blocks + 1), _WINDOW_EVERY_TOKENS // page_size),
+    )
+    return KVPools(full, (group,), pool.layer_num)
 
 
 def device_buffers(pool: Any) -> DeviceBuffers:
@@ -134,11 +198,20 @@ def _tokens_per_row(pool: Any, buffer: torch.Tensor) -> int:
     raise _refused(pool, f"with {buffer.shape[0]} rows for {num_slots} slots in pages of {page}")
 
 
-def _check_nothing_else(pool: Any, buffers: list[torch.Tensor]) -> None:
-    """Every tensor that can be reached from the pool lies in ``buffers``, is a table of them, or no KV."""
+def _check_nothing_else(
+    pool: Any, buffers: list[torch.Tensor], parts: Collection[Any] = (), tables: Collection[str] = _TABLES
+) -> None:
+    """Every tensor that can be reached from the pool lies in ``buffers``, is a table of them, or no KV.
+
+    Args:
+        parts: pools that it is made of, and that have been looked through.
+        tables: attributes that hold addresses, and no KV.
+    """
     known = [_span(buffer) for buffer in (*buffers, *_no_kv(pool))]
     for name, value in vars(pool).items():
-        if name in _TABLES:
+        if any(value is part for part in parts):
+            continue
+        if name in tables:
             continue
         for tensor in _tensors_in(value, {id(pool)}, _DEPTH_MAX):
             first, end = _span(tensor)

@@ -1,10 +1,12 @@
-"""What of SGLang we cannot be combined with: flags, and models whose state is more than full-attention KV."""
+"""What of SGLang we cannot be combined with: flags, and models whose state we do not store."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sglang_flexkv.common.errors import IncompatibleError
+from sglang_flexkv.common.config import FlexKVConfig, WritePolicy
+from sglang_flexkv.common.errors import ConfigError, IncompatibleError
+from sglang_flexkv.integration.compat import version
 
 # Flag, whether it is set in a way we cannot serve, and what to do. Fields are SGLang's own names.
 _CONFLICTS = (
@@ -77,8 +79,9 @@ def check_flags(view: Any, given: Any) -> None:
         )
 
 
-def check_model(model: Any) -> None:
-    """Raises IncompatibleError for models whose state is more than full-attention KV, before they are loaded.
+def check_model(model: Any, config: FlexKVConfig) -> None:
+    """Raises IncompatibleError for models whose state is not stored, and ConfigError for settings that cannot
+    be combined with a model, before it is loaded.
 
     Args:
         model: SGLang's ModelConfig.
@@ -87,7 +90,7 @@ def check_model(model: Any) -> None:
     from sglang.srt.configs.model_config import get_dsa_index_kpool_compress, is_minimax_sparse
 
     others = {
-        "sliding windows": model.is_hybrid_swa,
+        "sliding windows (with this version of SGLang)": model.is_hybrid_swa and version.is_0_5_22(),
         "Mamba or linear-attention state": mambaish_config(model) is not None,
         "the index keys of MiniMax's sparse attention": is_minimax_sparse(model.hf_config),
     }
@@ -100,13 +103,29 @@ def check_model(model: Any) -> None:
             f"the model {model.model_path} keeps {', '.join(found)} beside full-attention KV, which "
             "sglang-flexkv does not store yet; start without --enable-flexkv"
         )
+    if model.is_hybrid_swa:
+        _check_windows(model.model_path, config)
+
+
+def _check_windows(model_path: str, config: FlexKVConfig) -> None:
+    """A window leaves the device without being asked for, and a remote store takes one part of a block."""
+    why = f"the model {model_path} keeps sliding windows beside full-attention KV"
+    if config.write_policy is WritePolicy.WRITE_BACK:
+        raise ConfigError(
+            f"write_policy: {why}, which have left the device before a prefix is evicted: write_back stores "
+            "none of them; use write_through"
+        )
+    if config.remote is not None:
+        raise ConfigError(
+            f"remote: {why}, and a remote store takes blocks with one part only; leave it out for this model"
+        )
 
 
 def check_components(tree_components: tuple[Any, ...]) -> None:
-    """Raises IncompatibleError for models whose state is more than full-attention KV."""
-    others = [str(component) for component in tree_components if component.name != "FULL"]
+    """Raises IncompatibleError for models whose state is more than full-attention KV and sliding windows."""
+    others = [str(component) for component in tree_components if component.name not in ("FULL", "SWA")]
     if others:
         raise IncompatibleError(
-            f"this model keeps {', '.join(others)} state beside full-attention KV (sliding windows or Mamba "
-            "hybrids), which sglang-flexkv does not store yet; start without --enable-flexkv"
+            f"this model keeps {', '.join(others)} state beside full-attention KV (Mamba hybrids), which "
+            "sglang-flexkv does not store yet; start without --enable-flexkv"
         )

@@ -10,6 +10,7 @@ import torch
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
     UnifiedCacheLinkerWrapper,
     _PendingOffload,
@@ -51,8 +52,12 @@ class LinkerWrapper(UnifiedCacheLinkerWrapper):
         """Hashes of the pages behind what a match found on the device."""
         raise NotImplementedError
 
-    def agree_on_hit(self, num_pages: int) -> int:
-        """The longest hit that all ranks have in common, given what this one has."""
+    def agree_on_hit(self, restorable: Sequence[int], num_pages: int) -> int:
+        """The longest hit that all ranks have in common, given the ones that this one has, growing.
+
+        Args:
+            num_pages: that were looked up.
+        """
         raise NotImplementedError
 
     def remember_offload(self, node_id: int, lock_params: Any) -> None:
@@ -60,18 +65,41 @@ class LinkerWrapper(UnifiedCacheLinkerWrapper):
         self.cache.tree_core.mark_external_linker_offload_pending(node_id)
         self.pending_offloads.append(_PendingOffload(node_id, lock_params, [node_id]))
 
+    def remember_lock(self, node_id: int, lock_params: Any) -> None:
+        """As ``remember_offload``, for a node that the tree counts as stored."""
+        self.pending_offloads.append(_PendingOffload(node_id, lock_params, []))
+
     def _tail_hashes(self, key: Any, result: Any, device_hit_len: int) -> list[str]:
         return self.tail_hashes(key, result, device_hit_len)
 
     def _sync_restorable_prefix(
         self, restorable: Sequence[int], *, num_pages: int, device_hit_pages: int
     ) -> int:
-        # Of a prefix that we hold, every shorter one can be restored.
-        return self.agree_on_hit(len(restorable))
+        return self.agree_on_hit(restorable, num_pages)
 
 
 class TreeCache(UnifiedRadixCache):
     """SGLang's radix cache, which says when a node leaves the device."""
+
+    @property
+    def window_tokens(self) -> int:
+        """Tokens before a boundary that a sliding window needs to go on from there; 0: there is none."""
+        window = self.components.get(ComponentType.SWA)
+        return window.sliding_window_size if window is not None else 0
+
+    def offer_again(self, node_id: int) -> list[PoolTransfer]:
+        """What it takes to store the window of a node that is stored; nothing if it has none, or if it is
+        not stored and so offered by itself."""
+        tree = self.tree_core
+        window = tree.get_component_device_value(node_id, ComponentType.SWA)
+        if window is None or len(window) == 0 or tree.build_external_linker_offload_transfers(node_id):
+            return []
+        keys = tree.get_hash_values(node_id)
+        full = tree.get_component_device_value(node_id, ComponentType.FULL)
+        return [
+            PoolTransfer(name=PoolName.KV, device_indices=full.to(torch.int64), keys=list(keys)),
+            PoolTransfer(name=PoolName.SWA, device_indices=window.to(torch.int64), keys=list(keys)),
+        ]
 
     def node_leaves(self, node_id: int) -> None:
         """Called before a node's slots are given back."""
@@ -115,11 +143,22 @@ class TreeCache(UnifiedRadixCache):
             priority=req.priority or 0,
             session_id=req.session_id,
         )
+        if self.window_tokens:  # what is before the window that comes has none on the device
+            params.set_evicted_seqlen(ComponentType.SWA, req.kv.get_evicted_seqlen(ComponentType.SWA))
         node = self.insert(params).last_device_node
         self.unlock(req.lock)
         req.last_node, req.lock = node, self.lock(node)
         req.kv.cache_protected_len = end
         return key, self.lock(node)
+
+    def would_take_all(self, req: Any, tokens: Any, first: int, count: int) -> bool:
+        """Whether ``take_prefix`` keeps all slots of so many tokens from ``first`` on: whether the tree has
+        none of them. Without windows what is not found is not there."""
+        if not self.window_tokens:
+            return True
+        key = RadixKey(tokens[: first + count], req.extra_key, cache_salt=req.cache_salt)
+        reached: int = self.tree_core.match_full_device_prefix(key)[0]
+        return reached <= first
 
     def common_tokens(self, one: Any, other: Any) -> int:
         """Tokens at their start, in whole pages, that two keys have in common."""
@@ -139,11 +178,21 @@ class TreeCache(UnifiedRadixCache):
         """Takes the tokens of a key from ``first`` on out of the tree, and stores nothing. Nobody has a lock
         on them, and nothing else is below them."""
         while True:
-            found = self.tree_core.match_prefix(MatchPrefixParams(key=key))
-            self._apply_cache_actions(found.cache_actions)
-            if found.device_prefix_len <= first:
+            # Whatever windows there are: the tokens themselves have to go.
+            reached, node = self._match_tokens(key)
+            if reached <= first:
                 return
-            super()._evict_device_leaf(found.last_device_node, Counter())
+            super()._evict_device_leaf(node, Counter())
+
+    def _match_tokens(self, key: Any) -> tuple[int, Any]:
+        """How many tokens of a key are on the device, and the node of the last of them. Splits nodes where
+        the key ends."""
+        found = self.tree_core.match_prefix(MatchPrefixParams(key=key))
+        self._apply_cache_actions(found.cache_actions)
+        if not self.window_tokens:
+            return found.device_prefix_len, found.last_device_node
+        reached, node, *_ = self.tree_core.match_full_device_prefix(key)
+        return reached, node
 
     def _evict_device_leaf(self, node_id: int, tracker: Any) -> Any:
         self.node_leaves(node_id)
