@@ -13,7 +13,7 @@ from sglang_flexkv import __version__
 from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.integration.compat import server
-from sglang_flexkv.integration.compat.kv_pool import KVPools, asks_for_layers, kv_pools
+from sglang_flexkv.integration.compat.kv_pool import KVPools, asks_for_layers, draft_pools, kv_pools
 from sglang_flexkv.integration.compat.sglang_hashes import native_works
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.metrics import Metrics
@@ -43,7 +43,8 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     place = server.place()
     pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
     page_size = ctx.params.page_size
-    pools = kv_pools(pool, page_size, cache.window_tokens)
+    drafts = draft_pools(ctx.params, server.reader()("speculative_algorithm"))
+    pools = kv_pools(pool, page_size, cache.window_tokens, drafts)
     cache_config = config.cache_config(
         block_bytes=_bytes_per_block(pools, page_size),
         tokens_per_block=ctx.params.page_size,
@@ -72,7 +73,8 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         identity.namespace,
         num_layers=pools.num_layers,
         single_rank=place.tp_size == 1,
-        by_layer=asks_for_layers(pool),
+        has_draft=bool(drafts),
+        by_layer=all(map(asks_for_layers, (pool, *drafts))),
         metrics=Metrics(
             labels if server.exports_metrics() else None, engine.tier_names, remote=bool(engine.asked_tiers)
         ),

@@ -66,6 +66,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         single_rank: bool,
         metrics: Metrics,
         by_layer: bool = True,
+        has_draft: bool = False,
     ) -> None:
         self.engine = engine
         self.config = config
@@ -88,6 +89,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.pools.update(dict.fromkeys(self._group_names[1:], None))
         self.has_windows = len(self._group_names) > 1
         self._single_rank = single_rank
+        self._has_draft = has_draft
         self._page = engine.config.tokens_per_block
         self.page_hashes = PageHashes(self._page, namespace)
         self.load_or_recompute = LoadOrRecompute(
@@ -336,6 +338,8 @@ class FlexKVLinker(UnifiedCacheLinker):
         task = self._start_put(transfers, parent_hash, gate=gate)
         if gate is not None and not task.ended:
             self._write_backs.append((gate, task))
+            if self._has_draft:  # it writes to slots before the forward of the target is announced
+                self.order_write_backs()
             return
         self._end_write_back(task)
 

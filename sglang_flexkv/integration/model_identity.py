@@ -116,6 +116,10 @@ def model_identity(
     sources = {"model": find_local(model_path, revision, read("download_dir"))}
     if read("model_path") != model_path:  # an adapter whose base SGLang loads as the model
         sources["--model-path"] = find_local(read("model_path"), read("revision"), read("download_dir"))
+    draft = read("speculative_draft_model_path")
+    if draft and draft != read("model_path"):  # layers for drafts are in the model's own files
+        of_draft = read("speculative_draft_model_revision")
+        sources["the draft model"] = find_local(draft, of_draft, read("download_dir"))
     # Adapters that are named at launch keep their id over restarts, and SGLang keys their KV by it.
     for adapter in read("lora_paths") or ():
         sources[f"lora {adapter.lora_id}"] = find_local(adapter.lora_path)
@@ -189,10 +193,11 @@ def find_local(source: str, revision: str | None = None, download_dir: str | Non
 
 def _unknowable(read: Callable[[str], Any]) -> list[str]:
     """Why the weights of this process are not, or not only, what the model's files hold."""
-    load_format = getattr(read("load_format"), "value", read("load_format"))
     reasons = []
-    if load_format not in FILE_FORMATS:
-        reasons.append(f"--load-format {load_format}")
+    for name in ("load_format", "speculative_draft_load_format"):
+        load_format = getattr(read(name), "value", read(name))
+        if load_format not in FILE_FORMATS and (load_format is not None or name == "load_format"):
+            reasons.append(f"--{name.replace('_', '-')} {load_format}")
     if read("weight_cache_mode") != "off":
         reasons.append("--weight-cache-mode: the weights are another process's")
     if read("checkpoint_engine_wait_weights_before_ready"):

@@ -75,6 +75,7 @@ class FlexKVLinkerWrapper(LinkerWrapper):
 
     def match(self, key: Any, req: Any, result: Any) -> Any:
         self._matching_rid = req.rid
+        key = self.key_of_tree(key)
         # What an earlier attempt found must not survive an attempt that finds nothing.
         self.hit_markers.pop(req.rid, None)
         self.cache_linker.forget_lookup(req.rid)

@@ -356,7 +356,7 @@ REFUSED_VALUES: dict[str, object] = {
     "disable_radix_cache": True,
     "enable_unified_memory": True,
     "enable_hisparse": True,
-    "speculative_algorithm": "EAGLE",
+    "speculative_algorithm": "STANDALONE",
     "enable_kv_cache_sharding": True,
     "prefill_only_disable_kv_cache": True,
     "enable_pdmux": True,
@@ -384,6 +384,11 @@ def resolved(**changes: object) -> Any:
 def test_plain_flags_are_accepted() -> None:
     refused.check_flags(resolved(), resolved())
     refused.check_flags(resolved(device="cuda"), resolved(device=None))
+
+
+@pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "NEXTN", "NGRAM"])
+def test_speculative_decoding_is_accepted(algorithm: str) -> None:
+    refused.check_flags(resolved(speculative_algorithm=algorithm), resolved())
 
 
 def test_every_conflict_has_a_case_here() -> None:

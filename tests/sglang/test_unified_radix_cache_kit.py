@@ -43,7 +43,6 @@ from sglang.test.mem_cache_utils import finish_req
 
 from sglang_flexkv.common.config import WritePolicy
 from sglang_flexkv.common.errors import IncompatibleError
-from sglang_flexkv.integration.compat import refused
 from sglang_flexkv.integration.compat.kv_pool import device_buffers
 from sglang_flexkv.integration.compat.requests import name_of
 
@@ -140,20 +139,10 @@ def test_the_pool_of_such_a_model_is_refused_as_well(cfg: KitConfig) -> None:
         device_buffers(allocator.get_kvcache())
 
 
-def test_speculative_decoding_is_refused_at_the_command_line() -> None:
-    view = SimpleNamespace(**{name: None for name, _, _ in refused._CONFLICTS}, device="cpu")
-    view.pp_size = view.dcp_size = view.attn_cp_size = 1
-    refused.check_flags(view, view)
-    view.speculative_algorithm = "EAGLE"
-    with pytest.raises(IncompatibleError, match="--speculative-algorithm"):
-        refused.check_flags(view, view)
-
-
 @on_both_cores
 @pytest.mark.parametrize("cfg", EAGLE, ids=lambda cfg: cfg.label)
 def test_a_tree_with_bigram_keys_restores_the_target_models_kv(rig: Rig, cfg: KitConfig, core: str) -> None:
-    # Refused at the command line for the draft model's own KV; the target's part works already. A bigram key
-    # is one shorter than its tokens, so three pages need one token more.
+    # A bigram key is one shorter than its tokens, so three pages need one token more.
     tokens = [*KitSteps(cfg)._make_seq(1, 3), 7777]
     slots = rig.allocator.alloc(len(tokens))
     expected = rig.write(slots, seed=1)

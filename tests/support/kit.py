@@ -168,6 +168,7 @@ class Rig:
         parts: the cache, its allocator and its request pool.
         ssd_dir: where the SSD tier lives; none: no SSD tier.
         remote: URL of a remote store; none: no remote tier.
+        drafts: pools of draft models.
         single_rank: as the linker's; False makes it behave as one of several ranks.
     """
 
@@ -187,23 +188,19 @@ class Rig:
         remote: str | None = None,
         remote_timeout_s: float = TIMEOUT_S,
         prefetch_timeout_s: float = 3.0,
+        drafts: Sequence[MHATokenToKVPool | MLATokenToKVPool] = (),
     ) -> None:
         self.cache, self.allocator, self.requests = parts
         self.pool = self.allocator.get_kvcache()
         self.page_size = self.cache.page_size
-        pools = kv_pools(self.pool, self.page_size, self.cache.window_tokens)
-        # Taken from the pool itself and not from our description of it, which is under test as well.
+        pools = kv_pools(self.pool, self.page_size, self.cache.window_tokens, drafts)
         full = self.pool
         self.window_buffers: list[torch.Tensor] = []
         if isinstance(self.pool, SWAKVPool):
             full, window = self.pool.full_kv_pool, self.pool.swa_kv_pool
             self.window_buffers = [*window.k_buffer, *window.v_buffer]
-        if isinstance(full, MLATokenToKVPool):
-            layers = [[kv] for kv in full.kv_buffer]
-        else:
-            layers = [[k, v] for k, v in zip(full.k_buffer, full.v_buffer, strict=True)]
-        self.buffers = [buffer for layer in layers for buffer in layer]
-        self.buffers_per_layer = len(layers[0])
+        self.buffers = [buffer for pool in (full, *drafts) for buffer in buffers_of(pool)]
+        self.buffers_per_layer = len(buffers_of(full)) // full.layer_num
         namespace = make_namespace({"model": "kit"})
         self.engine = KVTaskEngine(
             CacheConfig(
@@ -234,6 +231,7 @@ class Rig:
             num_layers=pools.num_layers,
             single_rank=single_rank,
             metrics=Metrics(),
+            has_draft=bool(drafts),
         )
         self.cache.attach(self.linker, policy, by_priority=by_priority)
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)
@@ -453,6 +451,13 @@ class Rig:
                 self.check_nothing_is_left()
         finally:
             self.close()
+
+
+def buffers_of(pool: MHATokenToKVPool | MLATokenToKVPool) -> list[torch.Tensor]:
+    """Taken from the pool itself and not from our description of it, which is under test as well."""
+    if isinstance(pool, MLATokenToKVPool):
+        return list(pool.kv_buffer)
+    return [buffer for layer in zip(pool.k_buffer, pool.v_buffer, strict=True) for buffer in layer]
 
 
 def assert_same(got: Iterable[torch.Tensor], expected: Iterable[torch.Tensor]) -> None:

@@ -17,7 +17,7 @@ pytest.importorskip("sglang")
 
 import torch
 from fake_cuda import FakeCuda, build
-from pools import PLAIN, WITH_MORE
+from pools import PLAIN, WITH_MORE, dsa, mha, mla
 from pretended_gpu import engines_on
 
 from sglang_flexkv import CacheConfig
@@ -28,9 +28,13 @@ from sglang_flexkv.kvtask import KVTaskEngine, TaskStatus
 BLOCKS = 5
 NAMESPACE = make_namespace({"test": "bytes of pools"})
 PATIENCE_S = 60.0
+# A pool, or one with those of its draft models.
 POOLS: dict[str, Callable[[], Any]] = {
     "bf16": PLAIN["bf16"],
     "mla": PLAIN["mla"],
+    "drafts": lambda: (mha(), mha(layer_num=1), mla(layer_num=1)),
+    "drafts with index keys": lambda: (dsa(), dsa(layer_num=1), dsa(layer_num=1)),
+    "a draft with scales": lambda: (mha(), WITH_MORE["fp4"][0]()),
     **{name: build for name, (build, _, _) in WITH_MORE.items()},
 }
 
@@ -45,10 +49,11 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Cache:
     """An engine over a pool that is full of noise, with an SSD tier that outlives it."""
 
-    def __init__(self, pool: Any, directory: Path, cuda: FakeCuda | None) -> None:
-        self._random = np.random.default_rng(7)
+    def __init__(self, pools: Any, directory: Path, cuda: FakeCuda | None) -> None:
+        pool, *drafts = pools if isinstance(pools, tuple) else (pools,)
+        self._random, self._cuda = np.random.default_rng(7), cuda
         self.pool, self.page = pool, pool.page_size
-        self.device = device_buffers(pool)
+        self.device = device_buffers(pool, drafts)
         # All rows of each buffer, as bytes.
         self.buffers = [t.view(torch.uint8).flatten(1).numpy() for t in itertools.chain(*self.device.tensors)]
         self.tokens_per_row = list(itertools.chain(*self.device.tokens_per_row))
@@ -122,6 +127,9 @@ class Cache:
 
     def close(self) -> None:
         self.engine.close()
+        if self._cuda is not None:
+            for buffer in self.buffers:
+                self._cuda.let_go(buffer.ctypes.data)
 
 
 @pytest.fixture(params=["cpu", "stand-in"])

@@ -215,6 +215,16 @@ def test_the_revision_changes_it(model: Path) -> None:
     assert identity(model, revision="v2") != identity(model)
 
 
+def test_the_draft_model_changes_it(model: Path, tmp_path: Path) -> None:
+    draft = fill(tmp_path / "draft")
+    drafts = {"speculative_algorithm": "EAGLE", "speculative_draft_model_path": str(draft)}
+    before = identity(model, **drafts)
+    assert before == identity(model, **drafts) != identity(model)
+    assert before != identity(model, **drafts | {"speculative_algorithm": "EAGLE3"})
+    (draft / WEIGHTS).write_bytes(bytes(300_000))
+    assert identity(model, **drafts) != before
+
+
 def test_scales_in_a_file_of_their_own(model: Path, tmp_path: Path) -> None:
     scales = tmp_path / "scales.json"
     scales.write_text(json.dumps({"k": 1}))
@@ -345,6 +355,7 @@ def test_no_secret_is_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
     [
         ({"load_format": "dummy"}, "--load-format dummy"),
         ({"load_format": SimpleNamespace(value="remote_instance")}, "--load-format remote_instance"),
+        ({"speculative_draft_load_format": "dummy"}, "--speculative-draft-load-format dummy"),
         ({"weight_cache_mode": "client"}, "another process"),
         ({"checkpoint_engine_wait_weights_before_ready": True}, "checkpoint engine"),
         ({"quantize_and_serve": True}, "--quantize-and-serve"),

@@ -10,8 +10,9 @@ slots.
 from __future__ import annotations
 
 import types
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ _SCALES = (
 )
 # Those that hold nothing from one forward to the next: what is dequantised for the layer that runs.
 _WORKSPACES = ("dq_k_buffer", "dq_v_buffer")
+_NO_DRAFT = "drop --speculative-algorithm"
 # How deep an attribute is searched for tensors: a scale in a dict of a list of a helper object is four.
 _DEPTH_MAX = 6
 # The group of sliding-window layers has the name of the tree's component.
@@ -57,11 +59,12 @@ class KVPools:
     num_layers: int
 
 
-def kv_pools(pool: Any, page_size: int, window_tokens: int) -> KVPools:
+def kv_pools(pool: Any, page_size: int, window_tokens: int, drafts: Sequence[Any] = ()) -> KVPools:
     """Describes a pool of SGLang, with one part or with two of which one keeps sliding windows.
 
     Args:
         window_tokens: that the tree keeps before each boundary in a sliding window; 0: there is none.
+        drafts: pools of draft models.
 
     Raises:
         IncompatibleError: see ``device_buffers``.
@@ -70,8 +73,10 @@ def kv_pools(pool: Any, page_size: int, window_tokens: int) -> KVPools:
     from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
     if type(pool) is not SWAKVPool:
-        full = device_buffers(pool)
+        full = device_buffers(pool, drafts)
         return KVPools(full, (), len(full.tensors))
+    if drafts:
+        raise _refused(pool, "with a draft model beside it", remedy=_NO_DRAFT)
     if pool.swa_req_ring_size is not None or pool.request_window is not None or pool.swa_uses_full_indices:
         raise _refused(pool, "whose windows are not kept by page")
     if pool.start_layer != 0:
@@ -98,12 +103,51 @@ def kv_pools(pool: Any, page_size: int, window_tokens: int) -> KVPools:
     return KVPools(full, (group,), pool.layer_num)
 
 
-def device_buffers(pool: Any) -> DeviceBuffers:
+def device_buffers(pool: Any, drafts: Sequence[Any] = ()) -> DeviceBuffers:
     """Describes a pool of MHA, GQA or MLA KV: of each layer K and V, or the latent, and what belongs to them.
 
+    Args:
+        drafts: pools of draft models, which have a token's KV in the same slot. A draft model runs when the
+            target has: all layers of it are in the last layer of the target.
+
     Raises:
-        IncompatibleError: the pool is of another class, or holds more than is known.
+        IncompatibleError: a pool is of another class, or holds more than is known.
     """
+    layers = _layers(pool)
+    tokens_per_row = [[_tokens_per_row(pool, buffer) for buffer in layer] for layer in layers]
+    for draft in drafts:
+        if (draft.size, draft.page_size) != (pool.size, pool.page_size):
+            raise _refused(draft, f"with {draft.size} slots, and the target's {pool.size}", remedy=_NO_DRAFT)
+        for buffer in chain(*_layers(draft)):
+            layers[-1].append(buffer)
+            tokens_per_row[-1].append(_tokens_per_row(draft, buffer))
+    return DeviceBuffers(layers, tokens_per_row)
+
+
+def draft_pools(params: Any, algorithm: str | None) -> tuple[Any, ...]:
+    """The pools of draft models, as SGLang hands them to who stores KV.
+
+    Args:
+        params: SGLang's CacheInitParams.
+        algorithm: of speculative decoding, if any.
+
+    Raises:
+        IncompatibleError: there must be some, and none are handed over.
+    """
+    if params.mtp_draft_mamba_pools:
+        raise IncompatibleError(f"the draft model keeps Mamba state, which is not stored yet: {_NO_DRAFT}")
+    # SGLang 0.5.22 hands over those that have a layer for each step only.
+    drafts = (*params.mtp_draft_device_pools, *getattr(params, "sidecar_draft_device_pools", ()))
+    if algorithm not in (None, "NGRAM") and not drafts:
+        raise IncompatibleError(
+            "this version of SGLang does not say where the draft model of "
+            f"--speculative-algorithm {algorithm} keeps its KV: {_NO_DRAFT}, or use SGLang 0.5.23"
+        )
+    return drafts
+
+
+def _layers(pool: Any) -> list[list[torch.Tensor]]:
+    """The buffers of each layer, which are all that the pool holds."""
     _check_class(pool)
     _check_recipe(pool)
     layers = _kv(pool)
@@ -111,7 +155,7 @@ def device_buffers(pool: Any) -> DeviceBuffers:
         _add(layers, getattr(pool, name, None))
     _add(layers, getattr(pool, "index_k_with_scale_buffer", None))
     _check_nothing_else(pool, [buffer for layer in layers for buffer in layer])
-    return DeviceBuffers(layers, [[_tokens_per_row(pool, buffer) for buffer in layer] for layer in layers])
+    return layers
 
 
 def asks_for_layers(pool: Any) -> bool:

@@ -8,6 +8,9 @@ from sglang_flexkv.common.config import FlexKVConfig, WritePolicy
 from sglang_flexkv.common.errors import ConfigError, IncompatibleError
 from sglang_flexkv.integration.compat import version
 
+# NEXTN is resolved to EAGLE.
+_SPECULATIVE = ("EAGLE", "EAGLE3", "NEXTN", "NGRAM")
+
 # Flag, whether it is set in a way we cannot serve, and what to do. Fields are SGLang's own names.
 _CONFLICTS = (
     ("enable_hierarchical_cache", bool, "--enable-hierarchical-cache, another host cache; drop it"),
@@ -27,8 +30,9 @@ _CONFLICTS = (
     ("enable_hisparse", bool, "--enable-hisparse, which keeps KV on the host on its own; drop it"),
     (
         "speculative_algorithm",
-        bool,
-        "--speculative-algorithm, which keeps KV of a draft model that is not cached yet; drop it",
+        lambda v: v not in (None, *_SPECULATIVE),
+        "--speculative-algorithm {value}, whose draft keeps state that is not cached yet; use EAGLE, EAGLE3, "
+        "NEXTN or NGRAM, or drop it",
     ),
     (
         "enable_kv_cache_sharding",

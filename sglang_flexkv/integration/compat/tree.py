@@ -48,6 +48,11 @@ def hash_pages(key: Any, first: int, end: int, before: str | None, page_size: in
 class LinkerWrapper(UnifiedCacheLinkerWrapper):
     """SGLang's driver of a linker, whose steps are to be filled in by a subclass."""
 
+    def key_of_tree(self, key: Any) -> Any:
+        """The key as the tree has it: with speculative decoding of pairs of tokens."""
+        key, _ = key.maybe_to_bigram_view(self.cache.tree_core.is_eagle)
+        return key
+
     def tail_hashes(self, key: Any, result: Any, device_hit_len: int) -> list[str]:
         """Hashes of the pages behind what a match found on the device."""
         raise NotImplementedError
@@ -134,7 +139,8 @@ class TreeCache(UnifiedRadixCache):
             The key of the prompt up to the last of these, and a lock on it.
         """
         end = first + len(slots)
-        key = RadixKey(tokens[:end], req.extra_key, cache_salt=req.cache_salt)
+        bigrams = self.tree_core.is_eagle  # an element of a key is a token and the one behind it
+        key = RadixKey(tokens[: end + bigrams], req.extra_key, is_bigram=bigrams, cache_salt=req.cache_salt)
         params = InsertParams(
             key=key,
             value=torch.cat([self.path_device_indices(req.last_node), slots]),
