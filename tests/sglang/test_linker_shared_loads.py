@@ -9,7 +9,17 @@ from unittest import mock
 
 import pytest
 import torch
-from kit import CORES, TIMEOUT_S, Rig, assert_same, build_small_cache, cut, make_pool, radix_key
+from kit import (
+    CORES,
+    TIMEOUT_S,
+    Rig,
+    assert_same,
+    build_kit_cache,
+    build_small_cache,
+    cut,
+    make_pool,
+    radix_key,
+)
 from linker_steps import (
     PAGE,
     PAGES,
@@ -22,9 +32,12 @@ from linker_steps import (
 )
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams
+from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.session.streaming_session import SessionSlot
+from sglang.test.kits.unified_radix_cache.config import CacheConfig
 
-from sglang_flexkv.common.config import WritePolicy
+from sglang_flexkv import _core
+from sglang_flexkv.common.config import LoadPolicy, WritePolicy
 from sglang_flexkv.integration.compat.requests import name_of
 
 TOKENS = PAGES * PAGE
@@ -495,3 +508,55 @@ def test_what_a_sessions_turn_has_loaded_is_its_sessions(make_rig: MakeRig) -> N
     turn.last_node = node
     rig.finish(another, others_slots)
     rig.finish(turn, slots)
+
+
+# ---- beside sliding windows ----
+
+WINDOW = CacheConfig(
+    page_size=4,
+    components=(ComponentType.FULL, ComponentType.SWA),
+    sliding_window_size=8,
+    num_layers=3,
+    full_attention_layer_ids=(1,),
+    kv_size=160,
+)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("core", CORES)
+def test_with_windows_what_all_of_a_batch_want_is_loaded_once_or_fails_for_all(
+    tmp_path: Path, core: str, fails: bool
+) -> None:
+    with Rig(build_kit_cache(WINDOW, core), ssd_dir=tmp_path, load_policy=LoadPolicy.LOAD) as rig:
+        tokens = sequence(1, 8, 4)
+        expected = rig.insert(tokens, seed=1)
+        req = rig.request(tokens)
+        node = rig.match(req).last_device_node
+        rig.abort(req)
+        window = rig.read_window(rig.cache.path_device_indices(node)[-8:])
+        rig.evict_all()
+        assert rig.engine.flush_spills(TIMEOUT_S)
+        invalidate_cpu_tier(rig)
+        if fails:
+            (slots_file,) = tmp_path.glob("*-swa.slots")
+            data = bytearray(slots_file.read_bytes())
+            for at in range(_core.SSD_SLOTS_OFFSET, len(data), 64):
+                data[at] ^= 1
+            slots_file.write_bytes(data)
+        reqs = [rig.request([*tokens, 9000 + n]) for n in range(3)]
+        all_slots = admit_all(rig, *reqs)
+        assert all(len(slots) == len(tokens) for slots in all_slots)
+        assert all(torch.equal(slots, all_slots[0]) for slots in all_slots)
+        run(rig, *reqs)
+        if fails:
+            # Nothing of it is left in the tree, not even what has no window.
+            assert rig.cache.tree_core.match_full_device_prefix(radix_key(tokens))[0] == 0
+            check_runs_again(rig, *reqs)
+            for req, slots in zip(reqs, all_slots, strict=True):
+                rig.abort(req, slots)
+            return
+        assert loaded(rig) == len(tokens)
+        assert shared(rig) == 2 * len(tokens)
+        for req, slots in zip(reqs, all_slots, strict=True):
+            assert_same(rig.read_window(slots[-8:]), window)
+            check_landed(rig, req, slots, expected)
