@@ -28,7 +28,10 @@ from linker_steps import (
     check_landed,
     check_runs_again,
     invalidate_cpu_tier,
+    prefetch,
+    reads_do_not_end,
     sequence,
+    wait_until_ready,
 )
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams
@@ -38,6 +41,7 @@ from sglang.test.kits.unified_radix_cache.config import CacheConfig
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.config import LoadPolicy, WritePolicy
+from sglang_flexkv.common.lower_tier import CPU
 from sglang_flexkv.integration.compat.requests import name_of
 
 TOKENS = PAGES * PAGE
@@ -560,3 +564,33 @@ def test_with_windows_what_all_of_a_batch_want_is_loaded_once_or_fails_for_all(
         for req, slots in zip(reqs, all_slots, strict=True):
             assert_same(rig.read_window(slots[-8:]), window)
             check_landed(rig, req, slots, expected)
+
+
+@pytest.mark.parametrize("core", CORES)
+def test_windows_that_ssd_alone_has_are_waited_for_and_their_read_is_everybodys(
+    tmp_path: Path, core: str
+) -> None:
+    with Rig(build_kit_cache(WINDOW, core), ssd_dir=tmp_path, load_policy=LoadPolicy.LOAD) as rig:
+        tokens = sequence(1, 8, 4)
+        expected = rig.insert(tokens, seed=1)
+        rig.evict_all()
+        assert rig.engine.flush_spills(TIMEOUT_S)
+        rig.engine._cache.groups[1].clear([CPU])
+        first, second = (rig.request([*tokens, 9000 + n]) for n in range(2))
+        with reads_do_not_end(rig):
+            prefetch(rig, first)
+            found = rig.linker.states.known(name_of(first)).found
+            assert found.num_lower_blocks == 2
+            assert rig.engine.find_read(found.keys) is not None
+            # Nobody finds them until they are there; the one that comes waits for the same read.
+            assert rig.match(second).host_hit_length < len(tokens)
+            assert not rig.cache.check_prefetch_progress(second.cache_request_handle)
+        for req in (first, second):
+            wait_until_ready(rig, req)
+        # The window of the first, and that of the shorter prefix which the second found meanwhile.
+        assert rig.stats("DISK2H")["ops_done"] == 2
+        for req in (first, second):
+            (slots,) = rig.restore(req)
+            assert len(slots) == len(tokens)
+            assert_same(rig.read(slots), expected)
+            rig.finish(req, slots)
