@@ -240,6 +240,7 @@ class FlexKVRadixCache(TreeCache):
         self.prefetches: Prefetches | None = None  # the parent's constructor calls reset()
         super().__init__(params)
         refused.check_components(self.tree_components)
+        refused.check_boundaries(self.has_windows_at_boundaries)
         self.ranks = Ranks(self.reduce_over_ranks)
         self._scheduler = SchedulerView()
         self._writes_back = False

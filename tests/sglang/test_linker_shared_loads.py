@@ -41,7 +41,6 @@ from sglang.test.kits.unified_radix_cache.config import CacheConfig
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.config import LoadPolicy, WritePolicy
-from sglang_flexkv.common.lower_tier import CPU
 from sglang_flexkv.integration.compat.requests import name_of
 
 TOKENS = PAGES * PAGE
@@ -571,11 +570,21 @@ def test_windows_that_ssd_alone_has_are_waited_for_and_their_read_is_everybodys(
     tmp_path: Path, core: str
 ) -> None:
     with Rig(build_kit_cache(WINDOW, core), ssd_dir=tmp_path, load_policy=LoadPolicy.LOAD) as rig:
-        tokens = sequence(1, 8, 4)
+        tokens, more = sequence(1, 8, 4), sequence(5000, 8, 4)
         expected = rig.insert(tokens, seed=1)
+        slots = rig.allocate(len(tokens) + len(more))
+        assert slots is not None
+        rig.write(slots, seed=2)
+        rig.cache.insert(InsertParams(key=radix_key(tokens + more), value=slots))
         rig.evict_all()
         assert rig.engine.flush_spills(TIMEOUT_S)
-        rig.engine._cache.groups[1].clear([CPU])
+        invalidate_cpu_tier(rig)
+        # Who wants more brings these tokens as well, and the window at its own end alone.
+        longer = rig.request([*tokens, *more, 9000])
+        (slots,) = rig.restore(longer)
+        rig.finish(longer, slots)
+        rig.evict_all()
+        read = rig.stats("DISK2H")["ops_done"]
         first, second = (rig.request([*tokens, 9000 + n]) for n in range(2))
         with reads_do_not_end(rig):
             prefetch(rig, first)
@@ -588,7 +597,7 @@ def test_windows_that_ssd_alone_has_are_waited_for_and_their_read_is_everybodys(
         for req in (first, second):
             wait_until_ready(rig, req)
         # The window of the first, and that of the shorter prefix which the second found meanwhile.
-        assert rig.stats("DISK2H")["ops_done"] == 2
+        assert rig.stats("DISK2H")["ops_done"] == read + 2
         for req in (first, second):
             (slots,) = rig.restore(req)
             assert len(slots) == len(tokens)

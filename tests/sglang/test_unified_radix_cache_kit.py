@@ -13,6 +13,8 @@ import hashlib
 import random
 from array import array
 from collections.abc import Iterator
+from contextlib import nullcontext
+from functools import partial
 from types import SimpleNamespace
 from unittest import TestCase, mock
 
@@ -29,6 +31,7 @@ from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.mem_cache.unified_cache.components.base import ComponentType
 from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.session.streaming_session import is_virtual_node
+from sglang.test.kits.unified_radix_cache import fixtures
 from sglang.test.kits.unified_radix_cache.config import CONFIGS
 from sglang.test.kits.unified_radix_cache.config import CacheConfig as KitConfig
 from sglang.test.kits.unified_radix_cache.fixtures import (
@@ -128,6 +131,16 @@ def test_state_beside_full_attention_is_refused_by_name(cfg: KitConfig, core: st
     with pytest.raises(IncompatibleError, match=r"not store yet; start without --enable-flexkv") as refusal:
         build_kit_cache(cfg, core)
     assert "keeps mamba state beside" in str(refusal.value)
+
+
+def test_prefixes_that_are_found_without_their_windows_are_refused() -> None:
+    params = fixtures.CacheInitParams
+    for gates in (True, False):
+        with (
+            mock.patch.object(fixtures, "CacheInitParams", partial(params, swa_gates_prefix_match=gates)),
+            nullcontext() if gates else pytest.raises(IncompatibleError, match="prefixes without them"),
+        ):
+            build_kit_cache(WINDOWS[0], "python")
 
 
 @pytest.mark.parametrize("cfg", OTHERS, ids=lambda cfg: cfg.label)

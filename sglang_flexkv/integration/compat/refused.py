@@ -133,3 +133,13 @@ def check_components(tree_components: tuple[Any, ...]) -> None:
             f"this model keeps {', '.join(others)} state beside full-attention KV (Mamba hybrids), which "
             "sglang-flexkv does not store yet; start without --enable-flexkv"
         )
+
+
+def check_boundaries(has_windows: bool) -> None:
+    """Raises IncompatibleError where a prefix on the device may lack its window: what is loaded behind it is
+    of no use then."""
+    if not has_windows:
+        raise IncompatibleError(
+            "SGLang keeps sliding windows that belong to requests or to a draft model here, and finds "
+            "prefixes without them, which sglang-flexkv cannot restore; start without --enable-flexkv"
+        )

@@ -92,6 +92,12 @@ class TreeCache(UnifiedRadixCache):
         window = self.components.get(ComponentType.SWA)
         return window.sliding_window_size if window is not None else 0
 
+    @property
+    def has_windows_at_boundaries(self) -> bool:
+        """Whether every prefix that a match finds on the device has its window there, too."""
+        window = self.components.get(ComponentType.SWA)
+        return window is None or bool(window.gates_prefix_match)
+
     def offer_again(self, node_id: int) -> list[PoolTransfer]:
         """What it takes to store the window of a node that is stored; nothing if it has none, or if it is
         not stored and so offered by itself."""
