@@ -309,6 +309,9 @@ def test_another_cache_is_refused(flag: Callable[[bool], None]) -> None:
     assert hooks.after_create_tree_cache(ours, "ctx") is None
 
 
+NO_DRAFTS: dict[str, Any] = {"attention_backend": None, "speculative_algorithm": None}
+
+
 @pytest.mark.parametrize(
     ("enabled", "stock", "expected"),
     [
@@ -319,7 +322,7 @@ def test_another_cache_is_refused(flag: Callable[[bool], None]) -> None:
     ],
 )
 def test_default_of_the_page_size(enabled: bool, stock: dict[str, int], expected: dict[str, int]) -> None:
-    view = SimpleNamespace(enable_flexkv=enabled, chunked_prefill_size=8192)
+    view = SimpleNamespace(enable_flexkv=enabled, chunked_prefill_size=8192, **NO_DRAFTS)
     assert hooks.around_page_size_default(lambda _: stock, view) == expected
 
 
@@ -327,7 +330,35 @@ def test_default_of_the_page_size(enabled: bool, stock: dict[str, int], expected
     ("chunk", "page_size"), [(None, 16), (-1, 16), (0, 16), (4096, 16), (1000, 8), (999, 1)]
 )
 def test_the_default_divides_the_chunks_of_the_user(chunk: int | None, page_size: int) -> None:
-    view = SimpleNamespace(enable_flexkv=True, chunked_prefill_size=chunk)
+    view = SimpleNamespace(enable_flexkv=True, chunked_prefill_size=chunk, **NO_DRAFTS)
+    assert hooks.around_page_size_default(lambda _: {"page_size": 1}, view) == {"page_size": page_size}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "breadth", "top_k", "backend", "page_size"),
+    [
+        ("NGRAM", 10, None, "torch_native", 1),
+        ("NGRAM", 10, None, None, 1),
+        ("NGRAM", 10, None, "flashinfer", 16),
+        ("NGRAM", 1, None, "fa3", 16),
+        ("EAGLE", 10, 4, "flashmla", 1),
+        ("EAGLE", 10, 4, "fa3", 16),
+        ("EAGLE", 10, 4, None, 16),
+        ("EAGLE", 10, 1, "flashmla", 16),
+        ("EAGLE3", 10, None, "flashmla", 16),
+    ],
+)
+def test_the_default_yields_where_trees_of_drafts_need_pages_of_a_token(
+    algorithm: str, breadth: int, top_k: int | None, backend: str | None, page_size: int
+) -> None:
+    view = SimpleNamespace(
+        enable_flexkv=True,
+        chunked_prefill_size=8192,
+        attention_backend=backend,
+        speculative_algorithm=algorithm,
+        speculative_ngram_max_bfs_breadth=breadth,
+        speculative_eagle_topk=top_k,
+    )
     assert hooks.around_page_size_default(lambda _: {"page_size": 1}, view) == {"page_size": page_size}
 
 

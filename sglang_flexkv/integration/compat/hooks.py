@@ -91,7 +91,7 @@ def after_create_tree_cache(cache: Any, ctx: Any) -> None:
 
 def around_page_size_default(original: Callable[[Any], dict[str, Any]], view: Any) -> dict[str, Any]:
     chosen = original(view)
-    if view.enable_flexkv and chosen.get("page_size") == 1:
+    if view.enable_flexkv and chosen.get("page_size") == 1 and not _needs_pages_of_one_token(view):
         # SGLang wants chunks of whole pages, and would complain about a page size that nobody typed.
         chunk = view.chunked_prefill_size or 0
         page_size = math.gcd(DEFAULT_PAGE_SIZE, chunk) if chunk > 0 else DEFAULT_PAGE_SIZE
@@ -101,6 +101,16 @@ def around_page_size_default(original: Callable[[Any], dict[str, Any]], view: An
         )
         return {**chosen, "page_size": page_size}
     return chosen
+
+
+def _needs_pages_of_one_token(view: Any) -> bool:
+    """Whether drafts are trees, which some attention backends cannot check in longer pages. SGLang refuses
+    those, and would name a page size that nobody typed."""
+    backend = view.attention_backend
+    if view.speculative_algorithm == "NGRAM":
+        return (view.speculative_ngram_max_bfs_breadth or 0) > 1 and backend != "flashinfer"
+    is_tree = view.speculative_algorithm is not None and (view.speculative_eagle_topk or 1) > 1
+    return is_tree and backend not in (None, "flashinfer", "fa3", "triton")
 
 
 def around_cached_tokens_details(
