@@ -75,6 +75,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         single_rank=place.tp_size == 1,
         has_draft=bool(drafts),
         by_layer=all(map(asks_for_layers, (pool, *drafts))),
+        reads_under_forwards=not server.sends_to_decode_servers(),
         metrics=Metrics(
             labels if server.exports_metrics() else None, engine.tier_names, remote=bool(engine.asked_tiers)
         ),

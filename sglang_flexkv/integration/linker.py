@@ -24,8 +24,8 @@ from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import GIB, FlexKVConfig
 from sglang_flexkv.common.lower_tier import CPU
 from sglang_flexkv.common.transfer import Slots, SlotsOnTheirWay
+from sglang_flexkv.integration.compat.linker_interface import PoolName, PoolTransfer, UnifiedCacheLinker
 from sglang_flexkv.integration.compat.scheduler import SchedulerView
-from sglang_flexkv.integration.compat.tree import PoolName, PoolTransfer, UnifiedCacheLinker
 from sglang_flexkv.integration.layer_counter import LayerLoadCounter
 from sglang_flexkv.integration.metrics import Metrics
 from sglang_flexkv.integration.page_hashes import PageHashes
@@ -67,7 +67,13 @@ class FlexKVLinker(UnifiedCacheLinker):
         metrics: Metrics,
         by_layer: bool = True,
         has_draft: bool = False,
+        reads_under_forwards: bool = True,
     ) -> None:
+        """
+        Args:
+            reads_under_forwards: a forward may wait for what its requests read from disks. If not, it loads
+                what the CPU tier holds, and a load does not fail for a disk's sake.
+        """
         self.engine = engine
         self.config = config
         self.namespace = namespace
@@ -91,12 +97,17 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._single_rank = single_rank
         self._has_draft = has_draft
         self._page = engine.config.tokens_per_block
+        self._reads_under_forwards = reads_under_forwards
+        # Tiers whose blocks have to be in the CPU tier before a forward loads them.
+        self.read_before = (
+            engine.asked_tiers if reads_under_forwards else frozenset(range(1, len(engine.tier_names)))
+        )
         self.page_hashes = PageHashes(self._page, namespace)
         self.load_or_recompute = LoadOrRecompute(
             config.load_policy,
             block_bytes=engine.slot_bytes,
             tokens_per_block=self._page,
-            loaded_before=engine.asked_tiers,
+            loaded_before=self.read_before,
             windows=engine.windows,
         )
         self.states = RequestStates(engine.unpin, _LEASED_SHARE_MAX * engine.config.num_cpu_blocks)
@@ -147,7 +158,7 @@ class FlexKVLinker(UnifiedCacheLinker):
             self.engine.unpin(lease)  # a shorter prefix needs other windows
             lease, held, ends = self.engine.pin(keys[:num_to_load])
             num_to_load = len(held)
-        state.found = Lookup(keys, held, num_to_load, self.engine.asked_tiers, ends)
+        state.found = Lookup(keys, held, num_to_load, self.read_before, ends)
         if state.found.num_to_load:
             self.states.add_lease(rid, lease, num_cpu_blocks)
         elif len(held):
@@ -201,9 +212,12 @@ class FlexKVLinker(UnifiedCacheLinker):
         keys = self.page_hashes.keys(rid, transfer.keys or ())
         task = self.engine.create_get(keys)
         self.states.end_lease(rid)  # the plan has a lease of its own now
-        complete = task.plan is not None and task.plan.num_blocks == len(keys)
+        plan = task.plan
+        complete = plan is not None and plan.num_blocks == len(keys)
+        if plan is not None and plan.num_lower_blocks and not self._reads_under_forwards:
+            complete = False  # evicted since it was found
         if not complete and self._single_rank:
-            # No room for what comes from a lower tier: the request is recomputed.
+            # No room for what comes from a lower tier, or not in time: the request is recomputed.
             self.engine.cancel(task)
             self.engine.forget(task)
             return False

@@ -81,7 +81,7 @@ class Prefetches:
             return
         scheduler = self._scheduler
         its_turn = scheduler.next_is_free and not scheduler.runs_something
-        if its_turn and not self._asks:
+        if its_turn and not self._linker.read_before:
             return  # its load reads under the forward
         state = self._linker.states.known(rid)
         num_blocks = state.found.num_lower_blocks

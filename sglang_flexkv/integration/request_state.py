@@ -24,7 +24,7 @@ class Lookup:
     keys: BlockKeys  # of everything it asked for
     held: TierNumbers  # of each leading block that is held the tier that it would come from
     num_to_load: int  # of these
-    asked_tiers: frozenset[int] = frozenset()  # from which no forward loads: see LowerTier.is_asked
+    asked_tiers: frozenset[int] = frozenset()  # from which no forward loads: FlexKVLinker.read_before
     # How many of the leading blocks can be loaded, growing; None: any number of those that are held.
     ends: npt.NDArray[np.int64] | None = None
 

@@ -12,6 +12,7 @@ from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pytest
 from forked_server import ForkedServer
@@ -21,7 +22,7 @@ import sglang_flexkv
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import FlexKVConfig
 from sglang_flexkv.common.errors import ConfigError, IncompatibleError
-from sglang_flexkv.integration.compat import refused
+from sglang_flexkv.integration.compat import refused, version
 from sglang_flexkv.storage.ssd_store import SsdStore
 
 MODEL = Path(__file__).parents[2] / "models" / "tiny-gqa"
@@ -225,6 +226,8 @@ def test_what_does_not_go_with_sliding_windows(
 
     model = ModelConfig(str(variant(tmp_path, **SLIDING_WINDOWS)))
     refused.check_model(model, FlexKVConfig())
+    with pytest.raises(IncompatibleError, match="sliding windows: .* --disaggregation-mode yet; drop one"):
+        refused.check_model(model, FlexKVConfig(), disaggregated=True)
     with pytest.raises(ConfigError, match=expected):
         refused.check_model(model, FlexKVConfig(**settings))
 
@@ -363,7 +366,7 @@ REFUSED_VALUES: dict[str, object] = {
     "pp_size": 2,
     "dcp_size": 2,
     "attn_cp_size": 2,
-    "disaggregation_mode": "prefill",
+    "disaggregation_mode": "decode",
 }
 
 
@@ -389,6 +392,19 @@ def test_plain_flags_are_accepted() -> None:
 @pytest.mark.parametrize("algorithm", ["EAGLE", "EAGLE3", "NEXTN", "NGRAM"])
 def test_speculative_decoding_is_accepted(algorithm: str) -> None:
     refused.check_flags(resolved(speculative_algorithm=algorithm), resolved())
+
+
+@pytest.mark.parametrize("number", ["0.5.22", "0.5.23"])
+def test_the_prefill_side_of_a_disaggregated_deployment(number: str) -> None:
+    flags = resolved(disaggregation_mode="prefill")
+    with mock.patch.object(version, "installed_sglang", return_value=number):
+        if number == "0.5.23":
+            refused.check_flags(flags, flags)
+            return
+        with pytest.raises(
+            IncompatibleError, match=r"0\.5\.22, which sends KV that is still being loaded: pip"
+        ):
+            refused.check_flags(flags, flags)
 
 
 def test_every_conflict_has_a_case_here() -> None:

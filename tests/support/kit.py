@@ -189,6 +189,7 @@ class Rig:
         remote_timeout_s: float = TIMEOUT_S,
         prefetch_timeout_s: float = 3.0,
         drafts: Sequence[MHATokenToKVPool | MLATokenToKVPool] = (),
+        reads_under_forwards: bool = True,
     ) -> None:
         self.cache, self.allocator, self.requests = parts
         self.pool = self.allocator.get_kvcache()
@@ -232,6 +233,7 @@ class Rig:
             single_rank=single_rank,
             metrics=Metrics(),
             has_draft=bool(drafts),
+            reads_under_forwards=reads_under_forwards,
         )
         self.cache.attach(self.linker, policy, by_priority=by_priority)
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)

@@ -43,8 +43,10 @@ def _is_streaming(req: Any) -> bool:
 
 
 def _can_run_again(req: Any) -> bool:
-    # SGLang lets go of the images that a session's request has brought.
-    return req.session is None or req.multimodal_inputs is None
+    # SGLang lets go of the images that a session's request has brought; and one that another server is to
+    # decode has been given up there, too.
+    has_peer = getattr(req, "disagg_kv_sender", None) is not None
+    return not has_peer and (req.session is None or req.multimodal_inputs is None)
 
 
 def end_with_its_beams(req: Any) -> None:

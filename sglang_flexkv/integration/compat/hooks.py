@@ -213,7 +213,8 @@ def after_check_server_args(_result: Any, server_args: Any) -> None:
         config = FlexKVConfig.load(view.flexkv_config_file)
         checks.check_machine(config)
         model = model_config_of(server_args)
-        refused.check_model(model, config)
+        disaggregated = view.disaggregation_mode not in (None, "null")
+        refused.check_model(model, config, disaggregated=disaggregated)
         checks.check_ssd(config, view, model)
     except FlexKVError as error:
         if _is_command_line():

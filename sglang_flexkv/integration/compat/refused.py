@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sglang_flexkv.common.config import FlexKVConfig, WritePolicy
@@ -50,8 +51,9 @@ _CONFLICTS = (
     ("attn_cp_size", lambda v: v > 1, "--attn-cp-size above 1 yet; leave it at 1"),
     (
         "disaggregation_mode",
-        lambda v: v not in (None, "null"),
-        "--disaggregation-mode yet; run prefill and decode in one server",
+        lambda v: v not in (None, "null", "prefill"),
+        "--disaggregation-mode {value}, where SGLang never looks below its tree, and never unlocks what it "
+        "has stored there; use it on the prefill server alone",
     ),
 )
 
@@ -77,18 +79,57 @@ def check_flags(view: Any, given: Any) -> None:
             f"--enable-flexkv does not work with {what}. You have not given it: SGLang set it for this "
             "model, or for another flag that its log names above; drop that flag, or --enable-flexkv"
         )
+    if view.disaggregation_mode == "prefill" and version.is_0_5_22():
+        raise IncompatibleError(
+            "--enable-flexkv does not work with --disaggregation-mode prefill in SGLang 0.5.22, which sends "
+            "KV that is still being loaded: pip install sglang==0.5.23"
+        )
     if view.device not in _DEVICES:
         raise IncompatibleError(
             f"--device {view.device} is not supported: sglang-flexkv copies from and to {', '.join(_DEVICES)}"
         )
 
 
-def check_model(model: Any, config: FlexKVConfig) -> None:
+def check_dynamic_linker(read: Callable[[str], Any], params: Any, components: set[Any]) -> None:
+    """Raises IncompatibleError for what a linker cannot be combined with that SGLang drives itself.
+
+    Args:
+        read: value of a resolved argument of SGLang by its name; raises for a name that is not one.
+        params: of the cache that SGLang builds.
+        components: of its tree.
+    """
+    others = sorted(component.name for component in components if component.name != "FULL")
+    if others:
+        raise IncompatibleError(
+            f"this model keeps {', '.join(others)} state beside full-attention KV, which the dynamic linker does "
+            "not store; start without it"
+        )
+    drafts = ("mtp_draft_device_pools", "sidecar_draft_device_pools")
+    if _value(read, "speculative_algorithm") or any(getattr(params, name, ()) for name in drafts):
+        raise IncompatibleError(
+            "the dynamic linker does not work with --speculative-algorithm, which keeps KV of a draft model; "
+            "drop it"
+        )
+    for name, refused, remedy in _CONFLICTS:
+        value = _value(read, name)
+        if name != "enable_unified_cache_external_linker" and value is not None and refused(value):
+            raise IncompatibleError(f"the dynamic linker does not work with {remedy.format(value=value)}")
+
+
+def _value(read: Callable[[str], Any], name: str) -> Any:
+    try:
+        return read(name)
+    except (ValueError, AttributeError):  # in this version there is no such argument
+        return None
+
+
+def check_model(model: Any, config: FlexKVConfig, *, disaggregated: bool = False) -> None:
     """Raises IncompatibleError for models whose state is not stored, and ConfigError for settings that cannot
     be combined with a model, before it is loaded.
 
     Args:
         model: SGLang's ModelConfig.
+        disaggregated: the KV goes to another server, which decodes.
     """
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import get_dsa_index_kpool_compress, is_minimax_sparse
@@ -106,6 +147,11 @@ def check_model(model: Any, config: FlexKVConfig) -> None:
         raise IncompatibleError(
             f"the model {model.model_path} keeps {', '.join(found)} beside full-attention KV, which "
             "sglang-flexkv does not store yet; start without --enable-flexkv"
+        )
+    if model.is_hybrid_swa and disaggregated:
+        raise IncompatibleError(
+            f"the model {model.model_path} keeps sliding windows: --enable-flexkv does not work with it and "
+            "--disaggregation-mode yet; drop one of them"
         )
     if model.is_hybrid_swa:
         _check_windows(model.model_path, config)

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from sglang.srt.runtime_context import get_context, get_memory, get_observability, get_parallel
+from sglang.srt.runtime_context import get_context, get_disagg, get_memory, get_observability, get_parallel
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ def reader() -> Callable[[str], Any]:
 
 def exports_metrics() -> bool:
     return bool(get_observability().enable_metrics)
+
+
+def sends_to_decode_servers() -> bool:
+    """Whether this is the prefill side of a disaggregated deployment."""
+    return bool(get_disagg().disaggregation_mode == "prefill")
 
 
 def evicts_by_priority() -> bool:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
-from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
@@ -21,18 +20,13 @@ from sglang.srt.session.streaming_session import is_virtual_node
 from sglang_flexkv.integration.compat import version
 
 if TYPE_CHECKING or not version.is_0_5_22():
-    from sglang.srt.mem_cache.unified_cache.unified_cache_linker import UnifiedCacheLinker
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 else:
-    from sglang_flexkv.integration.compat.sglang_0_5_22 import Linker as UnifiedCacheLinker
     from sglang_flexkv.integration.compat.sglang_0_5_22 import RadixCache as UnifiedRadixCache
 
 __all__ = (
     "LinkerWrapper",
-    "PoolName",
-    "PoolTransfer",
     "TreeCache",
-    "UnifiedCacheLinker",
     "hash_pages",
     "is_virtual_node",
 )
