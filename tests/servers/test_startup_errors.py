@@ -400,6 +400,9 @@ def test_the_prefill_side_of_a_disaggregated_deployment(number: str) -> None:
     with mock.patch.object(version, "installed_sglang", return_value=number):
         if number == "0.5.23":
             refused.check_flags(flags, flags)
+            flags.speculative_algorithm = "EAGLE"
+            with pytest.raises(IncompatibleError, match="--speculative-algorithm together yet; drop one"):
+                refused.check_flags(flags, flags)
             return
         with pytest.raises(
             IncompatibleError, match=r"0\.5\.22, which sends KV that is still being loaded: pip"

@@ -84,6 +84,11 @@ def check_flags(view: Any, given: Any) -> None:
             "--enable-flexkv does not work with --disaggregation-mode prefill in SGLang 0.5.22, which sends "
             "KV that is still being loaded: pip install sglang==0.5.23"
         )
+    if view.disaggregation_mode == "prefill" and view.speculative_algorithm:
+        raise IncompatibleError(
+            "--enable-flexkv does not work with --disaggregation-mode and --speculative-algorithm together yet; "
+            "drop one of them"
+        )
     if view.device not in _DEVICES:
         raise IncompatibleError(
             f"--device {view.device} is not supported: sglang-flexkv copies from and to {', '.join(_DEVICES)}"
@@ -101,8 +106,8 @@ def check_dynamic_linker(read: Callable[[str], Any], params: Any, components: se
     others = sorted(component.name for component in components if component.name != "FULL")
     if others:
         raise IncompatibleError(
-            f"this model keeps {', '.join(others)} state beside full-attention KV, which the dynamic linker does "
-            "not store; start without it"
+            f"this model keeps {', '.join(others)} state beside full-attention KV, which the dynamic linker "
+            "does not store; start without it"
         )
     drafts = ("mtp_draft_device_pools", "sidecar_draft_device_pools")
     if _value(read, "speculative_algorithm") or any(getattr(params, name, ()) for name in drafts):

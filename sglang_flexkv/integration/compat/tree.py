@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.session.streaming_session import is_virtual_node
 
 from sglang_flexkv.integration.compat import version
+from sglang_flexkv.integration.compat.linker_interface import PoolName, PoolTransfer
 
 if TYPE_CHECKING or not version.is_0_5_22():
     from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache

@@ -40,7 +40,8 @@ def check_version() -> None:
     if version.split("+")[0] not in SUPPORTED_SGLANG:
         raise IncompatibleError(
             f"sglang-flexkv supports SGLang {', '.join(SUPPORTED_SGLANG)}, not {version}: "
-            f"pip install sglang=={SUPPORTED_SGLANG[-1]}"
+            f"pip install sglang=={SUPPORTED_SGLANG[-1]}, or run a newer one without --enable-flexkv and "
+            "with the dynamic linker (docs/models.md)"
         )
 
 
