@@ -226,7 +226,7 @@ def test_what_does_not_go_with_sliding_windows(
 
     model = ModelConfig(str(variant(tmp_path, **SLIDING_WINDOWS)))
     refused.check_model(model, FlexKVConfig())
-    with pytest.raises(IncompatibleError, match="sliding windows: .* --disaggregation-mode yet; drop one"):
+    with pytest.raises(IncompatibleError, match=r"sliding windows: .* --disaggregation-mode yet; drop one"):
         refused.check_model(model, FlexKVConfig(), disaggregated=True)
     with pytest.raises(ConfigError, match=expected):
         refused.check_model(model, FlexKVConfig(**settings))

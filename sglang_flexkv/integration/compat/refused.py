@@ -86,8 +86,8 @@ def check_flags(view: Any, given: Any) -> None:
         )
     if view.disaggregation_mode == "prefill" and view.speculative_algorithm:
         raise IncompatibleError(
-            "--enable-flexkv does not work with --disaggregation-mode and --speculative-algorithm together yet; "
-            "drop one of them"
+            "--enable-flexkv does not work with --disaggregation-mode and --speculative-algorithm together "
+            "yet; drop one of them"
         )
     if view.device not in _DEVICES:
         raise IncompatibleError(
