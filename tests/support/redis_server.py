@@ -72,7 +72,8 @@ class ValkeyServer(RedisServer):
 
 
 class RedisCluster:
-    """Three servers that share the slots. ``nodes`` are the servers."""
+    """Three servers that share the slots, and one that takes the place of the last of them if that goes.
+    ``nodes`` are the servers, in this order."""
 
     def __init__(self, directory: Path) -> None:
         self.nodes: list[RedisServer] = []
@@ -84,21 +85,26 @@ class RedisCluster:
 
     def _start(self, directory: Path) -> None:
         buses = [
-            str(free_port()) for _ in range(3)
+            str(free_port()) for _ in range(4)
         ]  # 10,000 above the port otherwise, which there may not be
         for number, bus in enumerate(buses):
             (directory / str(number)).mkdir()
-            options = ("--cluster-enabled", "yes", "--cluster-port", bus)
+            options = ("--cluster-enabled", "yes", "--cluster-port", bus, "--cluster-node-timeout", "1000")
             self.nodes.append(RedisServer(directory / str(number), *options))
         clients = [redis.Redis(port=node.port) for node in self.nodes]
-        for number, client in enumerate(clients):
+        for number, client in enumerate(clients[:3]):
             first, last = (16384 * at // 3 for at in (number, number + 1))
             client.execute_command("CLUSTER ADDSLOTSRANGE", first, last - 1)
             client.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
-            clients[0].execute_command("CLUSTER MEET", "127.0.0.1", self.nodes[number].port, buses[number])
+        for node, bus in zip(self.nodes, buses, strict=True):
+            clients[0].execute_command("CLUSTER MEET", "127.0.0.1", node.port, bus)
         deadline = time.monotonic() + _STARTS_WITHIN_S
         while not all(client.cluster("info")["cluster_state"] == "ok" for client in clients):
             assert time.monotonic() < deadline, "the cluster does not come together"
+            time.sleep(0.05)
+        clients[3].execute_command("CLUSTER REPLICATE", clients[2].execute_command("CLUSTER MYID"))
+        while clients[3].info("replication").get("master_link_status") != "up":
+            assert time.monotonic() < deadline, "the replica does not come up"
             time.sleep(0.05)
         for client in clients:
             client.close()

@@ -1,8 +1,10 @@
-"""A real cluster of three Redis servers: what every store owes, slots that move, a node that is gone."""
+"""A real cluster of Redis servers: what every store owes, slots that move, a node that is lost."""
 
 from __future__ import annotations
 
+import itertools
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +19,8 @@ from sglang_flexkv.common.remote_url import parse_remote_url
 from sglang_flexkv.storage.remote.check import check
 from sglang_flexkv.storage.remote.redis import RedisStore
 from sglang_flexkv.storage.remote.store import Outcome, StoreError
+
+PATIENCE_S = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +42,7 @@ def test_values_lie_on_all_nodes(cluster: RedisCluster, store: RedisStore) -> No
     assert store.is_cluster
     session, names = store.session(), some_names(100)
     session.put(names, [value(i) for i in range(100)])
-    for node in cluster.nodes:
+    for node in cluster.nodes[:3]:
         with redis.Redis(port=node.port) as client:
             assert any(client.keys(f"{names[0][:37]}*"))
     session.close()
@@ -47,11 +51,14 @@ def test_values_lie_on_all_nodes(cluster: RedisCluster, store: RedisStore) -> No
 def test_slots_that_move_are_followed(cluster: RedisCluster, store: RedisStore) -> None:
     session, (name,) = store.session(), some_names(1)
     slot = key_slot(name.encode())
-    clients = [redis.Redis(port=node.port) for node in cluster.nodes]
+    clients = [redis.Redis(port=node.port) for node in cluster.nodes[:3]]
     ids = [client.execute_command("CLUSTER MYID") for client in clients]
     first = next(i for i in range(3) if slot < 16384 * (i + 1) // 3)
-    for target in ((first + 1) % 3, first):  # and back
+    second = (first + 1) % 3
+    for source, target in ((first, second), (second, first)):  # and back
         session.exists([name])  # it has a connection, and a map
+        clients[target].execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
+        clients[source].execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
         for client in clients[target:] + clients[:target]:  # who gets it learns of it first
             client.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[target])
         with pytest.raises(StoreError) as error:
@@ -70,6 +77,41 @@ def test_slots_that_move_are_followed(cluster: RedisCluster, store: RedisStore) 
         client.close()
 
 
+def test_a_slot_that_is_on_its_way_is_a_miss_and_no_fault(cluster: RedisCluster, store: RedisStore) -> None:
+    """Its node sends those who ask for what it has not to the next one (ASK)."""
+    names = some_names(1)
+    slot = key_slot(names[0].encode())
+    there, elsewhere = (
+        names[0],
+        next(
+            name
+            for name in itertools.chain.from_iterable(some_names(1000) for _ in itertools.count())
+            if key_slot(name.encode()) == slot
+        ),
+    )
+    session = store.session()
+    session.put([there], [value(1)])
+    first = next(i for i in range(3) if slot < 16384 * (i + 1) // 3)
+    source, target = (redis.Redis(port=cluster.nodes[i].port) for i in (first, (first + 1) % 3))
+    ids = [client.execute_command("CLUSTER MYID") for client in (source, target)]
+    target.execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[0])
+    source.execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[1])
+    try:
+        assert session.exists([there, elsewhere]) == [True, False]
+        assert session.count_leading([there, elsewhere]) == 1
+        into = [empty(), empty()]
+        assert session.get([elsewhere, there], into) == [Outcome.MISSING, Outcome.GOOD]
+        assert content(into[1]) == content(value(1))
+        assert session.put([elsewhere, there], [value(2), value(3)]) == [Outcome.MISSING, Outcome.GOOD]
+    finally:
+        for client in (source, target):
+            client.execute_command("CLUSTER SETSLOT", slot, "STABLE")
+    assert session.put([elsewhere], [value(2)]) == [Outcome.GOOD]
+    for client in (source, target):
+        client.close()
+    session.close()
+
+
 def test_without_its_client_the_way_to_get_it_is_said(
     cluster: RedisCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,9 +127,13 @@ def test_a_check_tries_a_cluster(cluster: RedisCluster) -> None:
     assert any("cluster" in note for note in found.notes)
 
 
-def test_what_a_lost_node_had_spoils_nothing_of_the_others(cluster: RedisCluster, store: RedisStore) -> None:
+def test_a_node_that_is_lost_fails_its_values_until_its_replica_has_taken_its_place(
+    cluster: RedisCluster, store: RedisStore
+) -> None:
     session, names = store.session(), some_names(30)
     session.put(names, [value(i) for i in range(30)])
+    with redis.Redis(port=cluster.nodes[2].port) as client:
+        assert client.wait(1, 20_000) == 1  # its replica has all of it
     cluster.nodes[2].stop()
     of_it = [key_slot(name.encode()) >= 16384 * 2 // 3 for name in names]
     assert True in of_it
@@ -97,4 +143,18 @@ def test_what_a_lost_node_had_spoils_nothing_of_the_others(cluster: RedisCluster
     assert outcomes == [Outcome.FAILED if lost else Outcome.GOOD for lost in of_it]
     for i in range(30):
         assert of_it[i] or content(into[i]) == content(value(i))
+    # As the tier does it: with another session after an error.
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        session.close()
+        session = store.session()
+        try:
+            if session.get(names, into) == [Outcome.GOOD] * 30 and session.exists(names) == [True] * 30:
+                break
+        except StoreError:
+            pass
+        assert time.monotonic() < deadline, "the replica is not found"
+        time.sleep(0.05)
+    assert [content(each) for each in into] == [content(value(i)) for i in range(30)]
+    assert session.put(names, [value(i + 1) for i in range(30)]) == [Outcome.GOOD] * 30
     session.close()

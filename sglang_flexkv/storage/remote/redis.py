@@ -38,7 +38,7 @@ _COUNTED = 64  # values that are counted together
 _PIECES_MAX = 512  # that one call of the system takes
 
 # What a server answers while it starts, or to a client that came to the wrong one of several.
-_TEMPORARY = ("LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "MOVED", "ASK")
+_TEMPORARY = ("LOADING", "BUSY", "TRYAGAIN", "CLUSTERDOWN", "MASTERDOWN", "MOVED")
 _TO_BE_CHANGED = {
     "NOAUTH": "it wants a password; put it into the URL, redis://:PASSWORD@HOST, in FLEXKV_REMOTE or a file",
     "WRONGPASS": "user or password are wrong; correct them in the URL",
@@ -46,6 +46,11 @@ _TO_BE_CHANGED = {
     "DENIED": "it is protected: only this machine may use it; set a password, or protected-mode no",
     "READONLY": "it is a replica; name the primary",
 }
+
+
+class _OnItsWayError(StoreError):
+    """The slot of the value moves to another node, and this one does not have it. Not followed: a miss for as
+    long as the slot moves."""
 
 
 class _Refused(StoreError):
@@ -175,7 +180,7 @@ class _RedisSession(Session):
     def exists(self, names: Sequence[str]) -> list[bool]:
         self._begin()
         self._send([b"".join(_command("EXISTS", name) for name in names)])
-        return [self._integer() > 0 for _ in names]
+        return [self._is_there() for _ in names]
 
     def count_leading(self, names: Sequence[str]) -> int:
         # How many of some are there is one short answer; which of them only where it is not all.
@@ -209,6 +214,8 @@ class _RedisSession(Session):
                     outcomes.append(Outcome.GOOD)
                 except StoreFullError as error:
                     full = error
+                    outcomes.append(Outcome.MISSING)
+                except _OnItsWayError:
                     outcomes.append(Outcome.MISSING)
         if full is not None and Outcome.GOOD not in outcomes:
             raise full
@@ -339,7 +346,10 @@ class _RedisSession(Session):
         return self._number(line)
 
     def _bulk_into(self, value: Value) -> Outcome:
-        size = self._bulk_size()
+        try:
+            size = self._bulk_size()
+        except _OnItsWayError:
+            return Outcome.MISSING
         if size < 0:
             return Outcome.MISSING
         if size != value_bytes(value):
@@ -359,6 +369,12 @@ class _RedisSession(Session):
         self._fill(memoryview(text))
         self._end_of_bulk()
         return bytes(text)
+
+    def _is_there(self) -> bool:
+        try:
+            return self._integer() > 0
+        except _OnItsWayError:
+            return False
 
     def _integer(self) -> int:
         line = self._line()
@@ -388,6 +404,8 @@ class _RedisSession(Session):
             return StoreFullError(f"{self._store.name} is full (maxmemory)")
         if kind in ("MOVED", "ASK") and not self._store.is_cluster:
             return _Refused(f"{self._store.name}: it is one of a cluster, and INFO is refused; allow it")
+        if kind == "ASK":
+            return _OnItsWayError(f"{self._store.name}: a slot is on its way", temporary=True)
         if kind in _TO_BE_CHANGED:
             return _Refused(f"{self._store.name}: {_TO_BE_CHANGED[kind]}")
         if kind == "ERR" and "AUTH" in text:
