@@ -6,19 +6,22 @@ Ours is a store's session, as the tier's threads use it: a header and a block ea
 barest client of Redis is a socket to which one buffer after the other is sent, and from which one is
 received, as its protocol has it; that of a directory opens, writes and renames files with O_DIRECT; that of
 S3 is obstore in four threads, with one buffer for each value; that of Mooncake Store makes a call for each
-value. The others have one thread. All take turns, round by round. Making and comparing the sums is in none of
-them. Looking up is of 2,048 blocks that are there, and of as many that are not. Every byte that came back is
-compared.
+value. The others have one thread. Beside the directory ``fio``, where it is installed, writes and reads as
+many files of that size, one after the other with O_DIRECT. All take turns, round by round. Making and
+comparing the sums is in none of them. Looking up is of 2,048 blocks that are there, and of as many that are
+not. Every byte that came back is compared.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import json
 import mmap
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -183,6 +186,22 @@ class BareFiles(Bare):
         assert os.preadv(fd, [value], 0) == len(value)
         os.close(fd)
 
+    def fio_s(self, mode: str, count: int, size: int) -> float:
+        """What fio takes to write, or then to read, so many files."""
+        directory = self._directory / f"fio-{size}"
+        directory.mkdir(exist_ok=True)
+        command = [
+            *("fio", "--name=values", f"--directory={directory}", f"--rw={mode}", "--output-format=json"),
+            *(f"--nrfiles={count}", f"--filesize={size}", f"--size={count * size}", f"--bs={size}"),
+            *("--ioengine=psync", f"--direct={int(self._direct != 0)}", "--thread", "--openfiles=1"),
+            *("--file_service_type=sequential", "--create_on_open=1", "--fallocate=none"),
+        ]
+        done = subprocess.run(command, check=True, capture_output=True, text=True)
+        of_way = json.loads(done.stdout)["jobs"][0][mode]
+        if of_way["io_bytes"] != count * size:
+            raise RuntimeError(f"fio moved {of_way['io_bytes']} bytes, not {count * size}")
+        return float(of_way["io_bytes"] / of_way["bw_bytes"])
+
 
 def _stores() -> dict[str, Callable[[Path], Any]]:
     """Those whose servers and clients are here."""
@@ -237,6 +256,11 @@ def main(
                 report.goals[name] = "≥ 0.9"
             for what in ("there", "absent"):
                 report.results[f"{kind}_look_up_{what}_ms"] = max(row[f"{what}_ms"] for row in of_kind)
+        for way in ("put", "get"):
+            ratios = [row[f"{way}_ratio_fio"] for row in report.rows if f"{way}_ratio_fio" in row]
+            if ratios:
+                report.results[f"directory_{way}_ratio_fio"] = min(ratios)
+                report.goals[f"directory_{way}_ratio_fio"] = "≥ 0.9"
         if "redis" in kinds:
             of_kind = [row for row in report.rows if row["store"] == "redis"]
             report.results["redis_put_over_redis_py"] = min(row["put_over_redis_py"] for row in of_kind)
@@ -283,6 +307,8 @@ def _measure(report: Report, kind: str, bare: Any, block_bytes: int, total_bytes
         }
         if kind == "redis":
             ways["library_put"] = lambda: barest(bare.library_put, sent)
+        fio_s: dict[str, list[float]] = {"put": [], "get": []}
+        has_fio = kind == "directory" and shutil.which("fio") is not None
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for number in range(rounds + 1):
             for way, call in ways.items():
@@ -294,6 +320,10 @@ def _measure(report: Report, kind: str, bare: Any, block_bytes: int, total_bytes
                     seconds[way].append(time.perf_counter() - begin_s)
                 if "get" in way:
                     report.check_bytes(f"bytes after {way}", received.array(), sent.array())
+            for way, mode in (("put", "write"), ("get", "read")) if has_fio else ():
+                needed_s = bare.fio_s(mode, count, sent.size)
+                if number:
+                    fio_s[way].append(needed_s)
         there = [f"fkv1/{_NAMESPACE}/{block_bytes:016x}{i:016x}" for i in range(_LOOKED_UP)]
         small = [[memoryview(bytes(1))]] * 64
         for first in range(0, _LOOKED_UP, 64):
@@ -311,6 +341,7 @@ def _measure(report: Report, kind: str, bare: Any, block_bytes: int, total_bytes
                     if kind == "redis"
                     else {}
                 ),
+                **{f"{way}_ratio_fio": median_ratio(fio_s[way], seconds[way]) for way in fio_s if has_fio},
                 "there_ms": _look_up_ms(report, session, there, _LOOKED_UP),
                 "absent_ms": _look_up_ms(report, session, absent, 0),
             }
