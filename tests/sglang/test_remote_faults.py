@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+import re
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -86,6 +89,29 @@ def check_that_it_is_of_use(rig: Rig, tokens: list[int], expected: list, seed: i
         assert time.monotonic() < deadline, "the store is not used again"
 
 
+def at_rest(rig: Rig) -> dict[str, object]:
+    """What a server holds while nothing is on its way."""
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    assert rig.engine.drain(TIMEOUT_S)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not rig.stats("REMOTE")["online"]:  # opened again: its threads are there once more
+        assert time.monotonic() < deadline
+        rig.cache.check_hicache_events()
+        time.sleep(0.001)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    stats = rig.engine.stats()
+    return {
+        "threads": Counter(
+            re.sub(r"\d+", "", thread.name)
+            for thread in threading.enumerate()
+            if thread.name.startswith("flexkv-remote")
+        ),
+        "slots": {what: stats["CPU"][what] for what in ("writing", "pinned")},
+        "tasks": stats["tasks"]["running"],
+    }
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_one_server_stored_another_finds(make_rig: MakeRig, services: Services, kind: str) -> None:
     url = services.get(kind).url
@@ -144,6 +170,9 @@ def test_a_store_that_does_what_it_likes_changes_no_request(
     first, second = make_rig(remote=url), make_rig(remote=url)
     prompts = [sequence(100_000 * (seed + 1) + 1000 * number) for number in range(4)]
     expected = [store(first, prompt, number) for number, prompt in enumerate(prompts)]
+    # A value is a page and a block; a call moves one, or as many as go into its bytes.
+    in_flight = (remote_tier._LOAD_THREADS + remote_tier._STORE_THREADS) * remote_tier._CALL_BYTES
+    quiet = at_rest(second)
     kinds = ("flip", "garbage", "missing", "wrong_size", "error", "lost", "full", "lies")
     for step in range(40):
         faults.heal()
@@ -157,3 +186,7 @@ def test_a_store_that_does_what_it_likes_changes_no_request(
             invalidate_cpu_tier(second)
     faults.heal()
     check_that_it_is_of_use(second, prompts[1], expected[1], 1)
+    # What was on its way was bounded, and nothing has stayed behind: no slot, no thread, no record.
+    assert at_rest(second) == quiet
+    assert 0 < faults.num_bytes_max <= 2 * in_flight  # of both servers
+    assert faults.num_bytes == 0

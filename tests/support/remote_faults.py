@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.lower_tier import AwayError
@@ -18,6 +19,7 @@ from sglang_flexkv.storage.remote.store import (
     StoreError,
     StoreFullError,
     Value,
+    value_bytes,
 )
 
 _HANGS_AT_MOST_S = 2.0
@@ -31,6 +33,7 @@ class Faults:
         self._lock = threading.Lock()
         self._may_go_on = threading.Event()
         self.num_held = threading.Semaphore(0)  # loads that have been held up
+        self.num_bytes = self.num_bytes_max = 0  # of calls that move values
         self.heal()
 
     def heal(self) -> None:
@@ -50,6 +53,18 @@ class Faults:
     def below(self, limit: int) -> int:
         with self._lock:
             return self._random.randrange(limit)
+
+    @contextmanager
+    def counting(self, values: Sequence[Value]) -> Iterator[None]:
+        num_bytes = sum(map(value_bytes, values))
+        with self._lock:
+            self.num_bytes += num_bytes
+            self.num_bytes_max = max(self.num_bytes_max, self.num_bytes)
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.num_bytes -= num_bytes
 
     def wait(self) -> None:
         if not self._may_go_on.is_set():
@@ -103,6 +118,10 @@ class _FaultySession(Session):
         return self._session.count_leading(names)
 
     def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+        with self._faults.counting(values):
+            return self._get(names, values)
+
+    def _get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         faults = self._faults
         faults.wait()
         self._maybe_lose()
@@ -131,6 +150,10 @@ class _FaultySession(Session):
         return outcome
 
     def put(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+        with self._faults.counting(values):
+            return self._put(names, values)
+
+    def _put(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         faults = self._faults
         self._maybe_lose()
         if faults.stores_fail and not names[0].endswith("generation"):

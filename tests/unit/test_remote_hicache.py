@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -74,17 +76,27 @@ class Backend(HiCacheStorage):
         if self.fault == "dies":
             raise RuntimeError("no entry for hunter2")
         self.held: dict[str, torch.Tensor] = {}
+        self.num_inside = self.most_inside = 0
 
     def set(self, key: str, value: Any = None, *_: Any) -> bool:
         self.held[key] = value[:-1] if self.fault == "cuts" else value
         return self.fault != "refuses"
 
     def get(self, key: str, *_: Any) -> torch.Tensor | None:
+        if self.fault == "counts":
+            return self._counted(key)
         if self.fault == "alters":
             return self.held[key] + 1
         if self.fault == "fails":
             raise RuntimeError("hunter2")
         return self.held.get(key)
+
+    def _counted(self, key: str) -> torch.Tensor:
+        self.num_inside += 1
+        self.most_inside = max(self.most_inside, self.num_inside)
+        time.sleep(0.001)  # lets go of the GIL, as a backend does that reads
+        self.num_inside -= 1
+        return self.held[key]
 
     def exists(self, key: str) -> bool:
         return key in self.held
@@ -117,6 +129,32 @@ def test_a_backend_of_somebody_else_is_loaded_by_sglang() -> None:
     with pytest.raises(StoreError, match="RuntimeError") as error:
         session.get(names, [into])
     assert "hunter" not in str(error.value)
+
+
+def test_a_backend_loads_in_one_thread_at_a_time() -> None:
+    """Nobody has promised that it bears more."""
+    store = opened(dynamic("counts"))
+    names = some_names(4)
+    store.session().put(names, [value(i) for i in range(4)])
+
+    def load() -> None:
+        session = store.session()
+        for _ in range(10):
+            assert session.get(names, [empty() for _ in names]) == [Outcome.GOOD] * 4
+
+    with ThreadPoolExecutor(4) as threads:
+        for future in [threads.submit(load) for _ in range(4)]:
+            future.result()
+    assert store.backend.most_inside == 1
+
+
+def test_a_value_that_is_longer_or_shorter_is_no_hit() -> None:
+    store = opened(dynamic("none"))
+    session, names = store.session(), some_names(2)
+    session.put(names, [value(1, 4096), value(2, 12288)])
+    into = [empty(), empty()]
+    assert session.get(names, into) == [Outcome.CORRUPT] * 2
+    assert [content(each) for each in into] == [content(empty())] * 2  # nothing was written anywhere
 
 
 @pytest.mark.parametrize("fault", ["dies", "cuts", "alters", "fails", "refuses"])

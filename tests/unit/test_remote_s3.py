@@ -181,6 +181,9 @@ def answering() -> Iterator[Callable[[Answer], S3Store]]:
     ends: list[Callable[[], None]] = []
 
     def make(answer: Answer) -> S3Store:
+        class Listening(ThreadingHTTPServer):
+            request_queue_size = 64
+
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
@@ -193,7 +196,7 @@ def answering() -> Iterator[Callable[[Answer], S3Store]]:
             def log_message(self, *_: object) -> None:
                 pass
 
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        server = Listening(("127.0.0.1", 0), Handler)
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         store = S3Store(parse_remote_url(f"s3://b?endpoint=http://127.0.0.1:{server.server_port}"), 1.0)
@@ -254,6 +257,49 @@ def test_what_does_not_answer_as_s3_does_brings_nothing(
         told = str(error)
     assert outcomes != [Outcome.GOOD]
     assert "xxx" not in told
+
+
+@pytest.mark.timeout(60)  # not the 400 s in which all of it comes
+def test_a_value_that_trickles_takes_no_longer_than_it_may(answering: Callable[[Answer], S3Store]) -> None:
+    """Each byte comes in time, and all of them do not."""
+    over = threading.Event()
+
+    def trickle(request: BaseHTTPRequestHandler) -> None:
+        text(200, b"x", SIZE)(request)
+        for _ in range(SIZE):
+            if over.wait(0.05):
+                return
+            request.wfile.write(b"x")
+
+    held = text(200, b"".join(value(7)))
+    store = answering(lambda request: (trickle if request.path.endswith(NAMES[0]) else held)(request))
+    store.open()
+    try:
+        with pytest.raises(StoreError):
+            store.session().get(NAMES[:1], [empty()])
+    finally:
+        over.set()
+
+
+@pytest.mark.timeout(60)  # not the 40 s and more of so many requests after each other
+def test_many_requests_take_no_longer_than_two(answering: Callable[[Answer], S3Store]) -> None:
+    """Each of them may take the whole time; those that have not begun when it is over do not begin."""
+    count, lock, over = 0, threading.Lock(), threading.Event()
+
+    def late(request: BaseHTTPRequestHandler) -> None:
+        nonlocal count
+        with lock:
+            count += 1
+        over.wait(0.7)
+        text(200, b"".join(value(7)))(request)
+
+    held = text(200, b"".join(value(7)))
+    store = answering(lambda request: (late if "fkv1/0/0" not in request.path else held)(request))
+    store.open()
+    with pytest.raises(StoreError, match="has not answered"):
+        store.session().get(some_names(200), [empty() for _ in range(200)])
+    over.set()
+    assert count <= 3 * 16
 
 
 @pytest.mark.parametrize(

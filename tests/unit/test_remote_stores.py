@@ -321,6 +321,27 @@ def test_what_does_not_answer_as_redis_does_brings_nothing(kind: str) -> None:
         end()
 
 
+@pytest.mark.timeout(60)  # not the 5,000 s in which all of it comes
+def test_a_value_that_trickles_takes_no_longer_than_it_may() -> None:
+    """Each byte comes in time, and all of them do not."""
+    over = threading.Event()
+
+    def trickle(connection: socket.socket) -> None:
+        connection.sendall(b"$8192\r\n")
+        for _ in range(8192):
+            if over.wait(0.05):
+                return
+            connection.sendall(b"x")
+
+    url, end = answering(trickle)
+    try:
+        with pytest.raises(StoreError, match="has not answered"):
+            redis_store(url, 0.3).session().get(NAMES[:1], [empty()])
+    finally:
+        over.set()
+        end()
+
+
 def pass_on(one: socket.socket, other: socket.socket) -> None:
     """What comes on either goes to the other, until one of them has gone."""
     one.settimeout(0.02)
