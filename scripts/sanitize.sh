@@ -2,7 +2,7 @@
 # The core under sanitizers: AddressSanitizer with UndefinedBehaviorSanitizer, then ThreadSanitizer.
 # Exit status 0: clean. 1: a finding, which is printed. 2: it could not be built.
 #
-#     scripts/sanitize.sh              the C++ tests, then Python's tests of index and transfer engine
+#     scripts/sanitize.sh              the C++ tests, then Python's tests of index, transfer engine and remote tier
 #     scripts/sanitize.sh --quick      the C++ tests, a few seconds each
 #     scripts/sanitize.sh --self-test  plants faults and demands that each of them is a finding
 #
@@ -89,6 +89,9 @@ case ${1:-} in
         check "$sanitizer: index" with_core "$sanitizer" tests/unit/test_prefix_index.py \
             tests/unit/test_index_model.py -k "not script"
         check "$sanitizer: transfer engine" with_core "$sanitizer" "$ENGINE" -k "not $MEMORY and not $SHARED"
+        TSAN_OPTIONS=$TSAN_OPTIONS:report_thread_leaks=0:suppressions=$ROOT/csrc/testing/python_threads.supp \
+            check "$sanitizer: remote tier" with_core "$sanitizer" tests/unit/test_remote_tier.py \
+            tests/unit/test_remote_values.py
         check "$sanitizer: CUDA path" with_core "$sanitizer" tests/unit/test_cuda_path.py
     done
     TSAN_OPTIONS+=":suppressions=$ROOT/csrc/testing/shared_slots.supp"

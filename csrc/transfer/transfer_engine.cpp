@@ -525,12 +525,12 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
       results_.push_back(std::move(result));
       graphs_.erase(graph->id);
       graph = nullptr;
+      // With the lock: whoever waits for the last graph may destroy the engine as soon as it is let go of, and
+      // the threads of a remote tier are not joined by that.
+      ended_.notify_all();
     }
   }
-  if (graph == nullptr) {
-    ended_.notify_all();
-    return;
-  }
+  if (graph == nullptr) return;
   for (Op* next : ready) Dispatch(next);
 }
 
