@@ -10,12 +10,19 @@ value. The others have one thread. Beside the directory ``fio``, where it is ins
 many files of that size, one after the other with O_DIRECT. All take turns, round by round. Making and
 comparing the sums is in none of them. Looking up is of 2,048 blocks that are there, and of as many that are
 not. Every byte that came back is compared.
+
+Compression is measured apart: what it makes of a block of 2 MiB and how fast, and the whole tier, from the
+CPU tier to a directory and back, with ``remote_compression: always`` beside ``none``, over a link that is
+pretended: each call waits until what it moves, and what others move, would have gone over it. The KV is
+synthetic: numbers of a normal distribution in bf16, and such whose channels differ in scale by e to the power
+of another one. What a trained model's KV shrinks to is its own affair: less, the more its channels differ.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import itertools
 import json
 import mmap
 import os
@@ -23,13 +30,16 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import torch
 import typer
 from common import (
     ROOT,
@@ -43,8 +53,12 @@ from common import (
     random_bytes,
 )
 
-from sglang_flexkv import _core
-from sglang_flexkv.common.remote_url import parse_remote_url
+from sglang_flexkv import CacheConfig, KVCacheLayout, KVCacheLayoutType, _core
+from sglang_flexkv.common.block import SequenceMeta, make_namespace
+from sglang_flexkv.common.remote_url import RemoteUrl, parse_remote_url
+from sglang_flexkv.kvtask import KVTask, KVTaskEngine
+from sglang_flexkv.storage.remote.directory import DirectoryStore
+from sglang_flexkv.storage.remote.store import Outcome, Session, Value, value_bytes
 from sglang_flexkv.storage.remote.tier import STORES
 
 sys.path.append(str(ROOT / "tests" / "support"))
@@ -234,7 +248,7 @@ def main(
     directory: Annotated[Path | None, typer.Option("--dir", help="Where the files go.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured rounds.")] = 7,
     mib: Annotated[int, typer.Option(min=8, help="Stored and loaded per round.")] = 128,
-    only: Annotated[list[str] | None, typer.Option(help="Of these stores.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Of these stores, or compression.")] = None,
 ) -> None:
     """Remote stores against the barest client of each."""
     if smoke:
@@ -265,10 +279,13 @@ def main(
             of_kind = [row for row in report.rows if row["store"] == "redis"]
             report.results["redis_put_over_redis_py"] = min(row["put_over_redis_py"] for row in of_kind)
             report.goals["redis_put_over_redis_py"] = "≥ 3"
+        if only is None or "compression" in only:
+            _measure_compression(report, scratch, mib << 20, rounds)
         for kind in {"redis", "mooncake"} & kinds.keys():
             report.goals[f"{kind}_look_up_there_ms"] = "≤ 1"
     columns = ["store", "mib", "put_mb_s", "put_ratio", "get_mb_s", "get_ratio", "there_ms", "absent_ms"]
-    print_table("ratios to the barest client", report.rows, columns)
+    if report.rows:
+        print_table("ratios to the barest client", report.rows, columns)
     report.finish(json_to)
 
 
@@ -361,6 +378,152 @@ def _look_up_ms(report: Report, session: Any, names: list[str], expected: int) -
         times.append(time.perf_counter() - begin_s)
         report.check("look-ups", found == expected)
     return sorted(times)[len(times) // 2] * 1e3
+
+
+# ---- compression ----
+
+_LAYERS, _HEADS, _HEAD_SIZE, _PAGE = 16, 8, 64, 64  # bf16 blocks of 2 MiB
+_BLOCK_BYTES = 2 * _LAYERS * _HEADS * _HEAD_SIZE * _PAGE * 2
+_LINKS_MB_S = (100, 400, 0)  # 0: as fast as it is
+
+
+def _kv(blocks: int, seed: int, *, channels: bool) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (_LAYERS, 2, blocks * _PAGE, _HEADS * _HEAD_SIZE)
+    numbers = torch.randn(shape, generator=generator)
+    if channels:
+        numbers *= torch.randn((_LAYERS, 2, 1, _HEADS * _HEAD_SIZE), generator=generator).exp()
+    return numbers.to(torch.bfloat16)
+
+
+class _SlowLink(DirectoryStore):
+    """A directory that is reached over a link of so many MB/s each way."""
+
+    mb_s = 0.0
+
+    def __init__(self, url: RemoteUrl, timeout_s: float) -> None:
+        super().__init__(url, timeout_s)
+        self._turn = threading.Lock()
+        self._free_s = {"put": 0.0, "get": 0.0}
+
+    def session(self) -> Session:
+        return _SlowSession(self, super().session())
+
+    def pass_over(self, way: str, num_bytes: int) -> None:
+        if not self.mb_s:
+            return
+        with self._turn:
+            now_s = time.perf_counter()
+            self._free_s[way] = max(now_s, self._free_s[way]) + num_bytes / self.mb_s / 1e6
+            wait_s = self._free_s[way] - now_s
+        time.sleep(wait_s)
+
+
+class _SlowSession(Session):
+    def __init__(self, link: _SlowLink, session: Session) -> None:
+        self._link, self._session = link, session
+
+    def exists(self, names: Sequence[str]) -> list[bool]:
+        return self._session.exists(names)
+
+    def close(self) -> None:
+        self._session.close()
+
+    def get(
+        self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None
+    ) -> list[Outcome]:
+        sizes = [0] * len(names) if sizes is None else sizes
+        outcomes = self._session.get(names, values, sizes)
+        self._link.pass_over("get", sum(sizes))
+        return outcomes
+
+    def put(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+        outcomes = self._session.put(names, values)
+        self._link.pass_over("put", sum(map(value_bytes, values)))
+        return outcomes
+
+
+@contextmanager
+def _engine(scratch: Path, blocks: int, compression: str) -> Iterator[tuple[KVTaskEngine, torch.Tensor]]:
+    layout = KVCacheLayout(KVCacheLayoutType.LAYERWISE, _LAYERS, blocks, _PAGE, _HEADS, _HEAD_SIZE)
+    kv = torch.zeros(layout.kv_shape, dtype=torch.bfloat16)
+    directory = scratch / compression
+    directory.mkdir(exist_ok=True)
+    config = CacheConfig(
+        tokens_per_block=_PAGE,
+        num_cpu_blocks=2 * blocks,
+        remote=f"file://{directory}?max_gb=8",
+        remote_compression=compression,
+        remote_timeout_s=_TIMEOUT_S,
+    )
+    namespace = make_namespace({"benchmark": "compression"})
+    engine = KVTaskEngine(config, layout.device_buffers(list(kv)), namespace=namespace)
+    try:
+        yield engine, kv
+    finally:
+        engine.close()
+
+
+def _measure_compression(report: Report, scratch: Path, total_bytes: int, rounds: int) -> None:
+    for name, channels in (("normal", False), ("channels", True)):
+        block = _kv(1, 1, channels=channels).view(torch.uint8).numpy()
+        seen = [_core.try_compression(block, 2) for _ in range(20)]
+        report.results[f"compression_ratio_{name}"] = block.size / seen[0].stored_bytes
+        for way in ("compress", "expand"):
+            best_s = min(getattr(trial, f"{way}_s") for trial in seen)
+            report.results[f"{way}_mb_s_{name}"] = block.size / best_s / 1e6
+    plain, STORES["file"] = STORES["file"], _SlowLink
+    try:
+        blocks = max(2, total_bytes // _BLOCK_BYTES)
+        content = _kv(blocks, 2, channels=True)
+        numbers = itertools.count()
+        for mb_s in _LINKS_MB_S:
+            _SlowLink.mb_s = mb_s
+            seconds: dict[str, list[float]] = {}
+            with _engine(scratch, blocks, "none") as none, _engine(scratch, blocks, "always") as always:
+                for number in range(rounds + 1):
+                    for mode, (engine, kv) in (("none", none), ("always", always)):
+                        took = _round_trip(report, engine, kv, content, next(numbers))
+                        for way, took_s in took.items() if number else ():  # the first is to warm up
+                            seconds.setdefault(f"{mode}_{way}", []).append(took_s)
+            for way in ("put", "get"):
+                gain = median_ratio(seconds[f"none_{way}"], seconds[f"always_{way}"])
+                report.results[f"compression_{way}_gain_at_{mb_s or 'any'}_mb_s"] = gain
+    finally:
+        STORES["file"] = plain
+
+
+def _round_trip(
+    report: Report, engine: KVTaskEngine, kv: torch.Tensor, content: torch.Tensor, number: int
+) -> dict[str, float]:
+    """Seconds to bring blocks from the CPU tier to the store, and from there to the device."""
+    tokens = kv.shape[2] * _PAGE
+    keys = SequenceMeta(np.arange(tokens) + number * tokens, _PAGE, _NAMESPACE.encode()[:16]).block_keys
+
+    def launch(task: KVTask) -> None:
+        engine.launch(task, np.arange(tokens))
+        assert engine.wait([task], _TIMEOUT_S)
+        engine.forget(task)
+
+    kv.view(content.shape)[:] = content
+    begin_s = time.perf_counter()
+    launch(engine.create_put(None, keys))
+    assert engine.flush_spills(_TIMEOUT_S)
+    put_s = time.perf_counter() - begin_s
+    engine.clear_tiers(0)
+    kv.zero_()
+    begin_s = time.perf_counter()
+    question = engine.ask(keys)
+    while question is not None and not question.is_over:
+        engine.poll()
+        time.sleep(0.0002)
+    if question is not None:
+        engine.learn(question, None)
+    launch(engine.create_get(keys))
+    get_s = time.perf_counter() - begin_s
+    got, expected = (each.view(torch.uint8).numpy().ravel() for each in (kv, content))
+    report.check_bytes("bytes with and without compression", got, expected)
+    return {"put": put_s, "get": get_s}
 
 
 if __name__ == "__main__":

@@ -211,6 +211,8 @@ def remote_check(
         if found.look_up_s:
             absent = f"to a prompt of 2,048 blocks that it lacks in {found.look_up_s * 1e3:.2f} ms"
             say(f"  answers in {found.round_trip_s * 1e3:.2f} ms; {absent}")
+        if found.compression:
+            say(f"  {escape(found.compression)}")
         if found.problem:
             say(f"[red]{escape(found.problem)}[/red]")
             raise typer.Exit(1)

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "bindings/bindings.hpp"
+#include "remote/compression.hpp"
 #include "remote/remote_tier.hpp"
 #include "remote/remote_value.hpp"
 
@@ -32,6 +33,20 @@ void BindRemote(py::module_& m) {
       },
       py::arg("paths"), py::arg("leading"), NoGil());
 
+  py::class_<CompressionTrial>(m, "CompressionTrial")
+      .def_readonly("stored_bytes", &CompressionTrial::stored_bytes)
+      .def_readonly("compress_s", &CompressionTrial::compress_s)
+      .def_readonly("expand_s", &CompressionTrial::expand_s);
+  m.def(
+      "try_compression",
+      [](const py::buffer& block, size_t number_bytes) {
+        const py::buffer_info bytes = block.request();
+        const py::gil_scoped_release no_gil;
+        return TryCompression(CompressionOf(number_bytes), static_cast<const char*>(bytes.ptr),
+                              static_cast<size_t>(bytes.size * bytes.itemsize));
+      },
+      py::arg("block"), py::arg("number_bytes"));
+
   using Call = RemoteTier::Call;
   py::class_<Call, std::shared_ptr<Call>>(m, "RemoteCall")
       .def_property_readonly("store", &Call::store)
@@ -53,10 +68,17 @@ void BindRemote(py::module_& m) {
         for (size_t i = 0; i < call.size(); ++i) {
           values.append(py::make_tuple(
               py::memoryview::from_memory(call.header(i), static_cast<py::ssize_t>(kValueHeaderBytes)),
-              py::memoryview::from_memory(call.body(i), static_cast<py::ssize_t>(call.body_bytes()))));
+              py::memoryview::from_memory(call.body(i), static_cast<py::ssize_t>(call.body_bytes(i)))));
         }
         return values;
-      });
+      })
+      // Those at these positions, whose values are others afterwards.
+      .def(
+          "compress",
+          [](Call& call, const std::vector<size_t>& positions, size_t number_bytes) {
+            for (const size_t i : positions) call.Compress(i, CompressionOf(number_bytes));
+          },
+          py::arg("positions"), py::arg("number_bytes"), NoGil());
 
   py::class_<RemoteTier, LowerTier, std::shared_ptr<RemoteTier>>(m, "RemoteTier")
       .def(py::init([](const std::string& name_space, uint64_t num_slots, size_t call_bytes,
@@ -66,7 +88,7 @@ void BindRemote(py::module_& m) {
            }),
            py::arg("namespace"), py::arg("num_slots"), py::arg("call_bytes"), py::arg("engine_name"))
       .def("take", &RemoteTier::Take, py::arg("store"), py::arg("timeout_s"), NoGil())
-      .def("verify", &RemoteTier::Verify, py::arg("call"), py::arg("outcomes"), NoGil())
+      .def("verify", &RemoteTier::Verify, py::arg("call"), py::arg("outcomes"), py::arg("sizes"), NoGil())
       .def("settle", &RemoteTier::Settle, py::arg("call"), py::arg("outcomes"), py::arg("why") = "", NoGil())
       .def(
           "set_namespace",

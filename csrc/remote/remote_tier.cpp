@@ -93,11 +93,13 @@ std::shared_ptr<RemoteTier::Call> RemoteTier::Take(bool store, double timeout_s)
       call->work_ = work;
       call->host_ = above_.host;
       call->start_s_ = above_.Now();
-      const size_t at_once = std::max<size_t>(1, call_bytes_ / call->body_bytes());
+      const size_t block_bytes = above_.slice_offsets.back();
+      const size_t at_once = std::max<size_t>(1, call_bytes_ / block_bytes);
       for (; work->next < transfer.num_blocks && call->size() < at_once; ++work->next) {
         call->blocks_.push_back(static_cast<uint32_t>(work->next));
         call->keys_.push_back(transfer.keys[work->next]);
         call->bodies_.push_back(above_.host->Slot(transfer.host_slots[work->next]));
+        call->body_bytes_.push_back(block_bytes);
       }
       running_.push_back(call.get());
     }
@@ -113,14 +115,32 @@ std::shared_ptr<RemoteTier::Call> RemoteTier::Take(bool store, double timeout_s)
   return call;
 }
 
+void RemoteTier::Call::Compress(size_t i, Compression how) {
+  Require(store_ && i < size(), "a block is compressed before it is stored");
+  if (compressed_.empty()) compressed_.resize(size());
+  if (how == Compression::kNone || compressed_[i] != nullptr) return;
+  std::unique_ptr<char, Free> to(static_cast<char*>(std::aligned_alloc(kIoAlignment, body_bytes_[i])));
+  if (to == nullptr) throw std::bad_alloc();
+  const size_t bytes = CompressValue(shape_, keys_[i], how, bodies_[i], header(i), to.get());
+  if (bytes == 0) return;
+  bodies_[i] = to.get();
+  body_bytes_[i] = bytes;
+  compressed_[i] = std::move(to);
+}
+
 std::pair<std::vector<BlockOutcome>, std::string> RemoteTier::Verify(Call* call,
-                                                                     std::vector<BlockOutcome> outcomes) {
+                                                                     std::vector<BlockOutcome> outcomes,
+                                                                     const std::vector<size_t>& sizes) {
   Require(outcomes.size() == call->size(), "a call has an outcome for each block");
+  Require(call->store() || sizes.size() == call->size(), "what was loaded has a size");
   call->verified_.assign(call->size(), call->store());
   std::string first;
   for (size_t i = 0; !call->store() && i < call->size(); ++i) {
     if (outcomes[i] != BlockOutcome::kGood) continue;
-    const std::string why = WhyNotTheValue(call->shape_, call->keys_[i], call->header(i), call->body(i));
+    const bool fits = sizes[i] >= kValueHeaderBytes && sizes[i] <= kValueHeaderBytes + call->body_bytes(i);
+    const std::string why = fits ? RestoreValue(call->shape_, call->keys_[i], call->header(i), call->body(i),
+                                                sizes[i] - kValueHeaderBytes)
+                                 : "it has another size than was stored";
     call->verified_[i] = why.empty();
     if (why.empty()) continue;
     outcomes[i] = BlockOutcome::kCorrupt;

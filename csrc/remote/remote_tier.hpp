@@ -53,8 +53,12 @@ class RemoteTier : public LowerTier {
     // Of each block the two pieces of memory that are its value.
     char* header(size_t i) const { return headers_.get() + i * kValueHeaderBytes; }
     char* body(size_t i) const { return bodies_[i]; }
+    // Of a load there is room for so much behind a header, and less may come.
+    size_t body_bytes(size_t i) const { return body_bytes_[i]; }
+    // Of a store: from now on the body of this block is a compressed one, if that is smaller. It is another
+    // piece of memory then.
+    void Compress(size_t i, Compression how);
     const HostPool& host() const { return *host_; }
-    size_t body_bytes() const { return shape_.slice_offsets.back(); }
 
    private:
     friend class RemoteTier;
@@ -67,6 +71,8 @@ class RemoteTier : public LowerTier {
     std::vector<uint32_t> blocks_;
     std::vector<BlockKey> keys_;
     std::vector<char*> bodies_;
+    std::vector<size_t> body_bytes_;
+    std::vector<std::unique_ptr<char, Free>> compressed_;
     std::unique_ptr<char, Free> headers_;  // on whole pages, for O_DIRECT
     std::shared_ptr<HostPool> host_;
     double start_s_ = 0;
@@ -77,9 +83,11 @@ class RemoteTier : public LowerTier {
   // The next call, whose headers are made if it stores; null if none comes within the time. Whoever waits here
   // also ends what was cancelled, of both kinds: all others may hang in their calls.
   std::shared_ptr<Call> Take(bool store, double timeout_s);
-  // Compares what a load calls kGood with what was stored. Returns the outcomes with those that are not that
-  // as kCorrupt, and why the first one is not (else empty).
-  std::pair<std::vector<BlockOutcome>, std::string> Verify(Call* call, std::vector<BlockOutcome> outcomes);
+  // Compares what a load calls kGood, of which so many bytes came, header included, with what was stored, and
+  // expands what is compressed. Returns the outcomes with those that are not that as kCorrupt, and why the
+  // first one is not (else empty).
+  std::pair<std::vector<BlockOutcome>, std::string> Verify(Call* call, std::vector<BlockOutcome> outcomes,
+                                                           const std::vector<size_t>& sizes);
   // Says how each block of a call ended, once; of a load kGood is only what was verified. The transfer may be
   // gone when it returns.
   void Settle(Call* call, const std::vector<BlockOutcome>& outcomes, const std::string& why);

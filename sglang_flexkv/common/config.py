@@ -99,6 +99,14 @@ class Admission(Enum):
     REUSE = "reuse"  # those that came a second time, or were loaded from the CPU tier
 
 
+class RemoteCompression(Enum):
+    """Whether what is stored remotely is compressed. No word is ``off`` or ``on``: YAML's booleans."""
+
+    NONE = "none"
+    AUTO = "auto"  # while the link is so slow that it pays
+    ALWAYS = "always"
+
+
 def _split_dirs(value: object) -> object:
     """FlexKV writes several directories as one string with ``;`` between them."""
     if value is None:
@@ -214,6 +222,7 @@ class CacheConfig(_Settings):
     remote_admission: Admission = Admission.ALL
     remote_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
     remote_timeout_s: float = Field(default=1.0, gt=0)  # that one call of it may take
+    remote_compression: RemoteCompression = RemoteCompression.NONE
     lease_timeout_s: float = Field(default=60.0, gt=0)  # a task that is not launched by then is cancelled
     trace_file: TraceFile = None  # a timeline of transfers, written at the end, per rank
     copy_threads: int = Field(default=2, gt=0, le=64)
@@ -247,6 +256,7 @@ class FlexKVConfig(_Settings):
     remote_admission: Admission = Admission.ALL
     remote_write_limit_mb_s: float = Field(default=0.0, ge=0)  # MB (10^6 bytes) per second; 0: no limit
     remote_timeout_s: float = Field(default=1.0, gt=0)  # that one call of it may take
+    remote_compression: RemoteCompression = RemoteCompression.NONE
     cpu_eviction_policy: EvictionPolicy = EvictionPolicy.ADAPTIVE
     ssd_eviction_policy: EvictionPolicy = EvictionPolicy.ADAPTIVE
     write_policy: WritePolicy = WritePolicy.WRITE_THROUGH
@@ -349,6 +359,7 @@ class FlexKVConfig(_Settings):
             remote_admission=self.remote_admission,
             remote_write_limit_mb_s=self.remote_write_limit_mb_s / num_ranks,
             remote_timeout_s=self.remote_timeout_s,
+            remote_compression=self.remote_compression,
             copy_threads=threads,
             io_engine=self.io_engine,
             io_depth=self.io_depth,

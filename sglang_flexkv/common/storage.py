@@ -100,6 +100,13 @@ class DeviceBuffers:
             if not tensor[0].is_contiguous():
                 raise ValueError(f"a row of a KV buffer must be contiguous (strides {tensor.stride()})")
 
+    @property
+    def number_bytes(self) -> int:
+        """Bytes of a floating-point number where all of them have 16 bits, or all 32; else 0."""
+        dtypes = {tensor.dtype for buffers in self.tensors for tensor in buffers}
+        sizes = {torch.bfloat16: 2, torch.float16: 2, torch.float32: 4}
+        return sizes.get(dtypes.pop(), 0) if len(dtypes) == 1 else 0
+
     def block_layout(self, tokens_per_block: int) -> _core.BlockLayout:
         return _core.BlockLayout(
             [

@@ -59,6 +59,13 @@ _REMOTE = {
         "flexkv_remote_present_blocks", "Blocks that were not stored because somebody else had stored them."
     ),
     "full": _Metric("flexkv_remote_full", "Times that the remote store had no room."),
+    "compressed_bytes": _Metric(
+        "flexkv_remote_compressed_bytes", "Bytes of blocks that were compressed before they were stored."
+    ),
+    "compressed_to_bytes": _Metric("flexkv_remote_compressed_to_bytes", "What was left of these."),
+    "expanded_bytes": _Metric(
+        "flexkv_remote_expanded_bytes", "Bytes of blocks that were loaded and had been compressed."
+    ),
     "loaded_bytes": _Metric("flexkv_remote_loaded_bytes", "Bytes that came from the remote store."),
     "loading_s": _Metric("flexkv_remote_loading_seconds", "Time in which some were coming."),
     "missing_blocks": _Metric("flexkv_remote_missing_blocks", "Blocks that had gone when they were loaded."),

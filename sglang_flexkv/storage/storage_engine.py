@@ -35,6 +35,7 @@ class TierRequest:
         disk: what system calls go through; tests put faults there.
         group: whose blocks it is for; None: the first group's.
         slice_bytes: of each slice of a slot.
+        number_bytes: of the floating-point numbers that blocks consist of; 0: of several sizes, or others.
     """
 
     config: CacheConfig
@@ -45,6 +46,7 @@ class TierRequest:
     disk: _core.Disk | None = None
     group: KVGroup | None = None
     slice_bytes: tuple[int, ...] = ()
+    number_bytes: int = 0
 
 
 def _ssd(request: TierRequest) -> LowerTier | None:
@@ -83,6 +85,8 @@ def _remote(request: TierRequest) -> LowerTier | None:
         admission=config.remote_admission,
         write_limit_mb_s=config.remote_write_limit_mb_s,
         timeout_s=config.remote_timeout_s,
+        compression=config.remote_compression,
+        number_bytes=request.number_bytes,
     )
 
 
@@ -108,10 +112,14 @@ class GroupStorage:
         self.slot_bytes = slot_bytes_for(self.layout.block_bytes)
         self.lower: list[LowerTier] = []
         self.away: dict[LowerTier, str] = {}
-        slice_bytes = tuple(_core.slice_bytes(self.layout, self.slot_bytes))
+        request = replace(
+            request,
+            slice_bytes=tuple(_core.slice_bytes(self.layout, self.slot_bytes)),
+            number_bytes=device.number_bytes,
+        )
         try:
             for build in LOWER_TIERS:
-                tier = build(replace(request, slice_bytes=slice_bytes))
+                tier = build(request)
                 if tier is not None:
                     try:
                         tier.open()

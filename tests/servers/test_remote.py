@@ -53,17 +53,23 @@ def store(kind_of_store: str, tmp_path: Path) -> Iterator[Any]:
     made.stop()
 
 
-def start(store: Any, log: Path) -> SGLangServer:
+def start(store: Any, log: Path, compression: str = "none") -> SGLangServer:
     flags = {"enable-flexkv": True, "enable-metrics": True, "max-total-tokens": 4096, "log-level": "info"}
     env = {"FLEXKV_REMOTE": store.url, "FLEXKV_CPU_CACHE_GB": "0.1", **SERVER_ENVIRONMENT}
+    env["FLEXKV_REMOTE_COMPRESSION"] = compression
     return ForkedServer(MODEL, flags, env=env, log_path=log)
 
 
 def test_a_second_server_finds_what_the_first_computed(store: Any, tmp_path: Path) -> None:
     apart = rounding(MODEL)
-    with start(store, tmp_path / "first.log") as first:
+    # Who reads needs not have the setting.
+    compression = "none" if store.url.startswith("hicache:") else "always"
+    with start(store, tmp_path / "first.log", compression) as first:
         expected = answers(first)
         until(lambda: figure(first, "stored_bytes_total") > 0, "nothing is stored")
+        compressed_to = figure(first, "compressed_to_bytes_total")
+        assert (compressed_to > 0) == (compression == "always")
+        assert compressed_to <= figure(first, "compressed_bytes_total")
     # It is gone, and what it had in memory with it. Its stop has let what waited be stored.
     with start(store, tmp_path / "second.log") as second:
         got = answers(second)
@@ -73,6 +79,7 @@ def test_a_second_server_finds_what_the_first_computed(store: Any, tmp_path: Pat
         assert sum(map(from_storage, got)) > 0.5 * sum(map(len, PROMPTS))
         assert not differing(got, expected, apart)
         assert figure(second, "online") == 1
+        assert (figure(second, "expanded_bytes_total") > 0) == (compression == "always")
         if hasattr(store, "send"):
             check_that_nobody_notices_when_it_goes(second, store, expected, apart)
 

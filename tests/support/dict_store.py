@@ -10,7 +10,15 @@ import torch
 from sglang_flexkv import CacheConfig, KVCacheLayout, KVCacheLayoutType
 from sglang_flexkv.common.block import SequenceMeta, make_namespace
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
-from sglang_flexkv.storage.remote.store import Outcome, Session, Store, Value
+from sglang_flexkv.storage.remote.store import (
+    Outcome,
+    Session,
+    Store,
+    Value,
+    fits,
+    leading,
+    outcomes_of,
+)
 
 BLOCK, LAYERS = 16, 3
 NAMESPACE = make_namespace({"test": "values"})
@@ -33,18 +41,23 @@ class Values(Store, Session):
     def exists(self, names: Sequence[str]) -> list[bool]:
         return [name in self.held for name in names]
 
-    def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
-        outcomes = []
+    def get(
+        self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None
+    ) -> list[Outcome]:
+        got = []
         for name, value in zip(names, values, strict=True):
             held = self.held.get(name)
-            outcomes.append(Outcome.MISSING if held is None else Outcome.GOOD)
-            if held is not None and len(held) != sum(map(len, value)):
-                outcomes[-1] = Outcome.CORRUPT
-            elif held is not None:
-                for piece in value:
-                    piece[:] = held[: len(piece)]
-                    held = held[len(piece) :]
-        return outcomes
+            if held is None:
+                got.append((Outcome.MISSING, 0))
+                continue
+            if not fits(len(held), value, sizes):
+                got.append((Outcome.CORRUPT, 0))
+                continue
+            got.append((Outcome.GOOD, len(held)))
+            for piece in leading(value, len(held)):
+                piece[:] = held[: len(piece)]
+                held = held[len(piece) :]
+        return outcomes_of(got, sizes)
 
     def put(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         for name, value in zip(names, values, strict=True):
@@ -58,17 +71,29 @@ class Values(Store, Session):
 class Server:
     """One engine over the store, with a prompt of some blocks, by default one."""
 
-    def __init__(self, namespace: bytes = NAMESPACE, heads: int = 2, blocks: int = 1) -> None:
+    def __init__(
+        self,
+        namespace: bytes = NAMESPACE,
+        heads: int = 2,
+        blocks: int = 1,
+        dtype: torch.dtype = torch.float32,
+        compression: str = "none",
+    ) -> None:
         layout = KVCacheLayout(KVCacheLayoutType.LAYERWISE, LAYERS, blocks, BLOCK, heads, 64)
-        self.kv = torch.zeros(layout.kv_shape)
+        self.kv = torch.zeros(layout.kv_shape, dtype=dtype)
         self.engine = KVTaskEngine(
-            CacheConfig(tokens_per_block=BLOCK, num_cpu_blocks=blocks + 3, remote="file:///tmp"),
+            CacheConfig(
+                tokens_per_block=BLOCK,
+                num_cpu_blocks=blocks + 3,
+                remote="file:///tmp",
+                remote_compression=compression,
+            ),
             layout.device_buffers(list(self.kv)),
             namespace=namespace,
         )
         self.num_tokens = blocks * BLOCK
         self.keys = SequenceMeta(np.arange(self.num_tokens), BLOCK, NAMESPACE).block_keys
-        self.content = torch.rand(self.kv.shape, generator=torch.Generator().manual_seed(1))
+        self.content = torch.randn(self.kv.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
     def launch(self, task: KVTask) -> None:
         self.engine.launch(task, np.arange(self.num_tokens))
@@ -93,5 +118,5 @@ class Server:
         self.launch(task)
         if task.plan is None or task.status is not TaskStatus.COMPLETED:
             return False
-        assert torch.equal(self.kv, self.content)
+        assert torch.equal(self.kv.view(torch.uint8), self.content.view(torch.uint8))
         return True

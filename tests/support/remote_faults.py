@@ -84,7 +84,7 @@ def faulty_stores(faults: Faults) -> dict[str, Callable[[RemoteUrl, float], Stor
 class FaultyStore(Store):
     def __init__(self, store: Store, faults: Faults) -> None:
         self._store, self._faults = store, faults
-        self.name = store.name
+        self.name, self.any_size = store.name, store.any_size
 
     def open(self) -> None:
         if self._faults.opens_fail:
@@ -117,17 +117,19 @@ class _FaultySession(Session):
             return len(names)
         return self._session.count_leading(names)
 
-    def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+    def get(
+        self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None
+    ) -> list[Outcome]:
         with self._faults.counting(values):
-            return self._get(names, values)
+            return self._get(names, values, sizes)
 
-    def _get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+    def _get(self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None) -> list[Outcome]:
         faults = self._faults
         faults.wait()
         self._maybe_lose()
         if faults.loads_fail and not names[0].endswith("generation"):
             raise StoreError("the store fails")
-        outcomes = self._session.get(names, values)
+        outcomes = self._session.get(names, values, sizes)
         return [self._spoil(value, outcome) for value, outcome in zip(values, outcomes, strict=True)]
 
     def _spoil(self, value: Value, outcome: Outcome) -> Outcome:

@@ -67,6 +67,25 @@ def test_another_size_is_no_hit_and_spoils_nothing_else(session: Session) -> Non
     assert content(into[1]) == content(value(6))
 
 
+def test_a_value_may_be_smaller_than_the_memory_for_it(store: Store, session: Session) -> None:
+    if not store.any_size:
+        pytest.skip("it brings values of one size only")
+    names, room = some_names(), SIZE + 8192
+    stored = [value(i, size) for i, size in enumerate((room, room - 4096, room + 4096, room - 1))]
+    assert session.put(names[:4], stored) == [Outcome.GOOD] * 4
+    for _ in range(2):  # what was learned from the first time holds at the second
+        into, sizes = [empty(room) for _ in range(5)], [0] * 5
+        outcomes = session.get(names[:5], into, sizes)
+        assert outcomes == [Outcome.GOOD] * 2 + [Outcome.CORRUPT] * 2 + [Outcome.MISSING]
+        assert sizes[:2] == [room, room - 4096]
+        assert content(into[0]) == content(stored[0])
+        assert content(into[1])[: room - 4096] == content(stored[1])
+    sizes = [0]
+    assert session.get(names[:1], [empty(room)], sizes) == [Outcome.GOOD]
+    assert sizes == [room]
+    assert session.get(names[1:2], [empty(room)]) == [Outcome.CORRUPT]  # who gives no sizes wants this one
+
+
 def test_many_threads_store_and_load_at_the_same_time(store: Store) -> None:
     names = some_names(24)
     size = 1 << 19

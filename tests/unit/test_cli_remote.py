@@ -28,6 +28,7 @@ def test_a_store_that_works(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     for part in (f"directory {tmp_path}", "1.0 GiB (max_gb)", "MB/s", " ms", "A server can use it."):
         assert part in result.output
+    assert "remote_compression pays" in result.output or "remote_compression does not pay" in result.output
 
 
 def test_the_setting_is_taken_where_no_url_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

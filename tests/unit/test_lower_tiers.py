@@ -169,12 +169,17 @@ class DirectoryMedium(RemoteMedium):
 
 
 class RedisMedium(RemoteMedium):
+    """Blocks are compressed here."""
+
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self._server = RedisServer(directory)
         super().__init__(directory, monkeypatch)
 
     def url(self, directory: Path) -> str:
         return self._server.url
+
+    def config(self) -> dict[str, object]:
+        return {**super().config(), "remote_compression": "always"}
 
     def go_away(self) -> None:
         self._server.stop()

@@ -67,12 +67,14 @@ class Watched(Values):
         with self._watch("exists", 0):
             return super().exists(names)
 
-    def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+    def get(
+        self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None
+    ) -> list[Outcome]:
         if names[0].endswith("generation"):
-            return super().get(names, values)
+            return super().get(names, values, sizes)
         self.not_lent += sum(not self._is_lent(body) for _, body in values)
         with self._watch("get", len(names)):
-            return super().get(names, values)
+            return super().get(names, values, sizes)
 
     def put(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         if names[0].endswith("generation"):
@@ -224,7 +226,8 @@ def test_a_limit_is_kept_for_what_is_sent_and_not_for_what_is_there(watched: Wat
     values = [[memoryview(bytes(4096)), memoryview(bytes(496_000 - 4096))] for _ in range(2)]
     names = ["fkv1/a/b", "fkv1/a/c"]
     for part in (slice(0, 1), slice(0, 2), slice(0, 2)):
-        mover._put(KEYS[part], names[part], values[part])
+        call = SimpleNamespace(values=lambda part=part: values[part])
+        mover._put(call, KEYS[part], names[part])  # type: ignore[arg-type]
     # Two threads share 2 MB/s: 496 kB take half a second at 1 MB/s each.
     assert waits == [0.496, 0.496, 0.0]
 

@@ -9,11 +9,14 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+
 from sglang_flexkv import _core
 from sglang_flexkv.common.config import CacheConfig
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.remote_url import RemoteUrl
-from sglang_flexkv.storage.remote.store import Outcome, Session, StoreError, StoreFullError, Value
+from sglang_flexkv.storage.remote.compression import Costs
+from sglang_flexkv.storage.remote.store import Outcome, Session, Store, StoreError, StoreFullError, Value
 from sglang_flexkv.storage.remote.tier import STORES
 
 _VALUE_BYTES = 2 << 20
@@ -33,6 +36,7 @@ class Check:
     get_mb_s: float = 0.0
     round_trip_s: float = 0.0  # asking for one value
     look_up_s: float = 0.0  # of 2,048 blocks of which the store has none
+    compression: str = ""  # what remote_compression would bring
 
 
 def check(url: RemoteUrl, timeout_s: float | None = None) -> Check:
@@ -47,6 +51,7 @@ def check(url: RemoteUrl, timeout_s: float | None = None) -> Check:
             _try(session, found)
         finally:
             session.close()
+        found.compression = _compression(store, found)
     except ConfigError as error:
         found.problem = str(error).removeprefix("remote: ")
     except StoreFullError as error:
@@ -72,6 +77,26 @@ def _try(session: Session, found: Check) -> None:
     found.round_trip_s = min(_seconds(lambda: session.exists(names[:1])) for _ in range(10))
     nobody = [prefix + secrets.token_hex(16) for _ in range(_NUM_LOOKED_UP)]
     found.look_up_s = min(_seconds(lambda: session.count_leading(nobody)) for _ in range(_ROUNDS))
+
+
+def _compression(store: Store, found: Check) -> str:
+    if not store.any_size:
+        return "it brings values of one size: remote_compression cannot be used"
+    # Numbers of 16 bits, as KV is, as likely as a normal distribution has them.
+    numbers = np.random.default_rng(0).standard_normal(_VALUE_BYTES // 2, np.float32)
+    block = (numbers.view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    seen = [_core.try_compression(block, 2) for _ in range(_ROUNDS)]
+    costs = Costs(
+        seen[0].stored_bytes / _VALUE_BYTES,
+        min(trial.compress_s for trial in seen) / _VALUE_BYTES,
+        min(trial.expand_s for trial in seen) / _VALUE_BYTES,
+    )
+    pays = costs.pays(1e-6 / found.put_mb_s, 1e-6 / found.get_mb_s)
+    return (
+        f"remote_compression {'pays' if pays else 'does not pay'} at these speeds: a core shrinks 16-bit KV "
+        f"to about {100 * costs.stored:.0f} % at {1e-6 / costs.compress_s:.0f} MB/s and expands it at "
+        f"{1e-6 / costs.expand_s:.0f} MB/s"
+    )
 
 
 class _Memory:

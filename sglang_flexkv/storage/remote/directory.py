@@ -40,6 +40,9 @@ from sglang_flexkv.storage.remote.store import (
     StoreError,
     StoreFullError,
     Value,
+    fits,
+    leading,
+    outcomes_of,
     value_bytes,
 )
 
@@ -142,9 +145,9 @@ class DirectoryStore(Store):
         """Raises OSError."""
         self._direct_or_not(self._write, name, value)
 
-    def read(self, name: str, value: Value) -> Outcome:
-        """Raises OSError."""
-        return self._direct_or_not(self._read, name, value)
+    def read(self, name: str, value: Value, sizes: list[int] | None = None) -> tuple[Outcome, int]:
+        """Also how many bytes came; see ``Session.get`` for sizes. Raises OSError."""
+        return self._direct_or_not(lambda name, value: self._read(name, value, sizes), name, value)
 
     def _direct_or_not(self, call: Callable[[str, Value], T], name: str, value: Value) -> T:
         """Where O_DIRECT is taken and its alignment is not, through the page cache."""
@@ -176,22 +179,22 @@ class DirectoryStore(Store):
             raise
         self._keep_bound(name.rpartition("/")[2][:2], value_bytes(value))
 
-    def _read(self, name: str, value: Value) -> Outcome:
+    def _read(self, name: str, value: Value, sizes: list[int] | None) -> tuple[Outcome, int]:
         path = self.path_of(name)
         try:
             fd = self._open(path, os.O_RDONLY, value)
         except FileNotFoundError:
-            return Outcome.MISSING
+            return Outcome.MISSING, 0
         try:
             found = os.fstat(fd)
-            if found.st_size != value_bytes(value):
-                return Outcome.CORRUPT
-            if _whole(os.preadv, fd, value) != found.st_size:
-                return Outcome.CORRUPT
+            if not fits(found.st_size, value, sizes):
+                return Outcome.CORRUPT, 0
+            if _whole(os.preadv, fd, leading(value, found.st_size)) != found.st_size:
+                return Outcome.CORRUPT, 0
             if time.time() - found.st_mtime > _TOUCH_S:
                 with contextlib.suppress(OSError):  # somebody else's file, or a mount that is only read
                     os.utime(path)
-            return Outcome.GOOD
+            return Outcome.GOOD, found.st_size
         finally:
             os.close(fd)
 
@@ -305,11 +308,14 @@ class _DirectorySession(Session):
                 raise self._error("look for a value", OSError(number, os.strerror(number)))
         return [number == 0 for number in errors]
 
-    def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+    def get(
+        self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None
+    ) -> list[Outcome]:
         try:
-            return [self._store.read(name, value) for name, value in zip(names, values, strict=True)]
+            got = [self._store.read(name, value, sizes) for name, value in zip(names, values, strict=True)]
         except OSError as error:
             raise self._error("read a value", error) from None
+        return outcomes_of(got, sizes)
 
     def put(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         try:

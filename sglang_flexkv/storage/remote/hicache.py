@@ -45,6 +45,7 @@ _PROBE_BYTES = 4096
 class HiCacheStore(Store):
     def __init__(self, url: RemoteUrl, timeout_s: float) -> None:
         del timeout_s  # backends have their own
+        self.any_size = False  # a tensor is of the size that is asked for
         self._url = url
         self._settings = {name: _parsed(text) for name, text in url.options.items()}
         self.name = f"HiCache backend {url.host}"
@@ -118,9 +119,13 @@ class _HiCacheSession(Session):
         with self._store.loads:
             return self._try(lambda: int(self._backend.batch_exists([_key(name) for name in names])))
 
-    def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+    def get(
+        self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None
+    ) -> list[Outcome]:
         failed: Exception | None = None
         outcomes = []
+        if sizes is not None:
+            sizes[:] = map(value_bytes, values)
         for name, value in zip(names, values, strict=True):
             try:
                 with self._store.loads:

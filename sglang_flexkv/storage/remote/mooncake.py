@@ -32,7 +32,9 @@ from sglang_flexkv.storage.remote.store import (
     StoreError,
     StoreFullError,
     Value,
+    fits,
     import_client,
+    leading,
     value_bytes,
 )
 
@@ -140,6 +142,7 @@ class _MooncakeSession(Session):
             raise StoreError(f"{store.name} is not open")
         self._store, self._client = store, store.client
         self._own = memoryview(b"")
+        self._some_are_smaller = False  # of the values that were got last
 
     def exists(self, names: Sequence[str]) -> list[bool]:
         return [there == 1 for there in self._find(names)]
@@ -155,7 +158,33 @@ class _MooncakeSession(Session):
             raise self._error(lowest)
         return found
 
-    def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+    def get(
+        self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None
+    ) -> list[Outcome]:
+        if sizes is None:
+            return self._get(names, values)
+        # It brings a value only to memory of its very size.
+        places = list(values)
+        if self._some_are_smaller:
+            places = [self._place(name, value) for name, value in zip(names, values, strict=True)]
+        outcomes = self._get(names, places)
+        if not self._some_are_smaller and Outcome.CORRUPT in outcomes:
+            again = [i for i, outcome in enumerate(outcomes) if outcome == Outcome.CORRUPT]
+            for i in again:
+                places[i] = self._place(names[i], values[i])
+            got = self._get([names[i] for i in again], [places[i] for i in again])
+            for i, outcome in zip(again, got, strict=True):
+                outcomes[i] = outcome
+        sizes[:] = map(value_bytes, places)
+        self._some_are_smaller = sum(sizes) < sum(map(value_bytes, values))
+        return outcomes
+
+    def _place(self, name: str, value: Value) -> Value:
+        """As much of the memory as the value takes, if it is smaller."""
+        size: int = self._client.get_size(name)
+        return leading(value, size) if fits(size, value, []) and size != value_bytes(value) else value
+
+    def _get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         addresses, sizes, elsewhere = self._places(values)
         got: list[int] = self._client.batch_get_into_multi_buffers(list(names), addresses, sizes)
         outcomes = [

@@ -26,6 +26,9 @@ from sglang_flexkv.storage.remote.store import (
     StoreError,
     StoreFullError,
     Value,
+    fits,
+    leading,
+    outcomes_of,
     value_bytes,
 )
 
@@ -194,13 +197,15 @@ class _RedisSession(Session):
                 return number * _COUNTED + (there.index(False) if False in there else len(there))
         return len(names)
 
-    def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+    def get(
+        self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None
+    ) -> list[Outcome]:
         self._begin()
-        outcomes: list[Outcome] = []
+        got: list[tuple[Outcome, int]] = []
         for part in _at_once(values):
             self._send([b"".join(_command("GET", name) for name in names[part])])
-            outcomes += [self._bulk_into(value) for value in values[part]]
-        return outcomes
+            got += [self._bulk_into(value, sizes) for value in values[part]]
+        return outcomes_of(got, sizes)
 
     def put(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         self._begin()
@@ -345,21 +350,21 @@ class _RedisSession(Session):
             raise self._nonsense()
         return self._number(line)
 
-    def _bulk_into(self, value: Value) -> Outcome:
+    def _bulk_into(self, value: Value, sizes: list[int] | None) -> tuple[Outcome, int]:
         try:
             size = self._bulk_size()
         except _OnItsWayError:
-            return Outcome.MISSING
+            return Outcome.MISSING, 0
         if size < 0:
-            return Outcome.MISSING
-        if size != value_bytes(value):
+            return Outcome.MISSING, 0
+        if not fits(size, value, sizes):
             self._skip(size)
             self._end_of_bulk()
-            return Outcome.CORRUPT
-        for piece in value:
+            return Outcome.CORRUPT, 0
+        for piece in leading(value, size):
             self._fill(piece)
         self._end_of_bulk()
-        return Outcome.GOOD
+        return Outcome.GOOD, size
 
     def _bulk_bytes(self) -> bytes:
         size = self._bulk_size()

@@ -104,10 +104,20 @@ class ClusterSession(Session):
         there = self.exists(names)
         return there.index(False) if False in there else len(there)
 
-    def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
-        return self._move(
-            names, lambda session, part: session.get([names[i] for i in part], [values[i] for i in part])
-        )
+    def get(
+        self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None
+    ) -> list[Outcome]:
+        def get(session: Session, part: list[int]) -> list[Outcome]:
+            came = [0] * len(part)
+            outcomes = session.get(
+                [names[i] for i in part], [values[i] for i in part], came if sizes is not None else None
+            )
+            for i, size in zip(part, came, strict=True):
+                if sizes is not None:
+                    sizes[i] = size
+            return outcomes
+
+        return self._move(names, get)
 
     def put(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         return self._move(

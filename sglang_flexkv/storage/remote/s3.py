@@ -32,9 +32,11 @@ from sglang_flexkv.storage.remote.store import (
     StoreError,
     StoreFullError,
     Value,
+    fits,
     import_client,
+    leading,
+    outcomes_of,
     search_leading,
-    value_bytes,
 )
 
 T = TypeVar("T")
@@ -199,9 +201,12 @@ class _S3Session(Session):
     def count_leading(self, names: Sequence[str]) -> int:
         return search_leading(len(names), lambda positions: self.exists([names[i] for i in positions]))
 
-    def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+    def get(
+        self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None
+    ) -> list[Outcome]:
         pairs = zip(names, values, strict=True)
-        return self._each([lambda n=name, v=value: self._get(n, v) for name, value in pairs])  # type: ignore[misc]
+        got = self._each([lambda n=name, v=value: self._get(n, v, sizes) for name, value in pairs])  # type: ignore[misc]
+        return outcomes_of(got, sizes)
 
     def put(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
         pairs = zip(names, values, strict=True)
@@ -224,19 +229,19 @@ class _S3Session(Session):
         store = self._store
         return store.request(lambda: store.client.head(store.bucket, name)) is not None
 
-    def _get(self, name: str, value: Value) -> Outcome:
+    def _get(self, name: str, value: Value, sizes: list[int] | None) -> tuple[Outcome, int]:
         self._check_time()
         store = self._store
 
-        def receive() -> Outcome:
+        def receive() -> tuple[Outcome, int]:
             result = store.client.get(store.bucket, name)
-            if result.meta["size"] != value_bytes(value):
-                return Outcome.CORRUPT
-            received = _fill(value, result.stream(min_chunk_size=_CHUNK))
-            return Outcome.GOOD if received == value_bytes(value) else Outcome.CORRUPT
+            size = int(result.meta["size"])
+            if not fits(size, value, sizes):
+                return Outcome.CORRUPT, 0
+            received = _fill(leading(value, size), result.stream(min_chunk_size=_CHUNK))
+            return (Outcome.GOOD, size) if received == size else (Outcome.CORRUPT, 0)
 
-        outcome = store.request(receive)
-        return Outcome.MISSING if outcome is None else outcome
+        return store.request(receive) or (Outcome.MISSING, 0)
 
     def _put(self, name: str, value: Value) -> Outcome:
         self._check_time()

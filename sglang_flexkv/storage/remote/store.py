@@ -44,6 +44,28 @@ def value_bytes(value: Value) -> int:
     return sum(len(piece) for piece in value)
 
 
+def fits(size: int, value: Value, sizes: list[int] | None) -> bool:
+    """Whether a value of this size is one that was asked for, see ``Session.get``."""
+    room = value_bytes(value)
+    return size == room or (sizes is not None and 0 < size < room and size % _core.IO_ALIGNMENT == 0)
+
+
+def outcomes_of(got: Sequence[tuple[Outcome, int]], sizes: list[int] | None) -> list[Outcome]:
+    """Takes apart what became of each value and how many bytes came, as ``Session.get`` gives them back."""
+    if sizes is not None:
+        sizes[:] = [size for _, size in got]
+    return [outcome for outcome, _ in got]
+
+
+def leading(value: Value, size: int) -> list[memoryview]:
+    """The first bytes of its pieces, so many."""
+    pieces = []
+    for piece in value:
+        pieces.append(piece[:size])
+        size -= len(pieces[-1])
+    return [piece for piece in pieces if len(piece)]
+
+
 def import_client(module: str, store: str, extra: str) -> Any:
     """The client library of a store, which comes with an extra of this package, if it is not SGLang itself.
 
@@ -107,9 +129,16 @@ class Session(ABC):
         return found
 
     @abstractmethod
-    def get(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+    def get(
+        self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None
+    ) -> list[Outcome]:
         """Fills values. GOOD: exactly so many bytes came; CORRUPT: it has another size; MISSING: it is not
-        there. Raises StoreError if none can be had; what the pieces hold then is anybody's guess."""
+        there. Raises StoreError if none can be had; what the pieces hold then is anybody's guess.
+
+        Args:
+            sizes: one for each value. If they are given, a value may be smaller than its pieces (and whole
+                pages of 4096 bytes), and they say how many bytes came of those that are GOOD.
+        """
 
     @abstractmethod
     def put(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
@@ -126,9 +155,11 @@ class Store(ABC):
 
     Attributes:
         name: for people, e.g. ``Redis at 10.0.0.1:6379``; no credentials.
+        any_size: its sessions can bring values that are smaller than the memory for them.
     """
 
     name: str
+    any_size = True
 
     @abstractmethod
     def open(self) -> None:

@@ -19,14 +19,16 @@ import secrets
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import KEY_BYTES, BlockKeys, Namespace, make_namespace
-from sglang_flexkv.common.config import Admission, EvictionPolicy
+from sglang_flexkv.common.config import Admission, EvictionPolicy, RemoteCompression
+from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.lower_tier import AwayError, HeldBlocks, LowerTier, Question, TierSlots
 from sglang_flexkv.common.patience import Patience
 from sglang_flexkv.common.remote_url import RemoteUrl
+from sglang_flexkv.storage.remote.compression import Compressor, Link
 from sglang_flexkv.storage.remote.directory import DirectoryStore
 from sglang_flexkv.storage.remote.hicache import HiCacheStore
 from sglang_flexkv.storage.remote.mooncake import MooncakeStore
@@ -38,6 +40,7 @@ from sglang_flexkv.storage.remote.store import (
     Store,
     StoreError,
     StoreFullError,
+    Value,
     value_bytes,
 )
 
@@ -88,6 +91,8 @@ class RemoteTier(LowerTier):
         namespace: of the keys; what is found under another one is not ours.
         write_limit_mb_s: MB (10^6 bytes) per second, for this rank; 0: no limit.
         timeout_s: that a call may take, and a look-up of all of a prompt.
+        compression: whether blocks are compressed that are stored.
+        number_bytes: of the floating-point numbers that they consist of; 0: of several sizes, or others.
     """
 
     is_asked = True
@@ -101,6 +106,8 @@ class RemoteTier(LowerTier):
         admission: Admission = Admission.ALL,
         write_limit_mb_s: float = 0.0,
         timeout_s: float = 1.0,
+        compression: RemoteCompression = RemoteCompression.NONE,
+        number_bytes: int = 0,
     ) -> None:
         super().__init__(
             "REMOTE", "REMOTE", num_slots, eviction_policy=EvictionPolicy.LRU, admission=admission
@@ -110,6 +117,12 @@ class RemoteTier(LowerTier):
         self._write_limit, self._timeout_s = write_limit_mb_s * 1e6, timeout_s
         self.store = STORES[url.scheme](url, timeout_s)
         self._opening = Patience()
+        if compression is not RemoteCompression.NONE and not self.store.any_size:
+            raise ConfigError(
+                f"remote_compression: {self.store.name} brings values of one size only; leave "
+                f"{compression.value} out"
+            )
+        self.compressor = Compressor(compression, number_bytes, self.store.name)
         self._generation = NO_GENERATION
         self._untold_generation = False  # the store does not know it yet
         self._private = False  # no other process is to find what is stored
@@ -213,8 +226,13 @@ class RemoteTier(LowerTier):
 
     def stats(self) -> Mapping[str, float]:
         """Beside those of every tier: lookups, lookups_failed (or too late), lookup_s (in all), asked_blocks,
-        found_blocks, there_already (blocks that were not stored because somebody else had), full (times)."""
-        names = ("lookups", "lookups_failed", "asked_blocks", "found_blocks", "there_already", "full")
+        found_blocks, there_already (blocks that were not stored because somebody else had), full (times),
+        compressed_bytes and compressed_to_bytes (of what was stored compressed, before and after),
+        expanded_bytes (of what was loaded and had been compressed, afterwards)."""
+        names = (
+            *("lookups", "lookups_failed", "asked_blocks", "found_blocks", "there_already", "full"),
+            *("compressed_bytes", "compressed_to_bytes", "expanded_bytes"),
+        )
         return {**{name: self._count[name] for name in names}, "lookup_s": self._lookup_s}
 
     def close(self) -> None:
@@ -421,13 +439,16 @@ class _Mover(_Thread):
         keys, values = call.keys, call.values()
         names = _names_of(keys, call.namespace)
         outcomes = [Outcome.FAILED] * len(names)
+        sizes = [0] * len(names)
         why = ""
         try:
             self.tier.store.lend(call.pool)
             if self._store:
-                outcomes = self._put(keys, names, values)
+                outcomes = self._put(call, keys, names)
             else:
-                self.try_with_session(lambda session: _set(outcomes, session.get(names, values)))
+                self.try_with_session(
+                    lambda session: _set(outcomes, self._get(session, names, values, sizes))
+                )
         except StoreFullError as error:
             self.tier.note_full(error)
             outcomes = [Outcome.MISSING] * len(names)
@@ -438,14 +459,30 @@ class _Mover(_Thread):
             why = f"{self.tier.store.name}: {error!r}"
         if not why and Outcome.CORRUPT in outcomes:
             why = f"{self.tier.store.name}: a value has another size than was stored"
-        outcomes, why_corrupt = self.core.verify(call, outcomes)
+        outcomes, why_corrupt = self.core.verify(call, outcomes, sizes)
+        self._count_expanded(values, sizes, outcomes)
         # Before anybody learns of it, and asks again.
         self._remember(keys, outcomes)
         self.core.settle(call, outcomes, why or why_corrupt)
 
-    def _put(
-        self, keys: BlockKeys, names: list[str], values: Sequence[Sequence[memoryview]]
+    def _get(
+        self, session: Session, names: list[str], values: Sequence[Value], sizes: list[int]
     ) -> list[Outcome]:
+        with _timed(self.tier.compressor.from_store, sum(map(value_bytes, values))) as moved:
+            outcomes = session.get(names, values, sizes)
+            moved += [s for s, outcome in zip(sizes, outcomes, strict=True) if outcome == Outcome.GOOD]
+        return outcomes
+
+    def _count_expanded(
+        self, values: Sequence[Value], sizes: Sequence[int], outcomes: Sequence[Outcome]
+    ) -> None:
+        if self._store:
+            return
+        for (_, body), size, outcome in zip(values, sizes, outcomes, strict=True):
+            if outcome == Outcome.GOOD and size < _core.VALUE_HEADER_BYTES + len(body):
+                self.tier._count["expanded_bytes"] += len(body)
+
+    def _put(self, call: _core.RemoteCall, keys: BlockKeys, names: list[str]) -> list[Outcome]:
         """Stores what nobody has stored yet. A value is megabytes, and to ask is a few bytes."""
         tier = self.tier
         if tier.is_full:
@@ -456,8 +493,11 @@ class _Mover(_Thread):
         def put(session: Session) -> None:
             there = session.exists(names)
             missing = [i for i in range(len(names)) if spoilt[i] or not there[i]]
+            values = self._compressed(call, missing)
             if missing:
-                done = session.put([names[i] for i in missing], [values[i] for i in missing])
+                with _timed(tier.compressor.to_store, sum(value_bytes(values[i]) for i in missing)) as moved:
+                    done = session.put([names[i] for i in missing], [values[i] for i in missing])
+                    moved += [value_bytes(values[i]) for i in missing]
                 for i, outcome in zip(missing, done, strict=True):
                     outcomes[i] = outcome
             tier._count["there_already"] += len(names) - len(missing)
@@ -469,6 +509,19 @@ class _Mover(_Thread):
         if Outcome.GOOD in outcomes:
             tier.note_room()
         return outcomes
+
+    def _compressed(self, call: _core.RemoteCall, missing: list[int]) -> list[tuple[memoryview, memoryview]]:
+        """The values of a call, those at these positions compressed if that is wanted."""
+        values, compressor = call.values(), self.tier.compressor
+        if not missing or not compressor.wants(values[missing[0]][1]):
+            return values
+        call.compress(missing, compressor.number_bytes)
+        before, values = values, call.values()
+        for i in missing:
+            if len(values[i][1]) < len(before[i][1]):
+                self.tier._count["compressed_bytes"] += len(before[i][1])
+                self.tier._count["compressed_to_bytes"] += len(values[i][1])
+        return values
 
     def _remember(self, keys: BlockKeys, outcomes: Sequence[Outcome]) -> None:
         if self._store:
@@ -492,6 +545,22 @@ def _names_of(keys: BlockKeys, namespace: bytes) -> list[str]:
 def _generation_record(generation: bytes) -> bytes:
     content = _GENERATION_MAGIC + generation
     return content + hashlib.blake2b(content, digest_size=KEY_BYTES).digest()
+
+
+@contextlib.contextmanager
+def _timed(link: Link, room: int) -> Iterator[list[int]]:
+    """What is done meanwhile is a call that moves so many bytes at most; it adds what it did move."""
+    moved: list[int] = []
+    if not link.counts(room):
+        yield moved
+        return
+    link.begin()
+    try:
+        yield moved
+    except BaseException:
+        link.fail()
+        raise
+    link.end(sum(moved))
 
 
 def _set(outcomes: list[Outcome], to: list[Outcome]) -> None:
