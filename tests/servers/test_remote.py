@@ -79,7 +79,8 @@ def test_a_second_server_finds_what_the_first_computed(store: Any, tmp_path: Pat
         assert sum(map(from_storage, got)) > 0.5 * sum(map(len, PROMPTS))
         assert not differing(got, expected, apart)
         assert figure(second, "online") == 1
-        assert (figure(second, "expanded_bytes_total") > 0) == (compression == "always")
+        if compression == "always":  # figures are told once a second
+            until(lambda: figure(second, "expanded_bytes_total") > 0, "nothing was expanded")
         if hasattr(store, "send"):
             check_that_nobody_notices_when_it_goes(second, store, expected, apart)
 
