@@ -63,15 +63,16 @@ void BindRemote(py::module_& m) {
                              })
       .def_property_readonly("keys", [](const Call& call) { return KeysToArray(call.keys()); })
       // Of each block its header and its body, writable: memory of the call, which must outlive them.
-      .def("values", [](const Call& call) {
-        py::list values;
-        for (size_t i = 0; i < call.size(); ++i) {
-          values.append(py::make_tuple(
-              py::memoryview::from_memory(call.header(i), static_cast<py::ssize_t>(kValueHeaderBytes)),
-              py::memoryview::from_memory(call.body(i), static_cast<py::ssize_t>(call.body_bytes(i)))));
-        }
-        return values;
-      })
+      .def("values",
+           [](const Call& call) {
+             py::list values;
+             for (size_t i = 0; i < call.size(); ++i) {
+               values.append(py::make_tuple(
+                   py::memoryview::from_memory(call.header(i), static_cast<py::ssize_t>(kValueHeaderBytes)),
+                   py::memoryview::from_memory(call.body(i), static_cast<py::ssize_t>(call.body_bytes(i)))));
+             }
+             return values;
+           })
       // Those at these positions, whose values are others afterwards.
       .def(
           "compress",

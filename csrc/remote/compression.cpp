@@ -50,8 +50,8 @@ void Join(const char* __restrict rest, const uint8_t* __restrict exponents, size
     Word word = static_cast<Word>(static_cast<Word>(exponents[i]) << (kBits - 8));
     for (size_t byte = 0; byte + 1 < sizeof word; ++byte) {
       word = static_cast<Word>(
-          word | static_cast<Word>(static_cast<Word>(static_cast<uint8_t>(rest[byte * count + i]))
-                                   << (8 * byte)));
+          word |
+          static_cast<Word>(static_cast<Word>(static_cast<uint8_t>(rest[byte * count + i])) << (8 * byte)));
     }
     word = static_cast<Word>(word >> 1 | word << (kBits - 1));
     std::memcpy(block + i * sizeof word, &word, sizeof word);
