@@ -3,19 +3,17 @@ its client never learns."""
 
 from __future__ import annotations
 
-import os
 import random
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+import slot_files
 from answers import ASK, EXACT, difference, differing, rounding
 from forked_server import ForkedServer
 from server import KV_ITEM_BYTES, SGLangServer
 from workload import conversations, some_tokens
-
-from sglang_flexkv import _core
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-gqa"
@@ -28,17 +26,7 @@ PROMPTS = [turn.tokens for turn in conversations(8, 3, seed=5, turn_max=300)][-8
 def damage(directory: Path, rank: str, every: int) -> int:
     """Flips a byte in every so many-th page of this rank's slots, under the running server."""
     (path,) = directory.glob(f"*{rank}*.slots")
-    damaged = 0
-    with path.open("r+b") as file:
-        for offset in range(_core.SSD_SLOTS_OFFSET, path.stat().st_size, every * 4096):
-            file.seek(offset)
-            byte = file.read(1)
-            file.seek(offset)
-            file.write(bytes([byte[0] ^ 0xFF]))
-            damaged += 1
-        file.flush()
-        os.fsync(file.fileno())
-    return damaged
+    return slot_files.damage(path, every)
 
 
 def server_over(directory: Path, tmp_path: Path, tp_size: int, settings: str) -> SGLangServer:

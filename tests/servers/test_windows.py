@@ -3,7 +3,6 @@ costs hits alone. That it answers as a server without any cache is in test_end_t
 
 from __future__ import annotations
 
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,13 @@ from typing import Any
 from answers import ASK, differing, rounding
 from forked_server import ForkedServer
 from server import SGLangServer
+from slot_files import damage
 from workload import conversations
-
-from sglang_flexkv import _core
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-swa"
 NEW_TOKENS = 6
 PROMPTS = [turn.tokens for turn in conversations(6, 2, seed=3)][-6:]
-
-
-def damage(path: Path, every: int) -> None:
-    """Flips a byte in every so many-th page of a file's slots."""
-    with path.open("r+b") as file:
-        for offset in range(_core.SSD_SLOTS_OFFSET, path.stat().st_size, every * 4096):
-            file.seek(offset)
-            byte = file.read(1)
-            file.seek(offset)
-            file.write(bytes([byte[0] ^ 0xFF]))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def test_windows_outlive_a_restart_and_damage_costs_hits_alone(tmp_path: Path) -> None:
