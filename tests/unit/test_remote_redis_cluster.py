@@ -77,6 +77,35 @@ def test_slots_that_move_are_followed(cluster: RedisCluster, store: RedisStore) 
         client.close()
 
 
+def test_a_slot_that_has_moved_does_not_fail_beside_values_that_came(
+    cluster: RedisCluster, store: RedisStore
+) -> None:
+    """The tier tries a call again that failed as a whole, and this one did not."""
+    session, names = store.session(), some_names(12)
+    slot = key_slot(names[0].encode())
+    assert {key_slot(name.encode()) for name in names} != {slot}
+    clients = [redis.Redis(port=node.port) for node in cluster.nodes[:3]]
+    ids = [client.execute_command("CLUSTER MYID") for client in clients]
+    first = next(i for i in range(3) if slot < 16384 * (i + 1) // 3)
+    second = (first + 1) % 3
+    for source, target in ((first, second), (second, first)):  # and back
+        session.exists(names)  # it has connections, and a map
+        clients[source].delete(names[0])
+        clients[target].execute_command("CLUSTER SETSLOT", slot, "IMPORTING", ids[source])
+        clients[source].execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
+        for client in clients[target:] + clients[:target]:
+            client.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[target])
+        if target == second:
+            assert session.put(names, [value(i) for i in range(12)]) == [Outcome.GOOD] * 12
+        else:
+            into = [empty() for _ in names]
+            assert session.get(names, into) == [Outcome.MISSING, *[Outcome.GOOD] * 11]
+            assert [content(each) for each in into[1:]] == [content(value(i)) for i in range(1, 12)]
+    session.close()
+    for client in clients:
+        client.close()
+
+
 def test_a_slot_that_is_on_its_way_is_a_miss_and_no_fault(cluster: RedisCluster, store: RedisStore) -> None:
     """Its node sends those who ask for what it has not to the next one (ASK)."""
     names = some_names(1)

@@ -92,11 +92,11 @@ class ClusterSession(Session):
         self._sessions: dict[Node, Session] = {}
 
     def exists(self, names: Sequence[str]) -> list[bool]:
-        there, error = self._each(
+        there, errors = self._each(
             names, lambda session, part: session.exists([names[i] for i in part]), False
         )
-        if error is not None:
-            raise error
+        if errors:
+            raise errors[-1][0]
         return there
 
     def count_leading(self, names: Sequence[str]) -> int:
@@ -132,23 +132,38 @@ class ClusterSession(Session):
     def _move(
         self, names: Sequence[str], call: Callable[[Session, list[int]], list[Outcome]]
     ) -> list[Outcome]:
-        """What one node cannot do does not spoil what the others did."""
-        outcomes, error = self._each(names, call, Outcome.FAILED)
-        if error is not None and Outcome.GOOD not in outcomes:
-            raise error
-        if isinstance(error, StoreFullError):  # of some of the nodes
-            return [Outcome.MISSING if outcome == Outcome.FAILED else outcome for outcome in outcomes]
+        """What one node cannot do does not spoil what the others did. What may be gone at once, a slot that
+        has moved or a connection that was lost, is tried again: whoever made the call would try again only
+        what failed as a whole."""
+        outcomes, errors = self._each(names, call, Outcome.FAILED)
+        if any(error.temporary for error, _ in errors) and Outcome.GOOD in outcomes:
+            again = [position for error, part in errors if error.temporary for position in part]
+            errors = [(error, part) for error, part in errors if not error.temporary]
+            repeated, still = self._each(
+                [names[i] for i in again],
+                lambda session, part: call(session, [again[i] for i in part]),
+                Outcome.FAILED,
+            )
+            for position, outcome in zip(again, repeated, strict=True):
+                outcomes[position] = outcome
+            errors += [(error, [again[i] for i in part]) for error, part in still]
+        if errors and Outcome.GOOD not in outcomes:
+            raise errors[-1][0]
+        for error, part in errors:
+            if isinstance(error, StoreFullError):  # this node
+                for position in part:
+                    outcomes[position] = Outcome.MISSING
         return outcomes
 
     def _each(
         self, names: Sequence[str], call: Callable[[Session, list[int]], list[T]], otherwise: T
-    ) -> tuple[list[T], StoreError | None]:
-        """Makes a call to each node that has some of the names, and says what went wrong last."""
+    ) -> tuple[list[T], list[tuple[StoreError, list[int]]]]:
+        """Makes a call to each node that has some of the names, and says what went wrong with which."""
         parts: dict[Node, list[int]] = {}
         for position, node in enumerate(self._slots.nodes_of(names)):
             parts.setdefault(node, []).append(position)
         results = [otherwise] * len(names)
-        failed: StoreError | None = None
+        failed: list[tuple[StoreError, list[int]]] = []
         for node, part in parts.items():
             try:
                 if node not in self._sessions:
@@ -156,7 +171,7 @@ class ClusterSession(Session):
                 for position, result in zip(part, call(self._sessions[node], part), strict=True):
                     results[position] = result
             except StoreError as error:
-                failed = error
+                failed.append((error, part))
                 if (session := self._sessions.pop(node, None)) is not None:
                     session.close()
                 if not isinstance(error, StoreFullError):
