@@ -26,7 +26,7 @@ size_t CompressBlock(Compression how, const char* block, size_t bytes, char* to,
 // about. `block` is not within `from`.
 bool ExpandBlock(Compression how, const char* from, size_t stored_bytes, char* block, size_t bytes);
 
-// What compressing a block brings and costs here and now.
+// What compressing a block brings and costs here and now, in seconds of a core.
 struct CompressionTrial {
   size_t stored_bytes = 0;  // those of the block if it does not shrink
   double compress_s = 0, expand_s = 0;

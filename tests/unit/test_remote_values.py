@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import struct
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -371,15 +374,25 @@ def test_a_link_is_as_fast_as_all_that_is_on_its_way() -> None:
     now_s = iter(itertools.count())
     link = compression.Link(lambda: float(next(now_s)))
     half = compression._LINK_KNOWN // 2
-    link.begin()  # at 0 s
-    link.begin()
-    link.end(half)
+    first, second = link.begin(), link.begin()  # at 0 and 1 s
+    link.end(first, half)
     assert link.byte_s == 0  # not known
-    link.end(half)  # at 3 s
+    link.end(second, half)  # at 3 s
     assert link.byte_s == pytest.approx(3 / (2 * half))
-    link.begin()
-    link.fail()
-    assert link.byte_s == 0
+
+
+def test_a_call_that_fails_takes_nothing_from_what_is_known_of_a_link() -> None:
+    now_s = 0.0
+    link = compression.Link(lambda: now_s)
+    size = compression._LINK_KNOWN
+    for _ in range(3):
+        began = link.begin()
+        now_s += 2.0
+        link.end(began, size)
+        link.begin()
+        now_s += 60.0  # a time limit, say
+        link.fail()
+        assert link.byte_s == pytest.approx(2.0 / size)
 
 
 @pytest.mark.parametrize(("mb_s", "wants"), [(1.0, True), (1e9, False)])
@@ -389,8 +402,24 @@ def test_auto_goes_by_what_it_measures(mb_s: float, wants: bool) -> None:
     compressor.to_store = compression.Link(lambda: next(clock))
     block = memoryview(torch.randn(1 << 16).to(BF16).view(torch.uint8).numpy())
     assert not compressor.wants(block)
-    compressor.to_store.begin()
-    compressor.to_store.end(compression._LINK_KNOWN)
+    began = compressor.to_store.begin()
+    compressor.to_store.end(began, compression._LINK_KNOWN)
     assert compressor.wants(block) == wants
     assert compressor.costs is not None
     assert 0.5 < compressor.costs.stored < 0.75
+
+
+def test_a_trial_counts_what_its_thread_has_of_a_core() -> None:
+    """While the cores do something else the code is no slower."""
+    block = memoryview(torch.randn(1 << 21).to(BF16).view(torch.uint8).numpy())
+    core = {min(os.sched_getaffinity(0))}
+
+    def trial() -> tuple[float, float]:
+        os.sched_setaffinity(0, core)  # of this thread
+        began_s = time.thread_time()
+        seen = _core.try_compression(block, 2)
+        return seen.compress_s + seen.expand_s, time.thread_time() - began_s
+
+    with ThreadPoolExecutor(4) as threads:
+        for told_s, used_s in [future.result() for future in [threads.submit(trial) for _ in range(4)]]:
+            assert 0 < told_s <= used_s

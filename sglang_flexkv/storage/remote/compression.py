@@ -26,40 +26,44 @@ _TRIAL_EVERY = 32
 
 
 class Link:
-    """Bytes per second in one direction, while anything is on its way: several threads share it."""
+    """Bytes per second in one direction. Several threads share it: while some calls are on their way, each
+    has its part of the time."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._lock = threading.Lock()
         self._running = 0
-        self._seen_s = 0.0  # up to when its time is counted
+        self._seen_s = 0.0  # up to when the time has been shared out
+        self._share_s = 0.0  # that each call had which has been on its way since ever
         self._bytes = self._busy_s = 0.0
 
-    def begin(self) -> None:
+    def begin(self) -> float:
+        """Returns what ``end`` takes."""
         with self._lock:
             self._pass()
             self._running += 1
+            return self._share_s
 
-    def end(self, num_bytes: int) -> None:
+    def end(self, began: float, num_bytes: int) -> None:
         """What began has come to its end, and moved so much."""
         with self._lock:
             self._pass()
             self._running -= 1
             self._bytes += num_bytes
+            self._busy_s += self._share_s - began
             if self._bytes > _LINK_FADES:
                 self._bytes, self._busy_s = self._bytes / 2, self._busy_s / 2
 
     def fail(self) -> None:
-        """What began has come to nothing: what time that took says nothing about the link."""
+        """What began has come to nothing: the time that it had says nothing about the link."""
         with self._lock:
             self._pass()
             self._running -= 1
-            self._bytes = self._busy_s = 0.0
 
     def _pass(self) -> None:
         now_s = self._clock()
         if self._running:
-            self._busy_s += now_s - self._seen_s
+            self._share_s += (now_s - self._seen_s) / self._running
         self._seen_s = now_s
 
     @property

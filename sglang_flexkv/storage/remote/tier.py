@@ -554,13 +554,13 @@ def _timed(link: Link, room: int) -> Iterator[list[int]]:
     if not link.counts(room):
         yield moved
         return
-    link.begin()
+    began = link.begin()
     try:
         yield moved
     except BaseException:
         link.fail()
         raise
-    link.end(sum(moved))
+    link.end(began, sum(moved))
 
 
 def _set(outcomes: list[Outcome], to: list[Outcome]) -> None:
