@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 import pytest
+import redis
 from kit import TIMEOUT_S, Rig, assert_same, cut
 from linker_steps import PAGE, PAGES, MakeRig, invalidate_cpu_tier, may_run, prefetch, sequence
 from remote_faults import Faults, faulty_stores
@@ -157,6 +158,39 @@ def test_nobody_notices_when_a_store_stands_still_and_dies(
     assert rig.stats("REMOTE")["times_out"] > 0
     service.start()
     check_that_it_is_of_use(rig, prompts[0], expected[0], 0)
+
+
+def test_a_flush_on_a_store_that_is_full_holds_at_once_and_for_all_when_there_is_room(
+    make_rig: MakeRig, services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_tier, "_GENERATION_S", 0.0)
+    monkeypatch.setattr(remote_tier, "_TELL_AGAIN_S", 0.01)
+    service = services.get("redis")
+    first, second = make_rig(remote=service.url), make_rig(remote=service.url)
+    prompt = sequence(70_000)
+    expected = store(first, prompt, 1)
+    with redis.Redis(port=service.port) as client:
+        client.config_set("maxmemory", 1)  # noeviction: it stores nothing more
+        first.cache.reset()
+        first.allocator.clear()
+        for _ in range(4):
+            assert run(first, prompt)[1] == 0
+        stats = first.stats("REMOTE")
+        assert (stats["lookups_failed"], stats["times_out"]) == (0, 0)
+        got, brought = run(second, prompt)  # it cannot know
+        assert_same(got, expected)
+        assert brought == PAGES * PAGE
+        client.config_set("maxmemory", 0)
+    # It learns of it also where it need not ask: it knows what it has brought once.
+    deadline = time.monotonic() + TIMEOUT_S
+    while second.stats("REMOTE")["times_out"] == 0 or not second.stats("REMOTE")["online"]:
+        assert time.monotonic() < deadline, "a flush is not told when there is room"
+        second.evict_all()
+        invalidate_cpu_tier(second)
+        run(second, prompt)
+    assert second.stats("REMOTE")["times_out"] == 1
+    assert run(second, sequence(70_000))[1] == 0
+    check_that_it_is_of_use(first, prompt, expected, 1)
 
 
 def test_a_store_that_does_what_it_likes_changes_no_request(

@@ -84,7 +84,7 @@ def faulty_stores(faults: Faults) -> dict[str, Callable[[RemoteUrl, float], Stor
 class FaultyStore(Store):
     def __init__(self, store: Store, faults: Faults) -> None:
         self._store, self._faults = store, faults
-        self.name, self.any_size = store.name, store.any_size
+        self.name, self.any_size, self.replaces = store.name, store.any_size, store.replaces
 
     def open(self) -> None:
         if self._faults.opens_fail:

@@ -42,6 +42,7 @@ class Watched(Values):
         self.num_running = self.num_running_max = self.num_values_max = 0
         self.lent: list[memoryview] = []
         self.not_lent = 0
+        self.full = ""  # how it says so
 
     def lend(self, memory: memoryview) -> None:
         self.lent.append(memory)
@@ -77,8 +78,13 @@ class Watched(Values):
             return super().get(names, values, sizes)
 
     def put(self, names: Sequence[str], values: Sequence[Value]) -> list[Outcome]:
+        if self.full == "raises":
+            raise StoreFullError("it is full")
+        if self.full:
+            return [Outcome.MISSING] * len(names)
         if names[0].endswith("generation"):
-            return super().put(names, values)
+            left_alone = not self.replaces and names[0] in self.held
+            return [Outcome.GOOD] if left_alone else super().put(names, values)
         with self._watch("put", len(names)):
             return super().put(names, values)
 
@@ -278,3 +284,105 @@ def test_a_question_is_over_in_time_and_a_store_that_answers_none_is_put_aside(
         until(lambda failing=failing: failing.answered, "it is never answered")  # type: ignore[misc]
     assert "3 look-ups failed in a row, the last one: it says no" in tier.why_broken()
     tier.close()
+
+
+# ---- flushes ----
+
+
+@pytest.fixture
+def often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote_tier, "_GENERATION_S", 0.0)
+    monkeypatch.setattr(remote_tier, "_TELL_AGAIN_S", 0.001)
+    monkeypatch.setattr(remote_tier, "_ABSENT_S", 0.0)
+
+
+def told(watched: Watched) -> list[bytes]:
+    return [value for name, value in watched.held.items() if name.endswith("generation")]
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("how", ["raises", "stores nothing"])
+def test_a_flush_that_a_full_store_takes_no_note_of_holds_here_and_is_told_when_there_is_room(
+    watched: Watched, server: Server, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    server.put()
+    watched.full = how
+    server.engine.clear_tiers()
+    # What is there is asked for, and is not what this server wants any more: no look-up fails.
+    for _ in range(remote_tier._LOOKUPS_FAILED_MAX + 1):
+        assert not server.get()
+    stats = server.engine.stats()["REMOTE"]
+    assert (stats["lookups_failed"], stats["times_out"]) == (0, 0)
+    assert told(watched) == []
+    assert caplog.text.count("cannot be told that the cache was flushed: it has no room") == 1
+    # Nobody asks for anything now.
+    watched.full = ""
+    until(lambda: len(told(watched)) == 1, "a flush is not told again")
+    server.put()
+    assert server.get()
+
+
+@pytest.mark.usefixtures("often")
+def test_a_flush_of_a_store_that_is_full_is_kept_when_it_is_opened_again(
+    watched: Watched, server: Server
+) -> None:
+    server.put()
+    tier = tier_of(watched)
+    tier.open()
+    before = tier.values_namespace()
+    watched.full = "raises"
+    tier.clear(keep=True)
+    flushed = tier.values_namespace()
+    assert flushed != before
+    for _ in range(2):
+        tier.close()
+        tier.open()
+        assert tier.values_namespace() == flushed
+    watched.full = ""
+    until(lambda: len(told(watched)) == 1, "a flush is not told again")
+    # It is known here although the store has forgotten it.
+    tier.close()
+    watched.held.clear()
+    tier.open()
+    assert tier.values_namespace() == flushed
+    assert len(told(watched)) == 1
+    tier.close()
+
+
+@pytest.mark.usefixtures("often")
+@pytest.mark.parametrize("how", ["gone", "damaged"])
+def test_a_flush_that_the_store_has_forgotten_is_told_again(
+    watched: Watched, server: Server, how: str
+) -> None:
+    """Stores evict, and objects expire: what was flushed is not found again for that."""
+    server.put()
+    server.engine.clear_tiers()
+    until(lambda: len(told(watched)) == 1, "a flush is not told")
+    (record,) = told(watched)
+    name = next(name for name in watched.held if name.endswith("generation"))
+    watched.held[name] = bytes(40)
+    if how == "gone":
+        del watched.held[name]
+
+    def is_told_again() -> bool:
+        assert not server.get()
+        return told(watched) == [record]
+
+    until(is_told_again, "a flush is forgotten")
+    assert server.engine.stats()["REMOTE"]["times_out"] == 0
+
+
+@pytest.mark.usefixtures("often")
+def test_a_second_flush_is_no_step_back_where_nothing_is_replaced(
+    watched: Watched, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    watched.replaces = False
+    server.put()
+    for number in range(3):
+        server.engine.clear_tiers()
+        until(lambda: not server.get() and len(told(watched)) == 1, "a flush is not told")
+        server.put()
+        assert server.get(), number
+    stats = server.engine.stats()["REMOTE"]
+    assert (stats["lookups_failed"], stats["times_out"]) == (0, 0)
+    assert caplog.text.count("cannot be told that the cache was flushed: it replaces nothing") == 1

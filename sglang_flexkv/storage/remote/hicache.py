@@ -46,6 +46,7 @@ class HiCacheStore(Store):
     def __init__(self, url: RemoteUrl, timeout_s: float) -> None:
         del timeout_s  # backends have their own
         self.any_size = False  # a tensor is of the size that is asked for
+        self.replaces = False  # what is there is left there, and said to be stored
         self._url = url
         self._settings = {name: _parsed(text) for name, text in url.options.items()}
         self.name = f"HiCache backend {url.host}"

@@ -156,10 +156,12 @@ class Store(ABC):
     Attributes:
         name: for people, e.g. ``Redis at 10.0.0.1:6379``; no credentials.
         any_size: its sessions can bring values that are smaller than the memory for them.
+        replaces: what is stored under a name that is taken takes its place.
     """
 
     name: str
     any_size = True
+    replaces = True
 
     @abstractmethod
     def open(self) -> None:

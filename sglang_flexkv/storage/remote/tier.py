@@ -73,8 +73,9 @@ _LOOKUPS_FAILED_MAX = 3
 _LOOKUP_STALL_S = 3.0
 # A store that is full is left alone for so long, then twice as long, up to the second.
 _FULL_S, _FULL_MAX_S = 1.0, 60.0
-# Another server may have flushed the cache: how often that is looked at.
-_GENERATION_S = 10.0
+# Another server may have flushed the cache: how often that is looked at. One's own flush is told again after
+# so long if the store took no note of it.
+_GENERATION_S, _TELL_AGAIN_S = 10.0, 2.0
 
 _GENERATION_MAGIC = b"FLEXKVGN"
 _GENERATION_BYTES = len(_GENERATION_MAGIC) + KEY_BYTES
@@ -125,8 +126,9 @@ class RemoteTier(LowerTier):
         self.compressor = Compressor(compression, number_bytes, self.store.name)
         self._generation = NO_GENERATION
         self._untold_generation = False  # the store does not know it yet
+        self._is_flush_lost = False  # and somebody was warned
         self._private = False  # no other process is to find what is stored
-        self._read_generation_s = 0.0
+        self._read_generation_s = self._tell_generation_s = 0.0
         self._core = self._make_core()
         self._threads: list[threading.Thread] = []
         self._stop = threading.Event()
@@ -170,10 +172,12 @@ class RemoteTier(LowerTier):
         try:
             session = self.store.session()
             try:
+                if not (self._untold_generation or self._private):
+                    told = self._read_generation(session)
+                    self._generation = told or self._generation
+                    self._untold_generation = told is None and self._generation != NO_GENERATION
                 if self._untold_generation:
-                    self._write_generation(session)
-                elif not self._private:
-                    self._generation = self._read_generation(session)
+                    self._tell_generation(session)
             finally:
                 session.close()
         except StoreError as error:
@@ -206,8 +210,10 @@ class RemoteTier(LowerTier):
         """What was stored so far keeps its place in the store, under a name that nobody asks for any more: it
         may be somebody else's as well, and goes as the store's own rules say."""
         self._private = self._private or not keep
-        self._generation = secrets.token_bytes(KEY_BYTES)
-        self._untold_generation = not self._private
+        with self._lock:
+            self._generation = secrets.token_bytes(KEY_BYTES)
+            self._untold_generation = not self._private
+            self._tell_generation_s = 0.0
         self._core.set_namespace(self.values_namespace())
         with self._lock:
             self._not_there.clear()
@@ -260,26 +266,61 @@ class RemoteTier(LowerTier):
     def _generation_name(self) -> str:
         return f"fkv1/{self._namespace.hex()}/generation"
 
-    def _read_generation(self, session: Session) -> bytes:
+    def _read_generation(self, session: Session) -> bytes | None:
+        """What was told last; None if that is not there. Stores evict: who still knows it tells it again
+        then, or what was flushed would be found again."""
         record = bytearray(_GENERATION_RECORD)
         (outcome,) = session.get([self._generation_name()], [[memoryview(record)]])
         if outcome == Outcome.GOOD and record == _generation_record(bytes(record[8:_GENERATION_BYTES])):
             return bytes(record[8:_GENERATION_BYTES])
-        return NO_GENERATION
+        return None
 
-    def _write_generation(self, session: Session) -> None:
-        record = memoryview(_generation_record(self._generation))
-        session.put([self._generation_name()], [[record]])
-        self._untold_generation = False
+    def _tell_generation(self, session: Session) -> None:
+        """Writes it where the others see it. A store that takes no note of it is told again later, and is of
+        use meanwhile: what was flushed is not found by this server in any case. Raises StoreError."""
+        generation = self._generation
+        self._tell_generation_s = time.monotonic() + _TELL_AGAIN_S
+        why = "it has no room"
+        if self.store.replaces or self._read_generation(session) in (None, generation):
+            with contextlib.suppress(StoreFullError):
+                record = memoryview(_generation_record(generation))
+                if session.put([self._generation_name()], [[record]]) == [Outcome.GOOD]:
+                    with self._lock:
+                        self._untold_generation = self._generation != generation  # flushed again
+                    return
+        else:
+            why = "it replaces nothing"
+            self._private, self._untold_generation = True, False
+        if not self._is_flush_lost:
+            self._is_flush_lost = True
+            logger.warning(
+                "%s cannot be told that the cache was flushed: %s. Other servers go on finding what was "
+                "stored before; this one does not.",
+                self.store.name,
+                why,
+            )
 
     def _look_at_generation(self, session: Session) -> None:
         """By the thread that asks, before it does."""
+        now_s = time.monotonic()
         if self._untold_generation:
-            self._write_generation(session)
-        elif not self._private and time.monotonic() - self._read_generation_s > _GENERATION_S:
-            self._read_generation_s = time.monotonic()
-            if self._read_generation(session) != self._generation and not self._untold_generation:
-                self._why_broken = "another server has flushed the cache"
+            if now_s >= self._tell_generation_s:
+                self._tell_generation(session)
+        elif not self._private and now_s - self._read_generation_s > _GENERATION_S:
+            self._read_generation_s = now_s
+            told = self._read_generation(session)
+            with self._lock:
+                if self._untold_generation:  # flushed meanwhile
+                    return
+                if told is None:
+                    self._untold_generation = self._generation != NO_GENERATION
+                elif told != self._generation:
+                    self._why_broken = "another server has flushed the cache"
+
+    def note_use(self) -> None:
+        """Values are moved, for which nobody need have asked: has somebody flushed them?"""
+        if time.monotonic() - self._read_generation_s > _GENERATION_S:
+            self._questions.put(None)
 
     # ---- what is not there ----
 
@@ -367,7 +408,9 @@ class _Asker(_Thread):
     def run(self) -> None:
         tier, questions = self.tier, self.tier._questions
         while True:
-            question = questions.get()
+            question = None
+            with contextlib.suppress(queue.Empty):
+                question = questions.get(timeout=_TELL_AGAIN_S if tier._untold_generation else None)
             if question is None and self.stop.is_set():
                 break
             if question is not None and question.is_over:  # nobody waits for it any more
@@ -397,7 +440,7 @@ class _Asker(_Thread):
             tier._count["found_blocks"] += found
         if tier._untold_generation and tier._stop is self.stop:
             with contextlib.suppress(StoreError):  # told at the next opening, if there is one
-                self.try_with_session(tier._look_at_generation)
+                self.try_with_session(tier._tell_generation)
         self.end_session()
 
     def _count_leading(self, keys: BlockKeys) -> int:
@@ -459,6 +502,7 @@ class _Mover(_Thread):
             why = f"{self.tier.store.name}: {error!r}"
         if not why and Outcome.CORRUPT in outcomes:
             why = f"{self.tier.store.name}: a value has another size than was stored"
+        self.tier.note_use()
         outcomes, why_corrupt = self.core.verify(call, outcomes, sizes)
         self._count_expanded(values, sizes, outcomes)
         # Before anybody learns of it, and asks again.
