@@ -310,17 +310,8 @@ class KVTaskEngine:
 
     def queued_read_bytes(self) -> Counter[int]:
         """Bytes that wait to be loaded from each lower tier or are being loaded, by its number."""
-        queued = [int(of_tier["queued_blocks"]) for of_tier in self.load_stats()]
-        return Counter({n: blocks * self.slot_bytes for n, blocks in enumerate(queued) if n != CPU})
-
-    def bytes_by_tier(self, tiers: TierNumbers) -> Counter[int]:
-        """Bytes of blocks that come from lower tiers, by the tier's number.
-
-        Args:
-            tiers: of each block the tier that it is in, uint8 [blocks].
-        """
-        counts = np.bincount(tiers, minlength=1)[1:].tolist()
-        return Counter({n: count * self.slot_bytes for n, count in enumerate(counts, 1) if count})
+        queued = [int(of_tier["queued_bytes"]) for of_tier in self.load_stats()]
+        return Counter({n: num_bytes for n, num_bytes in enumerate(queued) if n != CPU})
 
     @property
     def num_spill_dropped_blocks(self) -> int:

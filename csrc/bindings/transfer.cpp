@@ -23,7 +23,7 @@ py::dict StatsDict(const std::vector<TransferStats>& routes) {
     one["ops_cancelled"] = stats.ops_cancelled;
     one["bytes"] = stats.bytes;
     one["busy_s"] = stats.busy_s;
-    one["queued_blocks"] = stats.queued_blocks;
+    one["queued_bytes"] = stats.queued_bytes;
     one["refused_graphs"] = stats.refused_graphs;
     one["queue_s"] = stats.queue_s;
     one["corrupt_blocks"] = stats.corrupt_blocks;

@@ -46,7 +46,6 @@ uint32_t TransferEngine::AddGroup(BlockLayout layout, std::shared_ptr<HostPool> 
   group->host = std::move(host);
   group->gate_layers = std::move(gate_layers);
   group->slices = SlicesOf(group->layout, group->host->slot_bytes(), kSlicesMax);
-  group->queue_blocks = (queue_bytes_ + block_bytes - 1) / block_bytes;
   for (size_t tier = 0; tier < num_lower_tiers_; ++tier) group->below.push_back(std::make_unique<Below>());
   group->host->StartPinning(cuda_);
   if (cuda_) {
@@ -202,13 +201,13 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
       // What is queued of the types it needs; one graph always fits, or a large one never would.
       for (const Op& op : graph->ops) {
         TransferStats& stats = RouteOf(op).stats;
-        if (stats.queued_blocks >= GroupOf(op).queue_blocks) {
+        if (stats.queued_bytes >= queue_bytes_) {
           stats.refused_graphs++;
           return 0;
         }
       }
     }
-    for (const Op& op : graph->ops) RouteOf(op).stats.queued_blocks += op.num_blocks;
+    for (const Op& op : graph->ops) RouteOf(op).stats.queued_bytes += BytesOf(op);
     id = graph->id = next_graph_++;
     for (Op& op : graph->ops) {
       if (op.spec.after_layers < 0) ready.push_back(&op);
@@ -486,6 +485,13 @@ void TransferEngine::PassRest(Op* op) {
   Pass(op, load ? op->spec.layer_begin : 0, load ? op->spec.layer_end : 1);
 }
 
+size_t TransferEngine::BytesOf(const Op& op) const {
+  const BlockLayout& layout = GroupOf(op).layout;
+  const int last = op.spec.layer_end - 1;
+  return op.num_blocks *
+         (layout.layer_offset(last) + layout.layer_bytes(last) - layout.layer_offset(op.spec.layer_begin));
+}
+
 void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vector<uint8_t> ok) {
   Graph* graph = op->graph;
   if (IsDeviceCopy(op->spec.type)) PassRest(op);
@@ -497,13 +503,10 @@ void TransferEngine::Finish(Op* op, OpStatus status, std::string error, std::vec
     op->result.end_s = Now();
     if (op->result.start_s == 0) op->result.start_s = op->result.end_s;
     TransferStats& stats = RouteOf(*op).stats;
-    stats.queued_blocks -= op->num_blocks;
+    stats.queued_bytes -= BytesOf(*op);
     if (status == OpStatus::kDone) {
       stats.ops_done++;
-      const BlockLayout& layout = GroupOf(*op).layout;
-      const int last = op->spec.layer_end - 1;
-      stats.bytes += op->num_blocks * (layout.layer_offset(last) + layout.layer_bytes(last) -
-                                       layout.layer_offset(op->spec.layer_begin));
+      stats.bytes += BytesOf(*op);
     } else if (status == OpStatus::kFailed) {
       stats.ops_failed++;
     } else {

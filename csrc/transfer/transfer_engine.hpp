@@ -39,7 +39,7 @@ struct TransferStats {
   uint64_t bytes = 0;
   double busy_s = 0;            // time in which at least one was moving bytes
   double queue_s = 0;           // copies on a GPU: the host's time for queueing them
-  uint64_t queued_blocks = 0;   // of ops that have not ended
+  uint64_t queued_bytes = 0;    // of ops that have not ended
   uint64_t refused_graphs = 0;  // background graphs that found this queue full
   // Of loads from a lower tier:
   uint64_t corrupt_blocks = 0;   // were not what had been stored
@@ -151,7 +151,6 @@ class TransferEngine {
     std::shared_ptr<HostPool> host;
     std::vector<int> gate_layers;  // empty: a layer is the gate's of the same number
     std::vector<Slice> slices;
-    size_t queue_blocks = 0;                    // background graphs are refused beyond; 0: never
     std::vector<std::unique_ptr<Below>> below;  // by number, from tier 1 on
     std::unique_ptr<Copier> copier;
 
@@ -160,6 +159,8 @@ class TransferEngine {
     }
   };
   Group& GroupOf(const Op& op) const { return *groups_[op.spec.group]; }
+  // That an op moves, all of it.
+  size_t BytesOf(const Op& op) const;
   Below& BelowOf(Tier number, uint32_t group) const;
   Below& BelowOf(const Op& op) const { return BelowOf(op.spec.tier, op.spec.group); }
   void Busy(Route* route, int change);
@@ -167,7 +168,7 @@ class TransferEngine {
   bool DeviceIsIdle() const { return routes_[0].running + routes_[1].running == 0; }
 
   const int copy_threads_;
-  const size_t queue_bytes_;
+  const size_t queue_bytes_;  // background graphs are refused beyond; 0: never
   const size_t num_lower_tiers_;
   const std::shared_ptr<CudaDriver> cuda_;  // null: the device pools are CPU memory
   std::vector<std::unique_ptr<Group>> groups_;

@@ -7,7 +7,7 @@ queued before this one. The costs are measured while the server runs, nothing is
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -146,7 +146,7 @@ class LoadOrRecompute:
             ends = np.concatenate(([0], prompt.ends))
             places = np.linspace(0, len(ends) - 1, _CANDIDATES).astype(int)
             candidates = np.unique(ends[places]).tolist()
-        seconds = [self._seconds(prompt, count, lower) for count in candidates]
+        seconds = [self._seconds(prompt, count, bool(lower)) for count in candidates]
         best = min(range(len(candidates)), key=lambda i: (seconds[i], -candidates[i]))
         return candidates[best] if seconds[best] < _WORTH_COMPUTING * seconds[-1] else held
 
@@ -174,17 +174,29 @@ class LoadOrRecompute:
             seconds = max(seconds, self.from_tier[tier].seconds(wanted) if wanted else 0.0)
         return seconds
 
-    def _seconds(self, prompt: Prompt, num_blocks: int, lower: Sequence[int]) -> float:
+    def bytes_by_tier(self, tiers: TierNumbers) -> Counter[int]:
+        """Bytes that come from lower tiers with a prefix and the windows at its end, by the tier's number.
+
+        Args:
+            tiers: of each block of the prefix the tier that it comes from.
+        """
+        out: Counter[int] = Counter()
+        for blocks, of_each in ((len(tiers), self._block_bytes), *self._windows):
+            first = max(0, len(tiers) - blocks)
+            counts = np.bincount(tiers[first:], minlength=1)[1:].tolist()
+            out.update({tier: count * of_each for tier, count in enumerate(counts, 1) if count})
+        return out
+
+    def _seconds(self, prompt: Prompt, num_blocks: int, has_lower: bool) -> float:
         """Until the first token, if so many blocks are loaded: layers are computed while others arrive."""
         load_s = before_s = 0.0
         if num_blocks:
             num_bytes = num_blocks * self._block_bytes
             num_bytes += sum(min(num_blocks, blocks) * of_each for blocks, of_each in self._windows)
             load_s = self.to_device.seconds(num_bytes)
-        for tier in lower:
-            if count := int(np.count_nonzero(prompt.tiers[:num_blocks] == tier)):
-                wanted = prompt.queued_bytes.get(tier, 0) + count * self._block_bytes
-                seconds = self.from_tier[tier].seconds(wanted)
+        if has_lower:
+            for tier, num_bytes in self.bytes_by_tier(prompt.tiers[:num_blocks]).items():
+                seconds = self.from_tier[tier].seconds(prompt.queued_bytes.get(tier, 0) + num_bytes)
                 if tier in self._loaded_before:
                     before_s = max(before_s, seconds)
                 else:

@@ -245,7 +245,7 @@ class Prefetches:
         num_bytes = self._engine.queued_read_bytes()
         for task in read.tasks:
             if task.status is TaskStatus.READY and task.plan is not None:
-                num_bytes += self._engine.bytes_by_tier(task.plan.tiers)
+                num_bytes += self._costs.bytes_by_tier(task.plan.tiers)
         return self._costs.is_worth_waiting(
             num_bytes,
             state.device_tokens + first * self._page,
@@ -289,7 +289,7 @@ class Prefetches:
         chunk is computed. If not, a forward would wait for a disk, and with it all that run beside the
         request."""
         costs, found = self._costs, state.found
-        num_bytes = self._engine.queued_read_bytes() + self._engine.bytes_by_tier(found.to_load)
+        num_bytes = self._engine.queued_read_bytes() + self._costs.bytes_by_tier(found.to_load)
         reads_s = costs.seconds_of_loads(num_bytes)
         if reads_s is None or not costs.prefill.known:
             return False

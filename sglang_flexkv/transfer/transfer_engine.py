@@ -132,7 +132,7 @@ class TransferEngine:
 
     def stats(self) -> dict[str, dict[str, float]]:
         """Per name of transfers (``name_of``): ops_done, ops_failed, ops_cancelled, bytes, busy_s,
-        queued_blocks, refused_graphs, and queue_s, the host's time for queueing copies on a GPU. Of loads
+        queued_bytes, refused_graphs, and queue_s, the host's time for queueing copies on a GPU. Of loads
         from a lower tier also corrupt_blocks, which were not what had been stored, missing_blocks, which were
         not there any more, and layers_per_read, at most, of the last one that was followed layer by layer."""
         return self._core.stats()

@@ -302,6 +302,27 @@ def test_a_tier_that_fails_for_one_part_leaves_no_half_hits(
     cache.close()
 
 
+def test_what_is_queued_to_be_read_counts_each_part_with_its_bytes(tmp_path: Path) -> None:
+    disk = FaultyDisk(1)
+    cache = Cache(tmp_path, disk)
+    cache.put(1)
+    cache.engine.clear_tiers(0)
+    disk.set_fault("read", 1.0, delay_s=PATIENCE_S * 2)
+    fetch = cache.engine.start_prefetch(cache.sequence(1).block_keys)
+    assert fetch is not None
+    (task,) = fetch.tasks
+    (queued,) = cache.engine.queued_read_bytes().values()
+    of_block, of_window = (
+        sum(buffer[:BLOCK].nbytes for buffer in cache.buffers(group)) for group in range(2)
+    )
+    assert queued == SEQUENCE * of_block + WINDOW * of_window
+    disk.clear_faults()
+    assert cache.engine.wait([task], PATIENCE_S)
+    cache.engine.forget_fetch(fetch)
+    assert cache.engine.queued_read_bytes().total() == 0
+    cache.close()
+
+
 def test_files_of_one_group_are_not_taken_for_those_of_another(tmp_path: Path) -> None:
     first = Cache(tmp_path)
     first.put(1)

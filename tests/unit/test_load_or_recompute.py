@@ -152,3 +152,22 @@ def test_of_what_ends_at_boundaries_as_much_is_loaded_as_ends_at_one() -> None:
     assert slow.blocks_to_load(dataclasses.replace(whole, ends=ends)) == 240
     assert slow.blocks_to_load(dataclasses.replace(whole, ends=np.array([500]))) in (0, 500)
     assert decision().blocks_to_load(dataclasses.replace(whole, ends=ends)) == 500
+
+
+def test_windows_count_where_they_come_from_and_no_more_than_they_weigh() -> None:
+    of_window = BLOCK_BYTES // 4
+    costs = LoadOrRecompute(
+        LoadPolicy.AUTO, block_bytes=BLOCK_BYTES, tokens_per_block=BLOCK_TOKENS, windows=[(3, of_window)]
+    )
+    tiers = np.array([SSD, SSD, CPU, CPU, SSD], np.uint8)
+    assert costs.bytes_by_tier(tiers) == {SSD: 3 * BLOCK_BYTES + of_window}
+    assert costs.bytes_by_tier(tiers[:2]) == {SSD: 2 * (BLOCK_BYTES + of_window)}
+    assert costs.bytes_by_tier(tiers[2:4]) == {}
+
+
+def test_a_window_that_is_read_takes_time_as_well() -> None:
+    """One that is as large as the prefix takes as long to read as the prefix: half as much is worth it."""
+    even = decision(tokens_per_s=10_000, from_ssd=BLOCK_BYTES / (BLOCK_TOKENS / 10_000))
+    alone = even.blocks_to_load(prompt(0, 500, more_tokens=1))
+    even._windows = [(500, BLOCK_BYTES)]
+    assert even.blocks_to_load(prompt(0, 500, more_tokens=1)) == pytest.approx(alone * 2 / 3, abs=40)

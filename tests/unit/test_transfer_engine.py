@@ -758,10 +758,10 @@ def test_background_graphs_are_refused_when_too_much_is_queued(make_rig: MakeRig
     # Another queue has room.
     assert rig.engine.submit([_core.OpSpec(T.D2H, rig.tokens(1), ints(30))], background=True)
     stats = rig.engine.stats()["DISK2H"]
-    assert (stats["queued_blocks"], stats["refused_graphs"]) == (13, 1)
+    assert (stats["queued_bytes"], stats["refused_graphs"]) == (13 * LAYERS * 4096, 1)
     disk.clear_faults()
     assert rig.engine.drain(20.0)
-    assert rig.engine.stats()["DISK2H"]["queued_blocks"] == 0
+    assert rig.engine.stats()["DISK2H"]["queued_bytes"] == 0
     assert read(12, 1, background=True)
     assert rig.engine.drain(20.0)
     assert len(rig.engine.poll()) == 4
@@ -894,7 +894,7 @@ def test_random_graphs_with_faults_cancels_and_delays_end_every_op_exactly_once(
     stats = rig.engine.stats()
     counted = sum(s["ops_done"] + s["ops_failed"] + s["ops_cancelled"] for s in stats.values())
     assert counted == sum(submitted.values()) + 1 + len(gates)  # and the one that saved the blocks
-    assert all(s["queued_blocks"] == 0 for s in stats.values())
+    assert all(s["queued_bytes"] == 0 for s in stats.values())
 
 
 def test_a_host_pool_serves_one_engine(rig: Rig) -> None:
