@@ -41,6 +41,7 @@ from sglang_flexkv.replay.planner import KvShape  # noqa: E402
 
 MODEL = ROOT / "models" / "small-gqa"
 NEW_TOKENS = 8
+PAGE = 16
 CPU_TIER_PROMPTS = 5  # prompts that fit into the CPU tier
 DEVICE_PROMPTS = 2.5  # prompts that fit on the device
 
@@ -130,7 +131,7 @@ def main() -> int:
     )
     options = parser.parse_args()
 
-    token_bytes = KvShape.of_model(options.model, dtype=DTYPE).bytes_per_token
+    token_bytes = KvShape.of_model(options.model, dtype=DTYPE).block_bytes(PAGE) // PAGE
     rng = random.Random(2024)
     # A length that is no multiple of the block size, as in life: the end of a prompt is always computed.
     prompts = [some_tokens(rng, options.tokens + 7) for _ in range(options.prompts)]
@@ -153,7 +154,7 @@ def main() -> int:
             f"cpu_cache_gb: {CPU_TIER_PROMPTS * per_prompt_gb:.4f}\nremote: file://{store}?max_gb=8\n"
         )
         console.print(f"[bold]sglang-flexkv[/], settings:\n[dim]{settings.read_text()}[/]", end="")
-        flags = {"max-total-tokens": int(DEVICE_PROMPTS * options.tokens), "page-size": 16}
+        flags = {"max-total-tokens": int(DEVICE_PROMPTS * options.tokens), "page-size": PAGE}
         with_cache = SGLangServer(
             options.model,
             {**flags, "enable-flexkv": True, "flexkv-config-file": str(settings)},

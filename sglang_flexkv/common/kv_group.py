@@ -21,6 +21,16 @@ import numpy.typing as npt
 from sglang_flexkv.common.storage import DeviceBuffers
 
 
+# So many tokens of stored prompts have a window of their own, by which the windows get their share of a tier.
+_TOKENS_PER_WINDOW = 512
+
+
+def window_share(window_tokens: int, tokens_per_block: int) -> float:
+    """The share (see KVGroup) that sliding windows of so many tokens get of a tier."""
+    blocks = math.ceil(window_tokens / tokens_per_block) + 1  # with the block that is kept before it
+    return min(1.0, blocks * tokens_per_block / _TOKENS_PER_WINDOW)
+
+
 @dataclass(frozen=True)
 class KVGroup:
     """A further group, beside the first.

@@ -34,6 +34,7 @@ from sglang_flexkv.common.config import (
     WritePolicy,
 )
 from sglang_flexkv.common.errors import FlexKVError
+from sglang_flexkv.common.kv_group import window_share
 from sglang_flexkv.replay.simulator import Replay, TierSetup, simulate
 from sglang_flexkv.replay.trace import Trace
 
@@ -51,6 +52,40 @@ _ADMISSION_WRITES_SAVED_MIN = 0.2
 _WORTH_MIN = 0.001
 # To compare configurations by one number: memory costs about as much as so many times of SSD.
 _SSD_PER_MEMORY_PRICE = 16
+
+# Architectures of which SGLang keeps the layers with a sliding window in a pool of their own, and whose
+# config.json lists the kinds of its layers. Other models keep all tokens in all layers, whatever they attend
+# to; but for those below.
+WINDOWS_BY_LAYER = frozenset(
+    {"GptOssForCausalLM", "GraniteMoeSWAForCausalLM", "GraniteSWAForCausalLM", "LagunaForCausalLM"}
+)
+# Of this one all but every fourth layer attend to a chunk.
+CHUNKS = "Llama4ForConditionalGeneration"
+# What they keep for a token in a window differs from layer to layer, or their windows are not in its terms.
+OTHER_WINDOWS = frozenset(
+    {
+        "BeamForCausalLM",
+        "DeepseekV4ForCausalLM",
+        "DiffusionGemmaForBlockDiffusion",
+        "EmbeddingGemma2Model",
+        "Gemma4ForCausalLM",
+        "Gemma4ForConditionalGeneration",
+        "Gemma4UnifiedForConditionalGeneration",
+        "IQuestQ1ForCausalLM",
+        "InklingForConditionalGeneration",
+        "MellumForCausalLM",
+        "MiMoV2FlashForCausalLM",
+        "MiMoV2ForCausalLM",
+        "MuseGlimmerForCausalLM",
+        "MuseGlimmerForConditionalGeneration",
+        "Step3p5ForCausalLM",
+        "Step3p7ForConditionalGeneration",
+        "UnlimitedOCRForCausalLM",
+    }
+)
+# Of the tokens that full attention has room for on the device, windows have room for so many (SGLang's
+# --swa-full-tokens-ratio).
+_WINDOWS_ON_DEVICE = 0.8
 
 # No figure of a model is larger, and no config.json.
 _FIGURE_MAX, _CONFIG_BYTES_MAX = 10**8, 16 << 20
@@ -74,8 +109,10 @@ class PlanError(FlexKVError, ValueError):
 class KvShape:
     """What a token takes in the cache."""
 
-    bytes_per_token: int  # of one rank, over all layers
+    bytes_per_token: int  # of one rank, over all layers that keep all tokens
     ranks: int = 1
+    window_bytes_per_token: int = 0  # the same over the layers that keep a sliding window
+    window_tokens: int = 0  # that they keep
 
     @classmethod
     def of_model(cls, path: Path, tp: int = 1, dtype: str | None = None) -> KvShape:
@@ -130,7 +167,9 @@ class KvShape:
                 head_size=figure("head_dim", figure("hidden_size", 1) // heads),
                 dtype=_DTYPES[name],
             )
-        return cls(model.token_size_in_bytes, tp)
+        windowed, window_tokens = _windows(file, config, layers, figure)
+        of_layer = model.token_size_in_bytes // layers
+        return cls(of_layer * (layers - windowed), tp, of_layer * windowed, window_tokens)
 
     @classmethod
     def of_total(cls, bytes_per_token: int, tp: int = 1) -> KvShape:
@@ -143,8 +182,39 @@ class KvShape:
         return cls(bytes_per_token // tp, tp)
 
     def block_bytes(self, tokens_per_block: int) -> int:
-        """Over all ranks."""
-        return self.bytes_per_token * tokens_per_block * self.ranks
+        """Of a block in a tier, over all ranks, with what windows have there for each."""
+        share = window_share(self.window_tokens, tokens_per_block) if self.window_tokens else 0.0
+        return self._block_bytes(tokens_per_block, share)
+
+    def device_block_bytes(self, tokens_per_block: int) -> int:
+        """Of a block in the device's pools, over all ranks."""
+        return self._block_bytes(tokens_per_block, _WINDOWS_ON_DEVICE)
+
+    def _block_bytes(self, tokens_per_block: int, share: float) -> int:
+        per_token = self.bytes_per_token + self.window_bytes_per_token * share
+        return math.ceil(per_token * tokens_per_block) * self.ranks
+
+
+def _windows(
+    file: Path, config: dict[str, Any], layers: int, figure: Callable[[str], int]
+) -> tuple[int, int]:
+    """How many layers keep a sliding window only, and how many tokens it has. Raises PlanError."""
+    given = config.get("architectures")
+    names = set(given) if isinstance(given, list) and all(isinstance(one, str) for one in given) else set()
+    kinds = config.get("layer_types")
+    kinds = kinds if isinstance(kinds, list) else []
+    if names & OTHER_WINDOWS or "linear_attention" in kinds:
+        raise PlanError(
+            f"{file} is of a model that keeps something else in some of its layers, which is not counted "
+            "here; give --kv-bytes-per-token instead of --model"
+        )
+    if CHUNKS in names:
+        return layers - layers // 4, figure("attention_chunk_size")
+    if not names & WINDOWS_BY_LAYER or not config.get("sliding_window"):
+        return 0, 0
+    if len(kinds) != layers:
+        raise PlanError(f"{file} has no usable layer_types; give --kv-bytes-per-token instead of --model")
+    return kinds.count("sliding_attention"), figure("sliding_window")
 
 
 def _read_model(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -164,7 +234,7 @@ def _read_model(path: Path) -> tuple[Path, dict[str, Any]]:
         raise PlanError(f"{file} is not JSON ({error}); check --model") from None
     # Models that also see or hear keep the language model's figures in a section.
     if isinstance(config, dict) and isinstance(config.get("text_config"), dict):
-        config = config["text_config"]
+        config = {**config["text_config"], "architectures": config.get("architectures")}
     if not isinstance(config, dict):
         raise PlanError(
             f"{file} is a JSON {type(config).__name__}, not the config.json of a model; check --model"
@@ -331,7 +401,14 @@ class _Bench:
         self.tried: dict[TierSetup, Candidate] = {}
 
     def blocks_in(self, gib: float) -> int:
+        """Of a tier."""
         return int(gib * GIB) // self.block_bytes
+
+    @property
+    def blocks_on_device(self) -> int:
+        return int(self.hardware.gpu_kv_gib * GIB) // self.shape.device_block_bytes(
+            self.trace.tokens_per_block
+        )
 
     def sizes(self, gib: float, count: int) -> list[int]:
         """What is tried of an available size, in blocks: more than the trace has makes no difference."""
@@ -369,7 +446,8 @@ class _Bench:
 
     @property
     def cpu_load_s(self) -> float:
-        """What a token takes to load from the CPU tier: all ranks load side by side."""
+        """What a token takes to load from the CPU tier: all ranks load side by side. A window comes once with
+        each prompt, and is not counted."""
         return self.shape.bytes_per_token / (self.hardware.pcie_gb_s * 1e9)
 
     @property
@@ -407,7 +485,7 @@ def make_plan(trace: Trace, shape: KvShape, hardware: Hardware, progress: Progre
             f"{hardware.ssd_gib:g} GiB hold no block of {bench.block_bytes:,} bytes; raise --ssd-gib, or "
             "leave it out"
         )
-    device_blocks = min(bench.blocks_in(hardware.gpu_kv_gib), trace.num_blocks)
+    device_blocks = min(bench.blocks_on_device, trace.num_blocks)
     base = TierSetup(trace.num_blocks, device_blocks=device_blocks)
     everything = bench.try_out(base)
     mean_prefill_s = (

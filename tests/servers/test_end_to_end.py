@@ -68,7 +68,7 @@ def token_bytes(scenario: Scenario) -> int:
     """Bytes of a token in the CPU tier, over all ranks."""
     dtype = DTYPE if scenario.kv_dtype == "auto" else scenario.kv_dtype
     rank = KvShape.of_model(ROOT / "models" / scenario.model, scenario.tp_size, dtype)
-    slot = -(-rank.bytes_per_token * scenario.page_size // 4096) * 4096
+    slot = -(-rank.block_bytes(scenario.page_size) // rank.ranks // 4096) * 4096
     return slot // scenario.page_size * scenario.tp_size
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +20,17 @@ from typer.testing import CliRunner
 from sglang_flexkv import cli, cli_replay
 from sglang_flexkv.common.config import GIB, CacheConfig, EvictionPolicy, FlexKVConfig
 from sglang_flexkv.common.errors import ConfigError
-from sglang_flexkv.replay.planner import Candidate, Hardware, KvShape, Plan, PlanError, make_plan
+from sglang_flexkv.replay.planner import (
+    CHUNKS,
+    OTHER_WINDOWS,
+    WINDOWS_BY_LAYER,
+    Candidate,
+    Hardware,
+    KvShape,
+    Plan,
+    PlanError,
+    make_plan,
+)
 from sglang_flexkv.replay.simulator import TierSetup, simulate
 from sglang_flexkv.replay.trace import Trace
 
@@ -237,6 +250,90 @@ def test_kv_of_a_model(
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert KvShape.of_model(tmp_path, tp, dtype) == KvShape(bytes_per_token, tp)
     assert KvShape.of_model(tmp_path / "config.json", tp, dtype).block_bytes(16) == 16 * bytes_per_token * tp
+
+
+WINDOWS = {
+    **GQA,
+    "num_hidden_layers": 6,
+    "architectures": ["GptOssForCausalLM"],
+    "sliding_window": 128,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+}
+OF_LAYER = 2 * 4 * 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "windowed", "window_tokens"),
+    [
+        ({}, 4, 128),
+        ({"architectures": ["Gemma3ForCausalLM"]}, 0, 0),  # SGLang keeps all of it
+        ({"sliding_window": None}, 0, 0),
+        (
+            {
+                "architectures": ["Llama4ForConditionalGeneration"],
+                "num_hidden_layers": 10,
+                "attention_chunk_size": 8192,
+            },
+            8,
+            8192,
+        ),
+    ],
+)
+def test_layers_with_a_sliding_window_count_as_what_they_keep(
+    tmp_path: Path, changes: dict[str, Any], windowed: int, window_tokens: int
+) -> None:
+    config = {**WINDOWS, **changes}
+    nested = {"text_config": config, "architectures": config.pop("architectures")}
+    (tmp_path / "config.json").write_text(json.dumps(nested))
+    shape = KvShape.of_model(tmp_path)
+    full = config["num_hidden_layers"] - windowed
+    assert shape == KvShape(full * OF_LAYER, 1, windowed * OF_LAYER, window_tokens)
+    # 128 tokens and a block of 16 for each 512; of 8,192 all of them.
+    share = {0: 0, 128: 144 / 512, 8192: 1}[window_tokens]
+    assert shape.block_bytes(16) == 16 * OF_LAYER * (full + share * windowed)
+    assert shape.device_block_bytes(16) == math.ceil(16 * OF_LAYER * (full + 0.8 * windowed))
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_WINDOWS))
+def test_windows_that_are_not_counted_are_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**WINDOWS, "architectures": [name]}))
+    with pytest.raises(PlanError, match="give --kv-bytes-per-token"):
+        KvShape.of_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ["sliding_attention"]},
+        {"layer_types": None},
+        {"sliding_window": "many"},
+        {"architectures": ["Other"], "layer_types": ["linear_attention", "full_attention"] * 3},
+    ],
+)
+def test_windows_that_are_not_told_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**WINDOWS, **changes}))
+    with pytest.raises(PlanError, match="give --kv-bytes-per-token"):
+        KvShape.of_model(tmp_path)
+
+
+def test_windows_are_those_that_sglang_has_a_pool_for() -> None:
+    from sglang.srt.configs import model_config
+
+    with_windows = model_config.is_hybrid_swa_model
+    named = {*model_config.SWA_SINK_ARCHS, *model_config.MIMO_V2_MODEL_ARCHS}
+    for constant in with_windows.__code__.co_consts:
+        named.update(constant if isinstance(constant, frozenset | tuple) else {constant})
+    config = SimpleNamespace(layer_types=["sliding_attention"], sliding_window=128)
+    models = {
+        name for name in named if isinstance(name, str) and name.isidentifier() and with_windows([name], config)
+    }
+    drafts = {name for name in models if re.search("MTP|NextN|DSpark", name)}
+    assert models - drafts == {*WINDOWS_BY_LAYER, *OTHER_WINDOWS, CHUNKS}
+    config.num_hidden_layers = 6
+    config.layer_types = WINDOWS["layer_types"]
+    for name in WINDOWS_BY_LAYER:
+        assert model_config.get_hybrid_layer_ids([name], config)[0] == [0, 1, 3, 4]
+    assert model_config.get_hybrid_layer_ids([CHUNKS], config)[0] == [0, 1, 2, 4, 5]
 
 
 @pytest.mark.parametrize(

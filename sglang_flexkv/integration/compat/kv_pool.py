@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from sglang_flexkv.common.errors import IncompatibleError
-from sglang_flexkv.common.kv_group import KVGroup
+from sglang_flexkv.common.kv_group import KVGroup, window_share
 from sglang_flexkv.common.storage import DeviceBuffers
 
 # Attributes of the pools that hold addresses and strides of the buffers, not KV.
@@ -40,8 +40,6 @@ _DEPTH_MAX = 6
 SWA = "swa"
 # A window is kept after each so many tokens of a long run, for prompts that leave it on the way.
 _WINDOW_EVERY_TOKENS = 2048
-# So many tokens of stored prompts have a window of their own, by which the windows get their share of a tier.
-_TOKENS_PER_WINDOW = 512
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def kv_pools(pool: Any, page_size: int, window_tokens: int, drafts: Sequence[Any
         window,
         tuple(layer for _, layer in where),
         blocks,
-        share=min(1.0, (blocks + 1) * page_size / _TOKENS_PER_WINDOW),
+        share=window_share(window_tokens, page_size),
         every_blocks=max(2 * (blocks + 1), _WINDOW_EVERY_TOKENS // page_size),
     )
     return KVPools(full, (group,), pool.layer_num)
