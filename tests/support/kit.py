@@ -166,6 +166,7 @@ class Rig:
 
     Args:
         parts: the cache, its allocator and its request pool.
+        num_ssd_blocks: of the SSD tier; none: as many as the CPU tier has.
         ssd_dir: where the SSD tier lives; none: no SSD tier.
         remote: URL of a remote store; none: no remote tier.
         drafts: pools of draft models.
@@ -178,6 +179,7 @@ class Rig:
         *,
         policy: WritePolicy = WritePolicy.WRITE_THROUGH,
         num_cpu_blocks: int = 256,
+        num_ssd_blocks: int | None = None,
         ssd_dir: Path | None = None,
         prefetch_policy: PrefetchPolicy = PrefetchPolicy.WAIT_COMPLETE,
         copy_threads: int = 2,
@@ -208,7 +210,7 @@ class Rig:
                 tokens_per_block=self.page_size,
                 num_cpu_blocks=num_cpu_blocks,
                 enable_ssd=ssd_dir is not None,
-                num_ssd_blocks=num_cpu_blocks if ssd_dir is not None else 0,
+                num_ssd_blocks=(num_ssd_blocks or num_cpu_blocks) if ssd_dir is not None else 0,
                 ssd_cache_dir=(ssd_dir,) if ssd_dir is not None else (),
                 copy_threads=copy_threads,
                 remote=remote,

@@ -1,0 +1,199 @@
+"""Four ranks whose disks are not alike: one is slow, one fails, one flips bits. They take the same decisions, and
+ask each other for the same at the same time; where ranks do not, SGLang stands still for ever."""
+
+from __future__ import annotations
+
+import errno
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from kit import TIMEOUT_S, Rig
+from linker_steps import PAGE, MakeRig, forget_failed_loads, may_run, nobody_else, prefetch, sequence
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+from sglang_flexkv_testing import FaultyDisk
+
+from sglang_flexkv.common.config import LoadPolicy, PrefetchPolicy
+
+RANKS = 4
+REQUESTS = 60
+PROMPTS = 12
+DEVICE_PAGES = 16  # two or three prompts
+BATCH_MAX = 3
+# By rank: what becomes of its reads.
+FAULTS: list[tuple[Any, ...]] = [(), ("read", 0.1, errno.EIO), ("read", 0.5, 0, 0.004), ("flip", 0.1)]
+
+
+class Group:
+    """Reduces over ranks that are threads of this process. An error where they ask for different things."""
+
+    def __init__(self) -> None:
+        self._barrier = threading.Barrier(RANKS, timeout=TIMEOUT_S)
+        self._said: list[Any] = [None] * RANKS
+        self.num_reduced = 0
+
+    def reduce(self, rank: int, tensor: torch.Tensor, op: Any) -> None:
+        asked = self._exchange(rank, (str(op), tensor.clone()))
+        values = torch.stack([value for _, value in asked])
+        least = op == torch.distributed.ReduceOp.MIN
+        assert least or op == torch.distributed.ReduceOp.MAX
+        tensor.copy_(values.amin(0) if least else values.amax(0))
+        self.num_reduced += rank == 0
+
+    def leave(self, rank: int) -> None:
+        """This rank will ask nothing more."""
+        self._exchange(rank, ("nothing", torch.zeros(0)))
+
+    def fail(self) -> None:
+        self._barrier.abort()
+
+    def _exchange(self, rank: int, said: tuple[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
+        self._said[rank] = said
+        self._barrier.wait()
+        asked = list(self._said)
+        self._barrier.wait()
+        assert len({(what, value.numel()) for what, value in asked}) == 1, f"the ranks ask for {asked}"
+        return asked
+
+
+class Rank:
+    """One rank's scheduler, which does as SGLang's: of its queue it asks those it comes to, until the batch is
+    full or its memory is."""
+
+    def __init__(self, rig: Rig, seed: int) -> None:
+        self.rig, self.rng = rig, random.Random(seed)
+        self.waiting: list[Any] = []
+        self.decided: list[Any] = []
+        self.num_failed = self.num_waited = 0
+        scheduler = nobody_else()
+        scheduler.waiting_queue = self.waiting
+        # Of a request that comes when nothing else is there, the forward reads; others wait for their reads.
+        self.idle = True
+        scheduler.running_batch = SimpleNamespace(is_empty=lambda: self.idle, reqs=[])
+        rig.cache.attach_scheduler(scheduler)
+
+    def run(self) -> None:
+        left = REQUESTS
+        while left or self.waiting:
+            self.idle = self.rng.random() < 0.6
+            for _ in range(min(left, self.rng.randint(0, 3))):
+                left -= 1
+                prompt = self.rng.randrange(PROMPTS)
+                tokens = sequence(10_000 * prompt, pages=self.rng.randint(3, 6))
+                req = self.rig.request(tokens)
+                prefetch(self.rig, req)
+                self.waiting.append(req)
+            self.rig.cache.check_hicache_events()
+            batch = self.choose()
+            self.decided.append(
+                (
+                    [(req.rid, len(slots)) for req, slots in batch],
+                    self.rig.allocator.available_size(),
+                    self.rig.cache.full_evictable_size(),
+                )
+            )
+            if batch:
+                self.forward(batch)
+            elif self.rng.random() < 0.5:
+                assert self.rig.engine.drain(TIMEOUT_S)
+
+    def choose(self) -> list[tuple[Any, torch.Tensor]]:
+        batch: list[tuple[Any, torch.Tensor]] = []
+        for req in list(self.waiting):
+            if len(batch) == BATCH_MAX:
+                break
+            if any(other.origin_input_ids[0] == req.origin_input_ids[0] for other, _ in batch):
+                continue
+            if not may_run(self.rig, req):
+                self.num_waited += 1
+                continue
+            match = self.rig.match(req)
+            room = self.rig.allocator.available_size() + self.rig.cache.full_evictable_size()
+            if len(req.origin_input_ids) > room:
+                break
+            slots = self.rig.admit(req, match)
+            missing = len(req.origin_input_ids) - len(slots)
+            short = missing - self.rig.allocator.available_size()
+            if short > 0:
+                self.rig.cache.evict(EvictParams(num_tokens=short))
+            new = self.rig.allocate(missing)
+            assert new is not None
+            batch.append((req, torch.cat([slots, new])))
+            self.waiting.remove(req)
+        return batch
+
+    def forward(self, batch: list[tuple[Any, torch.Tensor]]) -> None:
+        reqs = [req for req, _ in batch]
+        self.rig.start_batch()
+        self.rig.forward()
+        assert self.rig.cache.finish_external_linker_loads(reqs) == []
+        forget_failed_loads(self.rig)
+        for req, slots in batch:
+            if req.discard_output_reason:
+                self.num_failed += 1
+                self.rig.cache.on_release(req, checkpointed=False)
+                self.rig.abort(req, slots)
+            else:
+                self.rig.finish(req, slots)
+
+
+@pytest.mark.parametrize("policy", [PrefetchPolicy.WAIT_COMPLETE, PrefetchPolicy.TIMEOUT])
+def test_ranks_whose_disks_differ_decide_alike(
+    make_rig: MakeRig, tmp_path: Path, policy: PrefetchPolicy
+) -> None:
+    group, ranks, disks = Group(), [], []
+    for number in range(RANKS):
+        (tmp_path / str(number)).mkdir()
+        disks.append(FaultyDisk(number))
+        rig = make_rig(
+            num_pages=DEVICE_PAGES,
+            num_cpu_blocks=14 + number,  # what leaves it is each rank's own
+            num_ssd_blocks=128,
+            ssd_dir=tmp_path / str(number),
+            disk=disks[-1],
+            single_rank=False,
+            load_policy=LoadPolicy.LOAD,
+            prefetch_policy=policy,
+            prefetch_timeout_s=0.002,
+        )
+        ranks.append(Rank(rig, seed=5))
+
+    def run(number: int) -> None:
+        try:
+            with mock.patch.object(
+                ranks[number].rig.cache,
+                "_all_reduce_attn_groups",
+                lambda tensor, op: group.reduce(number, tensor, op),
+            ):
+                if FAULTS[number]:
+                    disks[number].set_fault(*FAULTS[number])
+                ranks[number].run()
+                group.leave(number)
+        except BaseException:
+            group.fail()
+            raise
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        for done in [pool.submit(run, number) for number in range(RANKS)]:
+            done.result()
+    for disk in disks:
+        disk.clear_faults()
+    first = ranks[0]
+    for other in ranks[1:]:
+        assert other.decided == first.decided
+    # The history is worth something: there were waits, loads that failed on one rank alone, and hits.
+    assert first.num_waited > 0
+    assert 0 < first.num_failed < REQUESTS / 2
+    assert group.num_reduced > REQUESTS
+    assert sum(length for batch, *_ in first.decided for _, length in batch) > 0
+    for rank in ranks:
+        reads = rank.rig.stats("DISK2H")
+        assert reads["ops_done"] + reads["ops_failed"] > 0
+        rank.rig.settle()
+        assert rank.rig.engine.flush_spills(TIMEOUT_S)
