@@ -87,6 +87,8 @@ OTHER_WINDOWS = frozenset(
 # --swa-full-tokens-ratio).
 _WINDOWS_ON_DEVICE = 0.8
 
+_INDEX_VALUES_PER_SCALE, _INDEX_SCALE_BYTES = 128, 4
+
 # No figure of a model is larger, and no config.json.
 _FIGURE_MAX, _CONFIG_BYTES_MAX = 10**8, 16 << 20
 
@@ -169,6 +171,9 @@ class KvShape:
             )
         windowed, window_tokens = _windows(file, config, layers, figure)
         of_layer = model.token_size_in_bytes // layers
+        if config.get("index_topk"):  # DeepSeek's sparse attention keeps a key for its index, with scales
+            size = figure("index_head_dim")
+            of_layer += size + size // _INDEX_VALUES_PER_SCALE * _INDEX_SCALE_BYTES
         return cls(of_layer * (layers - windowed), tp, of_layer * windowed, window_tokens)
 
     @classmethod
@@ -203,7 +208,7 @@ def _windows(
     names = set(given) if isinstance(given, list) and all(isinstance(one, str) for one in given) else set()
     kinds = config.get("layer_types")
     kinds = kinds if isinstance(kinds, list) else []
-    if names & OTHER_WINDOWS or "linear_attention" in kinds:
+    if names & OTHER_WINDOWS or "linear_attention" in kinds or config.get("hybrid_layer_pattern"):
         raise PlanError(
             f"{file} is of a model that keeps something else in some of its layers, which is not counted "
             "here; give --kv-bytes-per-token instead of --model"

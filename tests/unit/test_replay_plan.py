@@ -242,6 +242,7 @@ MLA = {**GQA, "num_hidden_layers": 3, "kv_lora_rank": 512, "qk_rope_head_dim": 6
         ({**GQA, "num_key_value_heads": None}, 1, None, 2 * 8 * 64 * 2 * 2),
         ({"text_config": GQA}, 1, None, 2 * 4 * 64 * 2 * 2),
         (MLA, 4, None, 3 * 576 * 2),
+        ({**MLA, "index_topk": 2048, "index_head_dim": 128}, 1, None, 3 * (576 * 2 + 132)),
     ],
 )
 def test_kv_of_a_model(
@@ -308,12 +309,19 @@ def test_windows_that_are_not_counted_are_refused(tmp_path: Path, name: str) -> 
         {"layer_types": None},
         {"sliding_window": "many"},
         {"architectures": ["Other"], "layer_types": ["linear_attention", "full_attention"] * 3},
+        {"architectures": ["Other"], "layer_types": None, "hybrid_layer_pattern": [1, 0]},
     ],
 )
 def test_windows_that_are_not_told_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**WINDOWS, **changes}))
     with pytest.raises(PlanError, match="give --kv-bytes-per-token"):
         KvShape.of_model(tmp_path)
+
+
+def test_index_keys_are_as_large_as_in_sglangs_pool() -> None:
+    from sglang.srt.mem_cache.memory_pool import DSATokenToKVPool
+
+    assert DSATokenToKVPool.quant_block_size == 128
 
 
 def test_windows_are_those_that_sglang_has_a_pool_for() -> None:
