@@ -109,8 +109,13 @@ def _identity(
         f"{group.window_blocks} blocks"
         for group in pools.more
     }
+    read = server.reader()
+    context_parallel = {}
+    if place.attn_cp_size > 1:
+        rank = f"{place.attn_cp_rank} of {place.attn_cp_size}"
+        context_parallel["attention CP rank"] = f"{rank}, {read('cp_strategy')}"
     return model_identity(
-        server.reader(),
+        read,
         ctx.model_config.model_path,
         ctx.model_config.revision,
         at_start=at_start,
@@ -122,6 +127,7 @@ def _identity(
             "tokens per block": str(ctx.params.page_size),
             "TP rank": f"{place.tp_rank} of {place.tp_size}",
             "attention TP rank": f"{place.attn_tp_rank} of {place.attn_tp_size}",
+            **context_parallel,
             "format": "2",
         },
     )

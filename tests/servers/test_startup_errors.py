@@ -366,7 +366,7 @@ REFUSED_VALUES: dict[str, object] = {
     "enable_pdmux": True,
     "pp_size": 2,
     "dcp_size": 2,
-    "attn_cp_size": 2,
+    "enable_dsa_cache_layer_split": True,
     "disaggregation_mode": "decode",
 }
 
@@ -379,6 +379,7 @@ def resolved(**changes: object) -> Any:
         "pp_size": 1,
         "dcp_size": 1,
         "attn_cp_size": 1,
+        "enable_prefill_cp": False,
         "disaggregation_mode": "null",
         "device": "cpu",
     }
@@ -409,6 +410,18 @@ def test_the_prefill_side_of_a_disaggregated_deployment(number: str) -> None:
             IncompatibleError, match=r"0\.5\.22, which sends KV that is still being loaded: pip"
         ):
             refused.check_flags(flags, flags)
+
+
+def test_ranks_that_share_prefills_each_have_all_kv() -> None:
+    flags = resolved(attn_cp_size=2, enable_prefill_cp=True)
+    refused.check_flags(flags, flags)
+    for changes, expected in (
+        ({"enable_prefill_cp": False}, "add --enable-prefill-cp and --cp-strategy, or leave it at 1"),
+        ({"speculative_algorithm": "EAGLE"}, "--speculative-algorithm together yet; drop one of them"),
+    ):
+        changed = SimpleNamespace(**vars(flags) | changes)
+        with pytest.raises(IncompatibleError, match=expected):
+            refused.check_flags(changed, changed)
 
 
 def test_every_conflict_has_a_case_here() -> None:

@@ -36,7 +36,7 @@ Make = Callable[..., DynamicLinker]
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Makes one as SGLang does, over a pool of its own."""
     made: list[DynamicLinker] = []
-    monkeypatch.setattr(server, "place", lambda: server.Place(0, 1, 0, 1, 0, 1))
+    monkeypatch.setattr(server, "place", lambda: server.Place(0, 1, 0, 1, 0, 1, 0, 1))
 
     def make_linker(
         components: set[Any] = frozenset({ComponentType.FULL}),  # type: ignore[assignment]
@@ -183,6 +183,7 @@ def test_what_lies_on_ssd_is_a_hit_when_it_is_in_memory(make: Make, tmp_path: Pa
         ({"extra": {"cpu_gb": 1}}, ConfigError, "linker_extra_config: cpu_gb is not known"),
         ({"components": {ComponentType.FULL, ComponentType.SWA}}, IncompatibleError, "keeps SWA state"),
         ({"arguments": {"speculative_algorithm": "EAGLE"}}, IncompatibleError, "--speculative-algorithm"),
+        ({"arguments": {"attn_cp_size": 2}}, IncompatibleError, "--attn-cp-size above 1; leave it at 1"),
         ({"arguments": {"pp_size": 2}}, IncompatibleError, "dynamic linker does not work with --pp-size"),
     ],
 )

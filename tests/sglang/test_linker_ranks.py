@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,6 +25,10 @@ from linker_steps import (
     store_on_ssd_alone,
 )
 from sglang.srt.mem_cache.base_prefix_cache import CacheRequestOutcome
+
+from sglang_flexkv.integration import build
+from sglang_flexkv.integration.compat import server
+from sglang_flexkv.integration.compat.kv_pool import kv_pools
 
 
 @pytest.mark.parametrize("with_another", [False, True], ids=["alone", "beside_a_good_load"])
@@ -158,3 +163,47 @@ def test_ranks_agree_on_a_hit_with_one_number(make_rig: MakeRig) -> None:
         assert rig.match(req).host_hit_length == (PAGES - 1) * PAGE
     assert sizes == [1]
     rig.cache.finish(req.cache_request_handle, CacheRequestOutcome.ABORT)
+
+
+# ---- ranks that share the computing of prefills, each of which has all KV ----
+
+
+def test_ranks_that_share_prefills_are_among_those_that_agree(make_rig: MakeRig) -> None:
+    rig = make_rig(single_rank=False)
+    held = {"of prefills": 5, "of heads": 3}  # by group what another rank of it can load
+
+    def all_reduce(tensor: torch.Tensor, op: Any, group: Any) -> None:
+        assert op is torch.distributed.ReduceOp.MIN
+        tensor.clamp_(max=held.pop(group))
+
+    with (
+        mock.patch.object(rig.cache, "attn_cp_group", "of prefills"),
+        mock.patch.object(rig.cache, "attn_tp_group", "of heads"),
+        mock.patch.object(torch.distributed, "get_world_size", lambda group: 2),
+        mock.patch.object(torch.distributed, "all_reduce", all_reduce),
+    ):
+        assert rig.cache.ranks.shortest_hit(7) == 3
+    assert not held
+
+
+def test_ranks_that_share_prefills_are_told_apart(make_rig: MakeRig) -> None:
+    rig = make_rig()
+    pools = kv_pools(rig.pool, PAGE, 0)
+    context = SimpleNamespace(
+        model_config=SimpleNamespace(model_path="model", revision=None),
+        params=SimpleNamespace(page_size=PAGE),
+    )
+
+    def fields(rank: int, size: int, strategy: str | None = None) -> dict[str, str]:
+        place = server.Place(rank, size, 0, 1, rank, size, 0, size)
+        with (
+            mock.patch.object(server, "reader", lambda: {"cp_strategy": strategy}.get),
+            mock.patch.object(build, "model_identity", lambda *_, pool, **__: pool),
+        ):
+            return build._identity(context, rig.pool, pools, place, None)
+
+    assert "attention CP rank" not in fields(0, 1)
+    of_rank = fields(1, 2, "zigzag")
+    assert of_rank["attention CP rank"] == "1 of 2, zigzag"
+    assert of_rank["TP rank"] == "1 of 2"
+    assert len({str(fields(*of)) for of in [(0, 2, "zigzag"), (1, 2, "zigzag"), (1, 2, "interleave")]}) == 3

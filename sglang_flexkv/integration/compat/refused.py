@@ -48,7 +48,11 @@ _CONFLICTS = (
     ("enable_pdmux", bool, "--enable-pdmux, which computes prefills on streams of its own; drop it"),
     ("pp_size", lambda v: v > 1, "--pp-size above 1 yet; use --tp-size"),
     ("dcp_size", lambda v: v > 1, "--dcp-size above 1 yet; leave it at 1"),
-    ("attn_cp_size", lambda v: v > 1, "--attn-cp-size above 1 yet; leave it at 1"),
+    (
+        "enable_dsa_cache_layer_split",
+        bool,
+        "--enable-dsa-cache-layer-split, which spreads the layers' KV over the ranks; drop it",
+    ),
     (
         "disaggregation_mode",
         lambda v: v not in (None, "null", "prefill"),
@@ -89,9 +93,26 @@ def check_flags(view: Any, given: Any) -> None:
             "--enable-flexkv does not work with --disaggregation-mode and --speculative-algorithm together "
             "yet; drop one of them"
         )
+    if view.attn_cp_size > 1:
+        _check_context_parallel(view)
     if view.device not in _DEVICES:
         raise IncompatibleError(
             f"--device {view.device} is not supported: sglang-flexkv copies from and to {', '.join(_DEVICES)}"
+        )
+
+
+def _check_context_parallel(view: Any) -> None:
+    """The ranks that share the computing of a prompt each get its whole KV, and store it as ranks of tensor
+    parallelism do theirs. They are asked for that by SGLang's prefill strategies alone."""
+    if not view.enable_prefill_cp:
+        raise IncompatibleError(
+            "--enable-flexkv works with --attn-cp-size above 1 only where prefills are shared, after which "
+            "every rank has all KV of a prompt; add --enable-prefill-cp and --cp-strategy, or leave it at 1"
+        )
+    if view.speculative_algorithm:
+        raise IncompatibleError(
+            "--enable-flexkv does not work with --enable-prefill-cp and --speculative-algorithm together yet; "
+            "drop one of them"
         )
 
 
@@ -115,6 +136,8 @@ def check_dynamic_linker(read: Callable[[str], Any], params: Any, components: se
             "the dynamic linker does not work with --speculative-algorithm, which keeps KV of a draft model; "
             "drop it"
         )
+    if (_value(read, "attn_cp_size") or 1) > 1:
+        raise IncompatibleError("the dynamic linker does not work with --attn-cp-size above 1; leave it at 1")
     for name, refused, remedy in _CONFLICTS:
         value = _value(read, name)
         if name != "enable_unified_cache_external_linker" and value is not None and refused(value):

@@ -18,6 +18,8 @@ class Place:
     tp_size: int
     attn_tp_rank: int
     attn_tp_size: int
+    attn_cp_rank: int
+    attn_cp_size: int
     dp_rank: int
     num_ranks: int  # that share this machine, at least 1
 
@@ -30,6 +32,8 @@ def place() -> Place:
         tp_size=parallel.tp_size,
         attn_tp_rank=parallel.attn_tp_rank,
         attn_tp_size=parallel.attn_tp_size,
+        attn_cp_rank=parallel.attn_cp_rank,
+        attn_cp_size=parallel.attn_cp_size,
         dp_rank=parallel.dp_rank or 0,
         num_ranks=max(1, parallel.tp_size * replicas // parallel.nnodes),
     )
