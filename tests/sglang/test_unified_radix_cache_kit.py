@@ -490,7 +490,8 @@ class Oracle:
 @pytest.mark.parametrize(
     ("cfg", "policy"),
     [(cfg, policy) for cfg in FULL[:3] for policy in WritePolicy]
-    + [(cfg, WritePolicy.WRITE_THROUGH) for cfg in WINDOWS[:4]],
+    + [(cfg, WritePolicy.WRITE_THROUGH) for cfg in WINDOWS[:4]]
+    + [(cfg, WritePolicy.WRITE_THROUGH_SELECTIVE) for cfg in WINDOWS[:2]],
     ids=lambda value: value.label if isinstance(value, KitConfig) else value.value,
 )
 def test_no_history_makes_it_serve_anything_but_the_right_bytes(
