@@ -113,13 +113,74 @@ def _read_windows_where_they_are(backend: ModuleType) -> None:
     attention.forward_decode = translated(attention.forward_decode)
 
 
+def _attend_to_drafts(backend: ModuleType) -> None:
+    """Let the attention that runs on a CPU verify a tree of drafts: each of them attends to what was there
+    before, and to its ancestors."""
+    attention = backend.TorchNativeAttnBackend
+    forward_extend = attention.forward_extend
+
+    def forward(self: Any, q: Any, k: Any, v: Any, layer: Any, batch: Any, save_kv_cache: bool = True) -> Any:
+        if not batch.forward_mode.is_target_verify():
+            return forward_extend(self, q, k, v, layer, batch, save_kv_cache)
+        pool, size = self.token_to_kv_pool, batch.spec_info.draft_token_num
+        pool.set_kv_buffer(layer, backend.KVWriteLoc(batch.out_cache_loc, self.swa_out_cache_loc), k, v)
+        keys, values = pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
+        queries = q.view(len(batch.seq_lens), size, layer.tp_q_head_num, layer.qk_head_dim)
+        trees = batch.spec_info.custom_mask.reshape(-1, size, size).bool()
+        out = []
+        for query, tree, row, before in zip(
+            queries, trees, batch.req_pool_indices.tolist(), batch.seq_lens.tolist(), strict=True
+        ):
+            slots = self.req_to_token_pool.req_to_token[row, : before + size]
+            seen = backend.torch.cat([tree.new_ones(size, before), tree], 1)
+            heads = (part.transpose(0, 1).to(query.dtype) for part in (query, keys[slots], values[slots]))
+            attended = backend.scaled_dot_product_attention(
+                *heads, attn_mask=seen, scale=layer.scaling, enable_gqa=True
+            )
+            out.append(attended.transpose(0, 1).flatten(1))
+        return backend.torch.cat(out)
+
+    attention.forward_extend = forward
+
+
+def _complete_native_attention(backend: ModuleType) -> None:
+    _read_windows_where_they_are(backend)
+    _attend_to_drafts(backend)
+
+
+class _TorchWithoutPinning:
+    """PyTorch as a module sees it that asks for pinned memory."""
+
+    def __getattr__(self, name: str) -> Any:
+        import torch
+
+        function = getattr(torch, name)
+        if name not in ("tensor", "zeros"):
+            return function
+
+        def unpinned(*args: Any, pin_memory: bool = False, **options: Any) -> Any:
+            return function(*args, **options)
+
+        return unpinned
+
+
+def _pin_nothing(module: ModuleType) -> None:
+    """Let LoRA do without pinned memory, which PyTorch has only beside an accelerator."""
+    import torch
+
+    torch.Tensor.pin_memory = lambda self, *_: self  # type: ignore[method-assign,assignment]
+    module.torch = _TorchWithoutPinning()  # type: ignore[attr-defined]
+
+
 # Called with the module of that name after its code has run.
 AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     # The submodule that tries to load the operators. Right after it is the only moment when it is known
     # whether they are missing and nothing has used them yet.
     "torchvision.extension": _define_missing_operators,
     "sglang.srt.models.deepseek_common.attention_backend_handler": _run_mla_as_mla,
-    "sglang.srt.layers.attention.torch_native_backend": _read_windows_where_they_are,
+    "sglang.srt.layers.attention.torch_native_backend": _complete_native_attention,
+    "sglang.srt.lora.layers": _pin_nothing,
+    "sglang.srt.lora.backend.torch_backend": _pin_nothing,
 }
 
 

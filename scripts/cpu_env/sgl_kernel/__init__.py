@@ -1,9 +1,9 @@
 """Stand-in for SGLang's compiled kernels on a machine without an accelerator.
 
 SGLang imports names of `sgl_kernel` at module level even where it then takes a
-plain torch path. Every name exists here, and everything raises when it is
+plain torch path. Every name exists here, and nearly everything raises when it is
 called: a computation that would really need a kernel stops with a clear message
-and never returns a made-up value.
+and never returns a made-up value. The exceptions are written out (`speculative.py`).
 """
 
 from __future__ import annotations
@@ -17,6 +17,15 @@ _MESSAGE = (
     "sgl_kernel.{name} was called, but this environment has only a stand-in for sgl_kernel "
     "(no NVIDIA GPU was found when scripts/setup.sh ran). The feature in use needs the real "
     "kernels: run scripts/setup.sh on a machine with a GPU."
+)
+
+# Not imported before somebody asks for one: PyTorch is slow to import.
+_WRITTEN_OUT = (
+    "assign_extend_cache_locs_cpu",
+    "assign_req_to_token_pool_cpu",
+    "copy_all_layer_kv_cache_cpu",
+    "fill_accept_out_cache_loc_cpu",
+    "verify_tree_greedy_cpu",
 )
 
 
@@ -34,6 +43,11 @@ def __getattr__(name: str) -> Callable[..., NoReturn]:
     # to have them would mislead importers and version checks.
     if name.startswith("__"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    kernel = _missing_kernel(name)
+    if name in _WRITTEN_OUT:
+        from importlib import import_module
+
+        kernel = getattr(import_module(".speculative", __name__), name)
+    else:
+        kernel = _missing_kernel(name)
     globals()[name] = kernel
     return kernel
