@@ -19,7 +19,7 @@ from remote_faults import Faults, faulty_stores
 from remote_services import KINDS, SERVERS, Services, go_on, set_environment, stand_still
 
 from sglang_flexkv import kvtask, tierlife
-from sglang_flexkv.common.config import PrefetchPolicy
+from sglang_flexkv.common.config import PrefetchPolicy, RemoteCompression
 from sglang_flexkv.storage.remote import tier as remote_tier
 
 
@@ -196,12 +196,19 @@ def test_a_flush_on_a_store_that_is_full_holds_at_once_and_for_all_when_there_is
 def test_a_store_that_does_what_it_likes_changes_no_request(
     make_rig: MakeRig, services: Services, monkeypatch: pytest.MonkeyPatch, kind: str, seed: int
 ) -> None:
-    """Every kind of fault, mixed by a seed: what is loaded is right, nothing is left."""
+    """Every kind of fault, mixed by a seed, half of them on values that are compressed: what is loaded is
+    right, nothing is left."""
     faults = Faults(seed)
     monkeypatch.setattr(remote_tier, "STORES", faulty_stores(faults))
     monkeypatch.setattr(kvtask, "_FETCH_BYTES", 1)  # a task for each block
-    url = services.get(kind).url
-    first, second = make_rig(remote=url), make_rig(remote=url)
+    compressed = seed % 2 == 1 and kind != "hicache"  # which brings values of one size only
+    settings = {
+        "num_layers": 6,  # blocks that shrink by a page
+        "remote": services.get(kind).url,
+        "remote_compression": RemoteCompression.ALWAYS if compressed else RemoteCompression.NONE,
+    }
+    first, second = make_rig(**settings), make_rig(**settings)
+    first.byte_values = second.byte_values = 4 if compressed else 256
     prompts = [sequence(100_000 * (seed + 1) + 1000 * number) for number in range(4)]
     expected = [store(first, prompt, number) for number, prompt in enumerate(prompts)]
     # A value is a page and a block; a call moves one, or as many as go into its bytes.
@@ -220,6 +227,8 @@ def test_a_store_that_does_what_it_likes_changes_no_request(
             invalidate_cpu_tier(second)
     faults.heal()
     check_that_it_is_of_use(second, prompts[1], expected[1], 1)
+    assert bool(first.stats("REMOTE")["compressed_bytes"]) == compressed
+    assert bool(second.stats("REMOTE")["expanded_bytes"]) == compressed
     # What was on its way was bounded, and nothing has stayed behind: no slot, no thread, no record.
     assert at_rest(second) == quiet
     assert 0 < faults.num_bytes_max <= 2 * in_flight  # of both servers

@@ -52,7 +52,14 @@ from sglang.test.kits.unified_radix_cache.unified_tree_core_inspection_interface
 
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import make_namespace
-from sglang_flexkv.common.config import CacheConfig, FlexKVConfig, LoadPolicy, PrefetchPolicy, WritePolicy
+from sglang_flexkv.common.config import (
+    CacheConfig,
+    FlexKVConfig,
+    LoadPolicy,
+    PrefetchPolicy,
+    RemoteCompression,
+    WritePolicy,
+)
 from sglang_flexkv.integration.compat.kv_pool import kv_pools
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.metrics import Metrics
@@ -189,10 +196,12 @@ class Rig:
         by_priority: bool = False,
         remote: str | None = None,
         remote_timeout_s: float = TIMEOUT_S,
+        remote_compression: RemoteCompression = RemoteCompression.NONE,
         prefetch_timeout_s: float = 3.0,
         drafts: Sequence[MHATokenToKVPool | MLATokenToKVPool] = (),
         reads_under_forwards: bool = True,
     ) -> None:
+        self.byte_values = 256  # that are written: few shrink, all do not
         self.cache, self.allocator, self.requests = parts
         self.pool = self.allocator.get_kvcache()
         self.page_size = self.cache.page_size
@@ -215,6 +224,7 @@ class Rig:
                 copy_threads=copy_threads,
                 remote=remote,
                 remote_timeout_s=remote_timeout_s,
+                remote_compression=remote_compression,
             ),
             pools.full,
             # Tiers here are too small for a share of them.
@@ -274,7 +284,7 @@ class Rig:
         for buffer, where in places:
             rows = as_bytes(buffer)
             rows[where] = torch.randint(
-                256, (len(where), rows.shape[1]), dtype=torch.uint8, generator=generator
+                self.byte_values, (len(where), rows.shape[1]), dtype=torch.uint8, generator=generator
             )
         return self.read(slots)
 
