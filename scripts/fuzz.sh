@@ -1,26 +1,34 @@
 #!/usr/bin/env bash
-# Fuzz the code that reads the SSD tier's files (csrc/testing/fuzz). Exit status 1: there is a finding.
+# Fuzz the code that reads what others may have written (csrc/testing/fuzz). Exit status 1: there is a finding.
 #
-#     scripts/fuzz.sh [SECONDS]                      libFuzzer, needs clang; 600 seconds
-#     scripts/fuzz.sh --smoke [SECONDS] [OPTION ...] g++ and a driver of our own; 5 seconds
-#     scripts/fuzz.sh --smoke INPUT ...              run saved inputs again
+#     scripts/fuzz.sh TARGET [SECONDS]                      libFuzzer, needs clang; 600 seconds
+#     scripts/fuzz.sh TARGET --smoke [SECONDS] [OPTION ...] g++ and a driver of our own; 5 seconds
+#     scripts/fuzz.sh TARGET --smoke INPUT ...              run saved inputs again
 #
-# Binaries, corpus and findings are kept in build/fuzz. The corpus grows from run to run.
+# TARGET is ssd_files (the SSD tier's files) or remote_values (values from a remote store, and the code that some are
+# compressed with). Binaries, corpus and findings are kept in build/fuzz. The corpus grows from run to run.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-readonly ROOT BUILD=$ROOT/build/fuzz CSRC=$ROOT/csrc
-# What csrc/testing/fuzz links: the store and what is under it.
-readonly SOURCES=(testing/fuzz/fuzz_ssd_files ssd/{ssd_image,ssd_format,disk,io_engine} base/checksum)
-# A finding must end the run. Memory is a matter of the invariants: see Load.
-readonly FLAGS=(-std=c++20 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -Wall -Wextra -Wshadow
-    "-I$CSRC")
-readonly MEMORY_MB=256
-
 die() {
     echo "fuzz.sh: $*" >&2
     exit 2
 }
+
+# What a target links: what reads, and what is under it.
+case ${1:-} in
+ssd_files) SOURCES=(ssd/{ssd_image,ssd_format,disk,io_engine}) ;;
+remote_values) SOURCES=(remote/{huffman,compression,remote_value}) ;;
+*) die "usage: scripts/fuzz.sh ssd_files|remote_values [--smoke] [SECONDS]" ;;
+esac
+SOURCES+=("testing/fuzz/fuzz_$1" base/checksum)
+readonly ROOT TARGET=$1 BUILD=$ROOT/build/fuzz/$1 CSRC=$ROOT/csrc SOURCES
+shift
+
+# A finding must end the run. Memory is a matter of the invariants: see Load.
+readonly FLAGS=(-std=c++20 -O1 -g -fno-omit-frame-pointer -fno-sanitize-recover=all -Wall -Wextra -Wshadow
+    "-I$CSRC")
+readonly MEMORY_MB=256
 
 # build BINARY MAIN COMPILER FLAG...: compiles what is older than any source, and links.
 build() {
@@ -87,12 +95,12 @@ if [[ ${1:-} == --smoke ]]; then
         status=$?
     fi
     ((status != 2)) || exit 2
-    echo "fuzz.sh: FINDING (status $status); to run it again: scripts/fuzz.sh --smoke INPUT" >&2
+    echo "fuzz.sh: FINDING (status $status); to run it again: scripts/fuzz.sh $TARGET --smoke INPUT" >&2
     exit 1
 fi
 
 seconds=${1:-600}
-[[ $seconds =~ ^[0-9]+$ ]] || die "usage: scripts/fuzz.sh [--smoke] [SECONDS]"
+[[ $seconds =~ ^[0-9]+$ ]] || die "usage: scripts/fuzz.sh $TARGET [--smoke] [SECONDS]"
 find_clang
 build seeds testing/fuzz/driver clang++ # of clang as well: who has it need not have g++
 build libfuzzer "" clang++ -fsanitize=fuzzer,address,undefined
@@ -103,6 +111,6 @@ if "$BUILD/libfuzzer" -max_total_time="$seconds" -max_len=40960 -timeout=20 -rss
     -malloc_limit_mb=$MEMORY_MB -print_final_stats=1 -artifact_prefix="$BUILD/findings/" "$BUILD/corpus" 9>&-; then
     echo "fuzz.sh: no findings in $seconds seconds"
 else
-    echo "fuzz.sh: FINDING; run it again: build/fuzz/libfuzzer build/fuzz/findings/..." >&2
+    echo "fuzz.sh: FINDING; run it again: build/fuzz/$TARGET/libfuzzer build/fuzz/$TARGET/findings/..." >&2
     exit 1
 fi

@@ -1,4 +1,4 @@
-"""The fuzz target of the SSD tier's files runs, and a broken invariant ends it."""
+"""The fuzz targets run, and a broken invariant ends them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EXECUTIONS = 1500  # some hundreds a second on an idle core
+TARGETS = {
+    "ssd_files": "no more slots than the file has room for",
+    "remote_values": "nothing is encoded",
+}
 SECONDS_MAX = 500
 
 pytestmark = pytest.mark.skipif(
@@ -20,9 +24,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def smoke(*arguments: str) -> subprocess.CompletedProcess[str]:
+def smoke(target: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [str(ROOT / "scripts" / "fuzz.sh"), "--smoke", *arguments],
+        [str(ROOT / "scripts" / "fuzz.sh"), target, "--smoke", *arguments],
         capture_output=True,
         text=True,
         timeout=600,
@@ -30,22 +34,24 @@ def smoke(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_arbitrary_files_break_nothing() -> None:
-    done = smoke(str(SECONDS_MAX), "--runs", str(EXECUTIONS))
+@pytest.mark.parametrize("target", TARGETS)
+def test_arbitrary_bytes_break_nothing(target: str) -> None:
+    done = smoke(target, str(SECONDS_MAX), "--runs", str(EXECUTIONS))
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{EXECUTIONS} executions, no findings" in done.stdout.splitlines()
 
 
-def test_a_broken_invariant_is_a_finding() -> None:
-    done = smoke(str(SECONDS_MAX), "--self-test")
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_broken_invariant_is_a_finding(target: str) -> None:
+    done = smoke(target, str(SECONDS_MAX), "--self-test")
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "broken invariant: no more slots than the file has room for" in done.stderr
+    assert f"broken invariant: {TARGETS[target]}" in done.stderr
     saved = re.search(r"^FINDING: the input is in (.+)$", done.stderr, re.MULTILINE)
     assert saved, done.stderr
     # The same input alone leads there again, and nowhere without the planted fault.
     finding = Path(saved[1])
     try:
-        assert smoke("--self-test", str(finding)).returncode == 1
-        assert smoke(str(finding)).returncode == 0
+        assert smoke(target, "--self-test", str(finding)).returncode == 1
+        assert smoke(target, str(finding)).returncode == 0
     finally:
         finding.unlink()

@@ -1,4 +1,4 @@
-// Runs the fuzz target without libFuzzer: random inputs, and seeds with mutations. It does not learn from
+// Runs a fuzz target without libFuzzer: random inputs, and seeds with mutations. It does not learn from
 // coverage; it is for smoke tests, and for running saved inputs again.
 //
 //   driver [--seconds S] [--runs N] [--seed N] [--self-test] [--write-seeds DIR] [--crash FILE] [INPUT ...]
@@ -17,7 +17,7 @@
 #include <string>
 #include <vector>
 
-#include "testing/fuzz/fuzz_ssd_files.hpp"
+#include "testing/fuzz/fuzz_target.hpp"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>

@@ -7,13 +7,9 @@
 //
 // Input: one byte of Mode bits, two bytes of length; then Raw: that many bytes of the slot file, and the
 // journal; Built: the recipe.
-#include "testing/fuzz/fuzz_ssd_files.hpp"
-
 #include <algorithm>
 #include <array>
 #include <cerrno>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 
@@ -21,10 +17,9 @@
 #include "ssd/disk.hpp"
 #include "ssd/ssd_format.hpp"
 #include "ssd/ssd_image.hpp"
+#include "testing/fuzz/fuzz_target.hpp"
 
 namespace flexkv {
-
-bool fuzz_self_test = false;
 
 namespace {
 
@@ -46,45 +41,6 @@ constexpr size_t kHoleMax = size_t{10} << 20;
 // Of a frame's header. They are private to the format, so CheckLayout sees that they are right.
 constexpr size_t kFrameRecordBytesAt = 4, kFrameCountAt = 8, kFramePayloadSumAt = 40, kFrameSumAt = 48;
 constexpr size_t kFrameHeaderBytes = 56;
-
-void Check(bool ok, const char* what) {
-  if (ok) return;
-  std::fprintf(stderr, "broken invariant: %s\n", what);
-  std::abort();
-}
-
-// Takes values from the input, zeros when it has come to its end.
-class Source {
- public:
-  Source(const uint8_t* data, size_t size) : data_(data), size_(size) {}
-  size_t left() const { return size_; }
-  template <typename T>
-  T Take() {
-    T value{};
-    const size_t bytes = std::min(size_, sizeof value);
-    std::memcpy(&value, data_, bytes);
-    data_ += bytes;
-    size_ -= bytes;
-    return value;
-  }
-  uint8_t Byte() { return Take<uint8_t>(); }
-  // Mostly small, so that things meet; now and then anything.
-  uint64_t Number() {
-    const uint8_t byte = Byte();
-    return byte < 0xF0 ? byte : Take<uint64_t>();
-  }
-  std::string Bytes(size_t bytes) {
-    bytes = std::min(bytes, size_);
-    std::string taken(reinterpret_cast<const char*>(data_), bytes);
-    data_ += bytes;
-    size_ -= bytes;
-    return taken;
-  }
-
- private:
-  const uint8_t* data_;
-  size_t size_;
-};
 
 // Two files in memory. Both may be longer than the bytes they have: zeros follow.
 class MemoryDisk : public Disk {
