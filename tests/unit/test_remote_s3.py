@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from certificates import Certificates, make_certificates
 from s3_server import S3Server
 from store_suite import *  # noqa: F403
 from store_suite import SIZE, content, empty, some_names, value
@@ -26,8 +27,13 @@ NAMES = some_names()
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
-    made = S3Server(tmp_path_factory.mktemp("s3"))
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Certificates:
+    return make_certificates(tmp_path_factory.mktemp("certificates"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, certificates: Certificates) -> Iterator[S3Server]:
+    made = S3Server(tmp_path_factory.mktemp("s3"), certificates)
     yield made
     made.stop()
 
@@ -94,6 +100,38 @@ def test_credentials_are_found_and_never_told(
     file.write_text("hunter2\n")
     assert "no file of AWS credentials" in opens()
     assert "hunter" not in opens()
+
+
+def test_tls_is_spoken_to_those_whose_certificate_is_trusted(
+    server: S3Server, certificates: Certificates, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    url = f"s3://cache/tls?endpoint=https://127.0.0.1:{server.tls_port}"
+    other = tmp_path / "other"
+    other.mkdir()
+    trusting = f"{url}&ca_file={certificates.ca}"
+    for wrong, why in (
+        (url, "UnknownIssuer"),
+        (f"{url}&ca_file={make_certificates(other).ca}", "BadSignature"),
+    ):
+        with pytest.raises(ConfigError, match=rf"certificate is not trusted \({why}\); name its CA"):
+            s3_store(wrong)
+    # With credentials from the file, as a server in production has them.
+    (tmp_path / "credentials").write_text(
+        "[some]\naws_access_key_id = {AWS_ACCESS_KEY_ID}\naws_secret_access_key = {AWS_SECRET_ACCESS_KEY}\n"
+        .format_map(server.environment)
+    )
+    for name in server.environment:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))
+    monkeypatch.setenv("AWS_PROFILE", "some")
+    store = s3_store(trusting)
+    session, into = store.session(), [empty(1 << 20), empty(1 << 20)]
+    assert session.put(NAMES[:2], [value(1, 1 << 20), value(2, 1 << 20)]) == [Outcome.GOOD] * 2
+    assert session.exists(NAMES[:3]) == [True, True, False]
+    assert session.get(NAMES[:2], into) == [Outcome.GOOD] * 2
+    assert [content(each) for each in into] == [content(value(i, 1 << 20)) for i in (1, 2)]
+    store.close()
+    assert not check(parse_remote_url(trusting)).problem
 
 
 def test_what_somebody_has_to_change_is_said(server: S3Server) -> None:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import ssl
-import subprocess
 import tempfile
 import threading
 import time
@@ -15,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from certificates import make_certificates
 from redis_server import RedisServer, ValkeyServer
 from store_suite import *  # noqa: F403
 from store_suite import SIZE, content, empty, some_names, value
@@ -358,31 +357,10 @@ def pass_on(one: socket.socket, other: socket.socket) -> None:
 
 
 def test_tls_is_spoken_to_those_whose_certificate_is_trusted(tmp_path: Path) -> None:
-    if shutil.which("openssl") is None:
-        pytest.skip("openssl is missing")
-    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
-    subprocess.run(
-        [
-            *(
-                "openssl",
-                "req",
-                "-x509",
-                "-newkey",
-                "rsa:2048",
-                "-nodes",
-                "-days",
-                "2",
-                "-subj",
-                "/CN=localhost",
-            ),
-            *("-addext", "subjectAltName=DNS:localhost", "-keyout", str(key), "-out", str(certificate)),
-        ],
-        check=True,
-        capture_output=True,
-    )
+    made = make_certificates(tmp_path)
     server = RedisServer(tmp_path)
     proxy = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    proxy.load_cert_chain(certificate, key)
+    proxy.load_cert_chain(made.certificate, made.key)
     listening = socket.create_server(("127.0.0.1", 0))
 
     def serve() -> None:
@@ -405,7 +383,7 @@ def test_tls_is_spoken_to_those_whose_certificate_is_trusted(tmp_path: Path) -> 
     url = f"rediss://localhost:{listening.getsockname()[1]}"
     with pytest.raises(ConfigError, match="certificate is not trusted"):
         redis_store(url).open()
-    store = redis_store(f"{url}?ca_file={certificate}")
+    store = redis_store(f"{url}?ca_file={made.ca}")
     store.open()
     session = store.session()
     assert session.put(NAMES[:2], [value(1, 1 << 17), value(2, 1 << 17)]) == [Outcome.GOOD] * 2

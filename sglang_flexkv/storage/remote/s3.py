@@ -48,6 +48,7 @@ _CHUNK = 512 << 10  # that an object is received in
 _CODE = re.compile(r"<Code>(\w{1,60})</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
 _HTTP_KIND = re.compile(r"kind: (Connect|Timeout)\b")
+_CERTIFICATE = re.compile(r"InvalidCertificate\(\s*(\w{1,60})")
 _METADATA = re.compile(r"/latest/(api/token|meta-data)|169\.254\.")
 
 _TO_BE_CHANGED = {
@@ -172,8 +173,11 @@ class S3Store(Store):
                 return self._refused("PermanentRedirect")
             if kind is None:  # the connection was lost, for instance because the server has closed it
                 return StoreError(f"{self.name}: the connection is gone", temporary=True)
-            if "certificate" in text:
-                return _Refused(f"{self.name}: its certificate is not trusted; name the CA, ?ca_file=FILE")
+            if certificate := _CERTIFICATE.search(text):
+                return _Refused(
+                    f"{self.name}: its certificate is not trusted ({certificate[1]}); name its CA, "
+                    "?ca_file=FILE, or the host that it is for"
+                )
             if kind[1] == "Timeout":
                 return StoreError(f"{self.name} has not answered for {self.timeout_s:g} s")
             return StoreError(f"{self.name} cannot be reached")
