@@ -76,7 +76,10 @@ class S3Server(Service):
         if self._certificates is not None:
             arguments += [
                 f"-s3.port.https={self.tls_port}",
-                *(f"-s3.cert.file={self._certificates.certificate}", f"-s3.key.file={self._certificates.key}"),
+                *(
+                    f"-s3.cert.file={self._certificates.certificate}",
+                    f"-s3.key.file={self._certificates.key}",
+                ),
             ]
         log = (self._directory / "log").open("ab")
         self._process = subprocess.Popen(arguments, stdout=log, stderr=log, cwd=self._directory)
