@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from sglang_flexkv.common.storage import DeviceBuffers
 
+
 # So many tokens of stored prompts have a window of their own, by which the windows get their share of a tier.
 _TOKENS_PER_WINDOW = 512
 

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from kit import TIMEOUT_S, Rig
-from linker_steps import MakeRig, forget_failed_loads, may_run, nobody_else, prefetch, sequence
+from linker_steps import PAGE, MakeRig, forget_failed_loads, may_run, nobody_else, prefetch, sequence
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang_flexkv_testing import FaultyDisk
 
