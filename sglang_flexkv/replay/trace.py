@@ -368,8 +368,10 @@ def _record(line: bytes) -> dict[str, Any]:
         record = json.loads(line, object_pairs_hook=_unique)
     except RecursionError:
         raise _LineError("has brackets nested too deeply; write one flat JSON object a line") from None
-    except ValueError as error:  # of JSON, or of UTF-8
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise _LineError(f"is not JSON ({error}); write one JSON object a line") from None
+    except ValueError:  # what Python says of it is for programmers
+        raise _LineError("has a number of thousands of digits; correct it") from None
     if not isinstance(record, dict):
         raise _LineError(f"is a JSON {type(record).__name__}; write one JSON object a line")
     return record

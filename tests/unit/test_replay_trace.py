@@ -188,6 +188,7 @@ def with_(**changes: Any) -> str:
         ([b"\xff"], 1, "is not JSON", "write one JSON object a line"),
         ([b"\0" * 100], 1, "is not JSON", "write one JSON object a line"),
         (["[1]"], 1, "is a JSON list", "write one JSON object a line"),
+        ([with_(), with_().replace("[", f"[{'9' * 5000}, ", 1)], 2, "thousands of digits", "correct it"),
         (["[" * 200_000], 1, "nested too deeply", "one flat JSON object"),
         ([with_(), '{"a":' * 200_000], 2, "nested too deeply", "one flat JSON object"),
         (['{"prompt": "hi"}'], 1, "neither hash_ids nor token_ids, but ['prompt']", "docs/replay.md"),
