@@ -4,8 +4,9 @@
 
 Nothing is timed here but the control plane, and hit rates do not depend on the machine: two runs give the
 same ones. Checked: with room for everything each policy hits exactly what the trace repeats, counted here
-from its ids; nothing exceeds the optimum; a second run gives the same hits. The recorded trace is left out,
-with a word, where it is not found: it is not part of the repository.
+from its ids; nothing exceeds the optimum; a second run gives the same hits. The recorded trace is not part of
+the repository: without --trace it is looked for beside it, and a run that does not find it there says so at
+its end and in its report.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from sglang_flexkv.replay.simulator import TierSetup, simulate
 from sglang_flexkv.replay.synthetic import TraceKind, generate, write_trace
 from sglang_flexkv.replay.trace import Trace, load_trace
 
+_RECORDED = ROOT.parent / "shared" / "traces" / "mooncake_conversation.jsonl"
 _SIZES = (1024, 4096, 8192, 32768)
 # Of the synthetic traces, in parts of their blocks: what is scarce differs from kind to kind.
 _PARTS = (64, 16, 4, 2)
@@ -38,31 +40,38 @@ def main(
     smoke: SmokeOption = False,
     json_to: JsonOption = None,
     trace_file: Annotated[
-        Path, typer.Option("--trace", help="The recorded trace, in a format of `sglang-flexkv replay`.")
-    ] = ROOT.parent / "shared" / "traces" / "mooncake_conversation.jsonl",
+        Path | None,
+        typer.Option("--trace", help="The recorded trace, in a format of `sglang-flexkv replay`."),
+    ] = None,
     requests: Annotated[int, typer.Option(min=10, help="Requests of a synthetic trace.")] = 4000,
     seed: Annotated[int, typer.Option(help="Of the synthetic traces.")] = 1,
 ) -> None:
     """Hit rates of the eviction policies."""
     if smoke:
         requests = min(requests, 200)
-    settings = {"trace": trace_file.name, "requests": requests, "seed": seed, "sizes": _SIZES}
+    recorded = trace_file or _RECORDED
+    found = recorded.is_file()
+    if trace_file is not None and not found:
+        raise typer.BadParameter(f"--trace {trace_file} is not a file; name one, or leave it out")
+    settings = {"requests": requests, "seed": seed, "sizes": _SIZES}
+    settings |= {"trace": recorded.name} if found else {"trace_not_found": str(recorded)}
     report = Report("replay", smoke, Machine.here(), settings)
-    recorded = trace_file.is_file()
-    if recorded:
-        trace = load_trace(trace_file, requests_max=requests if smoke else None)
-        _measure(report, trace_file.stem, trace, _SIZES[:1] if smoke else _SIZES)
-    else:
-        console.print(f"[yellow]{trace_file} is not there: only synthetic traces[/yellow]")
+    if found:
+        trace = load_trace(recorded, requests_max=requests if smoke else None)
+        _measure(report, recorded.stem, trace, _SIZES[:1] if smoke else _SIZES)
     for kind in track(TraceKind, "synthetic traces", console=console, transient=True):
         trace = _synthetic(kind, requests, seed)
         sizes = [max(8, trace.num_blocks // part) for part in _PARTS]
         _measure(report, kind.value, trace, sizes)
-    _summarise(report, trace_file.stem if recorded else None)
+    _summarise(report, recorded.stem if found else None)
     for name in dict.fromkeys(row["trace"] for row in report.rows):
         rows = [row for row in report.rows if row["trace"] == name]
         columns = ["cpu_blocks", "policy", "hit_rate", "warm_hit_rate", "optimum_hit_rate"]
         print_table(name, rows, [*columns, "optimum_warm_hit_rate", "to_lru_percent", "control_us_median"])
+    if not found:
+        console.print(
+            f"[bold yellow]NOT measured: {recorded} is not there; give it with --trace[/bold yellow]"
+        )
     report.finish(json_to)
 
 

@@ -151,14 +151,32 @@ def test_recovery_finds_every_key() -> None:
     assert checked(report, "bytes of masks of all keys") == report["settings"]["blocks"]
 
 
-def test_replay_compares_every_policy_with_the_optimum(tmp_path: Path) -> None:
-    """The recorded trace is not in the repository: its absence is no error."""
-    report = report_of("bench_replay.py", "--requests", "100", "--trace", str(tmp_path / "missing.jsonl"))
+WITHOUT_RECORDED_TRACE = """
+import sys
+del sys.argv[0]
+sys.path[:0] = [sys.argv[0].rpartition("/")[0]]
+from pathlib import Path
+import bench_replay, typer
+bench_replay._RECORDED = Path("/nowhere/recorded.jsonl")
+typer.run(bench_replay.main)
+"""
+
+
+def test_replay_compares_every_policy_with_the_optimum() -> None:
+    """The recorded trace is not in the repository: its absence is no error, but said."""
+    report = report_of("bench_replay.py", "--requests", "100", program=WITHOUT_RECORDED_TRACE)
+    assert report["settings"]["trace_not_found"] == "/nowhere/recorded.jsonl"
     assert "worst_over_lru_lfu" in report["results"]
     assert {row["trace"] for row in report["rows"]} == {"chat", "agents", "rag", "scan", "stack", "phases"}
     assert {"lru", "fifo"} <= {row["policy"] for row in report["rows"]}
     assert checked(report, "hit rates not above the optimum") == len(report["rows"])
     assert checked(report, "hits of a tier with room for all")
+
+
+def test_replay_refuses_a_trace_that_is_not_there(tmp_path: Path) -> None:
+    done = run("bench_replay.py", "--trace", str(tmp_path / "missing.jsonl"))
+    assert done.returncode == 2
+    assert "is not a file" in done.stderr
 
 
 @pytest.mark.parametrize("name", ["bench_copy.py", pytest.param("bench_ssd.py", marks=needs_fio)])
