@@ -10,6 +10,8 @@
 #include <new>
 #include <type_traits>
 
+#include "base/types.hpp"
+
 namespace flexkv {
 
 template <typename T>
@@ -38,17 +40,26 @@ class GrowingArray {
   const T* data() const { return data_; }
 
  private:
-  static constexpr size_t kPage = 4096;
+  static constexpr size_t kPage = 4096, kHugePage = 2 << 20;
 
   void Grow(size_t capacity) {
-    void* grown = data_ == nullptr
-                      ? mmap(nullptr, capacity * sizeof(T), PROT_READ | PROT_WRITE,
-                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)
-                      : mremap(data_, capacity_ * sizeof(T), capacity * sizeof(T), MREMAP_MAYMOVE);
-    if (grown == MAP_FAILED) throw std::bad_alloc();
-    // Lookups are scattered: with small pages each of them would also miss the TLB.
-    madvise(grown, capacity * sizeof(T), MADV_HUGEPAGE);
-    data_ = static_cast<T*>(grown);
+    // Lookups are scattered: with small pages each of them would also miss the TLB. Huge pages are moved whole
+    // only from one border of huge pages to another: elsewhere the kernel breaks them up.
+    const size_t bytes = capacity * sizeof(T);
+    void* mapped = mmap(nullptr, bytes + kHugePage, PROT_READ | PROT_WRITE,
+                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (mapped == MAP_FAILED) throw std::bad_alloc();
+    char* const grown = reinterpret_cast<char*>(AlignUp(reinterpret_cast<size_t>(mapped), kHugePage));
+    const size_t before = static_cast<size_t>(grown - static_cast<char*>(mapped));
+    if (before > 0) munmap(mapped, before);
+    munmap(grown + AlignUp(bytes, kPage), kHugePage - before);
+    if (data_ != nullptr &&
+        mremap(data_, capacity_ * sizeof(T), bytes, MREMAP_MAYMOVE | MREMAP_FIXED, grown) == MAP_FAILED) {
+      munmap(grown, bytes);
+      throw std::bad_alloc();
+    }
+    madvise(grown, bytes, MADV_HUGEPAGE);
+    data_ = reinterpret_cast<T*>(grown);
     capacity_ = capacity;
   }
 

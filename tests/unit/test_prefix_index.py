@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -490,3 +492,24 @@ def test_tokens_of_a_long_run_are_compared() -> None:
     assert len(index.match(run, tokens)) == LONG
     tokens[4 * 300 + 3] += 1
     assert len(index.match(run, tokens)) == 300
+
+
+def huge_pages_kib() -> int:
+    """Of this process."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("AnonHugePages:"))
+
+
+def test_huge_pages_stay_huge_when_the_index_grows() -> None:
+    """Lookups are scattered over its arrays: with small pages each of them misses the TLB as well."""
+    slots, before = 400_000, huge_pages_kib()
+    index = _core.PrefixIndex([slots])
+    made = huge_pages_kib() - before
+    if made < 2048:
+        pytest.skip("the kernel gives no huge pages here")
+    ids = np.arange(1, slots + 1, dtype=np.uint64)
+    # Has room for a parent as well, so it grows.
+    reserved = index.reserve(CPU, None, np.stack([ids, ids * 7919], axis=1))
+    assert reserved is not None
+    assert len(reserved[1]) == slots
+    assert huge_pages_kib() - before >= made
