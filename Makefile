@@ -13,15 +13,13 @@ setup:  ## make .venv with SGLang and this project in it (about a second when up
 models: setup  ## make the small random-weight models
 	$(PYTHON) scripts/make_models.py
 
-# Two files at a time: most of these tests use one thread, and wait for disks. Servers each use all cores.
-# Status 5: ARGS select nothing there.
+# A file at a time in each of several processes, more of them than there are cores: tests wait for disks, stores and
+# servers' starts. Those with servers take longest, and come first, so that the short ones fill what is left.
+TEST_PROCESSES := 3
+
 test: setup models  ## run all tests; ARGS="-k name" selects
-	@parts=0; servers=0; \
-	$(PYTHON) -m pytest tests/unit tests/sglang -q -n 2 --dist loadfile $(ARGS) || parts=$$?; \
-	$(PYTHON) -m pytest tests/servers -q $(ARGS) || servers=$$?; \
-	if [ $$parts = 5 ]; then exit $$servers; fi; \
-	if [ $$servers = 5 ]; then exit $$parts; fi; \
-	exit $$((parts ? parts : servers))
+	$(PYTHON) -m pytest tests/servers tests/sglang tests/unit -q -n $(TEST_PROCESSES) --dist loadfile \
+	    --no-loadscope-reorder $(ARGS)
 
 # What depends on SGLang's version, with the older one that is supported. Its wheel has no kit for tests of caches.
 OLDER := 0.5.22

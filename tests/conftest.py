@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from types import FrameType
 
 import pytest
+
+# Read when torch is imported, here and in all that tests start. Models and tensors are small, and several tests
+# run at once: more threads would only wait for each other, and do that by taking processors.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

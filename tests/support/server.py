@@ -89,11 +89,21 @@ class MetricSample(NamedTuple):
     value: float
 
 
+_taken: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A loopback port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A loopback port that nobody else is given until this interpreter ends.
+
+    A server binds it seconds later, or again after it was killed. Until then the system would give it to any
+    connection and to whoever else looks for a port, so it stays bound here. A server can bind it all the
+    same, as nobody listens here and both say SO_REUSEADDR.
+    """
+    taken = socket.socket()
+    taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    taken.bind(("127.0.0.1", 0))
+    _taken.append(taken)
+    return int(taken.getsockname()[1])
 
 
 def flag_arguments(flags: Mapping[str, FlagValue]) -> list[str]:
