@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 from answers import ASK, differing, rounding
-from server import DTYPE, SGLangServer
+from forked_server import ForkedServer
+from server import DTYPE
 from workload import conversations
 
 from sglang_flexkv.integration.compat.version import is_0_5_22
@@ -45,7 +46,7 @@ def test_what_comes_back_is_what_was_computed(tmp_path: Path) -> None:
         "chunked-prefill-size": 512,
         "log-level": "info",
     }
-    with SGLangServer(MODEL, flags, env={"SGLANG_PLUGINS": "none"}, log_path=log) as server:
+    with ForkedServer(MODEL, flags, env={"SGLANG_PLUGINS": "none"}, log_path=log) as server:
 
         def ask() -> list[dict[str, Any]]:
             return [server.generate(prompt, NEW_TOKENS, **ASK) for prompt in PROMPTS]

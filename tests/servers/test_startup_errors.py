@@ -45,7 +45,7 @@ def fail_to_start(
     flags: dict[str, FlagValue] | None = None,
     env: dict[str, str | None] | None = None,
     model: Path = MODEL,
-    kind: type[SGLangServer] = SGLangServer,
+    kind: type[SGLangServer] = ForkedServer,
 ) -> FailedStart:
     """Starts a server that must not come up."""
     path = tmp_path / "flexkv.yaml"
@@ -117,8 +117,7 @@ IN_THE_LAUNCHER: dict[str, tuple[str, dict[str, FlagValue], dict[str, str | None
 @pytest.mark.parametrize("case", IN_THE_LAUNCHER)
 def test_a_server_ends_with_one_message(case: str, tmp_path: Path) -> None:
     config, flags, env, expected = IN_THE_LAUNCHER[case]
-    kind = SGLangServer if case == "wrong key" else ForkedServer
-    start = fail_to_start(tmp_path, config.replace("{tmp}", str(tmp_path)), flags, env, kind=kind)
+    start = fail_to_start(tmp_path, config.replace("{tmp}", str(tmp_path)), flags, env)
     assert start.status == 1
     assert len(start.messages) == 1, start.log
     for part in expected:
@@ -142,7 +141,7 @@ def test_a_directory_in_use_by_another_server(tmp_path: Path) -> None:
     ssd.mkdir()
     owner = SsdStore((ssd,), 4, [4096], "dp0-tp0", namespace=make_namespace({"model": "another"}))
     config = f"cpu_cache_gb: 0.01\nssd_cache_gb: 0.01\nssd_cache_dir: {ssd}"
-    start = fail_to_start(tmp_path, config, kind=ForkedServer)
+    start = fail_to_start(tmp_path, config)
     owner.close()
     assert in_the_launcher(start), start.log
     assert f"ssd_cache_dir: {ssd} is in use by another server (process " in start.messages[0]
@@ -236,7 +235,7 @@ def test_a_real_server_ends_before_it_loads_such_a_model(tmp_path: Path) -> None
     """With linear attention SGLang itself would end on a CPU, before us."""
     model = variant(tmp_path, **SLIDING_WINDOWS)
     settings = "cpu_cache_gb: 0.01\nwrite_policy: write_back"
-    start = fail_to_start(tmp_path, settings, model=model, kind=ForkedServer)
+    start = fail_to_start(tmp_path, settings, model=model)
     assert in_the_launcher(start), start.log
     assert f"write_policy: the model {model} keeps sliding windows" in start.messages[0]
 
@@ -312,7 +311,7 @@ def test_a_function_of_sglang_that_has_changed(tmp_path: Path) -> None:
         "sglang.srt.mem_cache.registry",
         "module.create_tree_cache = lambda context, server_args: None",
     )
-    start = fail_to_start(tmp_path, env=env)
+    start = fail_to_start(tmp_path, env=env, kind=SGLangServer)
     assert start.status == 1
     assert len(start.messages) == 1, start.log
     assert "create_tree_cache takes (context, server_args), expected (ctx)" in start.messages[0]
@@ -331,7 +330,7 @@ def test_a_patch_that_sglang_fails_to_apply(tmp_path: Path) -> None:
         stock(cls, target, hooks)
     module.HookRegistry._apply_target = classmethod(apply)""",
     )
-    start = fail_to_start(tmp_path, env=env)
+    start = fail_to_start(tmp_path, env=env, kind=SGLangServer)
     assert start.status != 0
     assert len(start.messages) == 1, start.log
     assert "SGLang did not apply the patches build-our-cache" in start.messages[0]
@@ -343,7 +342,7 @@ def test_a_missing_core(tmp_path: Path) -> None:
     shutil.copytree(Path(sglang_flexkv.__file__).parent, package, ignore=shutil.ignore_patterns("*.so"))
     # The copy must win over an editable install, whose finder would also find the core.
     (package.parent / "sitecustomize.py").write_text(ONLY_FROM_HERE)
-    start = fail_to_start(tmp_path, env={"PYTHONPATH": str(package.parent)})
+    start = fail_to_start(tmp_path, env={"PYTHONPATH": str(package.parent)}, kind=SGLangServer)
     assert start.status == 1
     assert len(start.messages) == 1, start.log
     assert "the compiled core of sglang-flexkv cannot be loaded" in start.messages[0]

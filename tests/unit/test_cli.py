@@ -298,9 +298,10 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Interpreter:
 
 
 COUNT_HOOKS = """
-import json, multiprocessing, sys
+import json, logging, multiprocessing, sys
 
 def count(queue=None):
+    logging.basicConfig(level="INFO", stream=sys.stdout)
     from sglang.srt.plugins import load_plugins
     load_plugins()
     load_plugins()
@@ -309,10 +310,11 @@ def count(queue=None):
     from sglang_flexkv.integration.compat.patches import PATCHES
     check_applied()
     counts = {patch.name: len(HookRegistry._hooks[patch.target]) for patch in PATCHES}
-    queue.put(counts) if queue else print(json.dumps(counts))
+    queue.put(counts) if queue else print(json.dumps(counts), flush=True)
 
 if __name__ == "__main__":
     count()
+    sys.path.append(sys.argv[1])  # the child's, too
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
     child = context.Process(target=count, args=(queue,))
@@ -320,34 +322,26 @@ if __name__ == "__main__":
     print(json.dumps(queue.get(timeout=100)))
     child.join()
 """
+BY_ENTRY_POINT = "Executed general plugin: flexkv"
 
 
 def test_every_process_is_patched_once(interpreter: Interpreter, tmp_path: Path) -> None:
     """With the monkey-patch alone, and in a spawned process together with the entry point."""
-    program = tmp_path / "program.py"
-    program.write_text(COUNT_HOOKS)
-    done = interpreter.run(str(program), path=interpreter.checkout)
-    assert done.returncode == 0, done.stderr
-    once = {patch.name: 1 for patch in PATCHES}
-    assert [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")] == [once, once]
-
-
-def test_together_with_the_entry_point_it_is_patched_once(interpreter: Interpreter, tmp_path: Path) -> None:
-    info = tmp_path / "sglang_flexkv-0.1.0.dist-info"
-    info.mkdir()
+    info = tmp_path / "metadata" / "sglang_flexkv-0.1.0.dist-info"
+    info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-flexkv\nVersion: 0.1.0\n")
     (info / "entry_points.txt").write_text(
         "[sglang.srt.plugins]\nflexkv = sglang_flexkv.integration.plugin:register\n"
     )
-    program = COUNT_HOOKS.partition("if __name__")[0] + (
-        "import logging; logging.basicConfig(level='INFO', stream=sys.stdout); count()"
-    )
-    path = Path(f"{interpreter.checkout}{os.pathsep}{tmp_path}")
-    done = interpreter.run("-c", program, path=path)
+    program = tmp_path / "program.py"
+    program.write_text(COUNT_HOOKS)
+    done = interpreter.run(str(program), str(info.parent), path=interpreter.checkout)
     assert done.returncode == 0, done.stderr
-    assert "Executed general plugin: flexkv" in done.stdout
-    counts = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    assert counts == [{patch.name: 1 for patch in PATCHES}]
+    lines = done.stdout.splitlines()
+    alone, together = (at for at, line in enumerate(lines) if line.startswith("{"))
+    once = {patch.name: 1 for patch in PATCHES}
+    assert [json.loads(lines[at]) for at in (alone, together)] == [once, once]
+    assert [at > alone for at, line in enumerate(lines) if BY_ENTRY_POINT in line] == [True]
 
 
 MODULES = "import sys; print(*sorted(sys.modules))"

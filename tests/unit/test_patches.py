@@ -8,9 +8,7 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import textwrap
 from collections.abc import Callable
 from dataclasses import replace
 from importlib import metadata
@@ -20,6 +18,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from forked_server import start_script
 
 import sglang_flexkv
 from sglang_flexkv.common.errors import ConfigError, FlexKVError, IncompatibleError
@@ -91,32 +90,33 @@ def test_nothing_is_patched_if_one_target_does_not_fit(
     assert len(registered) == len(PATCHES)
 
 
-def test_the_patches_are_in_effect_in_a_process_of_sglang() -> None:
-    program = """
-        import json
-        from sglang.srt.plugins import load_plugins
-        load_plugins()
-        load_plugins()
-        import pkgutil
-        from sglang.srt.plugins.hook_registry import HookRegistry
-        from sglang_flexkv.integration.compat.patches import PATCHES
-        found = {}
-        for patch in PATCHES:
-            parent, _, name = patch.target.rpartition(".")
-            wrapped = hasattr(getattr(pkgutil.resolve_name(parent), name), "__wrapped__")
-            found[patch.name] = [wrapped, len(HookRegistry._hooks[patch.target])]
-        from sglang_flexkv.integration.compat.hooking import check_applied
-        check_applied()
-        print(json.dumps(found))
-    """
-    out = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=True,
-    ).stdout
-    assert json.loads(out.splitlines()[-1]) == {patch.name: [True, 1] for patch in PATCHES}
+PATCHED = """
+import json
+from sglang.srt.plugins import load_plugins
+load_plugins()
+load_plugins()
+import pkgutil
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang_flexkv.integration.compat.patches import PATCHES
+found = {}
+for patch in PATCHES:
+    parent, _, name = patch.target.rpartition(".")
+    wrapped = hasattr(getattr(pkgutil.resolve_name(parent), name), "__wrapped__")
+    found[patch.name] = [wrapped, len(HookRegistry._hooks[patch.target])]
+from sglang_flexkv.integration.compat.hooking import check_applied
+check_applied()
+print(json.dumps(found))
+"""
+
+
+def test_the_patches_are_in_effect_in_a_process_of_sglang(tmp_path: Path) -> None:
+    program, out = tmp_path / "patched.py", tmp_path / "out"
+    program.write_text(PATCHED)
+    with open(os.devnull) as nothing, out.open("wb") as stream:
+        process = start_script(program, nothing.fileno(), stream.fileno(), stream.fileno())
+        assert process.wait(300) == 0, out.read_text()
+    expected = {patch.name: [True, 1] for patch in PATCHES}
+    assert json.loads(out.read_text().splitlines()[-1]) == expected
 
 
 # ---- versions ----
