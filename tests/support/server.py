@@ -141,6 +141,18 @@ def wait_until_ended(processes: Iterable[psutil.Process], timeout_s: float) -> l
     return left
 
 
+def _shared_memory(processes: Iterable[psutil.Process]) -> set[Path]:
+    """The files in /dev/shm that processes have mapped, by names that still are theirs."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines():
+                name = line.partition("/dev/shm/")[2]
+                if name and not name.endswith(" (deleted)"):
+                    found.add(Path("/dev/shm", name))
+    return found
+
+
 class SGLangServer:
     """One `sglang.launch_server` process tree. Use as a context manager, or `start()`/`stop()`.
 
@@ -293,6 +305,7 @@ class SGLangServer:
         atexit.unregister(self.stop)
         grace_s = self.stop_grace_s if grace_s is None else grace_s
         tree = self._tree(process.pid)
+        left_behind = _shared_memory(tree)  # by those that are killed, and some by SGLang always
         if grace_s > 0 and process.poll() is None:
             process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -308,6 +321,8 @@ class SGLangServer:
                 child.kill()
         process.wait()
         wait_until_ended(tree, 5.0)
+        for path in left_behind:
+            path.unlink(missing_ok=True)
 
     def signal_group(self, signum: int) -> list[str]:
         """Send a signal to all processes at once, as a terminal or a supervisor does, and wait until they

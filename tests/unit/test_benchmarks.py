@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -33,13 +36,16 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 def run(name: str, *options: str, program: str | None = None) -> subprocess.CompletedProcess[str]:
     interpreter = [sys.executable, "-c", program] if program else [sys.executable]
-    return subprocess.run(
-        [*interpreter, str(ROOT / "benchmarks" / name), "--smoke", "--json", "-", *options],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    command = [*interpreter, str(ROOT / "benchmarks" / name), "--smoke", "--json", "-", *options]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            out, err = process.communicate(timeout=300)
+        finally:  # with what it has started, where this run is told to end
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 def report_of(name: str, *options: str, program: str | None = None) -> dict[str, Any]:
