@@ -8,8 +8,8 @@ from types import FrameType
 
 import pytest
 
-# Read when torch is imported, here and in all that tests start. Models and tensors are small, and several tests
-# run at once: more threads would only wait for each other, and do that by taking processors.
+# Read when torch is imported, here and in all that tests start. Models are small, and several tests run at
+# once: more threads would only wait for each other, and take processors to do it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
