@@ -7,8 +7,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from sglang_flexkv.common.config import CacheConfig, ModelConfig
-    from sglang_flexkv.common.storage import KVCacheLayout, KVCacheLayoutType
+    from sglang_flexkv.common.config import CacheConfig
+    from sglang_flexkv.common.storage import KVCacheLayout, KVCacheLayoutType, ModelConfig
     from sglang_flexkv.kvmanager import KVManager, KVResponse, KVResponseStatus
 
 __version__ = "0.1.0"
@@ -26,7 +26,7 @@ __all__ = [
 
 _HOMES = {
     "CacheConfig": "common.config",
-    "ModelConfig": "common.config",
+    "ModelConfig": "common.storage",
     "KVCacheLayout": "common.storage",
     "KVCacheLayoutType": "common.storage",
     "KVManager": "kvmanager",

@@ -29,9 +29,9 @@ import torch
 
 from sglang_flexkv.cache.cache_engine import TransferPlan
 from sglang_flexkv.common.block import BlockKeys, SequenceMeta, TokenIds
-from sglang_flexkv.common.config import CacheConfig, ModelConfig
+from sglang_flexkv.common.config import CacheConfig
 from sglang_flexkv.common.errors import ConfigError
-from sglang_flexkv.common.storage import DeviceBuffers, KVCacheLayout
+from sglang_flexkv.common.storage import DeviceBuffers, KVCacheLayout, ModelConfig
 from sglang_flexkv.common.transfer import Slots
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
 from sglang_flexkv.storage.ssd_identity import Identity, digest

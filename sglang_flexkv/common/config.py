@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import psutil
-import torch
 import yaml
 from pydantic import (
     AfterValidator,
@@ -145,7 +144,7 @@ def _writable_file(path: Path | None) -> Path | None:
 TraceFile = Annotated[Path | None, BeforeValidator(_parse_file), AfterValidator(_writable_file)]
 
 
-class _Settings(BaseModel):
+class CheckedSettings(BaseModel):
     """Frozen settings whose errors are ConfigErrors in the user's words."""
 
     # An infinite size passes every lower bound and fails much later.
@@ -185,24 +184,7 @@ def explain(model: type[BaseModel], error: ValidationError) -> str:
     return "; ".join(lines)
 
 
-class ModelConfig(_Settings):
-    """The shape of the KV cache of one model, as this process sees it (one tensor-parallel shard)."""
-
-    num_layers: int = Field(gt=0)
-    num_kv_heads: int = Field(gt=0)
-    head_size: int = Field(gt=0)
-    use_mla: bool = False
-    dtype: torch.dtype = torch.bfloat16
-    model_name: str = ""  # part of the namespace: two models never share a block
-
-    @property
-    def token_size_in_bytes(self) -> int:
-        """Bytes of KV of one token over all layers."""
-        kv_dim = 1 if self.use_mla else 2
-        return self.num_layers * self.num_kv_heads * self.head_size * kv_dim * self.dtype.itemsize
-
-
-class CacheConfig(_Settings):
+class CacheConfig(CheckedSettings):
     """Sizes of the tiers in blocks, as the engine takes them."""
 
     tokens_per_block: int = Field(default=16, gt=0)
@@ -240,7 +222,7 @@ class CacheConfig(_Settings):
         return self
 
 
-class FlexKVConfig(_Settings):
+class FlexKVConfig(CheckedSettings):
     """What a user of the SGLang integration can set, in a file, in the environment, or not at all.
 
     Sizes are totals for this machine: ranks that run side by side share them.

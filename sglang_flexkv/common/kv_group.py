@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from sglang_flexkv.common.storage import DeviceBuffers
-
+if TYPE_CHECKING:  # replay needs none, and no torch
+    from sglang_flexkv.common.storage import DeviceBuffers
 
 # So many tokens of stored prompts have a window of their own, by which the windows get their share of a tier.
 _TOKENS_PER_WINDOW = 512

@@ -1,4 +1,4 @@
-"""How KV is laid out on the device, in the seeds' two layouts."""
+"""The shape of a model's KV, and how it is laid out on the device, in the seeds' two layouts."""
 
 from __future__ import annotations
 
@@ -7,8 +7,27 @@ from dataclasses import dataclass
 from enum import Enum
 
 import torch
+from pydantic import Field
 
 from sglang_flexkv import _core
+from sglang_flexkv.common.config import CheckedSettings
+
+
+class ModelConfig(CheckedSettings):
+    """The shape of the KV cache of one model, as this process sees it (one tensor-parallel shard)."""
+
+    num_layers: int = Field(gt=0)
+    num_kv_heads: int = Field(gt=0)
+    head_size: int = Field(gt=0)
+    use_mla: bool = False
+    dtype: torch.dtype = torch.bfloat16
+    model_name: str = ""  # part of the namespace: two models never share a block
+
+    @property
+    def token_size_in_bytes(self) -> int:
+        """Bytes of KV of one token over all layers."""
+        kv_dim = 1 if self.use_mla else 2
+        return self.num_layers * self.num_kv_heads * self.head_size * kv_dim * self.dtype.itemsize
 
 
 class KVCacheLayoutType(Enum):

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 from sglang_flexkv.common.config import (
@@ -30,7 +29,6 @@ from sglang_flexkv.common.config import (
     Admission,
     EvictionPolicy,
     FlexKVConfig,
-    ModelConfig,
     WritePolicy,
 )
 from sglang_flexkv.common.errors import FlexKVError
@@ -92,14 +90,15 @@ _INDEX_VALUES_PER_SCALE, _INDEX_SCALE_BYTES = 128, 4
 # No figure of a model is larger, and no config.json.
 _FIGURE_MAX, _CONFIG_BYTES_MAX = 10**8, 16 << 20
 
+# Bytes of a number.
 _DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "fp8_e4m3": torch.float8_e4m3fn,
-    "fp8_e5m2": torch.float8_e5m2,
-    "float8_e4m3fn": torch.float8_e4m3fn,
-    "float8_e5m2": torch.float8_e5m2,
+    "float32": 4,
+    "bfloat16": 2,
+    "float16": 2,
+    "fp8_e4m3": 1,
+    "fp8_e5m2": 1,
+    "float8_e4m3fn": 1,
+    "float8_e5m2": 1,
 }
 
 
@@ -149,13 +148,7 @@ class KvShape:
                 "give a --tp that divides them"
             )
         if config.get("kv_lora_rank"):
-            model = ModelConfig(
-                num_layers=layers,
-                num_kv_heads=1,
-                head_size=figure("kv_lora_rank") + figure("qk_rope_head_dim"),
-                use_mla=True,
-                dtype=_DTYPES[name],
-            )
+            numbers = figure("kv_lora_rank") + figure("qk_rope_head_dim")
         else:
             kv_heads = figure("num_key_value_heads", heads)
             if kv_heads % tp and tp % kv_heads:
@@ -163,14 +156,10 @@ class KvShape:
                     f"{kv_heads} key-value heads ({file}) can neither be split over {tp} ranks nor copied to "
                     "as many ranks each; give another --tp"
                 )
-            model = ModelConfig(
-                num_layers=layers,
-                num_kv_heads=max(1, kv_heads // tp),
-                head_size=figure("head_dim", figure("hidden_size", 1) // heads),
-                dtype=_DTYPES[name],
-            )
+            head_size = figure("head_dim", figure("hidden_size", 1) // heads)
+            numbers = 2 * max(1, kv_heads // tp) * head_size
         windowed, window_tokens = _windows(file, config, layers, figure)
-        of_layer = model.token_size_in_bytes // layers
+        of_layer = numbers * _DTYPES[name]
         if config.get("index_topk"):  # DeepSeek's sparse attention keeps a key for its index, with scales
             size = figure("index_head_dim")
             of_layer += size + size // _INDEX_VALUES_PER_SCALE * _INDEX_SCALE_BYTES

@@ -27,8 +27,8 @@ from pretended_gpu import OnDevice, engines_on
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.hicache_storage import PoolTransfer
 
-from sglang_flexkv.common.config import CacheConfig, ModelConfig, WritePolicy
-from sglang_flexkv.common.storage import KVCacheLayout, KVCacheLayoutType
+from sglang_flexkv.common.config import CacheConfig, WritePolicy
+from sglang_flexkv.common.storage import KVCacheLayout, KVCacheLayoutType, ModelConfig
 from sglang_flexkv.kvmanager import KVManager, KVResponseStatus
 
 pytestmark = pytest.mark.skipif(

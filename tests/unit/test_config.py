@@ -19,7 +19,6 @@ from sglang_flexkv.common.config import (
     FlexKVConfig,
     IoEngine,
     LoadPolicy,
-    ModelConfig,
     PrefetchPolicy,
     RemoteCompression,
     SsdMismatch,
@@ -27,6 +26,7 @@ from sglang_flexkv.common.config import (
 )
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.remote_url import RemoteUrl
+from sglang_flexkv.common.storage import ModelConfig
 
 
 @pytest.fixture(autouse=True)
