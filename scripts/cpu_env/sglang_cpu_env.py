@@ -148,6 +148,21 @@ def _complete_native_attention(backend: ModuleType) -> None:
     _attend_to_drafts(backend)
 
 
+def _draft_with_native_attention(factories: ModuleType) -> None:
+    """Let a draft model that guesses one token a step attend as the target does on a CPU."""
+    factory = factories.DraftBackendFactory
+    create = factory.create_draft_extend_backend
+
+    def create_draft_extend_backend(self: Any) -> Any:
+        from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+
+        runner = self.draft_model_runner
+        native = isinstance(runner.attn_backend, TorchNativeAttnBackend)
+        return TorchNativeAttnBackend(runner) if native else create(self)
+
+    factory.create_draft_extend_backend = create_draft_extend_backend
+
+
 class _TorchWithoutPinning:
     """PyTorch as a module sees it that asks for pinned memory."""
 
@@ -179,6 +194,7 @@ AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "torchvision.extension": _define_missing_operators,
     "sglang.srt.models.deepseek_common.attention_backend_handler": _run_mla_as_mla,
     "sglang.srt.layers.attention.torch_native_backend": _complete_native_attention,
+    "sglang.srt.speculative.draft_utils": _draft_with_native_attention,
     "sglang.srt.lora.layers": _pin_nothing,
     "sglang.srt.lora.backend.torch_backend": _pin_nothing,
 }

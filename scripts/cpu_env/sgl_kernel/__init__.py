@@ -21,10 +21,13 @@ _MESSAGE = (
 
 # Not imported before somebody asks for one: PyTorch is slow to import.
 _WRITTEN_OUT = (
+    "assign_draft_cache_locs_contiguous_cpu",
     "assign_extend_cache_locs_cpu",
     "assign_req_to_token_pool_cpu",
+    "build_tree_kernel_efficient_cpu",
     "copy_all_layer_kv_cache_cpu",
     "fill_accept_out_cache_loc_cpu",
+    "fill_bonus_tokens_cpu",
     "verify_tree_greedy_cpu",
 )
 

@@ -1,4 +1,5 @@
-"""Kernels of speculative decoding without a draft model (NGRAM), in plain PyTorch.
+"""Kernels of speculative decoding in plain PyTorch: without a draft model (NGRAM), and with one that guesses
+one token after the other (EAGLE, `--speculative-eagle-topk 1`).
 
 They do what the compiled ones do, request after request and token after token. Sizes: requests in a batch
 times the nodes of a tree of drafts, whose first node is the token that is known.
@@ -36,6 +37,45 @@ def reconstruct_indices_from_tree_mask(
             retrive_index[request, node] = request * size + node
             retrive_next_token[request, node] = min(children, default=-1)
             retrive_next_sibling[request, node] = min(of_same, default=-1)
+
+
+def build_tree_kernel_efficient_cpu(
+    parent_list: Tensor,
+    top_scores_index: Tensor,
+    seq_lens: Tensor,
+    tree_mask: Tensor,
+    positions: Tensor,
+    retrive_index: Tensor,
+    retrive_next_token: Tensor,
+    retrive_next_sibling: Tensor,
+    topk: int,
+    spec_steps: int,
+    num_verify_tokens: int,
+    tree_mask_mode: int,
+) -> None:
+    """What the verification asks for, of trees that are chains; the mask has the nodes alone."""
+    if topk != 1 or int(tree_mask_mode) != 1:
+        raise NotImplementedError("on a CPU: chains only, --speculative-eagle-topk 1")
+    size = num_verify_tokens
+    tree_mask.view(-1)[:] = torch.ones(size, size).tril().bool().repeat(len(seq_lens), 1, 1).flatten()
+    reconstruct_indices_from_tree_mask(
+        tree_mask.view(-1),
+        seq_lens,
+        positions,
+        retrive_index,
+        retrive_next_token,
+        retrive_next_sibling,
+        len(seq_lens),
+        size,
+    )
+
+
+def fill_bonus_tokens_cpu(
+    accept_tokens: Tensor, accept_lens: Tensor, bonus_tokens: Tensor, accept_stride: int
+) -> None:
+    """Of each request the last token that is accepted."""
+    rows = torch.arange(len(accept_lens)) * accept_stride
+    bonus_tokens[:] = accept_tokens.flatten()[rows + accept_lens - 1]
 
 
 def verify_tree_greedy_cpu(
@@ -80,6 +120,20 @@ def assign_extend_cache_locs_cpu(
     spans = zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True)
     slots = torch.cat([req_to_token[row, first:end] for row, first, end in spans])
     out_cache_loc[: len(slots)] = slots
+
+
+def assign_draft_cache_locs_contiguous_cpu(
+    req_pool_indices: Tensor,
+    req_to_token: Tensor,
+    seq_lens: Tensor,
+    out_cache_loc: Tensor,
+    pool_len: int,
+    topk: int,
+    num_steps: int,
+) -> None:
+    """The slots behind each request's tokens, for what is guessed."""
+    ends = seq_lens + topk * num_steps
+    assign_extend_cache_locs_cpu(req_pool_indices, req_to_token, seq_lens, ends, out_cache_loc, pool_len)
 
 
 def assign_req_to_token_pool_cpu(

@@ -1,0 +1,91 @@
+"""Speculative decoding on a real server: what is guessed is accepted after a hit as it was before.
+
+NGRAM guesses from what it has seen, so a prompt that comes again has its answer guessed, and the model checks
+several tokens at a time: with KV that is not what was computed it would say something else, and reject them.
+EAGLE's draft model guesses from KV of its own, which has to come back with the target's.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from answers import ASK, difference, rounding
+from drafts import make_draft
+from forked_server import ForkedServer
+from server import KV_ITEM_BYTES, SGLangServer
+from workload import some_tokens
+
+ROOT = Path(__file__).parents[2]
+MODEL = ROOT / "models" / "tiny-gqa"
+NEW_TOKENS = 32
+RNG = random.Random(17)
+PROMPTS = [some_tokens(RNG, length) for length in (250, 301, 280, 333, 260, 317)]
+
+
+def steps(answer: dict[str, Any]) -> int:
+    """Forwards that it took to generate an answer, less than one a token where guesses were accepted."""
+    return int(answer["meta_info"]["spec_verify_ct"])
+
+
+@pytest.mark.parametrize("algorithm", ["NGRAM", "EAGLE"])
+def test_what_is_guessed_is_accepted_after_a_hit_as_before(algorithm: str, tmp_path: Path) -> None:
+    directory = tmp_path / "ssd"
+    directory.mkdir()
+    config, log = tmp_path / "flexkv.yaml", tmp_path / "server.log"
+    flags: dict[str, Any] = {
+        "enable-flexkv": True,
+        "flexkv-config-file": str(config),
+        "speculative-algorithm": algorithm,
+        "max-running-requests": 4,
+        "max-total-tokens": 1024,
+        "log-level": "info",
+    }
+    models = 1
+    if algorithm == "NGRAM":
+        flags["speculative-num-draft-tokens"] = 6
+    else:
+        models = 2  # that keep KV
+        flags |= {
+            "speculative-draft-model-path": str(make_draft(tmp_path / "draft", MODEL)),
+            "speculative-num-draft-tokens": 2,
+            "speculative-num-steps": 1,
+            "speculative-eagle-topk": 1,
+        }
+    # Neither the device nor the CPU tier holds all prompts.
+    config.write_text(
+        f"cpu_cache_gb: {models * 1200 * 1024 * KV_ITEM_BYTES / 2**30}\n"
+        f"ssd_cache_gb: 0.2\nssd_cache_dir: {directory}\nload_policy: load\n"
+    )
+    apart = rounding(MODEL)
+
+    def ask(server: SGLangServer, number: int) -> dict[str, Any]:
+        return server.generate(PROMPTS[number], NEW_TOKENS, **ASK)
+
+    found = {"host": 0, "storage": 0}
+    with ForkedServer(MODEL, flags, log_path=log) as server:
+        cold, warm = [], []
+        for number in range(len(PROMPTS)):
+            cold.append(ask(server, number))
+            warm.append(ask(server, number))  # from the device
+            assert cold[-1]["meta_info"]["cached_tokens"] == 0
+            assert warm[-1]["meta_info"]["cached_tokens_details"]["device"] > 200
+            assert difference(warm[-1], cold[-1], apart) is None
+        # Several tokens at a time, or the test would show nothing.
+        assert sum(map(steps, warm)) < 0.75 * NEW_TOKENS * len(PROMPTS)
+        for _ in range(2):
+            numbers = list(range(len(PROMPTS)))
+            RNG.shuffle(numbers)
+            for number in numbers:
+                answer = ask(server, number)
+                assert difference(answer, cold[number], apart) is None
+                assert steps(answer) <= steps(warm[number])
+                for where in found:
+                    found[where] += answer["meta_info"]["cached_tokens_details"][where]
+        assert min(found.values()) > 200, found
+    text = log.read_text()
+    assert "hit an exception" not in text
+    assert len(re.findall(r"sglang-flexkv closed: nothing left held", text)) == 1
