@@ -180,6 +180,35 @@ def swa_config() -> dict[str, Any]:
     )
 
 
+def gdn_config() -> dict[str, Any]:
+    """A Qwen3-Next config: every second layer has linear attention, with recurrent state."""
+    return common_config(
+        architectures=["Qwen3NextForCausalLM"],
+        model_type="qwen3_next",
+        num_hidden_layers=4,
+        hidden_size=256,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        intermediate_size=704,
+        full_attention_interval=2,
+        linear_conv_kernel_dim=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=0,
+        num_experts=4,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        partial_rotary_factor=0.25,
+        rope_scaling=None,
+    )
+
+
 def matrix(name: str, rows: int, columns: int, gain: float = 1.0) -> TensorSpec:
     """A projection that keeps the variance of its input (times `gain` squared)."""
     return TensorSpec(f"{name}.weight", (rows, columns), gain / math.sqrt(columns))
@@ -225,6 +254,41 @@ def swa_tensors(config: dict[str, Any]) -> Iterator[TensorSpec]:
     for layer in range(config["num_hidden_layers"]):
         for part in ("q_norm", "k_norm"):
             yield norm(f"model.layers.{layer}.self_attn.{part}", config["head_dim"])
+
+
+def gdn_tensors(config: dict[str, Any]) -> Iterator[TensorSpec]:
+    yield from outer_tensors(config)
+    hidden, head_dim = config["hidden_size"], config["head_dim"]
+    q_size = config["num_attention_heads"] * head_dim
+    kv_size = config["num_key_value_heads"] * head_dim
+    heads = config["linear_num_value_heads"]
+    k_size = config["linear_num_key_heads"] * config["linear_key_head_dim"]
+    v_size = heads * config["linear_value_head_dim"]
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        if (layer + 1) % config["full_attention_interval"] == 0:
+            attention = f"{prefix}.self_attn"
+            # With a gate for each element of the output.
+            yield matrix(f"{attention}.q_proj", 2 * q_size, hidden, gain=ATTENTION_GAIN)
+            yield matrix(f"{attention}.k_proj", kv_size, hidden, gain=ATTENTION_GAIN)
+            yield matrix(f"{attention}.v_proj", kv_size, hidden)
+            yield matrix(f"{attention}.o_proj", hidden, q_size, gain=2.0)
+            for part in ("q_norm", "k_norm"):
+                yield norm(f"{attention}.{part}", head_dim)
+        else:
+            attention = f"{prefix}.linear_attn"
+            yield matrix(f"{attention}.in_proj_qkvz", 2 * (k_size + v_size), hidden)
+            yield matrix(f"{attention}.in_proj_ba", 2 * heads, hidden)
+            convolved = (2 * k_size + v_size, 1, config["linear_conv_kernel_dim"])
+            yield TensorSpec(f"{attention}.conv1d.weight", convolved, 0.5)
+            yield TensorSpec(f"{attention}.A_log", (heads,), 0.5)
+            yield TensorSpec(f"{attention}.dt_bias", (heads,), 0.5)
+            yield norm(f"{attention}.norm", config["linear_value_head_dim"])
+            yield matrix(f"{attention}.out_proj", hidden, v_size, gain=2.0)
+        mlp, expert_ffn = f"{prefix}.mlp", config["moe_intermediate_size"]
+        yield matrix(f"{mlp}.gate", config["num_experts"], hidden)
+        for expert in range(config["num_experts"]):
+            yield from swiglu_tensors(f"{mlp}.experts.{expert}", hidden, expert_ffn)
 
 
 def mla_tensors(config: dict[str, Any]) -> Iterator[TensorSpec]:
@@ -285,6 +349,12 @@ MODELS = {
             "two layers in three have a sliding window of 128 tokens; KV in two pools",
             swa_config(),
             swa_tensors,
+        ),
+        ModelSpec(
+            "tiny-gdn",
+            "every second layer has linear attention; a state for a request beside KV",
+            gdn_config(),
+            gdn_tensors,
         ),
     )
 }

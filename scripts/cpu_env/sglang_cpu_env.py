@@ -187,6 +187,78 @@ def _pin_nothing(module: ModuleType) -> None:
     module.torch = _TorchWithoutPinning()  # type: ignore[attr-defined]
 
 
+def _norm_in_torch(layers: ModuleType) -> None:
+    """Let the gated norm of linear attention compute in plain torch."""
+
+    def forward(self: Any, x: Any, z: Any = None) -> Any:
+        return layers.rms_norm_ref(
+            x,
+            self.weight,
+            self.bias,
+            z=z,
+            eps=self.eps,
+            group_size=self.group_size,
+            norm_before_gate=self.norm_before_gate,
+        )
+
+    layers.RMSNorm.forward = forward
+
+
+def _gated_norm_in_torch(layers: ModuleType) -> None:
+    """The same for its other class."""
+
+    def forward(self: Any, x: Any, g: Any, *_args: Any, **_kwargs: Any) -> Any:
+        import torch
+
+        normed = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], self.weight.float(), self.eps)
+        gate = g.float().sigmoid() if self.activation == "sigmoid" else torch.nn.functional.silu(g.float())
+        return (normed * gate).to(x.dtype)
+
+    layers.FusedRMSNormGated.forward = forward
+
+
+def _take_states_in_torch(backend: ModuleType) -> None:
+    """Let states be kept as they are at some token (`--mamba-radix-cache-strategy extra_buffer`)."""
+
+    def of_layer(conv: Any, state: Any, slots: Any, wanted: Any, to: Any, count: int, **_: Any) -> None:
+        for i in range(count):
+            if bool(wanted[i]):
+                conv[to[i]] = conv[slots[i]]
+                state[to[i]] = state[slots[i]]
+
+    def of_all_layers(conv: Any, state: Any, slots: Any, wanted: Any, to: Any, count: int, **_: Any) -> None:
+        for i in range(count):
+            if bool(wanted[i]):
+                conv[:, to[i]] = conv[:, slots[i]]
+                state[:, to[i]] = state[:, slots[i]]
+
+    backend.track_mamba_states_if_needed = of_layer
+    backend.track_mamba_states_all_layers = of_all_layers
+
+
+def _allow_states_to_be_taken(arguments: ModuleType) -> None:
+    """SGLang knows of no CPU that can."""
+    arguments._platform_supports_mamba_cache_extra_buffer = lambda: True
+
+
+def _prepare_decodes_without_pinning(batches: ModuleType) -> None:
+    """Where states are taken, SGLang pins a tensor of a decode's batch without asking whether that can be."""
+    batch = batches.ScheduleBatch
+    prepare = batch.prepare_for_decode
+
+    def wrapper(self: Any) -> Any:
+        import torch
+
+        pin = torch.Tensor.pin_memory
+        torch.Tensor.pin_memory = lambda tensor, *_: tensor
+        try:
+            return prepare(self)
+        finally:
+            torch.Tensor.pin_memory = pin
+
+    batch.prepare_for_decode = wrapper
+
+
 # Called with the module of that name after its code has run.
 AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     # The submodule that tries to load the operators. Right after it is the only moment when it is known
@@ -197,6 +269,11 @@ AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "sglang.srt.speculative.draft_utils": _draft_with_native_attention,
     "sglang.srt.lora.layers": _pin_nothing,
     "sglang.srt.lora.backend.torch_backend": _pin_nothing,
+    "sglang.kernels.ops.attention.fla.layernorm_gated": _norm_in_torch,
+    "sglang.kernels.ops.attention.fla.fused_norm_gate": _gated_norm_in_torch,
+    "sglang.srt.layers.attention.hybrid_linear_attn_backend": _take_states_in_torch,
+    "sglang.srt.arg_groups.mamba_hook": _allow_states_to_be_taken,
+    "sglang.srt.managers.schedule_batch": _prepare_decodes_without_pinning,
 }
 
 
