@@ -152,6 +152,7 @@ class KVTaskEngine:
     Args:
         device: the pool of the first group, which keeps all blocks.
         more_groups: parts that blocks have in other pools.
+        layers: of the model, one for each layer of the first group; None: those that no other group has.
 
     Raises:
         ConfigError, OSError: a tier cannot be set up (see StorageEngine).
@@ -169,12 +170,13 @@ class KVTaskEngine:
         keep_tokens: bool = False,
         disk: _core.Disk | None = None,
         more_groups: Sequence[KVGroup] = (),
+        layers: Sequence[int] | None = None,
     ) -> None:
         self.config = config
         self._trace = TransferTrace() if config.trace_file is not None else None
         self._rank_tag = rank_tag
         request = TierRequest(config, namespace, label, identity, rank_tag, disk)
-        self._storage = StorageEngine(device, request, more_groups)
+        self._storage = StorageEngine(device, request, more_groups, layers)
         self._tier_names = ["CPU", *(tier.name for tier in self._storage.first.lower)]
         self._lock = threading.RLock()
         self._tasks: dict[int, KVTask] = {}
@@ -247,6 +249,13 @@ class KVTaskEngine:
             (group.window_blocks, storage.slot_bytes)
             for group, storage in zip(self._storage.more_groups, self._storage.groups[1:], strict=True)
         ]
+
+    @property
+    def blocks_per_window(self) -> int:
+        """Blocks of the first group for which the CPU tier has a window of a further one; where it has least.
+        0: there is no further group."""
+        groups, num_blocks = self._storage.more_groups, self.config.num_cpu_blocks
+        return max((num_blocks * g.window_blocks // g.quota(num_blocks) for g in groups), default=0)
 
     @property
     def tier_names(self) -> Sequence[str]:
@@ -547,8 +556,8 @@ class KVTaskEngine:
                 every task that shares it, before the first of them is launched. Of a put, a gate with one
                 layer that expects one: opened when the device's slots may be written again.
             wait_events: torch.cuda.Event objects that must have happened before the device pool is touched.
-            more_slots: token slots in the pools of the further groups, int64 [tokens], by group: of the last
-                blocks of the plan.
+            more_slots: slots in the pools of the further groups, int64 [slots], by group: of the last blocks
+                of the plan.
         """
         with self._lock:
             if task.ended:
@@ -562,9 +571,10 @@ class KVTaskEngine:
             if token_slots is not None:
                 plan.graph.bind_device_slots(token_slots, self.config.tokens_per_block, places)
                 for group, slots in (more_slots or {}).items():
-                    there = len(slots) // self.config.tokens_per_block
+                    of_each = self._storage.more_groups[group - 1].slots_of(self.config.tokens_per_block)
+                    there = len(slots) // of_each
                     places = np.arange(plan.num_blocks) - (plan.num_blocks - there)
-                    plan.graph.bind_device_slots(slots, self.config.tokens_per_block, places, group=group)
+                    plan.graph.bind_device_slots(slots, of_each, places, group=group)
             task.core_graph = self._transfer.submit(
                 plan.graph,
                 gate=gate,

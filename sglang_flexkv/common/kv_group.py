@@ -1,12 +1,13 @@
 """Groups of KV: the parts that a block has in several pools.
 
 A model whose layers do not all keep the same has a pool for each kind: full attention here, a window of
-tokens there. A block has one key and a part in each group, with a layout, slots and quotas of its own. vLLM
-calls these KV cache groups, SGLang components.
+tokens there, or the state of a recurrent layer. A block has one key and a part in each group, with a layout,
+slots and quotas of its own. vLLM calls these KV cache groups, SGLang components.
 
 The first group keeps all blocks. A further one keeps what it takes to go on: the blocks of a window before
-the boundary at which a prompt is taken up again. A prefix of n blocks is a hit where every group holds what
-its rule asks for, so hits are a set of boundaries, and not every prefix of a hit is one.
+the boundary at which a prompt is taken up again. A recurrent state is a window of one block, whose part is
+the state at its end: one slot, however many tokens the block has. A prefix of n blocks is a hit where every
+group holds what its rule asks for, so hits are a set of boundaries, and not every prefix of a hit is one.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class KVGroup:
         window_blocks: blocks before a boundary that it takes to go on from there, at least 1.
         share: of the blocks that each tier can hold of the first group, so many it can hold of this one.
         every_blocks: of a long run of blocks a window is kept after each so many, beside the last one.
+        slots_per_block: of its pool, that a block takes; None: one for each token.
 
     Raises:
         ValueError: one of these makes no group.
@@ -54,6 +56,7 @@ class KVGroup:
     window_blocks: int
     share: float = 1.0
     every_blocks: int = 256
+    slots_per_block: int | None = None
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[a-z0-9-]+", self.name):
@@ -67,10 +70,16 @@ class KVGroup:
             raise ValueError(f"KV group {self.name}: share is above 0 and at most 1, not {self.share}")
         if self.every_blocks < 1:
             raise ValueError(f"KV group {self.name}: a window every {self.every_blocks} blocks is none")
+        if self.slots_per_block is not None and self.slots_per_block < 1:
+            raise ValueError(f"KV group {self.name}: {self.slots_per_block} slots for a block")
 
     def quota(self, num_blocks: int) -> int:
         """Blocks that a tier holds of it which holds ``num_blocks`` of the first group."""
         return math.ceil(num_blocks * self.share)
+
+    def slots_of(self, tokens_per_block: int) -> int:
+        """Slots of its pool that a block of so many tokens takes."""
+        return tokens_per_block if self.slots_per_block is None else self.slots_per_block
 
     def kept(self, num_blocks: int) -> list[tuple[int, int]]:
         """What is kept of a run of blocks: which ranges, growing, with a gap between any two.

@@ -105,10 +105,10 @@ class GroupStorage:
 
     def __init__(self, device: DeviceBuffers, request: TierRequest) -> None:
         config = request.config
-        num_blocks = config.num_cpu_blocks
+        num_blocks, slots = config.num_cpu_blocks, config.tokens_per_block
         if request.group is not None:
-            num_blocks = request.group.quota(num_blocks)
-        self.layout = device.block_layout(config.tokens_per_block)
+            num_blocks, slots = request.group.quota(num_blocks), request.group.slots_of(slots)
+        self.layout = device.block_layout(slots)
         self.slot_bytes = slot_bytes_for(self.layout.block_bytes)
         self.lower: list[LowerTier] = []
         self.away: dict[LowerTier, str] = {}
@@ -139,16 +139,26 @@ class GroupStorage:
 class StorageEngine:
     """The storage of one rank.
 
+    Args:
+        layers: of the model, one for each layer of the first group; None: those that no other group has.
+
     Raises:
         ConfigError: a tier cannot be set up as configured.
         OSError: a CPU pool cannot be mapped.
     """
 
     def __init__(
-        self, device: DeviceBuffers, request: TierRequest, more_groups: Sequence[KVGroup] = ()
+        self,
+        device: DeviceBuffers,
+        request: TierRequest,
+        more_groups: Sequence[KVGroup] = (),
+        layers: Sequence[int] | None = None,
     ) -> None:
         self.device = device
         self.more_groups = more_groups
+        theirs = {layer for group in more_groups for layer in group.layers}
+        num_layers = len(device.tensors) + len(theirs)
+        self.layers = layers or [layer for layer in range(num_layers) if layer not in theirs]
         self.groups: list[GroupStorage] = []
         try:
             self.groups.append(GroupStorage(device, request))

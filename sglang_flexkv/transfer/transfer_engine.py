@@ -34,9 +34,7 @@ class TransferEngine:
         )
         self._media = [tier.medium for tier in storage.first.lower]
         if storage.more_groups:
-            theirs = {layer for group in storage.more_groups for layer in group.layers}
-            num_layers = len(theirs) + storage.first.layout.num_layers
-            self._core.set_gate_layers([layer for layer in range(num_layers) if layer not in theirs])
+            self._core.set_gate_layers(storage.layers)
         for group, of_group in zip(storage.more_groups, storage.groups[1:], strict=True):
             self._core.add_group(of_group.layout, of_group.host, group.layers)
 
