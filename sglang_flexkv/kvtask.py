@@ -34,7 +34,7 @@ from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, Token
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import Admission, CacheConfig
 from sglang_flexkv.common.kv_group import KVGroup
-from sglang_flexkv.common.lower_tier import CPU, LowerTier, Question, TierNumbers
+from sglang_flexkv.common.lower_tier import CPU, LowerTier, Question
 from sglang_flexkv.common.patience import Patience
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, SlotsOnTheirWay, TransferType

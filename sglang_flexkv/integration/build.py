@@ -13,7 +13,14 @@ from sglang_flexkv import __version__
 from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.integration.compat import server
-from sglang_flexkv.integration.compat.kv_pool import KVPools, asks_for_layers, draft_pools, kv_pools
+from sglang_flexkv.integration.compat.arguments import RECURRENT_ARGUMENTS
+from sglang_flexkv.integration.compat.kv_pool import (
+    MAMBA,
+    KVPools,
+    asks_for_layers,
+    draft_pools,
+    kv_pools,
+)
 from sglang_flexkv.integration.compat.sglang_hashes import native_works
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.metrics import Metrics
@@ -44,7 +51,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     pool = ctx.params.token_to_kv_pool_allocator.get_kvcache()
     page_size = ctx.params.page_size
     drafts = draft_pools(ctx.params, server.reader()("speculative_algorithm"))
-    pools = kv_pools(pool, page_size, cache.window_tokens, drafts)
+    pools = kv_pools(pool, page_size, cache.window_tokens, drafts, ctx.params.req_to_token_pool)
     cache_config = config.cache_config(
         block_bytes=_bytes_per_block(pools, page_size),
         tokens_per_block=ctx.params.page_size,
@@ -59,6 +66,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         cache_config,
         pools.full,
         more_groups=pools.more,
+        layers=pools.layers,
         namespace=identity.namespace,
         label=describe(
             ctx.model_config.model_path, pool.dtype, ctx.params.page_size, place.tp_rank, place.tp_size
@@ -83,6 +91,8 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     atexit.register(linker.close)
     cache.attach(linker, config.write_policy, by_priority=server.evicts_by_priority())
     pool.register_layer_transfer_counter(linker.layer_done_counter)
+    if cache.keeps_states:
+        ctx.params.req_to_token_pool.register_layer_transfer_counter(linker.layer_done_counter)
     ctx.tp_worker.register_hicache_layer_transfer_counter(linker.layer_done_counter)
     _log(engine, config.write_policy)
     return cache
@@ -91,11 +101,11 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
 def _bytes_per_block(pools: KVPools, page_size: int) -> int:
     """Bytes that a block takes in a tier, with what further groups have for each."""
 
-    def slot_bytes(device: DeviceBuffers) -> int:
-        return slot_bytes_for(device.block_layout(page_size).block_bytes)
+    def slot_bytes(device: DeviceBuffers, slots: int) -> int:
+        return slot_bytes_for(device.block_layout(slots).block_bytes)
 
-    return slot_bytes(pools.full) + sum(
-        math.ceil(group.share * slot_bytes(group.device)) for group in pools.more
+    return slot_bytes(pools.full, page_size) + sum(
+        math.ceil(group.share * slot_bytes(group.device, group.slots_of(page_size))) for group in pools.more
     )
 
 
@@ -103,17 +113,20 @@ def _identity(
     ctx: Any, pool: Any, pools: KVPools, place: server.Place, at_start: Settings | None
 ) -> Identity:
     """Whose KV this is, with what the device pool adds."""
-    device = pools.full
+    device, read = pools.full, server.reader()
     groups = {
         f"KV group {group.name}": f"layers {group.layers}, {_layout(group.device)}, windows of "
         f"{group.window_blocks} blocks"
         for group in pools.more
     }
-    read = server.reader()
     context_parallel = {}
     if place.attn_cp_size > 1:
         rank = f"{place.attn_cp_rank} of {place.attn_cp_size}"
         context_parallel["attention CP rank"] = f"{rank}, {read('cp_strategy')}"
+    if any(group.name == MAMBA for group in pools.more):
+        groups["kernels of recurrent layers"] = ", ".join(
+            f"{name} {read(name)}" for name in RECURRENT_ARGUMENTS
+        )
     return model_identity(
         read,
         ctx.model_config.model_path,

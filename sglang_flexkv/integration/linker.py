@@ -93,7 +93,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.pools: dict[PoolName, object] = {PoolName.KV: device}
         self._group_names = [PoolName.KV, *(PoolName(name) for name in engine.group_names)]
         self.pools.update(dict.fromkeys(self._group_names[1:], None))
-        self.has_windows = len(self._group_names) > 1
+        self.has_parts = len(self._group_names) > 1
         self._single_rank = single_rank
         self._has_draft = has_draft
         self._page = engine.config.tokens_per_block
@@ -111,6 +111,7 @@ class FlexKVLinker(UnifiedCacheLinker):
             windows=engine.windows,
         )
         self.states = RequestStates(engine.unpin, _LEASED_SHARE_MAX * engine.config.num_cpu_blocks)
+        self._blocks_per_window = engine.blocks_per_window
         self._next_batch: dict[str, _Load] = {}  # of the requests admitted so far, in the order of admission
         self._loading: dict[int, dict[str, _Load]] = {}  # batches that run, by their gate's index
         self._offloads: deque[KVTask] = deque()
@@ -160,7 +161,8 @@ class FlexKVLinker(UnifiedCacheLinker):
             num_to_load = len(held)
         state.found = Lookup(keys, held, num_to_load, self.read_before, ends)
         if state.found.num_to_load:
-            self.states.add_lease(rid, lease, num_cpu_blocks)
+            # Each pins a window as well, or a state, of which a tier may have few.
+            self.states.add_lease(rid, lease, max(num_cpu_blocks, self._blocks_per_window))
         elif len(held):
             self.engine.unpin(lease)
         return state.found.num_for_forward
@@ -233,7 +235,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         return True
 
     def _more_slots(self, transfers: Sequence[PoolTransfer]) -> dict[int, Slots | SlotsOnTheirWay]:
-        """By further group the token slots of the last blocks, as many as it has of them."""
+        """By further group the slots of the last blocks, as many as it has of them."""
         return {
             self._group_names.index(transfer.name): self.engine.token_slots(transfer.device_indices)
             for transfer in transfers[1:]

@@ -50,8 +50,8 @@ _STORE_AT_USE = {
 }
 
 
-# Nodes of which it is remembered that their windows were offered.
-_WINDOWS_REMEMBERED = 1 << 16
+# Nodes of which it is remembered that their windows, or states, were offered.
+_PARTS_REMEMBERED = 1 << 16
 
 
 class FlexKVLinkerWrapper(LinkerWrapper):
@@ -70,8 +70,8 @@ class FlexKVLinkerWrapper(LinkerWrapper):
     def __init__(self, cache: FlexKVRadixCache, linker: FlexKVLinker) -> None:
         super().__init__(cache, linker)
         self.loads = SharedLoads(cache)
-        # Last pages of the nodes whose windows were offered.
-        self._windows_offered: OrderedDict[str, None] = OrderedDict()
+        # Of nodes whose windows or states were offered, which: by their last page.
+        self._parts_offered: OrderedDict[str, frozenset[str]] = OrderedDict()
 
     def match(self, key: Any, req: Any, result: Any) -> Any:
         self._matching_rid = req.rid
@@ -118,11 +118,14 @@ class FlexKVLinkerWrapper(LinkerWrapper):
         )
 
     def agree_on_hit(self, restorable: Sequence[int], num_pages: int) -> int:
-        if self.cache_linker.has_windows:
+        if self.cache_linker.has_parts:
             return self.cache.ranks.common_hit(restorable, num_pages)
         return self.cache.ranks.shortest_hit(len(restorable))
 
     def load_back(self, req: Any) -> Any:
+        if self.cache.keeps_states and self.has_hit(req.rid) and not self.cache.has_state_for_load():
+            del self.hit_markers[req.rid]
+            return 0, req.last_node
         hit = self.hit_markers.get(req.rid)
         loaded = super().load_back(req)
         if loaded[0] and self.cache_linker.engine.has_lower_tiers:
@@ -163,7 +166,7 @@ class FlexKVLinkerWrapper(LinkerWrapper):
 
     def _offload(self, node_id: int, transfers: list[Any]) -> None:
         if len(transfers) > 1:
-            self._note_window(transfers[0].keys[-1])
+            self._note_parts(transfers)
         lock_params = self._start_offload(node_id, transfers)
         self.remember_offload(node_id, lock_params)
 
@@ -182,26 +185,32 @@ class FlexKVLinkerWrapper(LinkerWrapper):
             raise
         return lock_params
 
-    def _note_window(self, last_hash: str) -> None:
-        self._windows_offered[last_hash] = None
-        self._windows_offered.move_to_end(last_hash)
-        if len(self._windows_offered) > _WINDOWS_REMEMBERED:
-            self._windows_offered.popitem(last=False)
+    def _note_parts(self, transfers: list[Any]) -> None:
+        last_hash = transfers[0].keys[-1]
+        before = self._parts_offered.get(last_hash, frozenset())
+        self._parts_offered[last_hash] = before.union(transfer.name for transfer in transfers[1:])
+        self._parts_offered.move_to_end(last_hash)
+        if len(self._parts_offered) > _PARTS_REMEMBERED:
+            self._parts_offered.popitem(last=False)
 
-    def offer_window(self, node_id: int) -> None:
-        """Stores the window of a node that has got one on the device after it was stored without: SGLang
-        offers a node once.
+    def offer_parts(self, node_id: int) -> None:
+        """Stores the window or the state of a node that has got it on the device after it was stored without:
+        SGLang offers a node once.
 
         Goes by what has been offered, which is the same on every rank, and not by what is held."""
         cache = self.cache
-        if cache.is_root(node_id):
+        num_parts = len(self.cache_linker.pools) - 1
+        if not num_parts or cache.is_root(node_id):
             return
         last_hash = cache.get_last_hash_value(node_id)
-        if last_hash is None or last_hash in self._windows_offered:
+        if last_hash is None:
+            return
+        offered = self._parts_offered.get(last_hash, frozenset())
+        if len(offered) == num_parts:
             return
         transfers = cache.offer_again(node_id)
-        if transfers:
-            self._note_window(last_hash)
+        if any(transfer.name not in offered for transfer in transfers[1:]):
+            self._note_parts(transfers)
             self.remember_lock(node_id, self._start_offload(node_id, transfers))
 
     def write_back(self, node_id: int) -> None:
@@ -228,7 +237,7 @@ class FlexKVLinkerWrapper(LinkerWrapper):
     def reset(self) -> None:
         super().reset()
         self.loads.clear()
-        self._windows_offered.clear()
+        self._parts_offered.clear()
 
 
 class FlexKVRadixCache(TreeCache):
@@ -278,8 +287,8 @@ class FlexKVRadixCache(TreeCache):
             self.insert_importance = min(max(int(params.priority or 0), 0), _core.IMPORTANCE_MAX)
         try:
             result = super().insert(params)
-            if self.window_tokens and self.linker is not None and result.last_device_node is not None:
-                self.linker.offer_window(result.last_device_node)
+            if self.linker is not None and result.last_device_node is not None:
+                self.linker.offer_parts(result.last_device_node)
             return result
         finally:
             self.insert_importance = 0
@@ -357,6 +366,13 @@ class FlexKVRadixCache(TreeCache):
             waiting = False
         offloading = self.linker is not None and bool(self.linker.pending_offloads)
         return waiting or offloading or bool(self.failed_loads)
+
+    def let_go_of_states(self) -> bool:
+        if self.linker is None or not self.linker.pending_offloads:
+            return False
+        self.linker.cache_linker.wait_for_offloads()
+        super().check_hicache_events()
+        return True
 
     def settle(self, scheduler: Any) -> None:
         """Ends what the next steps of the scheduler would find ended. Called on every rank alike when SGLang

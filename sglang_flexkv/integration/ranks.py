@@ -9,7 +9,7 @@ here, before anything depends on it.
 What                      Reduced    Why that is enough
 ========================  =========  =======================================================================
 length of a hit           least      of a prefix that a rank holds it holds every shorter one
-ends of a hit             all        with windows it does not: the longest prefix that every rank can load
+ends of a hit             all        with windows or states it does not: the longest that every rank can load
 wait for reads at all     any        whether to wait is one decision; which blocks to bring is each rank's own
 a wait is over            all        a request is scheduled by all ranks in the same step
 wait again, or join       any        as above
@@ -57,11 +57,12 @@ class Ranks:
             num_blocks: blocks of each prefix that this rank can load.
             of_blocks: that were looked up, the same on every rank.
         """
-        mask = np.zeros(of_blocks + 1, np.int64)
+        mask = np.zeros(of_blocks + 1, np.int32)
         mask[0] = 1
         mask[list(num_blocks)] = 1
-        common = self._common(mask.tolist(), torch.distributed.ReduceOp.MIN)
-        return int(np.flatnonzero(common)[-1])
+        # In place: with pages of one token there are as many as a prompt is long.
+        self._reduce(torch.from_numpy(mask), torch.distributed.ReduceOp.MIN)
+        return int(np.flatnonzero(mask)[-1])
 
     def any_would_wait(self, num_lower_blocks: int) -> bool:
         """Whether a rank has blocks to bring from lower tiers for a request that enters the queue. It waits

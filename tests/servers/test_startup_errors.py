@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,19 +171,13 @@ DEEPSEEK_V32: dict[str, Any] = {
     "index_head_dim": 64,
     "index_n_heads": 4,
 }
+MAMBA: dict[str, object] = {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"}
+LINEAR_ATTENTION: dict[str, object] = {
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+}
 OTHER_STATE: dict[str, tuple[dict[str, object], str]] = {
-    "Mamba": (
-        {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
-        "Mamba or linear-attention state",
-    ),
-    "linear attention": (
-        {
-            "architectures": ["Qwen3NextForCausalLM"],
-            "model_type": "qwen3_next",
-            "layer_types": ["linear_attention", "full_attention"] * 2,
-        },
-        "Mamba or linear-attention state",
-    ),
     "index keys with tails": (
         DEEPSEEK_V32 | {"index_kpool": 2, "index_kpool_compress": True},
         "index keys that wait for more tokens (index_kpool_compress)",
@@ -212,27 +207,51 @@ def test_a_model_with_other_state_is_known_by_its_configuration(case: str, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("settings", "expected"),
+    ("changes", "keeps"),
     [
-        ({"write_policy": "write_back"}, "write_policy: the model .* use write_through"),
-        ({"remote": "redis://127.0.0.1:6379"}, "remote: the model .* leave it out for this model"),
+        (SLIDING_WINDOWS, "sliding windows"),
+        (MAMBA, "Mamba or linear-attention state"),
+        (LINEAR_ATTENTION, "Mamba or linear-attention state"),
     ],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else "",
 )
-def test_what_does_not_go_with_sliding_windows(
-    settings: dict[str, str], expected: str, tmp_path: Path
+def test_what_does_not_go_with_windows_and_states(
+    changes: dict[str, object], keeps: str, tmp_path: Path
 ) -> None:
     from sglang.srt.configs.model_config import ModelConfig
 
-    model = ModelConfig(str(variant(tmp_path, **SLIDING_WINDOWS)))
+    model = ModelConfig(str(variant(tmp_path, **changes)))
     refused.check_model(model, FlexKVConfig())
-    with pytest.raises(IncompatibleError, match=r"sliding windows: .* --disaggregation-mode yet; drop one"):
+    with pytest.raises(IncompatibleError, match=f"{keeps}: .* --disaggregation-mode yet; drop one"):
         refused.check_model(model, FlexKVConfig(), disaggregated=True)
-    with pytest.raises(ConfigError, match=expected):
-        refused.check_model(model, FlexKVConfig(**settings))
+    with pytest.raises(ConfigError, match=f"write_policy: the model .* keeps {keeps} .* use write_through"):
+        refused.check_model(model, FlexKVConfig(write_policy="write_back"))
+    with pytest.raises(ConfigError, match=f"remote: the model .* keeps {keeps} .* leave it out for this"):
+        refused.check_model(model, FlexKVConfig(remote="redis://127.0.0.1:6379"))
+    for flag, name in (
+        ("speculative", "--speculative-algorithm"),
+        ("context_parallel", "--enable-prefill-cp"),
+    ):
+        with (
+            nullcontext()
+            if changes is SLIDING_WINDOWS
+            else pytest.raises(IncompatibleError, match=f"{keeps}: .* {name} yet; drop one")
+        ):
+            refused.check_model(model, FlexKVConfig(), **{flag: True})
+
+
+def test_states_are_refused_by_name_in_the_version_before(tmp_path: Path) -> None:
+    from sglang.srt.configs.model_config import ModelConfig
+
+    model = ModelConfig(str(variant(tmp_path, **MAMBA)))
+    with (
+        mock.patch.object(version, "installed_sglang", return_value="0.5.22"),
+        pytest.raises(IncompatibleError, match=r"state \(with this version of SGLang\) beside"),
+    ):
+        refused.check_model(model, FlexKVConfig())
 
 
 def test_a_real_server_ends_before_it_loads_such_a_model(tmp_path: Path) -> None:
-    """With linear attention SGLang itself would end on a CPU, before us."""
     model = variant(tmp_path, **SLIDING_WINDOWS)
     settings = "cpu_cache_gb: 0.01\nwrite_policy: write_back"
     start = fail_to_start(tmp_path, settings, model=model)
@@ -363,6 +382,9 @@ REFUSED_VALUES: dict[str, object] = {
     "enable_kv_cache_sharding": True,
     "prefill_only_disable_kv_cache": True,
     "enable_pdmux": True,
+    "enable_int8_mamba_checkpoint": True,
+    "enable_linear_replayssm": True,
+    "mamba_radix_cache_strategy": "extra_buffer_lazy",
     "pp_size": 2,
     "dcp_size": 2,
     "enable_dsa_cache_layer_split": True,
@@ -374,6 +396,7 @@ def resolved(**changes: object) -> Any:
     """SGLang's arguments as they are resolved by default, with the fields that we look at."""
     plain: dict[str, object] = dict.fromkeys(REFUSED_VALUES, False) | {
         "radix_cache_backend": None,
+        "mamba_radix_cache_strategy": "auto",
         "speculative_algorithm": None,
         "pp_size": 1,
         "dcp_size": 1,
@@ -479,12 +502,11 @@ def test_components_are_those_of_sglang() -> None:
 
     for component in Component:
         assert component.name in ComponentType.__members__
-    refused.check_components((ComponentType.FULL,))
+    refused.check_components((ComponentType.FULL, ComponentType.SWA, ComponentType.MAMBA))
 
 
-@pytest.mark.parametrize("component", [Component.MAMBA])
-def test_models_with_other_state_are_refused(component: Component) -> None:
+def test_models_with_other_state_are_refused() -> None:
     with pytest.raises(IncompatibleError) as caught:
-        refused.check_components((Component.FULL, component))
-    assert component.name in str(caught.value)
+        refused.check_components((Component.FULL, SimpleNamespace(name="ECHO")))
+    assert "keeps ECHO state" in str(caught.value)
     assert "start without --enable-flexkv" in str(caught.value)

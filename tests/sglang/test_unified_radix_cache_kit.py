@@ -21,6 +21,7 @@ from unittest import TestCase, mock
 import pytest
 import torch
 from kit import CORES, KitSteps, Rig, as_bytes, assert_same, build_kit_cache, cut, radix_key
+from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
     InitLoadBackParams,
@@ -51,7 +52,7 @@ from sglang_flexkv.integration.compat.requests import name_of
 
 FULL = [cfg for cfg in CONFIGS if not cfg.has_swa and not cfg.has_mamba and not cfg.is_eagle]
 WINDOWS = [cfg for cfg in CONFIGS if cfg.has_swa and not cfg.has_mamba]
-OTHERS = [cfg for cfg in CONFIGS if cfg not in FULL and cfg not in WINDOWS]
+STATES = [cfg for cfg in CONFIGS if cfg.has_mamba]
 # The kit makes its EAGLE configurations from the full-attention ones in the same way.
 EAGLE = [dataclasses.replace(cfg, is_eagle=True) for cfg in FULL]
 
@@ -84,7 +85,7 @@ def test_the_kit_has_the_configurations_that_are_accounted_for_here() -> None:
     assert len(CONFIGS) == 19
     assert [cfg.page_size for cfg in FULL] == [1, 4, 16, 64, 128]
     assert len(WINDOWS) == 8
-    assert len(OTHERS) == 6
+    assert len(STATES) == 6
     assert not any(cfg.is_eagle for cfg in CONFIGS)
 
 
@@ -125,14 +126,6 @@ def test_full_attention_goes_from_insert_to_load_back_byte_for_byte(
     rig.cache.on_release(req, checkpointed=True)
 
 
-@on_both_cores
-@pytest.mark.parametrize("cfg", OTHERS, ids=lambda cfg: cfg.label)
-def test_state_beside_full_attention_is_refused_by_name(cfg: KitConfig, core: str) -> None:
-    with pytest.raises(IncompatibleError, match=r"not store yet; start without --enable-flexkv") as refusal:
-        build_kit_cache(cfg, core)
-    assert "keeps mamba state beside" in str(refusal.value)
-
-
 def test_prefixes_that_are_found_without_their_windows_are_refused() -> None:
     params = fixtures.CacheInitParams
     for gates in (True, False):
@@ -143,7 +136,7 @@ def test_prefixes_that_are_found_without_their_windows_are_refused() -> None:
             build_kit_cache(WINDOWS[0], "python")
 
 
-@pytest.mark.parametrize("cfg", OTHERS, ids=lambda cfg: cfg.label)
+@pytest.mark.parametrize("cfg", [WINDOWS[0], *STATES], ids=lambda cfg: cfg.label)
 def test_the_pool_of_such_a_model_is_refused_as_well(cfg: KitConfig) -> None:
     # The second line of defence, for a pool whose tree looks plain. Built by the kit with SGLang's own class.
     _, allocator, _ = build_fixture(cfg, tree_core_backend="python")
@@ -265,6 +258,88 @@ def test_a_window_that_comes_later_is_stored_later(rig: Rig, cfg: KitConfig, cor
     assert len(slots) == len(tokens)
     assert_same(rig.read(slots), expected)
     rig.finish(req, slots)
+
+
+# ---- recurrent states beside full attention ----
+
+
+@on_both_cores
+@pytest.mark.parametrize("cfg", STATES, ids=lambda cfg: cfg.label)
+def test_a_state_comes_back_with_the_prefix_it_ends(rig: Rig, cfg: KitConfig, core: str) -> None:
+    tokens = KitSteps(cfg)._make_seq(1, 4)
+    expected = rig.insert(tokens, seed=1)
+    rig.evict_all()
+    assert rig.stats("CPU mamba")["ready"] == 1
+    # In the middle of the prompt there is none, so nothing of it is of use.
+    shorter = rig.request([*tokens[: -cfg.page_size], 7])
+    assert rig.match(shorter).host_hit_length == 0
+    rig.abort(shorter)
+    req = rig.request([*tokens, 7])
+    (slots,) = rig.restore(req)
+    assert len(slots) == len(tokens)
+    assert_same(rig.read(slots), expected)
+    assert_same(rig.read_state(req), rig.random_state(1))
+    rig.finish(req, slots)
+    assert match_prefix(rig.cache, tokens).device_prefix_len == len(tokens)
+
+
+@on_both_cores
+@pytest.mark.parametrize("cfg", STATES, ids=lambda cfg: cfg.label)
+def test_a_state_that_comes_later_is_stored_later(rig: Rig, cfg: KitConfig, core: str) -> None:
+    """A node that two prompts were split at has none, until a prompt ends there."""
+    steps = KitSteps(cfg)
+    common = steps._make_seq(1, 2)
+    for number in (1, 2):
+        rig.insert([*common, *steps._make_seq(1000 * number, 1)], seed=number)
+        rig.settle()
+    assert rig.stats("CPU mamba")["ready"] == 2
+    # Not with KV that is there already: with what a prompt of its own computes.
+    rig.insert(common, seed=3)
+    rig.settle()
+    assert rig.stats("CPU mamba")["ready"] == 3
+    rig.evict_all()
+    req = rig.request([*common, 7])
+    (slots,) = rig.restore(req)
+    assert len(slots) == len(common)
+    assert_same(rig.read_state(req), rig.random_state(3))
+    rig.abort(req, slots)
+
+
+@on_both_cores
+@pytest.mark.parametrize("cfg", STATES[:2], ids=lambda cfg: cfg.label)
+def test_where_no_state_is_free_a_hit_is_computed(rig: Rig, cfg: KitConfig, core: str) -> None:
+    """SGLang takes a slot for granted, and its scheduler ends where there is none."""
+    tokens = KitSteps(cfg)._make_seq(1, 4)
+    rig.insert(tokens, seed=1)
+    rig.evict_all()
+    taken = rig.requests.mamba_allocator.alloc(cfg.mamba_cache_size)
+    req = rig.request([*tokens, 7])
+    match = rig.match(req)
+    assert match.host_hit_length == len(tokens)
+    assert len(rig.admit(req, match)) == 0
+    assert rig.start_batch() == -1
+    assert len(rig.cache.path_device_indices(req.last_node)) == 0
+    rig.abort(req)
+    rig.requests.mamba_allocator.free(taken)
+    req = rig.request([*tokens, 7])
+    (slots,) = rig.restore(req)
+    assert len(slots) == len(tokens)
+    rig.abort(req, slots)
+
+
+@on_both_cores
+@pytest.mark.parametrize("cfg", STATES[:2], ids=lambda cfg: cfg.label)
+def test_states_on_their_way_to_a_tier_are_no_reason_to_have_none(
+    rig: Rig, cfg: KitConfig, core: str
+) -> None:
+    """Until its copy has ended a state is locked. Who needs one waits for the copies."""
+    for number in range(cfg.mamba_cache_size):
+        rig.insert(KitSteps(cfg)._make_seq(1000 * number, 1), seed=number)
+    assert len(rig.cache.linker.pending_offloads) == cfg.mamba_cache_size
+    assert rig.cache.num_free_states() == 0
+    assert rig.cache.mamba_evictable_size() == 0
+    rig.cache.evict_for_alloc(EvictParams(num_tokens=0, mamba_num=3))
+    assert rig.cache.num_free_states() == 3
 
 
 # ---- the kit's steps: chains, splits, requests in flight ----
@@ -466,6 +541,11 @@ class Oracle:
         ]
         return [torch.cat(parts) for parts in zip(*pages, strict=True)]
 
+    def state(self, owner: str, tokens: list[int]) -> list[torch.Tensor]:
+        """What a request goes on from behind these tokens."""
+        digest = hashlib.blake2b(repr((owner, tokens, "state")).encode(), digest_size=8).digest()
+        return self.rig.random_state(int.from_bytes(digest, "big") >> 1)
+
     def compute(self, owner: str, tokens: list[int], slots: torch.Tensor, first: int) -> None:
         """A forward: writes the KV of tokens[first:] into its slots."""
         expected = self.expected(owner, tokens)
@@ -485,13 +565,29 @@ class Oracle:
             there = self.rig.read_window(slots[-window:])
             assert_same(there, [part[-window:] for part in expected[len(self.rig.buffers) :]])
 
+    def take_state(self, owner: str, tokens: list[int], req: Req) -> None:
+        """The state that a request found behind these tokens: a copy of what the tree has, or a load."""
+        if not self.rig.state_buffers:
+            return
+        if req.kv.mamba_cow_src_index is not None:
+            source, req.kv.mamba_cow_src_index = req.kv.mamba_cow_src_index, None
+            self.rig.requests.mamba_pool.copy_from(source, req.kv.mamba_pool_idx.unsqueeze(0))
+        assert_same(self.rig.read_state(req), self.state(owner, tokens))
+
+    def leave_state(self, owner: str, tokens: list[int], req: Req) -> None:
+        """A forward over these tokens has ended."""
+        if self.rig.state_buffers:
+            if not req.kv.holds_mamba:
+                req.kv.mamba_pool_idx = self.rig.allocate_state()[0]
+            self.rig.write_state(req.kv.mamba_pool_idx.unsqueeze(0), self.state(owner, tokens))
+
 
 @on_both_cores
 @pytest.mark.parametrize(
     ("cfg", "policy"),
     [(cfg, policy) for cfg in FULL[:3] for policy in WritePolicy]
-    + [(cfg, WritePolicy.WRITE_THROUGH) for cfg in WINDOWS[:4]]
-    + [(cfg, WritePolicy.WRITE_THROUGH_SELECTIVE) for cfg in WINDOWS[:2]],
+    + [(cfg, WritePolicy.WRITE_THROUGH) for cfg in [*WINDOWS[:4], *STATES[:2], STATES[-2]]]
+    + [(cfg, WritePolicy.WRITE_THROUGH_SELECTIVE) for cfg in [*WINDOWS[:2], *STATES[:2]]],
     ids=lambda value: value.label if isinstance(value, KitConfig) else value.value,
 )
 def test_no_history_makes_it_serve_anything_but_the_right_bytes(
@@ -506,7 +602,8 @@ def test_no_history_makes_it_serve_anything_but_the_right_bytes(
         kv_size=24 * cfg.page_size,
     )
     # Smaller than what the policy stores in the end: blocks leave the CPU tier all the time as well.
-    num_cpu_blocks = 8 if policy is WritePolicy.WRITE_THROUGH_SELECTIVE or cfg.has_swa else 20
+    is_small = policy is WritePolicy.WRITE_THROUGH_SELECTIVE or cfg.has_swa or cfg.has_mamba
+    num_cpu_blocks = 8 if is_small else 20
     with Rig(build_kit_cache(cfg, core), policy=policy, num_cpu_blocks=num_cpu_blocks) as rig:
         steps, oracle, rng = KitSteps(cfg), Oracle(rig), random.Random(f"{cfg.label} {core} {policy}")
         restored = aborted = 0
@@ -535,6 +632,7 @@ def test_no_history_makes_it_serve_anything_but_the_right_bytes(
             for owner, tokens, req, hit in batch:
                 if len(hit):
                     oracle.check(owner, tokens[: len(hit)], hit)
+                    oracle.take_state(owner, tokens[: len(hit)], req)
                 missing = len(tokens) - len(hit)
                 if missing > rig.allocator.available_size():
                     short = missing - rig.allocator.available_size()
@@ -545,6 +643,7 @@ def test_no_history_makes_it_serve_anything_but_the_right_bytes(
                     continue
                 slots = torch.cat([hit, new])
                 oracle.compute(owner, tokens, slots, len(hit))
+                oracle.leave_state(owner, tokens, req)
                 rig.finish(req, slots)
             if rng.random() < 0.5:
                 rig.settle()

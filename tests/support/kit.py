@@ -35,7 +35,12 @@ from sglang.srt.mem_cache.base_prefix_cache import (
     MatchResult,
 )
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool, ReqToTokenPool
+from sglang.srt.mem_cache.memory_pool import (
+    HybridLinearKVPool,
+    MHATokenToKVPool,
+    MLATokenToKVPool,
+    ReqToTokenPool,
+)
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.rust_tree_core.adapter import RustUnifiedTreeCore
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
@@ -205,12 +210,19 @@ class Rig:
         self.cache, self.allocator, self.requests = parts
         self.pool = self.allocator.get_kvcache()
         self.page_size = self.cache.page_size
-        pools = kv_pools(self.pool, self.page_size, self.cache.window_tokens, drafts)
+        pools = kv_pools(self.pool, self.page_size, self.cache.window_tokens, drafts, self.requests)
         full = self.pool
         self.window_buffers: list[torch.Tensor] = []
+        self.state_buffers: list[torch.Tensor] = []
         if isinstance(self.pool, SWAKVPool):
             full, window = self.pool.full_kv_pool, self.pool.swa_kv_pool
             self.window_buffers = [*window.k_buffer, *window.v_buffer]
+        if isinstance(self.pool, HybridLinearKVPool):
+            full = self.pool.full_kv_pool
+        if self.cache.keeps_states:
+            states = self.requests.mamba_pool.mamba_cache
+            self.state_buffers = [layer for buffer in (states.temporal, *states.conv) for layer in buffer]
+        self._num_layers = pools.num_layers
         self.buffers = [buffer for pool in (full, *drafts) for buffer in buffers_of(pool)]
         self.buffers_per_layer = len(buffers_of(full)) // full.layer_num
         namespace = make_namespace({"model": "kit"})
@@ -229,6 +241,7 @@ class Rig:
             pools.full,
             # Tiers here are too small for a share of them.
             more_groups=[replace(group, share=1.0) for group in pools.more],
+            layers=pools.layers,
             namespace=namespace,
             disk=disk,
         )
@@ -249,6 +262,8 @@ class Rig:
         )
         self.cache.attach(self.linker, policy, by_priority=by_priority)
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)
+        if self.state_buffers:
+            self.requests.register_layer_transfer_counter(self.linker.layer_done_counter)
         self._rid = 0
 
     # ---- bytes of the device pool, past the accessors that wait for layers ----
@@ -260,6 +275,26 @@ class Rig:
     def read_window(self, slots: torch.Tensor) -> list[torch.Tensor]:
         """What the pool of the windows holds of the tokens in these slots of the other one."""
         return [as_bytes(buffer)[self.in_window(slots)] for buffer in self.window_buffers]
+
+    def read_state(self, req: Req) -> list[torch.Tensor]:
+        """The state that a request would go on from: per buffer its bytes, one row."""
+        return [as_bytes(buffer)[req.kv.mamba_pool_idx.long()].unsqueeze(0) for buffer in self.state_buffers]
+
+    def write_state(self, slot: torch.Tensor, rows: Sequence[torch.Tensor]) -> None:
+        """What a forward would leave at its end."""
+        for buffer, row in zip(self.state_buffers, rows, strict=True):
+            as_bytes(buffer)[slot.long()] = row
+
+    def random_state(self, seed: int) -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        sizes = [as_bytes(buffer).shape[1] for buffer in self.state_buffers]
+        return [torch.randint(256, (1, n), dtype=torch.uint8, generator=generator) for n in sizes]
+
+    def allocate_state(self) -> torch.Tensor:
+        """A slot for a state, [1]."""
+        assert self.cache.has_state_for_load(), "all states of this test are in use"
+        slot: torch.Tensor = self.requests.mamba_allocator.alloc(1)
+        return slot
 
     def in_window(self, slots: torch.Tensor) -> torch.Tensor:
         """The slots in the pool of the windows of the tokens in these slots of the other one."""
@@ -294,7 +329,7 @@ class Rig:
 
     def scribble(self) -> None:
         """Makes every byte of the pool wrong: what is right afterwards was loaded."""
-        for buffer in (*self.buffers, *self.window_buffers):
+        for buffer in (*self.buffers, *self.window_buffers, *self.state_buffers):
             as_bytes(buffer).fill_(0xA5)
 
     # ---- the scheduler's part ----
@@ -332,8 +367,21 @@ class Rig:
         assert slots is not None, "the device pool of this test is too small"
         expected = self.write(slots, seed)
         key = radix_key(tokens, extra_key, cache_salt)
-        self.cache.insert(InsertParams(key=key, value=slots, priority=priority))
+        self._insert(InsertParams(key=key, value=slots, priority=priority), seed)
         return expected
+
+    def _insert(
+        self, params: InsertParams, seed: int | None = None, slot: torch.Tensor | None = None
+    ) -> None:
+        """With a state, where the model has some: the one in a slot, or a random one."""
+        if self.state_buffers:
+            if slot is None:
+                slot = self.allocate_state()
+                self.write_state(slot, self.random_state(seed or 0))
+            params.mamba_value = slot
+        result = self.cache.insert(params)
+        if slot is not None and result.mamba_exist:
+            self.requests.mamba_allocator.free(slot)
 
     def allocate(self, num_tokens: int) -> torch.Tensor | None:
         """Slots for whole pages of new tokens, in all pools; None: there are not as many."""
@@ -349,7 +397,11 @@ class Rig:
 
     def match(self, req: Req) -> MatchResult:
         return self.cache.match_prefix(
-            MatchPrefixParams(key=radix_key(req.origin_input_ids, req.extra_key, req.cache_salt), req=req)
+            MatchPrefixParams(
+                key=radix_key(req.origin_input_ids, req.extra_key, req.cache_salt),
+                req=req,
+                cow_mamba=bool(self.state_buffers),
+            )
         )
 
     def admit(self, req: Req, match: MatchResult | None = None) -> torch.Tensor:
@@ -379,20 +431,24 @@ class Rig:
 
     def forward(self) -> None:
         """Reads every layer through the pool's accessors, which wait for it."""
-        for layer in range(self.pool.layer_num):
-            self.pool.get_kv_buffer(layer)
+        in_states = set(self.requests.mamba_map) if self.state_buffers else set()
+        for layer in range(self._num_layers):
+            if layer in in_states:
+                self.requests.mamba2_layer_cache(layer)
+            else:
+                self.pool.get_kv_buffer(layer)
 
     def finish(self, req: Req, slots: torch.Tensor) -> None:
         """Inserts the prefix that a request used, and lets go of the request."""
         tokens = req.origin_input_ids[: len(slots)]
-        self.cache.insert(
-            InsertParams(
-                key=radix_key(tokens, req.extra_key, req.cache_salt),
-                value=slots,
-                prev_prefix_len=req.kv.cache_protected_len,
-                component_evicted_seqlens=dict(req.kv.component_evicted_seqlens),
-            )
+        params = InsertParams(
+            key=radix_key(tokens, req.extra_key, req.cache_salt),
+            value=slots,
+            prev_prefix_len=req.kv.cache_protected_len,
+            component_evicted_seqlens=dict(req.kv.component_evicted_seqlens),
         )
+        self._insert(params, slot=req.kv.mamba_pool_idx.unsqueeze(0) if req.kv.holds_mamba else None)
+        req.kv.mamba_pool_idx = None
         self.cache.unlock(req.lock)
         self.cache.on_release(req, checkpointed=True)
 
@@ -401,6 +457,9 @@ class Rig:
         self.cache.finish(req.cache_request_handle, CacheRequestOutcome.ABORT)
         if slots is not None:
             self._free(req, slots)
+        if req.kv.holds_mamba:
+            self.requests.mamba_allocator.free(req.kv.mamba_pool_idx.unsqueeze(0))
+            req.kv.mamba_pool_idx = None
         self.cache.unlock(req.lock)
 
     def _free(self, req: Req, slots: torch.Tensor) -> None:
@@ -450,6 +509,9 @@ class Rig:
         assert self.stats("CPU")["writing"] == 0
         assert self.cache.full_protected_size() == 0
         assert self.allocator.available_size() + self.cache.full_evictable_size() == self.pool.size
+        if self.state_buffers:
+            free = self.cache.num_free_states() + self.cache.mamba_evictable_size()
+            assert free == self.requests.mamba_pool.size, "slots of states that nobody knows of"
         assert not self.stats("tasks")["kept"], "records of tasks that nobody will ask about"
         self.cache.sanity_check()
 

@@ -18,9 +18,12 @@ import torch
 pytest.importorskip("sglang")
 
 from pools import HEADS, LAYERS, PAGE, PLAIN, TOKENS, WITH_MORE, dsa, mha, mla
+from sglang.srt.configs.mamba_utils import Mamba2CacheParams, Mamba2StateShape
 from sglang.srt.layers.quantization.fp4_kv_cache_quant_method import NVFP4KVCacheMethod
 from sglang.srt.mem_cache.memory_pool import (
     DSATokenToKVPool,
+    HybridLinearKVPool,
+    HybridReqToTokenPool,
     KVCache,
     MHATokenToKOnlyPool,
     MHATokenToKVPool,
@@ -140,6 +143,107 @@ def test_windows_in_a_pool_that_keeps_more_are_refused() -> None:
     pool = windows(swa_kv_pool_class=MHATokenToKVPoolMXFP8)
     with pytest.raises(IncompatibleError, match=r"MHATokenToKVPoolMXFP8, .*start without"):
         kv_pools(pool, PAGE, PAGE)
+
+
+# ---- states beside full attention ----
+
+
+def with_states(**changes: Any) -> tuple[HybridLinearKVPool, HybridReqToTokenPool]:
+    """Layers 1 and 3 keep KV, 0, 1 and 4 a state (layer 1 both, as in Falcon-H1), 2 neither."""
+    recurrent = [0, 1, 4]
+    shape = Mamba2StateShape.create(
+        tp_world_size=1,
+        intermediate_size=64,
+        n_groups=1,
+        num_heads=2,
+        head_dim=8,
+        state_size=4,
+        conv_kernel=4,
+    )
+    requests = HybridReqToTokenPool(
+        **{
+            "size": 4,
+            "mamba_size": 6,
+            "mamba_spec_state_size": 4,
+            "max_context_len": TOKENS,
+            "device": "cpu",
+            "enable_memory_saver": False,
+            "cache_params": Mamba2CacheParams(shape=shape, layers=recurrent),
+            "mamba_layer_ids": recurrent,
+            "enable_mamba_extra_buffer": True,
+            **changes,
+        }
+    )
+    pool = HybridLinearKVPool(
+        size=TOKENS,
+        dtype=torch.bfloat16,
+        page_size=PAGE,
+        head_num=2,
+        head_dim=16,
+        full_attention_layer_ids=[1, 3],
+        device="cpu",
+        mamba_pool=requests.mamba_pool,
+    )
+    return pool, requests
+
+
+@WINDOWS
+@pytest.mark.parametrize("drafts", [None, 3])
+def test_all_of_a_pool_with_states_is_carried(drafts: int | None) -> None:
+    """Not what tokens that are guessed leave there while they are checked."""
+    pool, requests = with_states(speculative_num_draft_tokens=drafts)
+    pools = kv_pools(pool, PAGE, 0, requests=requests)
+    (group,) = pools.more
+    assert (group.name, group.layers, group.window_blocks, group.slots_per_block) == (
+        "mamba",
+        (0, 1, 4),
+        1,
+        1,
+    )
+    assert group.quota(TOKENS // PAGE) == 6  # as many as the device has
+    assert (pools.num_layers, pools.layers) == (5, (1, 3))
+    for at, layer in enumerate((1, 3)):
+        assert pools.full.tensors[at][0].data_ptr() == pool.get_key_buffer(layer).data_ptr()
+    for at, layer in enumerate(group.layers):
+        state = requests.mamba2_layer_cache(layer)
+        wanted = {buffer.data_ptr(): buffer.dtype for buffer in (state.temporal, *state.conv)}
+        assert {buffer.data_ptr(): buffer.dtype for buffer in group.device.tensors[at]} == wanted
+
+
+@WINDOWS
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"enable_linear_replayssm": True}, r"replayssm_.*: drop --enable-linear-replayssm"),
+        ({"extra": torch.zeros(3)}, "not copied: extra"),
+        ({"_slot_siblings": [object()]}, "beside states"),
+    ],
+)
+def test_states_that_have_more_are_refused(changes: dict[str, Any], expected: str) -> None:
+    arguments = {name: value for name, value in changes.items() if name.startswith("enable")}
+    pool, requests = with_states(**arguments)
+    for name, value in changes.items():
+        if name not in arguments:
+            setattr(requests.mamba_pool, name, value)
+    with pytest.raises(IncompatibleError, match=f"MambaPool, .*{expected}"):
+        kv_pools(pool, PAGE, 0, requests=requests)
+
+
+@WINDOWS
+def test_states_where_none_are_expected_are_refused() -> None:
+    pool, requests = with_states()
+    _, others = with_states()
+    with pytest.raises(IncompatibleError, match=r"HybridLinearKVPool, .*what other layers keep"):
+        kv_pools(pool, PAGE, 0, requests=others)
+    with pytest.raises(IncompatibleError, match=r"HybridLinearKVPool, .*what other layers keep"):
+        kv_pools(pool, PAGE, 0)
+    with pytest.raises(IncompatibleError, match=r"MHATokenToKVPool, .*states of other layers beside it"):
+        kv_pools(mha(), PAGE, 0, requests=requests)
+    with pytest.raises(IncompatibleError, match=r"a draft model beside it; .*drop --speculative-algorithm"):
+        kv_pools(pool, PAGE, 0, [mha()], requests)
+    requests.mamba_ckpt_pool = object()
+    with pytest.raises(IncompatibleError, match=r"quantised copies; .*drop --enable-int8-mamba-checkpoint"):
+        kv_pools(pool, PAGE, 0, requests=requests)
 
 
 # ---- refused: more than K and V ----

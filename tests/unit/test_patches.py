@@ -309,7 +309,11 @@ def test_another_cache_is_refused(flag: Callable[[bool], None]) -> None:
     assert hooks.after_create_tree_cache(ours, "ctx") is None
 
 
-NO_DRAFTS: dict[str, Any] = {"attention_backend": None, "speculative_algorithm": None}
+NO_DRAFTS: dict[str, Any] = {
+    "attention_backend": None,
+    "speculative_algorithm": None,
+    "uses_mamba_radix_cache": False,
+}
 
 
 @pytest.mark.parametrize(
@@ -354,10 +358,26 @@ def test_the_default_yields_where_trees_of_drafts_need_pages_of_a_token(
     view = SimpleNamespace(
         enable_flexkv=True,
         chunked_prefill_size=8192,
+        uses_mamba_radix_cache=False,
         attention_backend=backend,
         speculative_algorithm=algorithm,
         speculative_ngram_max_bfs_breadth=breadth,
         speculative_eagle_topk=top_k,
+    )
+    assert hooks.around_page_size_default(lambda _: {"page_size": 1}, view) == {"page_size": page_size}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "interval", "page_size"),
+    [("no_buffer", 256, 1), ("extra_buffer", 256, 16), ("extra_buffer", 24, 8)],
+)
+def test_the_default_goes_with_where_states_are_kept(strategy: str, interval: int, page_size: int) -> None:
+    view = SimpleNamespace(
+        **{**NO_DRAFTS, "uses_mamba_radix_cache": True},
+        enable_flexkv=True,
+        chunked_prefill_size=8192,
+        mamba_radix_cache_strategy=strategy,
+        mamba_track_interval=interval,
     )
     assert hooks.around_page_size_default(lambda _: {"page_size": 1}, view) == {"page_size": page_size}
 

@@ -84,6 +84,15 @@ ARGUMENTS = (
     "experts_shared_outer_loras",
     "lora_use_virtual_experts",
 )
+# What else changes the state of recurrent layers, in models that have some.
+RECURRENT_ARGUMENTS = (
+    "mamba_backend",
+    "linear_attn_backend",
+    "linear_attn_decode_backend",
+    "linear_attn_prefill_backend",
+    "enable_mamba_cache_stochastic_rounding",
+    "mamba_cache_philox_rounds",
+)
 # Arguments that name more files to read.
 PATH_ARGUMENTS = (
     "quantization_param_path",

@@ -95,6 +95,8 @@ def around_page_size_default(original: Callable[[Any], dict[str, Any]], view: An
         # SGLang wants chunks of whole pages, and would complain about a page size that nobody typed.
         chunk = view.chunked_prefill_size or 0
         page_size = math.gcd(DEFAULT_PAGE_SIZE, chunk) if chunk > 0 else DEFAULT_PAGE_SIZE
+        if _takes_states(view):
+            page_size = math.gcd(page_size, view.mamba_track_interval)  # states are taken at ends of pages
         logger.info(
             "sglang-flexkv: --page-size is not set; using %d tokens per page and block instead of 1",
             page_size,
@@ -103,9 +105,17 @@ def around_page_size_default(original: Callable[[Any], dict[str, Any]], view: An
     return chosen
 
 
+def _takes_states(view: Any) -> bool:
+    """Whether recurrent state is kept as it was at some tokens on the way, beside that at the end."""
+    return bool(view.uses_mamba_radix_cache) and view.mamba_radix_cache_strategy != "no_buffer"
+
+
 def _needs_pages_of_one_token(view: Any) -> bool:
-    """Whether drafts are trees, which some attention backends cannot check in longer pages. SGLang refuses
-    those, and would name a page size that nobody typed."""
+    """Whether longer pages do not do, and SGLang would refuse a page size that nobody typed: of recurrent
+    state there is only that at the end of a prompt, or drafts are trees, which some attention backends cannot
+    check in longer pages."""
+    if view.uses_mamba_radix_cache and not _takes_states(view):
+        return True
     backend = view.attention_backend
     if view.speculative_algorithm == "NGRAM":
         return (view.speculative_ngram_max_bfs_breadth or 0) > 1 and backend != "flashinfer"
@@ -214,7 +224,13 @@ def after_check_server_args(_result: Any, server_args: Any) -> None:
         checks.check_machine(config)
         model = model_config_of(server_args)
         disaggregated = view.disaggregation_mode not in (None, "null")
-        refused.check_model(model, config, disaggregated=disaggregated)
+        refused.check_model(
+            model,
+            config,
+            disaggregated=disaggregated,
+            speculative=bool(view.speculative_algorithm),
+            context_parallel=view.attn_cp_size > 1,
+        )
         checks.check_ssd(config, view, model)
     except FlexKVError as error:
         if _is_command_line():

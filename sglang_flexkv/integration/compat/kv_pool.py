@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
@@ -33,11 +33,15 @@ _SCALES = (
 )
 # Those that hold nothing from one forward to the next: what is dequantised for the layer that runs.
 _WORKSPACES = ("dq_k_buffer", "dq_v_buffer")
+# Where speculative decoding keeps states of tokens that are being checked.
+_OF_VERIFIES = frozenset({"intermediate_ssm", "intermediate_conv_window"})
 _NO_DRAFT = "drop --speculative-algorithm"
 # How deep an attribute is searched for tensors: a scale in a dict of a list of a helper object is four.
 _DEPTH_MAX = 6
 # The group of sliding-window layers has the name of the tree's component.
 SWA = "swa"
+# So has the group of recurrent layers.
+MAMBA = "mamba"
 # A window is kept after each so many tokens of a long run, for prompts that leave it on the way.
 _WINDOW_EVERY_TOKENS = 2048
 
@@ -50,55 +54,132 @@ class KVPools:
         full: what full attention keeps, which is there for all tokens.
         more: what other layers keep.
         num_layers: that a forward waits for, in all of them.
+        layers: of the model, one for each layer of ``full``; None: those that keep nothing else.
     """
 
     full: DeviceBuffers
     more: tuple[KVGroup, ...]
     num_layers: int
+    layers: tuple[int, ...] | None = None
 
 
-def kv_pools(pool: Any, page_size: int, window_tokens: int, drafts: Sequence[Any] = ()) -> KVPools:
-    """Describes a pool of SGLang, with one part or with two of which one keeps sliding windows.
+def kv_pools(
+    pool: Any, page_size: int, window_tokens: int, drafts: Sequence[Any] = (), requests: Any = None
+) -> KVPools:
+    """Describes a pool of SGLang, with what other layers than those of full attention keep: sliding windows
+    or states.
 
     Args:
         window_tokens: that the tree keeps before each boundary in a sliding window; 0: there is none.
         drafts: pools of draft models.
+        requests: SGLang's pool of requests, which has the states.
 
     Raises:
         IncompatibleError: see ``device_buffers``.
     """
-    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+    from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool, HybridReqToTokenPool
     from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
-    if type(pool) is not SWAKVPool:
+    has_states = isinstance(requests, HybridReqToTokenPool)
+    if type(pool) not in (SWAKVPool, HybridLinearKVPool):
+        if has_states:
+            raise _refused(pool, "with states of other layers beside it")
         full = device_buffers(pool, drafts)
         return KVPools(full, (), len(full.tensors))
     if drafts:
         raise _refused(pool, "with a draft model beside it", remedy=_NO_DRAFT)
-    if pool.swa_req_ring_size is not None or pool.request_window is not None or pool.swa_uses_full_indices:
-        raise _refused(pool, "whose windows are not kept by page")
     if pool.start_layer != 0:
         raise _refused(pool, "that holds some of the layers only")
-    parts = (pool.full_kv_pool, pool.swa_kv_pool)
-    for part in parts:
-        # What keeps more may hand it out without asking whether the layer is there.
-        if type(part) not in (MHATokenToKVPool, MLATokenToKVPool) or not asks_for_layers(part):
-            raise _refused(part, "with sliding windows beside it")
-    full, window = (device_buffers(part) for part in parts)
+    _check_part(pool.full_kv_pool)
+    full = device_buffers(pool.full_kv_pool)
+    more: list[KVGroup] = []
+    if type(pool) is SWAKVPool:
+        layers = _layers_of(pool, in_window=False)
+        more.append(_windows(pool, full, page_size, window_tokens))
+    else:
+        layers = tuple(pool.full_attention_layer_id_mapping)  # in the order of the pool
+        _check_nothing_else(pool, [], (pool.full_kv_pool, pool.mamba_pool))
+    if has_states:
+        more.append(_states(requests, pool.size // page_size))
+    if not layers or (type(pool) is HybridLinearKVPool and not (has_states and _same_states(pool, requests))):
+        raise _refused(pool, "of which it is not known what other layers keep")
+    return KVPools(full, tuple(more), 1 + max(chain(layers, *(group.layers for group in more))), layers)
+
+
+def _check_part(part: Any) -> None:
+    from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, MLATokenToKVPool
+
+    # What keeps more may hand it out without asking whether the layer is there.
+    if type(part) not in (MHATokenToKVPool, MLATokenToKVPool) or not asks_for_layers(part):
+        raise _refused(part, "with what other layers keep beside it")
+
+
+def _layers_of(pool: Any, *, in_window: bool) -> tuple[int, ...]:
+    """Layers of the model whose KV one part of an SWAKVPool has, in the order of that part."""
+    places = sorted((at, layer) for layer, (at, there) in pool.layers_mapping.items() if there == in_window)
+    return tuple(layer for _, layer in places)
+
+
+def _windows(pool: Any, full: DeviceBuffers, page_size: int, window_tokens: int) -> KVGroup:
+    """Sliding windows, in a pool beside that of full attention."""
+    if pool.swa_req_ring_size is not None or pool.request_window is not None or pool.swa_uses_full_indices:
+        raise _refused(pool, "whose windows are not kept by page")
+    _check_part(pool.swa_kv_pool)
+    window = device_buffers(pool.swa_kv_pool)
     carried = [buffer for part in (full, window) for layer in part.tensors for buffer in layer]
     # A table says where the window of a token is.
+    parts = (pool.full_kv_pool, pool.swa_kv_pool)
     _check_nothing_else(pool, carried, parts, _TABLES | {"full_to_swa_index_mapping"})
-    where = sorted((at, layer) for layer, (at, in_window) in pool.layers_mapping.items() if in_window)
     blocks = -(-window_tokens // page_size)
-    group = KVGroup(
+    return KVGroup(
         SWA,
         window,
-        tuple(layer for _, layer in where),
+        _layers_of(pool, in_window=True),
         blocks,
         share=window_share(window_tokens, page_size),
         every_blocks=max(2 * (blocks + 1), _WINDOW_EVERY_TOKENS // page_size),
     )
-    return KVPools(full, (group,), pool.layer_num)
+
+
+def _same_states(pool: Any, requests: Any) -> bool:
+    same: bool = pool.mamba_pool is requests.mamba_pool
+    return same
+
+
+def _states(requests: Any, num_blocks: int) -> KVGroup:
+    """States of recurrent layers (Mamba, linear attention): a row for a slot, in one buffer or several.
+
+    Args:
+        num_blocks: that the device has of full attention.
+    """
+    from sglang.srt.mem_cache.memory_pool import HybridReqToTokenPool, MambaPool
+
+    pool = requests.mamba_pool
+    if type(requests) is not HybridReqToTokenPool or type(pool) is not MambaPool or pool._slot_siblings:
+        raise _refused(pool, "of which it is not known what it holds beside states")
+    if requests.mamba_ckpt_pool is not None:
+        raise _refused(pool, "with quantised copies", remedy="drop --enable-int8-mamba-checkpoint")
+    held = {field.name: getattr(pool.mamba_cache, field.name) for field in fields(pool.mamba_cache)}
+    conv, temporal = held.pop("conv"), held.pop("temporal")
+    if others := [name for name, value in held.items() if value is not None and name not in _OF_VERIFIES]:
+        raise _refused(
+            pool,
+            f"with what states still lack ({', '.join(others)})",
+            remedy="drop --enable-linear-replayssm",
+        )
+    buffers = [buffer for buffer in (*conv, temporal) if buffer.numel()]
+    work = [*(held.get("intermediate_conv_window") or ()), held.get("intermediate_ssm")]
+    work += getattr(pool, "_intermediate_conv_window_phys", ())
+    _check_nothing_else(pool, [*buffers, *(tensor for tensor in work if tensor is not None)])
+    return KVGroup(
+        MAMBA,
+        DeviceBuffers([list(layer) for layer in zip(*buffers, strict=True)], tokens_per_row=1),
+        tuple(pool.mamba_layer_ids),
+        window_blocks=1,
+        # A tier is divided as the device is, which its user has settled.
+        share=min(1.0, pool.size / num_blocks),
+        slots_per_block=1,
+    )
 
 
 def device_buffers(pool: Any, drafts: Sequence[Any] = ()) -> DeviceBuffers:

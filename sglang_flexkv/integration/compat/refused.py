@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from sglang_flexkv.common.config import FlexKVConfig, WritePolicy
@@ -46,6 +47,21 @@ _CONFLICTS = (
         "--prefill-only-disable-kv-cache, which leaves nothing to cache; drop it",
     ),
     ("enable_pdmux", bool, "--enable-pdmux, which computes prefills on streams of its own; drop it"),
+    (
+        "enable_int8_mamba_checkpoint",
+        bool,
+        "--enable-int8-mamba-checkpoint, which keeps states in a pool of their own; drop it",
+    ),
+    (
+        "enable_linear_replayssm",
+        bool,
+        "--enable-linear-replayssm, whose states lag behind their tokens; drop it",
+    ),
+    (
+        "mamba_radix_cache_strategy",
+        lambda v: v == "extra_buffer_lazy",
+        "--mamba-radix-cache-strategy {value}, whose slots come and go under a request; use extra_buffer",
+    ),
     ("pp_size", lambda v: v > 1, "--pp-size above 1 yet; use --tp-size"),
     ("dcp_size", lambda v: v > 1, "--dcp-size above 1 yet; leave it at 1"),
     (
@@ -61,6 +77,8 @@ _CONFLICTS = (
     ),
 )
 
+_STATES = "Mamba or linear-attention state"
+
 _DEVICES = ("cpu", "cuda")
 
 
@@ -72,8 +90,8 @@ def check_flags(view: Any, given: Any) -> None:
         given: the same as the user gave them.
     """
     for name, refused, remedy in _CONFLICTS:
-        value = getattr(view, name)
-        if not refused(value):
+        value = _value(partial(getattr, view), name)
+        if value is None or not refused(value):
             continue
         remedy = remedy.format(value=value)
         if refused(getattr(given, name)):
@@ -151,20 +169,30 @@ def _value(read: Callable[[str], Any], name: str) -> Any:
         return None
 
 
-def check_model(model: Any, config: FlexKVConfig, *, disaggregated: bool = False) -> None:
+def check_model(
+    model: Any,
+    config: FlexKVConfig,
+    *,
+    disaggregated: bool = False,
+    speculative: bool = False,
+    context_parallel: bool = False,
+) -> None:
     """Raises IncompatibleError for models whose state is not stored, and ConfigError for settings that cannot
     be combined with a model, before it is loaded.
 
     Args:
         model: SGLang's ModelConfig.
         disaggregated: the KV goes to another server, which decodes.
+        speculative: tokens are guessed and checked.
+        context_parallel: ranks share the computing of a prompt.
     """
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import get_dsa_index_kpool_compress, is_minimax_sparse
 
+    has_states = mambaish_config(model) is not None
     others = {
         "sliding windows (with this version of SGLang)": model.is_hybrid_swa and version.is_0_5_22(),
-        "Mamba or linear-attention state": mambaish_config(model) is not None,
+        f"{_STATES} (with this version of SGLang)": has_states and version.is_0_5_22(),
         "the index keys of MiniMax's sparse attention": is_minimax_sparse(model.hf_config),
     }
     # A page's index key would depend on the request that is computing it.
@@ -176,22 +204,30 @@ def check_model(model: Any, config: FlexKVConfig, *, disaggregated: bool = False
             f"the model {model.model_path} keeps {', '.join(found)} beside full-attention KV, which "
             "sglang-flexkv does not store yet; start without --enable-flexkv"
         )
-    if model.is_hybrid_swa and disaggregated:
+    kept = {_STATES: has_states, "sliding windows": model.is_hybrid_swa}
+    keeps = " and ".join(name for name, there in kept.items() if there)
+    flags = {
+        "--disaggregation-mode": disaggregated,
+        "--speculative-algorithm": has_states and speculative,
+        "--enable-prefill-cp": has_states and context_parallel,
+    }
+    for flag in (flag for flag, given in flags.items() if given and keeps):
         raise IncompatibleError(
-            f"the model {model.model_path} keeps sliding windows: --enable-flexkv does not work with it and "
-            "--disaggregation-mode yet; drop one of them"
+            f"the model {model.model_path} keeps {keeps}: --enable-flexkv does not work with it and "
+            f"{flag} yet; drop one of them"
         )
-    if model.is_hybrid_swa:
-        _check_windows(model.model_path, config)
+    if keeps:
+        _check_parts(model.model_path, keeps, config)
 
 
-def _check_windows(model_path: str, config: FlexKVConfig) -> None:
-    """A window leaves the device without being asked for, and a remote store takes one part of a block."""
-    why = f"the model {model_path} keeps sliding windows beside full-attention KV"
+def _check_parts(model_path: str, keeps: str, config: FlexKVConfig) -> None:
+    """Windows and states leave the device without being asked for, and a remote store takes one part of a
+    block."""
+    why = f"the model {model_path} keeps {keeps} beside full-attention KV"
     if config.write_policy is WritePolicy.WRITE_BACK:
         raise ConfigError(
-            f"write_policy: {why}, which have left the device before a prefix is evicted: write_back stores "
-            "none of them; use write_through"
+            f"write_policy: {why}, which may have left the device before a prefix is evicted: "
+            "write_back does not store that; use write_through"
         )
     if config.remote is not None:
         raise ConfigError(
@@ -200,12 +236,14 @@ def _check_windows(model_path: str, config: FlexKVConfig) -> None:
 
 
 def check_components(tree_components: tuple[Any, ...]) -> None:
-    """Raises IncompatibleError for models whose state is more than full-attention KV and sliding windows."""
-    others = [str(component) for component in tree_components if component.name not in ("FULL", "SWA")]
+    """Raises IncompatibleError for models whose state is more than full-attention KV, sliding windows and
+    recurrent state."""
+    known = ("FULL", "SWA", "MAMBA")
+    others = [component.name for component in tree_components if component.name not in known]
     if others:
         raise IncompatibleError(
-            f"this model keeps {', '.join(others)} state beside full-attention KV (Mamba hybrids), which "
-            "sglang-flexkv does not store yet; start without --enable-flexkv"
+            f"this model keeps {', '.join(others)} state beside full-attention KV, which sglang-flexkv does "
+            "not store yet; start without --enable-flexkv"
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams, InsertParams, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import (
@@ -88,24 +88,66 @@ class TreeCache(UnifiedRadixCache):
         return window.sliding_window_size if window is not None else 0
 
     @property
+    def keeps_states(self) -> bool:
+        """Whether a prompt can only be taken up again where its recurrent state was kept."""
+        return ComponentType.MAMBA in self.components
+
+    @property
     def has_windows_at_boundaries(self) -> bool:
         """Whether every prefix that a match finds on the device has its window there, too."""
         window = self.components.get(ComponentType.SWA)
         return window is None or bool(window.gates_prefix_match)
 
     def offer_again(self, node_id: int) -> list[PoolTransfer]:
-        """What it takes to store the window of a node that is stored; nothing if it has none, or if it is
-        not stored and so offered by itself."""
+        """What it takes to store the window and the state of a node that is stored; nothing if it has
+        neither, or if it is not stored and so offered by itself."""
         tree = self.tree_core
-        window = tree.get_component_device_value(node_id, ComponentType.SWA)
-        if window is None or len(window) == 0 or tree.build_external_linker_offload_transfers(node_id):
+        more = []
+        for component, name in ((ComponentType.SWA, PoolName.SWA), (ComponentType.MAMBA, PoolName.MAMBA)):
+            if component in self.components:
+                slots = tree.get_component_device_value(node_id, component)
+                if slots is not None and len(slots):
+                    more.append(PoolTransfer(name=name, device_indices=slots.to(torch.int64)))
+        if not more or tree.build_external_linker_offload_transfers(node_id):
             return []
-        keys = tree.get_hash_values(node_id)
+        keys = list(tree.get_hash_values(node_id))
+        for transfer in more:  # a node has its state at its end
+            transfer.keys = keys[-1:] if transfer.name is PoolName.MAMBA else keys
         full = tree.get_component_device_value(node_id, ComponentType.FULL)
-        return [
-            PoolTransfer(name=PoolName.KV, device_indices=full.to(torch.int64), keys=list(keys)),
-            PoolTransfer(name=PoolName.SWA, device_indices=window.to(torch.int64), keys=list(keys)),
-        ]
+        return [PoolTransfer(name=PoolName.KV, device_indices=full.to(torch.int64), keys=keys), *more]
+
+    # ---- slots of recurrent states ----
+
+    def num_free_states(self) -> int:
+        """Slots of states that nobody has."""
+        count: int = self.req_to_token_pool.mamba_allocator.available_size()
+        return count
+
+    def has_state_for_load(self) -> bool:
+        """Whether a request can get a slot for a state that it loads. SGLang takes that for granted, and ends
+        the scheduler where it is not so. It is tried, so that the tree gives up a state for it if it can."""
+        allocator = self.req_to_token_pool.mamba_allocator
+        slot = allocator.alloc(1)
+        if slot is None:
+            self.evict_for_alloc(EvictParams(num_tokens=0, mamba_num=1))
+            slot = allocator.alloc(1)
+        if slot is None:
+            return False
+        allocator.free(slot)
+        return True
+
+    def evict_for_alloc(self, params: Any, **kwargs: Any) -> Any:
+        wanted = self.num_free_states() + params.mamba_num if params.mamba_num > 0 else 0
+        result = super().evict_for_alloc(params, **kwargs)
+        if wanted and self.num_free_states() < wanted and self.let_go_of_states():
+            more = EvictParams(num_tokens=0, mamba_num=wanted - self.num_free_states())
+            result.mamba_num_evicted += super().evict_for_alloc(more).mamba_num_evicted
+        return result
+
+    def let_go_of_states(self) -> bool:
+        """Called where there is no state left that could be given up: lets go of those that are locked for
+        our sake. Called on all ranks alike. False: there were none."""
+        raise NotImplementedError
 
     def node_leaves(self, node_id: int) -> None:
         """Called before a node's slots are given back."""
@@ -160,7 +202,10 @@ class TreeCache(UnifiedRadixCache):
 
     def would_take_all(self, req: Any, tokens: Any, first: int, count: int) -> bool:
         """Whether ``take_prefix`` keeps all slots of so many tokens from ``first`` on: whether the tree has
-        none of them. Without windows what is not found is not there."""
+        none of them. Without windows what is not found is not there. With recurrent states nothing is
+        shared that has not come: who shares copies the state, which would be before the load brings it."""
+        if self.keeps_states:
+            return False
         if not self.window_tokens:
             return True
         key = RadixKey(tokens[: first + count], req.extra_key, cache_salt=req.cache_salt)
