@@ -342,6 +342,26 @@ def test_states_on_their_way_to_a_tier_are_no_reason_to_have_none(
     assert rig.cache.num_free_states() == 3
 
 
+@on_both_cores
+@pytest.mark.parametrize("cfg", [cfg for cfg in STATES if cfg.has_swa], ids=lambda cfg: cfg.label)
+def test_a_state_is_not_stored_for_a_place_before_its_own(rig: Rig, cfg: KitConfig, core: str) -> None:
+    """A window may ask that less of a prompt be inserted than the state at its end stands for. SGLang must not
+    listen where there is a state: its tree, and we, would keep it for the shorter prefix."""
+    req = rig.request(KitSteps(cfg)._make_seq(1, 4))
+    req.swa_branching_seqlen = 2 * cfg.page_size
+    asks = {
+        component.component_type: component.prepare_for_caching_req(
+            req=req,
+            insert_params=InsertParams(),
+            token_ids_len=len(req.origin_input_ids),
+            is_finished=False,
+        )
+        for component in rig.cache._components_tuple
+        if component.component_type is not ComponentType.MAMBA
+    }
+    assert asks == {ComponentType.FULL: None, ComponentType.SWA: None}
+
+
 # ---- the kit's steps: chains, splits, requests in flight ----
 
 
