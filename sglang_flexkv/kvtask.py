@@ -347,12 +347,11 @@ class KVTaskEngine:
             return self._fetches.get(task.task_id) or Fetch([task])
 
     def _find_read_of_window(self, keys: BlockKeys) -> KVTask | None:
-        for cache in self._cache.groups[1:]:
-            if not any(group == cache.group for group, _ in self._reads):
-                continue
-            for key in keys:
-                task = self._reads.get((cache.group, cache.index.writer(CPU, key)))
-                if task is not None:
+        # By what comes, which is little, and not by the keys: with pages of one token they are many.
+        for (group, _), task in self._reads.items():
+            for part in task.plan.parts if group and task.plan is not None else ():
+                coming = part.keys[part.tiers != CPU]
+                if part.group == group and any((keys == key).all(1).any() for key in coming):
                     return task
         return None
 
