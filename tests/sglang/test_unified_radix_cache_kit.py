@@ -306,6 +306,30 @@ def test_a_state_that_comes_later_is_stored_later(rig: Rig, cfg: KitConfig, core
 
 
 @on_both_cores
+@pytest.mark.parametrize("cfg", STATES, ids=lambda cfg: cfg.label)
+def test_a_state_that_left_by_itself_comes_back(rig: Rig, cfg: KitConfig, core: str) -> None:
+    """SGLang takes the state of a node in the middle of a prompt, and leaves its KV."""
+    steps = KitSteps(cfg)
+    shorter, longer = steps._make_seq(1, 2), steps._make_seq(1, 4)
+    expected = rig.insert(shorter, seed=1)
+    rig.insert(longer, seed=2)
+    rig.settle()
+    rig.cache.evict(EvictParams(num_tokens=0, mamba_num=1))
+    assert rig.cache.mamba_evictable_size() == 1
+    req = rig.request([*shorter, 7])
+    match = rig.match(req)
+    assert (match.device_prefix_len, match.host_hit_length) == (0, len(shorter))
+    slots = rig.admit(req, match)
+    rig.start_batch()
+    rig.forward()
+    assert not rig.cache.finish_external_linker_loads([req])
+    assert_same(rig.read(slots), expected)
+    assert_same(rig.read_state(req), rig.random_state(1))
+    rig.finish(req, slots)
+    assert rig.cache.mamba_evictable_size() == 2
+
+
+@on_both_cores
 @pytest.mark.parametrize("cfg", STATES[:2], ids=lambda cfg: cfg.label)
 def test_where_no_state_is_free_a_hit_is_computed(rig: Rig, cfg: KitConfig, core: str) -> None:
     """SGLang takes a slot for granted, and its scheduler ends where there is none."""
