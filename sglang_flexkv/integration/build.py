@@ -162,14 +162,20 @@ def _log(engine: KVTaskEngine, policy: WritePolicy) -> None:
         f"{name} tier {f'{num_slots * slot_bytes / GIB:.2f} GiB through ' if num_slots else ''}{moved_by}"
         for name, (num_slots, moved_by) in engine.describe_lower_tiers().items()
     ]
+    stats = engine.stats()
+    more = [
+        f", {stats[f'CPU {name}']['slots']:.0f} with their part of {name} ({num_bytes / 1024:.1f} KiB)"
+        for name, (_, num_bytes) in zip(engine.group_names, engine.windows, strict=True)
+    ]
     logger.info(
-        "sglang-flexkv %s: %s, block %d tokens (%.1f KiB); CPU tier %.2f GiB (%d blocks); %s",
+        "sglang-flexkv %s: %s, block %d tokens (%.1f KiB); CPU tier %.2f GiB (%d blocks%s); %s",
         __version__,
         policy.value,
         config.tokens_per_block,
         slot_bytes / 1024,
         config.num_cpu_blocks * slot_bytes / GIB,
         config.num_cpu_blocks,
+        "".join(more),
         "; ".join(lower) or "no tier below it",
     )
     if engine.cuda_note:

@@ -103,6 +103,7 @@ def test_states_outlive_the_device_a_restart_and_damage(
             got = [third.generate(prompt, NEW_TOKENS, **ASK) for prompt in last]
             assert not differing(got, expected[-COUNT:], apart)
         assert third.metric("flexkv_failed_loads_total") >= COUNT
+    assert re.search(r"with their part of mamba \([\d.]+ KiB\)", (tmp_path / "first.log").read_text())
     for log in ("first.log", "second.log", "third.log"):
         assert_ended_well(tmp_path / log)
 
