@@ -38,9 +38,9 @@ def url(tmp_path: Path) -> str:
     return f"file://{tmp_path}?max_gb=1"
 
 
-def store(rig: Rig, tokens: list[int], seed: int = 1) -> list:
+def store(rig: Rig, tokens: list[int], seed: int = 1, **owner: str) -> list:
     """Computes a prompt and stores it remotely."""
-    expected = rig.insert(tokens, seed=seed)
+    expected = rig.insert(tokens, seed=seed, **owner)
     rig.evict_all()
     assert rig.engine.flush_spills(TIMEOUT_S)
     return expected
@@ -53,9 +53,9 @@ def wait_until_ready(rig: Rig, req: object) -> None:
         time.sleep(0.001)  # the store's threads go on meanwhile
 
 
-def run(rig: Rig, tokens: list[int]) -> tuple[list, int]:
+def run(rig: Rig, tokens: list[int], **owner: str) -> tuple[list, int]:
     """A request from the queue to its end: what it has of its prompt, and how much the store brought."""
-    req = rig.request(tokens)
+    req = rig.request(tokens, **owner)
     prefetch(rig, req)
     wait_until_ready(rig, req)
     brought = rig.cache.pop_prefetch_loaded_tokens(req.cache_request_handle)
@@ -239,6 +239,25 @@ def test_an_answer_says_how_much_came_from_ssd_and_how_much_from_the_store(
     told = f"FlexKV: SSD {(2 - device_pages) * PAGE}, file {(PAGES - 2) * PAGE}"
     assert storage_name(req, brought) == told
     second.finish(req, slots)
+
+
+@pytest.mark.parametrize("what", ["cache_salt", "extra_key"])
+def test_what_one_tenant_stored_no_other_one_finds(
+    make_rig: MakeRig, url: str, tmp_path: Path, what: str
+) -> None:
+    first, second = make_rig(remote=url), make_rig(remote=url)
+    other = "extra_key" if what == "cache_salt" else "cache_salt"
+    expected = store(first, sequence(1), **{what: "alice"})
+    asked: list[dict[str, str]] = [{}, {what: "bob"}, {other: "alice"}, {what: "alice", other: "alice"}]
+    for owner in asked:
+        assert run(second, sequence(1), **owner)[1] == 0, owner
+    stats = second.stats("REMOTE")
+    assert (stats["lookups"], stats["found_blocks"]) == (len(asked), 0)
+    got, brought = run(second, sequence(1), **{what: "alice"})
+    assert_same(got, expected)
+    assert brought == PAGES * PAGE
+    # Nor can anybody who sees the names tell whose they are.
+    assert "alice" not in "".join(map(str, tmp_path.rglob("*")))
 
 
 def test_fetched_blocks_go_to_ssd_as_well(make_rig: MakeRig, url: str, tmp_path: Path) -> None:

@@ -10,11 +10,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import redis
 from kit import TIMEOUT_S, Rig, assert_same, cut
 from linker_steps import PAGE, PAGES, MakeRig, invalidate_cpu_tier, may_run, prefetch, sequence
+from redis_server import RedisServer
 from remote_faults import Faults, faulty_stores
 from remote_services import KINDS, SERVERS, Services, go_on, set_environment, stand_still
 
@@ -158,6 +160,39 @@ def test_nobody_notices_when_a_store_stands_still_and_dies(
     assert rig.stats("REMOTE")["times_out"] > 0
     service.start()
     check_that_it_is_of_use(rig, prompts[0], expected[0], 0)
+
+
+def test_nothing_that_is_told_has_the_password(
+    make_rig: MakeRig, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever becomes of the server, and however much of it is logged."""
+    caplog.set_level("DEBUG")
+    service = RedisServer(tmp_path, "--requirepass", "hunter2")
+    try:
+        url = service.url.replace("//", "//:hunter2@")
+        rig = make_rig(remote=url, remote_timeout_s=0.5)
+        expected = store(rig, sequence(1), 1)
+        check_that_it_is_of_use(rig, sequence(1), expected, 1)
+        service.stop()
+        rig.evict_all()
+        invalidate_cpu_tier(rig)
+        for number in range(2, 6):  # it is lost to look-ups, loads and stores
+            run(rig, sequence(1))
+            store(rig, sequence(1000 * number), number)
+        service.start()
+        check_that_it_is_of_use(rig, sequence(1), expected, 1)
+        with redis.Redis(port=service.port, password="hunter2") as client:
+            client.config_set("requirepass", "hunter3")
+            client.client_kill_filter(_type="normal", skipme=True)
+            rig.evict_all()
+            invalidate_cpu_tier(rig)
+            run(rig, sequence(1))  # it knows what it has brought, and cannot have it
+            store(rig, sequence(7000), 7)
+        assert rig.stats("REMOTE")["times_out"] > 0
+    finally:
+        service.stop()
+    assert "hunter" not in caplog.text + repr(rig.engine.stats())
+    assert "Redis at 127.0.0.1" in caplog.text
 
 
 def test_a_flush_on_a_store_that_is_full_holds_at_once_and_for_all_when_there_is_room(

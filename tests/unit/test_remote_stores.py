@@ -356,6 +356,15 @@ def pass_on(one: socket.socket, other: socket.socket) -> None:
             sink.sendall(data)
 
 
+def test_what_a_server_says_is_not_repeated() -> None:
+    """It may be what it was sent, or what somebody else has told it."""
+    url, end = answering(lambda connection: connection.sendall(b"-ODD the password is hunter2\r\n"))
+    with pytest.raises(AwayError, match="says ODD") as error:
+        redis_store(url).open()
+    assert "hunter" not in str(error.value)
+    end()
+
+
 def test_tls_is_spoken_to_those_whose_certificate_is_trusted(tmp_path: Path) -> None:
     made = make_certificates(tmp_path)
     server = RedisServer(tmp_path)
