@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import mmap
 import os
 import signal
 import socket
@@ -28,6 +30,7 @@ from sglang_flexkv.storage.remote.redis import RedisStore
 from sglang_flexkv.storage.remote.store import Outcome, Store, StoreError, StoreFullError
 
 NAMES = some_names()
+LARGE = 512 << 10
 
 
 def redis_store(url: str, timeout_s: float = 5.0) -> RedisStore:
@@ -182,16 +185,44 @@ def test_without_o_direct_it_goes_through_the_page_cache(
     pwritev = os.pwritev
 
     def refuse(fd: int, *rest: object) -> int:
-        if store.direct:
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT:
             raise OSError(22, "Invalid argument")
         return pwritev(fd, *rest)  # type: ignore[arg-type]
 
     monkeypatch.setattr(os, "pwritev", refuse)
     session = store.session()
-    assert session.put(NAMES[:1], [value(1)]) == [Outcome.GOOD]
-    into = empty()
+    assert store.direct
+    assert session.put(NAMES[:1], [value(1, LARGE)]) == [Outcome.GOOD]
+    into = empty(LARGE)
     assert session.get(NAMES[:1], [into]) == [Outcome.GOOD]
-    assert content(into) == content(value(1))
+    assert content(into) == content(value(1, LARGE))
+
+
+def test_large_values_alone_go_past_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For small ones it takes more of a core to wait for the disk than to copy."""
+    store = DirectoryStore(parse_remote_url(f"file://{tmp_path}"), 5.0)
+    store.open()
+    session, seen = store.session(), []
+    pwritev, preadv = os.pwritev, os.preadv
+
+    def watching(call: Callable[..., int]) -> Callable[..., int]:
+        def watch(fd: int, *rest: object) -> int:
+            seen.append(bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT))
+            return call(fd, *rest)
+
+        return watch
+
+    monkeypatch.setattr(os, "pwritev", watching(pwritev))
+    monkeypatch.setattr(os, "preadv", watching(preadv))
+    memory = memoryview(mmap.mmap(-1, 2 * LARGE))  # on whole pages, as a CPU tier's is
+    for size in (SIZE, LARGE):
+        sent, into = [memory[:size]], [memory[LARGE : LARGE + size]]
+        sent[0][:] = os.urandom(size)
+        session.put(NAMES[:1], [sent])
+        assert session.get(NAMES[:1], [into]) == [Outcome.GOOD]
+        assert sent == into
+    assert store.direct  # the file system has it
+    assert seen == [False, False, True, True]
 
 
 # ---- Redis ----

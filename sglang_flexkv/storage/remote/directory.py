@@ -56,6 +56,9 @@ _PART_VALUES_MIN = 8
 _SLACK = 1 / 32
 # A file's time of change is that of its last use, this exactly: an update of it costs a write.
 _TOUCH_S = 600.0
+# Values that are not smaller go past the page cache: below, the wait for the disk takes more of a core than the
+# copy does.
+_DIRECT_MIN = 256 << 10
 # What is stored is what people have said to a model: all servers that share it run as one user.
 _MODE = 0o600
 # What nobody has finished writing by then, nobody will.
@@ -199,8 +202,9 @@ class DirectoryStore(Store):
             os.close(fd)
 
     def _open(self, path: str, flags: int, value: Value) -> int:
-        """Past the page cache where the file system and the memory allow it."""
-        if self.direct and all(len(piece) % mmap.PAGESIZE == 0 for piece in value):
+        """Past the page cache where that is worth it, and the file system and the memory allow it."""
+        aligned = all(len(piece) % mmap.PAGESIZE == 0 for piece in value)
+        if self.direct and aligned and value_bytes(value) >= _DIRECT_MIN:
             try:
                 return os.open(path, flags | os.O_DIRECT | os.O_CLOEXEC, _MODE)
             except OSError as error:
