@@ -3,10 +3,10 @@
     python benchmarks/bench_remote_faults.py [--smoke] [--json FILE|-] [--only STORE ...]
 
 For each kind of store a real server over a real store, beside one without any: both are alive, each prompt is
-new and goes to both, first to the one or to the other in turn. The store is empty (everything is stored),
-has no room (Redis), stands still (SIGSTOP), goes on, is killed, and comes back. Every answer is compared with
-that of the server without a store. What a request may be held up at most is configured: ``remote_timeout_s``
-for a look-up, and ``prefetch_timeout_s`` for what is to come.
+new and goes to both, some to the one and then the same to the other, in turn. The store is empty (everything
+is stored), has no room (Redis), stands still (SIGSTOP), goes on, is killed, and comes back. Every answer is
+compared with that of the server without a store. What a request may be held up at most is configured:
+``remote_timeout_s`` for a look-up, and ``prefetch_timeout_s`` for what is to come.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import random
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,8 @@ _services: Any = importlib.import_module("remote_services")
 
 _MODEL = "tiny-gqa"
 _PROMPT_TOKENS, _NEW_TOKENS = 1024, 2
+_AT_A_TIME = 4  # requests of one server, after which what it has computed has time to be stored
+_PAUSE_S = 1.0
 _TIMEOUT_S, _PREFETCH_TIMEOUT_S = 1.0, 3.0  # the defaults
 
 
@@ -94,12 +97,12 @@ def _states(
 def main(
     smoke: SmokeOption = False,
     json_to: JsonOption = None,
-    requests: Annotated[int, typer.Option(min=1, help="For each state of each store.")] = 40,
+    requests: Annotated[int, typer.Option(min=4, help="For each state of each store.")] = 40,
     only: Annotated[list[str] | None, typer.Option(help="These stores.")] = None,
 ) -> None:
     """What each fault of each store adds to the time to the first token."""
     if smoke:
-        requests = 2
+        requests = _AT_A_TIME
     model = ensure_model(_MODEL)
     numbers = itertools.count()
     settings = {"requests": requests, "prompt_tokens": _PROMPT_TOKENS}
@@ -132,15 +135,20 @@ def main(
             over = server(kind, FLEXKV_REMOTE=service.url, FLEXKV_REMOTE_TIMEOUT_S=str(_TIMEOUT_S))
             for state, begin in [("warm up", contextlib.nullcontext), *_states(kind, service)]:
                 seconds: dict[str, list[float]] = {"none": [], "over": []}
+                pair = [("none", without), ("over", over)]
                 with begin():
-                    for _ in range(requests):
-                        prompt = random.Random(next(numbers)).choices(range(5, 500), k=_PROMPT_TOKENS)
-                        pair = [("none", without), ("over", over)]
+                    for turn in range(requests // _AT_A_TIME):
+                        prompts = [
+                            random.Random(next(numbers)).choices(range(5, 500), k=_PROMPT_TOKENS)
+                            for _ in range(_AT_A_TIME)
+                        ]
                         answers = {}
-                        for name, each in pair if next(numbers) % 2 else reversed(pair):
-                            answers[name] = ask(client, each, prompt, _NEW_TOKENS)
-                            seconds[name].append(answers[name].ttft_s)
-                        report.check("answers as without a store", answers["none"].same_as(answers["over"]))
+                        for name, each in pair if turn % 2 else reversed(pair):
+                            answers[name] = [ask(client, each, prompt, _NEW_TOKENS) for prompt in prompts]
+                            seconds[name] += [answer.ttft_s for answer in answers[name]]
+                            time.sleep(_PAUSE_S)
+                        for one, other in zip(answers["none"], answers["over"], strict=True):
+                            report.check("answers as without a store", one.same_as(other))
                 if state == "warm up":
                     continue
                 p50 = {name: median(times) for name, times in seconds.items()}
