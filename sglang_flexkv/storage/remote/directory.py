@@ -56,8 +56,8 @@ _PART_VALUES_MIN = 8
 _SLACK = 1 / 32
 # A file's time of change is that of its last use, this exactly: an update of it costs a write.
 _TOUCH_S = 600.0
-# Values that are not smaller go past the page cache: below, the wait for the disk takes more of a core than the
-# copy does.
+# Values that are not smaller go past the page cache: below, the wait for the disk takes more of a core than
+# the copy does.
 _DIRECT_MIN = 256 << 10
 # What is stored is what people have said to a model: all servers that share it run as one user.
 _MODE = 0o600
