@@ -7,9 +7,9 @@ barest client of Redis is a socket to which one buffer after the other is sent, 
 received, as its protocol has it; that of a directory opens, writes and renames files with O_DIRECT; that of
 S3 is obstore in four threads, with one buffer for each value; that of Mooncake Store makes a call for each
 value. The others have one thread. Beside the directory ``fio``, where it is installed, writes and reads as
-many files of that size, one after the other with O_DIRECT. All take turns, round by round. Making and
-comparing the sums is in none of them. Looking up is of 2,048 blocks that are there, and of as many that are
-not. Every byte that came back is compared.
+many files of that size, one after the other with O_DIRECT. All take turns, round by round, and all files are
+new in each. Making and comparing the sums is in none of them. Looking up is of 2,048 blocks that are there,
+and of as many that are not. Every byte that came back is compared.
 
 Compression is measured apart: what it makes of a block of 2 MiB and how fast, and the whole tier, from the
 CPU tier to a directory and back, with ``remote_compression: always`` beside ``none``, over a link that is
@@ -95,6 +95,9 @@ class Bare:
 
     def lend(self, memory: Memory) -> None:
         """Values will be in it."""
+
+    def forget(self) -> None:
+        """Before each round: what was stored is not there any more, where that makes a difference."""
 
     def put(self, name: str, value: memoryview) -> None: ...
     def get(self, name: str, value: memoryview) -> None: ...
@@ -182,11 +185,19 @@ class BareS3(Bare):
 
 class BareFiles(Bare):
     def __init__(self, scratch: Path) -> None:
-        (scratch / "store").mkdir(exist_ok=True)
-        self.url = f"file://{scratch}/store?max_gb=64"
+        self._store = scratch / "store"
+        self._store.mkdir(exist_ok=True)
+        self.url = f"file://{self._store}?max_gb=64"
         self._directory = scratch / "bare"
         self._directory.mkdir(exist_ok=True)
         self._direct = os.O_DIRECT if _takes_direct(self._directory) else 0
+
+    def forget(self) -> None:
+        """To replace a file, or to write into one that is there, is other work than to make one."""
+        for made in (*self._store.glob("fkv1/[0-9a-f][0-9a-f]"), *self._directory.glob("fio-*")):
+            shutil.rmtree(made)
+        for file in self._directory.iterdir():
+            file.unlink()
 
     def put(self, name: str, value: memoryview) -> None:
         path = self._directory / name.rpartition("/")[2]
@@ -328,6 +339,7 @@ def _measure(report: Report, kind: str, bare: Any, block_bytes: int, total_bytes
         has_fio = kind == "directory" and shutil.which("fio") is not None
         seconds: dict[str, list[float]] = {way: [] for way in ways}
         for number in range(rounds + 1):
+            bare.forget()
             for way, call in ways.items():
                 if "get" in way:
                     received.array()[:] = 0
