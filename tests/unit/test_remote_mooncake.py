@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import mmap
+import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mooncake_server import MooncakeServer
@@ -51,6 +53,33 @@ def store(server: MooncakeServer) -> Iterator[MooncakeStore]:
     made = opened(server.url)
     yield made
     made.close()
+
+
+def test_the_time_limits_of_its_client_are_ours_unless_they_are_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has them in the environment alone, and takes up to a minute without."""
+    limits = {
+        "MC_RPC_TIMEOUT_MS": "1500",
+        "MC_RPC_CONNECT_TIMEOUT_MS": "1500",
+        "MC_TCP_STATUS_TIMEOUT_SEC": "7",
+        "MC_TCP_PROGRESS_TIMEOUT_SEC": "2",
+    }
+    for name in limits:
+        monkeypatch.setenv(name, "7")
+        if name != "MC_TCP_STATUS_TIMEOUT_SEC":
+            monkeypatch.delenv(name)
+    with pytest.raises(AwayError):
+        MooncakeStore(parse_remote_url(f"mooncake://127.0.0.1:{free_port()}"), 1.5).open()
+    assert {name: os.environ.get(name) for name in limits} == limits
+
+
+@pytest.mark.parametrize("answer", [1, 4095, 4097, -600, -800])
+def test_success_is_the_exact_size(answer: int) -> None:
+    """This client calls no other size a success; another call of it does."""
+    store = MooncakeStore(parse_remote_url("mooncake://127.0.0.1"), 1.0)
+    store.client = SimpleNamespace(
+        batch_get_into_multi_buffers=lambda *_: [answer], get_size=lambda _: 1, register_buffer=lambda *_: 0
+    )
+    assert store.session().get(some_names(1), [empty(4096)]) == [Outcome.CORRUPT]
 
 
 def until_it_works(store: Store) -> None:
