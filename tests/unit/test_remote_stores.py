@@ -67,7 +67,7 @@ def test_files_are_spread_and_none_is_seen_half_written(tmp_path: Path) -> None:
     store = DirectoryStore(parse_remote_url(f"file://{tmp_path}"), 5.0)
     store.open()
     name = f"fkv1/{'ab' * 16}/{'cdef' + '0' * 28}"
-    assert store.path_of(name) == f"{tmp_path}/fkv1/cd/ef/{'ab' * 16}-{'cdef' + '0' * 28}"
+    assert store.path_of(name) == f"{tmp_path}/fkv1/cd/{'ab' * 16}-{'cdef' + '0' * 28}"
     stop = threading.Event()
     wrong: list[bytes] = []
 

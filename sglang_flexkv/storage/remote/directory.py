@@ -2,13 +2,13 @@
 
 ::
 
-    <root>/fkv1/<2 digits>/<2 digits>/<namespace>-<key>     digits: the first of the key
-    <root>/fkv1/tmp/<host>-<process>-<number>               being written
+    <root>/fkv1/<2 digits>/<namespace>-<key>      digits: the first of the key
+    <root>/fkv1/tmp/<host>-<process>-<number>     being written
 
 A file gets its name when all of it is written, so who finds a name finds a value. Any number of processes on
 any number of machines may write; none of them knows of the others. Keys are hashes, so files spread evenly
 over the directories, and one of these says how full all are: the bound on the size is kept for each of the
-256 first-level directories by whoever writes there.
+256 directories by whoever writes there.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ from sglang_flexkv.storage.remote.store import (
 
 T = TypeVar("T")
 
-_FIRST_LEVEL = 256
-# A bound of fewer values for a first-level directory would be too coarse: then the whole tree has one.
+_DIRECTORIES = 256
+# A bound of fewer values for a directory would be too coarse: then the whole tree has one.
 _PART_VALUES_MIN = 8
 # Whoever has written so much of the bound looks how much there is. The more there are who write, the more
 # often somebody looks.
@@ -136,7 +136,7 @@ class DirectoryStore(Store):
     def path_of(self, name: str) -> str:
         """Where the value of this name is, whatever namespace it is of."""
         _, namespace, key = name.split("/")
-        return f"{self.tree}/{key[:2]}/{key[2:4]}/{namespace}-{key}"
+        return f"{self.tree}/{key[:2]}/{namespace}-{key}"
 
     def _temporary(self) -> str:
         host = socket.gethostname().replace("/", "_")
@@ -219,8 +219,8 @@ class DirectoryStore(Store):
     # ---- the bound ----
 
     def _keep_bound(self, part: str, num_bytes: int) -> None:
-        """Called after a value was written to a first-level directory."""
-        max_bytes = self.max_bytes // _FIRST_LEVEL
+        """Called after a value was written to a directory."""
+        max_bytes = self.max_bytes // _DIRECTORIES
         if max_bytes < _PART_VALUES_MIN * num_bytes:
             part, max_bytes = "", self.max_bytes
         with self._lock:
@@ -236,7 +236,7 @@ class DirectoryStore(Store):
         """Removes what was used least recently of a part of the tree, until it keeps the bound."""
         files = [
             (status.st_mtime, status.st_size, path)
-            for path, status in self._files([part] if part else self._first_level())
+            for path, status in self._files([part] if part else self._directories())
         ]
         excess = sum(size for _, size, _ in files) - max_bytes
         for _, size, path in sorted(files):
@@ -251,21 +251,20 @@ class DirectoryStore(Store):
                     os.unlink(entry.path)
 
     def used_bytes_estimate(self) -> int:
-        """From a few of the first-level directories: what is in them is a fair sample."""
-        parts = self._first_level()
+        """From a few of the directories: what is in them is a fair sample."""
+        parts = self._directories()
         sample = random.sample(parts, min(8, len(parts)))
         used = sum(status.st_size for _, status in self._files(sample))
         return used * len(parts) // max(1, len(sample))
 
-    def _first_level(self) -> list[str]:
+    def _directories(self) -> list[str]:
         return [entry.name for entry in _entries(self.tree) if re.fullmatch("[0-9a-f]{2}", entry.name)]
 
     def _files(self, parts: Sequence[str]) -> Iterator[tuple[str, os.stat_result]]:
         for part in parts:
-            for directory in _entries(f"{self.tree}/{part}"):
-                for entry in _entries(directory.path):
-                    with contextlib.suppress(OSError):
-                        yield entry.path, entry.stat()
+            for entry in _entries(f"{self.tree}/{part}"):
+                with contextlib.suppress(OSError):
+                    yield entry.path, entry.stat()
 
 
 def _entries(path: str) -> list[os.DirEntry[str]]:
