@@ -41,7 +41,6 @@ uint32_t TransferEngine::AddGroup(BlockLayout layout, std::shared_ptr<HostPool> 
   Require(host->slot_bytes() >= layout.block_bytes(), "a host slot is smaller than a block");
   Require(gate_layers.empty() || gate_layers.size() == static_cast<size_t>(layout.num_layers()),
           "a group needs a layer of the gate for each of its own");
-  const size_t block_bytes = layout.block_bytes();
   auto group = std::make_unique<Group>(std::move(layout));
   group->host = std::move(host);
   group->gate_layers = std::move(gate_layers);

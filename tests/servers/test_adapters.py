@@ -72,7 +72,9 @@ def test_adapters_have_kv_of_their_own(tmp_path: Path) -> None:
         server.request("POST", "/load_lora_adapter", json=given)
 
     def cold(server: SGLangServer, keys: list[Key]) -> dict[Key, dict[str, Any]]:
-        answers = {key: server.generate(max_new_tokens=NEW_TOKENS, **with_adapter(key), **ASK) for key in keys}
+        answers = {
+            key: server.generate(max_new_tokens=NEW_TOKENS, **with_adapter(key), **ASK) for key in keys
+        }
         for key, answer in answers.items():
             assert answer["meta_info"]["cached_tokens"] == 0, f"{key} was served KV of another adapter"
         return answers

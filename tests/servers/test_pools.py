@@ -1,5 +1,5 @@
-"""Models whose KV is not a K and a V for every layer: what SSD keeps of it outlives the server, and damage costs
-hits alone. That they answer as a server without any cache is in test_end_to_end.py."""
+"""Models whose KV is not a K and a V for every layer: what SSD keeps of it outlives the server, and damage
+costs hits alone. That they answer as a server without any cache is in test_end_to_end.py."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def test_ranks_that_share_prefills_are_among_those_that_agree(make_rig: MakeRig)
     with (
         mock.patch.object(rig.cache, "attn_cp_group", "of prefills"),
         mock.patch.object(rig.cache, "attn_tp_group", "of heads"),
-        mock.patch.object(torch.distributed, "get_world_size", lambda group: 2),
+        mock.patch.object(torch.distributed, "get_world_size", return_value=2),
         mock.patch.object(torch.distributed, "all_reduce", all_reduce),
     ):
         assert rig.cache.ranks.shortest_hit(7) == 3
@@ -197,7 +197,7 @@ def test_ranks_that_share_prefills_are_told_apart(make_rig: MakeRig) -> None:
     def fields(rank: int, size: int, strategy: str | None = None) -> dict[str, str]:
         place = server.Place(rank, size, 0, 1, rank, size, 0, size)
         with (
-            mock.patch.object(server, "reader", lambda: {"cp_strategy": strategy}.get),
+            mock.patch.object(server, "reader", return_value={"cp_strategy": strategy}.get),
             mock.patch.object(build, "model_identity", lambda *_, pool, **__: pool),
         ):
             return build._identity(context, rig.pool, pools, place, None)

@@ -1,5 +1,5 @@
-"""Four ranks whose disks are not alike: one is slow, one fails, one flips bits. They take the same decisions, and
-ask each other for the same at the same time; where ranks do not, SGLang stands still for ever."""
+"""Four ranks whose disks are not alike: one is slow, one fails, one flips bits. They take the same decisions,
+and ask each other for the same at the same time; where ranks do not, SGLang stands still for ever."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from kit import TIMEOUT_S, Rig
-from linker_steps import PAGE, MakeRig, forget_failed_loads, may_run, nobody_else, prefetch, sequence
+from linker_steps import MakeRig, forget_failed_loads, may_run, nobody_else, prefetch, sequence
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang_flexkv_testing import FaultyDisk
 
@@ -63,8 +63,8 @@ class Group:
 
 
 class Rank:
-    """One rank's scheduler, which does as SGLang's: of its queue it asks those it comes to, until the batch is
-    full or its memory is."""
+    """One rank's scheduler, which does as SGLang's: of its queue it asks those it comes to, until the batch
+    is full or its memory is."""
 
     def __init__(self, rig: Rig, seed: int) -> None:
         self.rig, self.rng = rig, random.Random(seed)

@@ -369,8 +369,8 @@ def test_states_on_their_way_to_a_tier_are_no_reason_to_have_none(
 @on_both_cores
 @pytest.mark.parametrize("cfg", [cfg for cfg in STATES if cfg.has_swa], ids=lambda cfg: cfg.label)
 def test_a_state_is_not_stored_for_a_place_before_its_own(rig: Rig, cfg: KitConfig, core: str) -> None:
-    """A window may ask that less of a prompt be inserted than the state at its end stands for. SGLang must not
-    listen where there is a state: its tree, and we, would keep it for the shorter prefix."""
+    """A window may ask that less of a prompt be inserted than the state at its end stands for. SGLang must
+    not listen where there is a state: its tree, and we, would keep it for the shorter prefix."""
     req = rig.request(KitSteps(cfg)._make_seq(1, 4))
     req.swa_branching_seqlen = 2 * cfg.page_size
     asks = {

@@ -1,4 +1,4 @@
-"""A draft model (EAGLE) for a generated one: the same layers again, so that it guesses what the model will say."""
+"""A draft model (EAGLE) for a generated one: the same layers again, so that it guesses what that will say."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 def make_draft(directory: Path, model: Path) -> Path:
     """Writes a draft model for a Llama.
 
-    What EAGLE's has more is a layer that mixes a token's embedding with what the target made of the token before;
-    here it takes the embedding alone. What it has less are two norms, which change little in these models.
+    What EAGLE's has more is a layer that mixes a token's embedding with what the target made of the token
+    before; here it takes the embedding alone. What it has less are two norms, which change little in these
+    models.
 
     Returns:
         The directory.

@@ -116,10 +116,9 @@ def test_tls_is_spoken_to_those_whose_certificate_is_trusted(
         with pytest.raises(ConfigError, match=rf"certificate is not trusted \({why}\); name its CA"):
             s3_store(wrong)
     # With credentials from the file, as a server in production has them.
-    (tmp_path / "credentials").write_text(
-        "[some]\naws_access_key_id = {AWS_ACCESS_KEY_ID}\naws_secret_access_key = {AWS_SECRET_ACCESS_KEY}\n"
-        .format_map(server.environment)
-    )
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    lines = ["[some]", *(f"{name.lower()} = {server.environment[name]}" for name in names)]
+    (tmp_path / "credentials").write_text("\n".join(lines) + "\n")
     for name in server.environment:
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "credentials"))

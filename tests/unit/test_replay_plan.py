@@ -333,7 +333,9 @@ def test_windows_are_those_that_sglang_has_a_pool_for() -> None:
         named.update(constant if isinstance(constant, frozenset | tuple) else {constant})
     config = SimpleNamespace(layer_types=["sliding_attention"], sliding_window=128)
     models = {
-        name for name in named if isinstance(name, str) and name.isidentifier() and with_windows([name], config)
+        name
+        for name in named
+        if isinstance(name, str) and name.isidentifier() and with_windows([name], config)
     }
     drafts = {name for name in models if re.search("MTP|NextN|DSpark", name)}
     assert models - drafts == {*WINDOWS_BY_LAYER, *OTHER_WINDOWS, CHUNKS}

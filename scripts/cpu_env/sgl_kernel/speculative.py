@@ -23,8 +23,8 @@ def reconstruct_indices_from_tree_mask(
     batch_size: int,
     draft_token_num: int,
 ) -> None:
-    """From who is whose ancestor (bool, [requests * nodes * nodes]): each node's position in the sequence, its
-    number in the batch, its first child and its next sibling; -1 if it has none."""
+    """From who is whose ancestor (bool, [requests * nodes * nodes]): each node's position in the sequence,
+    its number in the batch, its first child and its next sibling; -1 if it has none."""
     size = draft_token_num
     trees = tree_mask.reshape(batch_size, size, size).bool()
     for request, tree in enumerate(trees.tolist()):

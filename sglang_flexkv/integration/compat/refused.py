@@ -129,8 +129,8 @@ def _check_context_parallel(view: Any) -> None:
         )
     if view.speculative_algorithm:
         raise IncompatibleError(
-            "--enable-flexkv does not work with --enable-prefill-cp and --speculative-algorithm together yet; "
-            "drop one of them"
+            "--enable-flexkv does not work with --enable-prefill-cp and --speculative-algorithm together "
+            "yet; drop one of them"
         )
 
 
