@@ -188,7 +188,10 @@ def test_nothing_that_is_told_has_the_password(
             invalidate_cpu_tier(rig)
             run(rig, sequence(1))  # it knows what it has brought, and cannot have it
             store(rig, sequence(7000), 7)
-        assert rig.stats("REMOTE")["times_out"] > 0
+        deadline = time.monotonic() + TIMEOUT_S
+        while rig.stats("REMOTE")["times_out"] == 0:  # who finds out is a thread of the tier's
+            assert time.monotonic() < deadline, "another password is as good"
+            run(rig, sequence(8000))
     finally:
         service.stop()
     assert "hunter" not in caplog.text + repr(rig.engine.stats())
