@@ -9,57 +9,32 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from group_cache import BLOCK, NAMESPACE, PATIENCE_S, SEQUENCE, GroupCache
 from sglang_flexkv_testing import FaultyDisk
 
-from sglang_flexkv import CacheConfig, _core, tierlife
-from sglang_flexkv.common.block import SequenceMeta, make_namespace
-from sglang_flexkv.common.config import EvictionPolicy
+from sglang_flexkv import _core, tierlife
 from sglang_flexkv.common.kv_group import KVGroup, boundaries
 from sglang_flexkv.common.storage import DeviceBuffers
-from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
+from sglang_flexkv.kvtask import KVTask, TaskStatus
 
-BLOCK = 16
-SEQUENCE = 12  # blocks
 WINDOW = 3
 ALL_LAYERS, WINDOW_LAYERS = (0, 2, 3), (1, 4)  # of a model with five
-NAMESPACE = make_namespace({"test": "groups"})
-PATIENCE_S = 60.0
 
 
-class Cache:
+class Cache(GroupCache):
     """An engine over two pools. What sequence i has in each is drawn from i.
 
     The pool of the window has K and V of other widths, another dtype, and room for the window alone.
     """
 
     def __init__(self, directory: Path, disk: FaultyDisk | None = None, share: float = 0.5) -> None:
-        slots = SEQUENCE * BLOCK
-        self.full = [[torch.zeros(slots, 2, 64) for _ in "kv"] for _ in ALL_LAYERS]
         self.window = [
             [torch.zeros(WINDOW * BLOCK, 1, width, dtype=torch.float16) for width in (96, 32)]
             for _ in WINDOW_LAYERS
         ]
-        self.group = KVGroup("window", DeviceBuffers(self.window, 1), WINDOW_LAYERS, WINDOW, share)
-        self.engine = KVTaskEngine(
-            CacheConfig(
-                tokens_per_block=BLOCK,
-                num_cpu_blocks=2 * SEQUENCE,
-                enable_ssd=True,
-                num_ssd_blocks=16 * SEQUENCE,
-                ssd_cache_dir=(directory,),
-                ssd_eviction_policy=EvictionPolicy.LRU,
-            ),
-            DeviceBuffers(self.full, 1),
-            namespace=NAMESPACE,
-            keep_tokens=True,
-            disk=disk,
-            more_groups=[self.group],
-        )
-        self.slots = np.arange(slots)
+        group = KVGroup("window", DeviceBuffers(self.window, 1), WINDOW_LAYERS, WINDOW, share)
+        super().__init__(directory, len(ALL_LAYERS), group, keep_tokens=True, disk=disk)
         self.window_slots = np.arange(WINDOW * BLOCK)
-
-    def sequence(self, number: int, blocks: int = SEQUENCE) -> SequenceMeta:
-        return SequenceMeta(np.arange(blocks * BLOCK) + number * 10_000, BLOCK, NAMESPACE)
 
     def content(self, number: int, block: int, buffer: torch.Tensor, which: int) -> torch.Tensor:
         """What a buffer holds of a block: the same wherever the block is."""
@@ -95,9 +70,7 @@ class Cache:
             None, sequence.block_keys, sequence.token_ids, on_device={1: min(WINDOW, blocks)}
         )
         assert task.plan is not None
-        self.engine.launch(task, self.slots, more_slots=self.more_slots(task))
-        assert self.engine.wait([task], PATIENCE_S)
-        self.engine.forget(task)
+        self.run(task, self.more_slots(task))
         assert self.engine.flush_spills(PATIENCE_S)
 
     def more_slots(self, task: KVTask) -> dict[int, np.ndarray]:
@@ -109,22 +82,11 @@ class Cache:
         for buffer in (*self.buffers(0), *self.buffers(1)):
             buffer.fill_(-1)
         task = self.engine.create_get(self.sequence(number, blocks))
-        self.engine.launch(task, self.slots, more_slots=self.more_slots(task))
-        assert self.engine.wait([task], PATIENCE_S)
-        self.engine.forget(task)
+        self.run(task, self.more_slots(task))
         if task.status is not TaskStatus.COMPLETED or task.plan is None:
             return 0
         assert self.is_right(number, task.plan.num_blocks)
         return task.plan.num_blocks
-
-    def boundaries(self, number: int) -> list[int]:
-        return self.engine.match(self.sequence(number).block_keys).boundaries.tolist()
-
-    def close(self) -> None:
-        self.engine.quiesce()
-        self.engine.drain(PATIENCE_S)
-        self.engine.check_integrity()
-        self.engine.close()
 
 
 @pytest.fixture

@@ -9,54 +9,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from group_cache import BLOCK, PATIENCE_S, SEQUENCE, GroupCache
 
-from sglang_flexkv import CacheConfig
-from sglang_flexkv.common.block import SequenceMeta, make_namespace
-from sglang_flexkv.common.config import EvictionPolicy
 from sglang_flexkv.common.kv_group import KVGroup
 from sglang_flexkv.common.storage import DeviceBuffers
-from sglang_flexkv.kvtask import KVTaskEngine, TaskStatus
+from sglang_flexkv.kvtask import TaskStatus
 
-BLOCK = 16
-SEQUENCE = 12  # blocks
 STATES = 5  # slots on the device
 # Of a model with four, one of which has both (as Falcon-H1's), and one neither.
 FULL_LAYERS, STATE_LAYERS = (1, 3), (0, 1)
-NAMESPACE = make_namespace({"test": "states"})
-PATIENCE_S = 60.0
 
 
-class Cache:
+class Cache(GroupCache):
     """An engine over KV and states. What sequence i has in both is drawn from i, and its end."""
 
     def __init__(self, directory: Path, share: float = 0.25) -> None:
-        slots = SEQUENCE * BLOCK
-        self.full = [[torch.zeros(slots, 2, 64) for _ in "kv"] for _ in FULL_LAYERS]
         self.states = [
             [torch.zeros(STATES, 4, 8, 8), torch.zeros(STATES, 24, 3, dtype=torch.bfloat16)]
             for _ in STATE_LAYERS
         ]
-        self.group = KVGroup(
-            "state", DeviceBuffers(self.states, 1), STATE_LAYERS, 1, share, slots_per_block=1
-        )
-        self.engine = KVTaskEngine(
-            CacheConfig(
-                tokens_per_block=BLOCK,
-                num_cpu_blocks=2 * SEQUENCE,
-                enable_ssd=True,
-                num_ssd_blocks=16 * SEQUENCE,
-                ssd_cache_dir=(directory,),
-                ssd_eviction_policy=EvictionPolicy.LRU,
-            ),
-            DeviceBuffers(self.full, 1),
-            namespace=NAMESPACE,
-            more_groups=[self.group],
-            layers=FULL_LAYERS,
-        )
-        self.slots = np.arange(slots)
-
-    def sequence(self, number: int, blocks: int = SEQUENCE) -> SequenceMeta:
-        return SequenceMeta(np.arange(blocks * BLOCK) + number * 10_000, BLOCK, NAMESPACE)
+        group = KVGroup("state", DeviceBuffers(self.states, 1), STATE_LAYERS, 1, share, slots_per_block=1)
+        super().__init__(directory, len(FULL_LAYERS), group, layers=FULL_LAYERS)
 
     def buffers(self) -> Iterator[tuple[torch.Tensor, int, int]]:
         """Each with its first layer of the model, and a number."""
@@ -80,9 +53,7 @@ class Cache:
             rows = self.content(number, blocks, buffer, which)
             buffer[at : at + len(rows)] = rows
         task = self.engine.create_put(None, self.sequence(number, blocks).block_keys, on_device={1: 1})
-        self.engine.launch(task, self.slots, more_slots={1: np.array([slot])})
-        assert self.engine.wait([task], PATIENCE_S)
-        self.engine.forget(task)
+        self.run(task, {1: np.array([slot])})
         assert self.engine.flush_spills(PATIENCE_S)
 
     def get(self, number: int, blocks: int = SEQUENCE, slot: int = 3) -> int:
@@ -90,9 +61,7 @@ class Cache:
         for buffer, _, _ in self.buffers():
             buffer.fill_(-1)
         task = self.engine.create_get(self.sequence(number, blocks).block_keys)
-        self.engine.launch(task, self.slots, more_slots={1: np.array([slot])})
-        assert self.engine.wait([task], PATIENCE_S)
-        self.engine.forget(task)
+        self.run(task, {1: np.array([slot])})
         if task.status is not TaskStatus.COMPLETED or task.plan is None:
             return 0
         came = task.plan.num_blocks
@@ -103,15 +72,6 @@ class Cache:
             others = torch.cat([buffer[:first], buffer[first + len(wanted) :]])
             assert bool((others == -1).all()), "something came that nobody asked for"
         return came
-
-    def boundaries(self, number: int) -> list[int]:
-        return self.engine.match(self.sequence(number).block_keys).boundaries.tolist()
-
-    def close(self) -> None:
-        self.engine.quiesce()
-        self.engine.drain(PATIENCE_S)
-        self.engine.check_integrity()
-        self.engine.close()
 
 
 @pytest.fixture
