@@ -32,6 +32,7 @@ from sglang_flexkv.storage import ssd_tools
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-gqa"
 POOL_TOKENS = 2048
+CHUNK_TOKENS = 256
 RUNNING_MAX = 4
 # Of as many requests as this none is refused, however late the scheduler comes to look at them.
 QUEUED_MAX = 8
@@ -56,7 +57,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
         "flexkv-config-file": str(config),
         "page-size": 1,  # which beams need
         "max-total-tokens": POOL_TOKENS,
-        "chunked-prefill-size": 256,
+        "chunked-prefill-size": CHUNK_TOKENS,
         "enable-mixed-chunk": True,
         "max-running-requests": RUNNING_MAX,
         "max-queued-requests": QUEUED_MAX,
@@ -209,9 +210,10 @@ def test_a_prefix_that_several_want_at_once_is_loaded_once(server: SGLangServer)
             json={"input_ids": asked, "sampling_params": {"temperature": 0.0, "max_new_tokens": 8}, **ASK},
         ).json()
         assert server.metric("flexkv_loaded_tokens_total") - before < 1.1 * len(prefix)
-        # On a slow machine the first one may have waited for SSD too long, and computed some of it.
+        # On a slow machine the first one may have waited for SSD too long, and computed it: the others go on
+        # from its first chunk then, or from all of it.
         cached = sum(answer["meta_info"]["cached_tokens"] for answer in answers)
-        assert cached > 0.9 * (RUNNING_MAX - 1) * len(prefix)
+        assert cached >= (RUNNING_MAX - 1) * CHUNK_TOKENS
         answered += zip(asked, answers, strict=True)
     check(server, answered)
 

@@ -2,23 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from sglang_flexkv import _core
 
+PAGE_BYTES = 4096
+
 
 def damage(path: Path, every: int) -> int:
     """Flips a byte in every so many-th page of a file's slots, also under a running server. Returns how
-    many."""
+    many.
+
+    Past the page cache, as the server writes them. Of a page that one writes through the cache while another
+    writes beside it, Linux tells whoever syncs the file next that its disk has failed.
+    """
     damaged = 0
-    with path.open("r+b") as file:
-        for offset in range(_core.SSD_SLOTS_OFFSET, path.stat().st_size, every * 4096):
-            file.seek(offset)
-            byte = file.read(1)
-            file.seek(offset)
-            file.write(bytes([byte[0] ^ 0xFF]))
-            damaged += 1
-        file.flush()
-        os.fsync(file.fileno())
+    page = mmap.mmap(-1, PAGE_BYTES)  # aligned, as O_DIRECT wants it
+    file = os.open(path, os.O_RDWR | os.O_DIRECT)
+    try:
+        for begin, end in _written(file):
+            first = -(-(begin - _core.SSD_SLOTS_OFFSET) // PAGE_BYTES)
+            for number in range(max(0, first + -first % every), (end - _core.SSD_SLOTS_OFFSET) // PAGE_BYTES, every):
+                offset = _core.SSD_SLOTS_OFFSET + number * PAGE_BYTES
+                assert os.preadv(file, [page], offset) == PAGE_BYTES
+                page[0] ^= 0xFF
+                assert os.pwritev(file, [page], offset) == PAGE_BYTES
+                damaged += 1
+    finally:
+        os.close(file)
     return damaged
+
+
+def _written(file: int) -> Iterator[tuple[int, int]]:
+    """The ranges of a file that somebody has written; there is nothing to spoil in the others."""
+    end = 0
+    with contextlib.suppress(OSError):  # ENXIO: no more of them
+        while True:
+            begin = os.lseek(file, end, os.SEEK_DATA)
+            end = os.lseek(file, begin, os.SEEK_HOLE)
+            yield begin, end
