@@ -90,6 +90,7 @@ class RedisCluster:
         for number, bus in enumerate(buses):
             (directory / str(number)).mkdir()
             options = ("--cluster-enabled", "yes", "--cluster-port", bus, "--cluster-node-timeout", "1000")
+            options += ("--cluster-require-full-coverage", "no")
             self.nodes.append(RedisServer(directory / str(number), *options))
         clients = [redis.Redis(port=node.port) for node in self.nodes]
         for number, client in enumerate(clients[:3]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -61,11 +62,6 @@ def test_slots_that_move_are_followed(cluster: RedisCluster, store: RedisStore) 
         clients[source].execute_command("CLUSTER SETSLOT", slot, "MIGRATING", ids[target])
         for client in clients[target:] + clients[:target]:  # who gets it learns of it first
             client.execute_command("CLUSTER SETSLOT", slot, "NODE", ids[target])
-        with pytest.raises(StoreError) as error:
-            session.put([name], [value(1)])
-        assert error.value.temporary  # the tier makes the call once more, on another session
-        session.close()
-        session = store.session()
         assert session.put([name], [value(target)]) == [Outcome.GOOD]
         assert clients[target].exists(name)
         into = empty()
@@ -80,7 +76,6 @@ def test_slots_that_move_are_followed(cluster: RedisCluster, store: RedisStore) 
 def test_a_slot_that_has_moved_does_not_fail_beside_values_that_came(
     cluster: RedisCluster, store: RedisStore
 ) -> None:
-    """The tier tries a call again that failed as a whole, and this one did not."""
     session, names = store.session(), some_names(12)
     slot = key_slot(names[0].encode())
     assert {key_slot(name.encode()) for name in names} != {slot}
@@ -156,7 +151,76 @@ def test_a_check_tries_a_cluster(cluster: RedisCluster) -> None:
     assert any("cluster" in note for note in found.notes)
 
 
-def test_a_node_that_is_lost_fails_its_values_until_its_replica_has_taken_its_place(
+def test_who_works_answers_while_another_node_does_not(
+    cluster: RedisCluster, store: RedisStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What is on a node that is gone, and on none in its place, counts as not there; the rest is of use. Also
+    where a store is opened meanwhile."""
+    session, names = store.session(), some_names(30)
+    session.put(names, [value(i) for i in range(30)])
+    of_it = [16384 // 3 <= key_slot(name.encode()) < 16384 * 2 // 3 for name in names]
+    names = [name for name, lost in zip(names, of_it, strict=True) if not lost][:2] + names
+    of_it = [False, False, *of_it]
+    cluster.nodes[1].stop()
+    try:
+        for _ in range(5):
+            assert session.count_leading(names) == of_it.index(True)
+            assert session.exists(names) == [not lost for lost in of_it]
+        into = [empty() for _ in names]
+        expected = [Outcome.MISSING if lost else Outcome.GOOD for lost in of_it]
+        assert session.get(names, into) == expected
+        assert [content(into[i]) for i in (0, 1)] == [content(into[names.index(names[i], 2)]) for i in (0, 1)]
+        assert session.put(names, [value(i) for i in range(32)]) == expected
+        # A call that is of nothing else is no fault of the cluster either.
+        lost = [name for name, gone in zip(names, of_it, strict=True) if gone]
+        assert session.put(lost, [value(1) for _ in lost]) == [Outcome.MISSING] * len(lost)
+        assert session.get(lost, [empty() for _ in lost]) == [Outcome.MISSING] * len(lost)
+        assert [f"node 127.0.0.1:{cluster.nodes[1].port}" in text for text in caplog.messages] == [True]
+        other = RedisStore(parse_remote_url(cluster.url), 5.0)
+        other.open()
+        other.close()
+    finally:
+        cluster.nodes[1].start()
+    deadline = time.monotonic() + PATIENCE_S
+    while session.put(names, [value(i) for i in range(32)]) != [Outcome.GOOD] * 32:
+        assert time.monotonic() < deadline, "a node that is back is not used again"
+        time.sleep(0.05)
+    assert session.count_leading(names) == 32
+    session.close()
+
+
+def test_where_no_node_answers_calls_fail(cluster: RedisCluster) -> None:
+    store = RedisStore(parse_remote_url(cluster.url), 0.2)
+    store.open()
+    session, names = store.session(), some_names(30)
+    session.exists(names)
+    for node in cluster.nodes:
+        node.send(signal.SIGSTOP)
+    try:
+        for call in (
+            lambda: session.count_leading(names),
+            lambda: session.get(names, [empty() for _ in names]),
+            lambda: session.put(names, [value(1) for _ in names]),
+        ):
+            with pytest.raises(StoreError):
+                call()
+    finally:
+        for node in cluster.nodes:
+            node.send(signal.SIGCONT)
+    deadline = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            if session.put(names, [value(1) for _ in names]) == [Outcome.GOOD] * 30:
+                break
+        except StoreError:
+            pass
+        assert time.monotonic() < deadline, "a cluster that is back is not used again"
+        time.sleep(0.05)
+    session.close()
+    store.close()
+
+
+def test_a_node_that_is_lost_misses_its_values_until_its_replica_has_taken_its_place(
     cluster: RedisCluster, store: RedisStore
 ) -> None:
     session, names = store.session(), some_names(30)
@@ -168,20 +232,11 @@ def test_a_node_that_is_lost_fails_its_values_until_its_replica_has_taken_its_pl
     assert True in of_it
     assert False in of_it
     into = [empty() for _ in names]
-    outcomes = session.get(names, into)
-    assert outcomes == [Outcome.FAILED if lost else Outcome.GOOD for lost in of_it]
+    assert session.get(names, into) == [Outcome.MISSING if lost else Outcome.GOOD for lost in of_it]
     for i in range(30):
         assert of_it[i] or content(into[i]) == content(value(i))
-    # As the tier does it: with another session after an error.
     deadline = time.monotonic() + PATIENCE_S
-    while True:
-        session.close()
-        session = store.session()
-        try:
-            if session.get(names, into) == [Outcome.GOOD] * 30 and session.exists(names) == [True] * 30:
-                break
-        except StoreError:
-            pass
+    while session.get(names, into) != [Outcome.GOOD] * 30 or session.exists(names) != [True] * 30:
         assert time.monotonic() < deadline, "the replica is not found"
         time.sleep(0.05)
     assert [content(each) for each in into] == [content(value(i)) for i in range(30)]

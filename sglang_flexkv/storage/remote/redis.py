@@ -38,6 +38,7 @@ _SKIPPED_MAX = 64 << 20  # of a value that has another size: beyond that the con
 # yet, and large values leave its cache meanwhile. Round trips are hidden by the other connections.
 _UNDER_WAY = 256 << 10
 _COUNTED = 64  # values that are counted together
+_PROBES = 64  # values that nobody has stored, on all nodes of a cluster
 _PIECES_MAX = 512  # that one call of the system takes
 
 # What a server answers while it starts, or to a client that came to the wrong one of several.
@@ -88,7 +89,7 @@ class RedisStore(Store):
             if self.is_cluster:
                 session = self.session()
                 try:
-                    session.exists(["fkv1/0/0"])
+                    session.exists([f"fkv1/0/{number}" for number in range(_PROBES)])
                 finally:
                     session.close()
         except _Refused as error:

@@ -4,11 +4,16 @@ by the same path as to a single server.
 A server that says that it is one of a cluster is taken as one: the URL names any of its nodes. Each session
 has a connection to each node. When a value has moved, or a node is gone, the map of slots is asked for again
 before the next call.
+
+A node that fails is no fault of the cluster as long as another one works: what it has counts as not there,
+and it is left alone for a while. If none works, calls fail.
 """
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -22,13 +27,18 @@ from sglang_flexkv.storage.remote.store import (
     import_client,
 )
 
+logger = logging.getLogger(__name__)
+
 T = TypeVar("T")
+
+# A node that failed is left alone for so long, then twice as long, up to the second.
+_AWAY_S, _AWAY_MAX_S = 1.0, 60.0
 
 Node = tuple[str, int]  # host and port
 
 
 class SlotMap:
-    """Which node has which slot, for all sessions of a store.
+    """Which node has which slot, and which nodes fail, for all sessions of a store.
 
     Raises:
         ConfigError: the client library is missing.
@@ -48,13 +58,14 @@ class SlotMap:
         self._cluster: Any = self._try(lambda: make(host=url.host, port=url.port, **options))
         self._nodes: dict[int, Node] = {}
         self._is_current = False
+        self._failing: dict[Node, tuple[float, float]] = {}  # until when each is left alone, and for how long
 
     def forget(self) -> None:
         """It is not right any more."""
         self._is_current = False
 
-    def nodes_of(self, names: Sequence[str]) -> list[Node]:
-        """Raises StoreError."""
+    def nodes_of(self, names: Sequence[str]) -> list[Node | None]:
+        """None: no node has its slot. Raises StoreError."""
         with self._lock:
             if not self._is_current:
                 if self._nodes:  # it has just been asked for, otherwise
@@ -63,11 +74,37 @@ class SlotMap:
                 self._nodes = {slot: (nodes[0].host, nodes[0].port) for slot, nodes in slots.items()}
                 self._is_current = True
             nodes = self._nodes
-        try:
-            return [nodes[self._slot_of(name.encode())] for name in names]
-        except KeyError:
-            self.forget()
-            raise StoreError(f"{self.name}: no node of the cluster has some of the slots") from None
+        return [nodes.get(self._slot_of(name.encode())) for name in names]
+
+    def may_call(self, node: Node) -> bool:
+        """Of one that fails by one call at a time, and that not often: others need not wait for it, too."""
+        with self._lock:
+            if node not in self._failing:
+                return True
+            until_s, pause_s = self._failing[node]
+            now_s = time.monotonic()
+            if now_s < until_s:
+                return False
+            pause_s = min(2 * pause_s, _AWAY_MAX_S)
+            self._failing[node] = (now_s + pause_s, pause_s)
+            return True
+
+    def note(self, node: Node, error: StoreError | None) -> None:
+        """How a call of it has ended."""
+        with self._lock:
+            was_failing = node in self._failing
+            if error is None:
+                self._failing.pop(node, None)
+            elif not was_failing:
+                self._failing[node] = (time.monotonic() + _AWAY_S, _AWAY_S)
+        if was_failing == (error is None):
+            why = f"{str(error).removeprefix(self.name)}; what it has counts as not there"
+            logger.warning("%s: node %s:%d%s.", self.name, *node, why if error else " works again")
+
+    def any_works(self) -> bool:
+        """Whether there is a node that has not failed."""
+        with self._lock:
+            return any(node not in self._failing for node in set(self._nodes.values()))
 
     def close(self) -> None:
         self._cluster.close()
@@ -92,12 +129,7 @@ class ClusterSession(Session):
         self._sessions: dict[Node, Session] = {}
 
     def exists(self, names: Sequence[str]) -> list[bool]:
-        there, errors = self._each(
-            names, lambda session, part: session.exists([names[i] for i in part]), False
-        )
-        if errors:
-            raise errors[-1][0]
-        return there
+        return self._call(names, lambda session, part: session.exists([names[i] for i in part]), False)[0]
 
     def count_leading(self, names: Sequence[str]) -> int:
         # Several values can be counted by one command only if they are in one slot.
@@ -132,39 +164,54 @@ class ClusterSession(Session):
     def _move(
         self, names: Sequence[str], call: Callable[[Session, list[int]], list[Outcome]]
     ) -> list[Outcome]:
-        """What one node cannot do does not spoil what the others did. What may be gone at once, a slot that
-        has moved or a connection that was lost, is tried again: whoever made the call would try again only
-        what failed as a whole."""
-        outcomes, errors = self._each(names, call, Outcome.FAILED)
-        if any(error.temporary for error, _ in errors) and Outcome.GOOD in outcomes:
-            again = [position for error, part in errors if error.temporary for position in part]
-            errors = [(error, part) for error, part in errors if not error.temporary]
-            repeated, still = self._each(
-                [names[i] for i in again],
-                lambda session, part: call(session, [again[i] for i in part]),
-                Outcome.FAILED,
-            )
-            for position, outcome in zip(again, repeated, strict=True):
-                outcomes[position] = outcome
-            errors += [(error, [again[i] for i in part]) for error, part in still]
-        if errors and Outcome.GOOD not in outcomes:
-            raise errors[-1][0]
-        for error, part in errors:
-            if isinstance(error, StoreFullError):  # this node
-                for position in part:
-                    outcomes[position] = Outcome.MISSING
+        outcomes, errors = self._call(names, call, Outcome.MISSING)
+        full = [error for error in errors if isinstance(error, StoreFullError)]
+        if full and Outcome.GOOD not in outcomes:  # where some had room, the others' values are not stored
+            raise full[-1]
         return outcomes
 
-    def _each(
+    def _call(
         self, names: Sequence[str], call: Callable[[Session, list[int]], list[T]], otherwise: T
-    ) -> tuple[list[T], list[tuple[StoreError, list[int]]]]:
-        """Makes a call to each node that has some of the names, and says what went wrong with which."""
-        parts: dict[Node, list[int]] = {}
-        for position, node in enumerate(self._slots.nodes_of(names)):
-            parts.setdefault(node, []).append(position)
+    ) -> tuple[list[T], list[StoreError]]:
+        """What one node cannot do does not spoil what the others did. What may be gone at once, a slot that
+        has moved or a connection that was lost, is tried again."""
         results = [otherwise] * len(names)
+        errors: list[StoreError] = []
+        left = list(range(len(names)))
+        for is_last in (False, True):
+            again: list[int] = []
+            for error, part in self._each(names, left, call, results, is_last):
+                if error.temporary and not is_last:
+                    again += part
+                else:
+                    errors.append(error)
+            if not again:
+                break
+            left = sorted(again)
+        if errors and not self._slots.any_works():
+            raise errors[-1]
+        return results, errors
+
+    def _each(
+        self,
+        names: Sequence[str],
+        positions: Sequence[int],
+        call: Callable[[Session, list[int]], list[T]],
+        results: list[T],
+        is_last: bool,
+    ) -> list[tuple[StoreError, list[int]]]:
+        """Makes a call to each node that has some of the names at these positions, and says what went wrong
+        with which."""
+        parts: dict[Node | None, list[int]] = {}
+        nodes = self._slots.nodes_of([names[i] for i in positions])
+        for position, node in zip(positions, nodes, strict=True):
+            parts.setdefault(node, []).append(position)
         failed: list[tuple[StoreError, list[int]]] = []
         for node, part in parts.items():
+            if node is None or not self._slots.may_call(node):
+                failed.append((StoreError(f"{self._slots.name}: some nodes of the cluster fail"), part))
+                continue
+            problem: StoreError | None = None
             try:
                 if node not in self._sessions:
                     self._sessions[node] = self._connect(node)
@@ -175,5 +222,8 @@ class ClusterSession(Session):
                 if (session := self._sessions.pop(node, None)) is not None:
                     session.close()
                 if not isinstance(error, StoreFullError):
+                    problem = error
                     self._slots.forget()  # a replica may have taken its place
-        return results, failed
+            if problem is None or is_last or not problem.temporary:
+                self._slots.note(node, problem)
+        return failed
