@@ -147,12 +147,15 @@ class TierLife:
 
     def _open_again(self) -> None:
         self._tier.close()  # may hang as long as the medium does
+        said = ""
         while not self._stop.wait(self._retry_s):
             self._retry_s = min(2 * self._retry_s, _RETRY_MAX_S)
             try:
                 self._tier.open()
             except ConfigError as error:
-                logger.warning("%s tier still out: %s", self._tier.name, error)
+                if str(error) != said:  # which may be so for days
+                    said = str(error)
+                    logger.warning("%s tier still out: %s", self._tier.name, error)
                 continue
             with self._opening:
                 self._opened_again = not self._closed

@@ -25,6 +25,7 @@ from sglang_flexkv.common.block import BlockKeys, SequenceMeta, TokenIds
 from sglang_flexkv.common.config import Admission, CacheConfig, EvictionPolicy
 from sglang_flexkv.common.kv_group import KVGroup, boundaries
 from sglang_flexkv.common.lower_tier import CPU, LowerTier, TierNumbers
+from sglang_flexkv.common.seldom import Seldom
 from sglang_flexkv.common.transfer import Slots, TransferOp, TransferOpGraph, TransferType
 
 logger = logging.getLogger(__name__)
@@ -144,6 +145,7 @@ class _Below:
         # Failed transfers in a row, by their direction: a disk that only reads is no disk to write to.
         self.failures = {TransferType.LOWER2H: 0, TransferType.H2LOWER: 0}
         self.error = ""  # of the last of them
+        self.said = Seldom()
 
 
 class CacheEngine:
@@ -410,8 +412,8 @@ class CacheEngine:
             below.error = error
         else:
             below.failures[moved.transfer_type] = 0
-        # The first of many tells it all; what becomes of the tier is logged by who decides it.
-        if error and below.failures[moved.transfer_type] <= 1:
+        # What becomes of the tier is logged by who decides it.
+        if error and below.said.is_new(error):
             logger.error("%s. The blocks concerned count as misses.", error)
 
     def _tell_stored(self, plan: TransferPlan, part: PlanPart, filled: npt.NDArray[np.uint8]) -> None:

@@ -7,6 +7,7 @@ A tier that is new here is a class like ``Medium``'s below and a line in ``MEDIA
 from __future__ import annotations
 
 import errno
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,9 +24,11 @@ from sglang_flexkv_testing import FaultyDisk
 from sglang_flexkv import CacheConfig, KVCacheLayout, KVCacheLayoutType, tierlife
 from sglang_flexkv.common.block import SequenceMeta, make_namespace
 from sglang_flexkv.common.errors import ConfigError
+from sglang_flexkv.common.lower_tier import LowerTier
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
 from sglang_flexkv.storage import storage_engine
 from sglang_flexkv.storage.remote import tier as remote_tier
+from sglang_flexkv.storage.ssd_tier import SsdTier
 
 BLOCK = 16
 LAYERS = 6
@@ -357,6 +360,18 @@ def test_a_damaged_block_is_a_miss_and_is_not_looked_for_again(cache: Cache) -> 
     assert cache.get(0) == SEQUENCE
 
 
+def test_what_is_wrong_with_block_after_block_is_said_once(
+    cache: Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache.fill(range(10))
+    cache.medium.damage()
+    for number in range(8):
+        assert cache.get(number) == 0
+    said = [text for text in caplog.messages if "count as misses" in text]
+    assert said
+    assert len(said) == len(set(said))
+
+
 def test_a_tier_that_fails_is_taken_out_and_comes_back_with_what_it_holds(cache: Cache) -> None:
     cache.fill(range(8))
     held = cache.of_tier("ready")
@@ -414,11 +429,23 @@ def test_who_stops_waits_for_a_call_on_its_way(
     assert "left to itself" not in caplog.text
 
 
-def test_what_cannot_be_opened_is_tried_again(cache: Cache, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_opened_is_tried_again_and_said_once(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     cache.fill(range(4))
+    tried = threading.Semaphore(0)
+    for made in (SsdTier, MemoryTier, remote_tier.RemoteTier):
+
+        def count_and_open(tier: LowerTier, open_tier: Callable[[LowerTier], None] = made.open) -> None:
+            tried.release()
+            open_tier(tier)
+
+        monkeypatch.setattr(made, "open", count_and_open)
     cache.lose_tier()
-    cache.until(lambda: caplog.text.count("still out") >= 2, "nobody tries")
+    for _ in range(3):
+        assert tried.acquire(timeout=PATIENCE_S), "nobody tries"
     assert cache.of_tier("online") == 0
+    assert caplog.text.count("still out") == 1
     cache.medium.heal()
     cache.until_back()
 

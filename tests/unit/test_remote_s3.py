@@ -358,17 +358,24 @@ def test_what_the_server_refuses_says_what_to_do(
 
 
 @pytest.mark.parametrize(
-    ("status", "code"), [(500, "InternalError"), (503, "SlowDown"), (507, "QuotaExceeded")]
+    ("status", "code", "told"),
+    [
+        (500, "InternalError", "InternalError"),
+        (503, "SlowDown", "SlowDown"),
+        (507, "QuotaExceeded", "QuotaExceeded"),
+        (403, "AccessDenied", "may not read, write or list"),
+        (403, "", "may not read, write or list"),
+    ],
 )
-def test_a_server_that_stores_no_more_is_full_and_is_still_read(
-    answering: Callable[[Answer], S3Store], status: int, code: str
+def test_a_server_that_takes_nothing_more_is_full_and_is_still_read(
+    answering: Callable[[Answer], S3Store], status: int, code: str, told: str
 ) -> None:
     held = text(200, b"".join(value(7)))
     refuse = coded(status, code)
     store = answering(lambda request: (refuse if request.command == "PUT" else held)(request))
     store.open()
     session = store.session()
-    with pytest.raises(StoreFullError, match=code) as error:
+    with pytest.raises(StoreFullError, match=told) as error:
         session.put(NAMES[:2], [value(1), value(2)])
     assert "hunter" not in str(error.value)
     into = empty()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import mmap
 import os
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from certificates import make_certificates
+from redis import Redis
 from redis_server import RedisServer, ValkeyServer
 from store_suite import *  # noqa: F403
 from store_suite import SIZE, content, empty, some_names, value
@@ -160,18 +162,19 @@ def test_a_mount_that_hangs_keeps_nobody_from_starting(
     store.open()
 
 
-def test_a_full_file_system_is_full_and_nothing_worse(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
+def test_a_file_system_that_takes_nothing_is_full_and_nothing_worse(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     store = DirectoryStore(parse_remote_url(f"file://{tmp_path}"), 5.0)
     store.open()
 
-    def no_space(*_: object) -> int:
-        raise OSError(28, "No space left on device")
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "pwritev", no_space)
-        with pytest.raises(StoreFullError):
+        patch.setattr(os, "pwritev", refuse)
+        with pytest.raises(StoreFullError, match=os.strerror(number)):
             store.session().put(NAMES[:1], [value(1)])
     assert os.listdir(tmp_path / "fkv1" / "tmp") == []
     assert store.session().put(NAMES[:1], [value(1)]) == [Outcome.GOOD]
@@ -260,6 +263,28 @@ def test_a_full_server_is_full_and_is_still_read(tmp_path: Path) -> None:
         assert any("allkeys-lru" in note for note in store.notes())
     finally:
         server.stop()
+
+
+@pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        ("REPLICAOF 127.0.0.1 1", "name the primary"),
+        ("CONFIG SET min-replicas-to-write 1", "min-replicas-to-write"),
+        ("ACL SETUSER default -set", "let it"),
+    ],
+)
+def test_a_server_that_may_only_be_read_is_still_read(redis: RedisServer, command: str, told: str) -> None:
+    store = redis_store(redis.url)
+    session, into = store.session(), empty()
+    session.put(NAMES[:1], [value(1)])
+    with Redis(port=redis.port) as client:
+        client.execute_command(*command.split())
+    store.open()
+    with pytest.raises(StoreFullError, match=told):
+        session.put(NAMES[1:3], [value(2), value(3)])
+    assert session.exists(NAMES[:2]) == [True, False]
+    assert session.get(NAMES[:1], [into]) == [Outcome.GOOD]
+    assert content(into) == content(value(1))
 
 
 def test_a_server_that_stands_still_takes_no_longer_than_it_may(redis: RedisServer) -> None:

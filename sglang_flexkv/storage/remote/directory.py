@@ -64,6 +64,8 @@ _MODE = 0o600
 # What nobody has finished writing by then, nobody will.
 _TMP_AGE_S = 3600.0
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# A mount that is only read, or a directory of somebody else's.
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 # The server of a network file system is away, or has forgotten us.
 _AWAY = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 
@@ -325,12 +327,13 @@ class _DirectorySession(Session):
             for name, value in zip(names, values, strict=True):
                 self._store.write(name, value)
         except OSError as error:
-            raise self._error("write a value", error) from None
+            failed = self._error("write a value", error)
+            takes_nothing = error.errno in (*_FULL, *_READ_ONLY)  # and can be read
+            raise StoreFullError(str(failed)) if takes_nothing else failed from None
         return [Outcome.GOOD] * len(names)
 
     def close(self) -> None:
         pass
 
     def _error(self, what: str, error: OSError) -> StoreError:
-        message = f"{self._store.name}: cannot {what}: {error.strerror}"
-        return StoreFullError(message) if error.errno in _FULL else StoreError(message)
+        return StoreError(f"{self._store.name}: cannot {what}: {error.strerror}")

@@ -48,7 +48,13 @@ _TO_BE_CHANGED = {
     "WRONGPASS": "user or password are wrong; correct them in the URL",
     "NOPERM": "this user may not use GET, SET and EXISTS on fkv1/*; let it",
     "DENIED": "it is protected: only this machine may use it; set a password, or protected-mode no",
-    "READONLY": "it is a replica; name the primary",
+}
+# It can be read all the same.
+_TAKES_NOTHING = {
+    "OOM": " is full (maxmemory)",
+    "READONLY": " is a replica, which takes nothing; name the primary",
+    "MISCONF": ' takes nothing while it cannot write its snapshot; turn that off (save "")',
+    "NOREPLICAS": " takes nothing without its replicas; see its min-replicas-to-write",
 }
 
 
@@ -59,6 +65,10 @@ class _OnItsWayError(StoreError):
 
 class _Refused(StoreError):
     """The server says no, and will until somebody changes something."""
+
+
+class _NotAllowed(_Refused):
+    """To this user."""
 
 
 class RedisStore(Store):
@@ -220,6 +230,9 @@ class _RedisSession(Session):
                     outcomes.append(Outcome.GOOD)
                 except StoreFullError as error:
                     full = error
+                    outcomes.append(Outcome.MISSING)
+                except _NotAllowed as error:  # to store; who may not read is told when it loads
+                    full = StoreFullError(str(error))
                     outcomes.append(Outcome.MISSING)
                 except _OnItsWayError:
                     outcomes.append(Outcome.MISSING)
@@ -406,14 +419,15 @@ class _RedisSession(Session):
         text = line[1:200].decode(errors="replace")
         kind = text.split(" ", 1)[0]
         # What the server says may repeat what it was sent: only its kind is passed on.
-        if kind == "OOM":
-            return StoreFullError(f"{self._store.name} is full (maxmemory)")
+        if kind in _TAKES_NOTHING:
+            return StoreFullError(f"{self._store.name}{_TAKES_NOTHING[kind]}")
         if kind in ("MOVED", "ASK") and not self._store.is_cluster:
             return _Refused(f"{self._store.name}: it is one of a cluster, and INFO is refused; allow it")
         if kind == "ASK":
             return _OnItsWayError(f"{self._store.name}: a slot is on its way", temporary=True)
         if kind in _TO_BE_CHANGED:
-            return _Refused(f"{self._store.name}: {_TO_BE_CHANGED[kind]}")
+            how = _NotAllowed if kind == "NOPERM" else _Refused
+            return how(f"{self._store.name}: {_TO_BE_CHANGED[kind]}")
         if kind == "ERR" and "AUTH" in text:
             return _Refused(
                 f"{self._store.name}: it has no password, and one is given; take it out of the URL"

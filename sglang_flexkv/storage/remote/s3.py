@@ -182,11 +182,14 @@ class S3Store(Store):
                 return StoreError(f"{self.name} has not answered for {self.timeout_s:g} s")
             return StoreError(f"{self.name} cannot be reached")
         what = code[1] if code else _BY_STATUS.get(status[1], status[1])
+        stores = "method: PUT" in text
+        if what == "AccessDenied" and stores:  # who may not read either is told when it does
+            return StoreFullError(str(self._refused(what)))
         if what in _TO_BE_CHANGED:
             return self._refused(what)
         message = f"{self.name} says {what}"
         # What has no room says that it has a fault of its own, or is asked too often. Reading may go on.
-        if status[1][0] == "5" and "method: PUT" in text:
+        if status[1][0] == "5" and stores:
             return StoreFullError(f"{message} to what is stored")
         return StoreError(message, temporary=status[1] in ("500", "502", "503"))
 

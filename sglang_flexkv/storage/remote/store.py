@@ -37,7 +37,8 @@ class StoreError(Exception):
 
 
 class StoreFullError(StoreError):
-    """There is no room for what was to be stored. What is there can be read."""
+    """What was to be stored is not taken: there is no room, or this one may only read. What is there can be
+    read."""
 
 
 def value_bytes(value: Value) -> int:

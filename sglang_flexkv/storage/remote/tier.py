@@ -182,6 +182,11 @@ class RemoteTier(LowerTier):
                 session.close()
         except StoreError as error:
             raise AwayError(f"remote: {error}") from None
+        except ConfigError:
+            raise
+        except Exception as error:  # of a client that we do not know to the last line
+            logger.exception("%s cannot be opened", self.store.name)
+            raise AwayError(f"remote: {self.store.name}: {error!r}") from None
 
     @property
     def kind(self) -> str:
@@ -368,7 +373,7 @@ class RemoteTier(LowerTier):
             self._count["full"] += 1
             first = self._count["full"] == 1
         if first:
-            logger.warning("%s. What is there is served; blocks are stored again when there is room.", error)
+            logger.warning("%s. What is there is served; blocks are stored again when it takes them.", error)
 
     def note_room(self) -> None:
         self._full_s = 0.0
