@@ -15,6 +15,9 @@ from sglang_flexkv.storage.ssd_files import (
     shards_in,
 )
 
+# A server that was killed keeps its files until its memory has been given back.
+_ENDING_S = 10.0
+
 
 def check_core() -> None:
     """Raises IncompatibleError if the compiled part of this package cannot be loaded."""
@@ -57,7 +60,7 @@ def check_ssd(config: FlexKVConfig, view: Any, model: Any) -> None:
     ranks = {f"dp{dp}-tp{tp}" for dp in range(max(1, view.dp_size)) for tp in range(view.tp_size)}
     shards = [files for d in config.ssd_cache_dir for files in shards_in(d) if files.rank_tag in ranks]
     for files in shards:
-        owner = ssd_tools.owner(files)
+        owner = ssd_tools.owner(files, patience_s=_ENDING_S)
         if owner is not None:
             raise in_use(files.directory, owner)
     if not shards or config.ssd_on_mismatch is SsdMismatch.FRESH:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from sglang_flexkv.storage.ssd_identity import Identity
 
 # Slots that are read between two reports of progress.
 _BATCH_SLOTS = 32
+_AGAIN_S = 0.05
 _TO_DO = "name a directory of ssd_cache_dir"
 
 
@@ -175,13 +177,21 @@ def clear(found: Sequence[Remains]) -> int:
     return freed + first.disk_bytes
 
 
-def owner(files: ShardFiles) -> str | None:
-    """The process that uses the files: its id, or "unknown"; None if there is none."""
-    try:
-        with _held(files, sign=False):
-            return None
-    except _InUseError as error:
-        return error.owner
+def owner(files: ShardFiles, patience_s: float = 0.0) -> str | None:
+    """The process that uses the files: its id, or "unknown"; None if there is none.
+
+    Args:
+        patience_s: for one that is about to end.
+    """
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        try:
+            with _held(files, sign=False):
+                return None
+        except _InUseError as error:
+            if time.monotonic() >= deadline_s:
+                return error.owner
+        time.sleep(_AGAIN_S)
 
 
 class _InUseError(SsdFilesError):

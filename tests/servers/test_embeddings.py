@@ -39,8 +39,8 @@ def test_embeddings_of_what_is_loaded_are_those_of_what_is_computed(tmp_path: Pa
             return [float(number) for number in answer["embedding"]]
 
         # Twice each: first computed, then over what the device holds, which is what is loaded later. That has
-        # the shapes of a load, and one shape is rounded one way. On a slow machine a load may be shorter: not all
-        # of a prompt has reached SSD.
+        # the shapes of a load, and one shape is rounded one way. A load may be shorter on a slow machine:
+        # SSD has not all of a prompt then.
         expected = [[embed(prompt) for _ in range(2)][1] for prompt in prompts]
         loaded = [embed(prompt) for prompt in prompts]
         assert server.metric("flexkv_loaded_tokens_total", tier="ssd") > PROMPT_TOKENS

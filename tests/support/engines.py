@@ -15,19 +15,14 @@ import json
 import random
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
-from sglang_flexkv.storage import ssd_tools
+from slot_files import wait_for_blocks
 
 
 def tell(answers: Any) -> None:
     print("answers", json.dumps(answers), flush=True)
-
-
-def stored_blocks(directory: Path) -> int:
-    return sum(ssd_tools.inspect(files).live_blocks for files in ssd_tools.find([directory]))
 
 
 def main() -> None:
@@ -44,8 +39,7 @@ def main() -> None:
         return engine
 
     first = start()
-    while stored_blocks(Path(job["directory"])) < job["blocks"]:
-        time.sleep(0.05)
+    wait_for_blocks(Path(job["directory"]), job["blocks"])
     first.shutdown()
     second = start()
     while True:

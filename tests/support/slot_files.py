@@ -1,16 +1,19 @@
-"""The files of an SSD tier, as disks spoil them."""
+"""The files of an SSD tier, as disks spoil them, and what has reached them."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from sglang_flexkv import _core
+from sglang_flexkv.storage import ssd_tools
 
 PAGE_BYTES = 4096
+PATIENCE_S = 60.0
 
 
 def damage(path: Path, every: int) -> int:
@@ -25,8 +28,9 @@ def damage(path: Path, every: int) -> int:
     file = os.open(path, os.O_RDWR | os.O_DIRECT)
     try:
         for begin, end in _written(file):
-            first = -(-(begin - _core.SSD_SLOTS_OFFSET) // PAGE_BYTES)
-            for number in range(max(0, first + -first % every), (end - _core.SSD_SLOTS_OFFSET) // PAGE_BYTES, every):
+            first = max(0, (begin - _core.SSD_SLOTS_OFFSET) // PAGE_BYTES)
+            last = (end - _core.SSD_SLOTS_OFFSET) // PAGE_BYTES
+            for number in range(first + -first % every, last, every):
                 offset = _core.SSD_SLOTS_OFFSET + number * PAGE_BYTES
                 assert os.preadv(file, [page], offset) == PAGE_BYTES
                 page[0] ^= 0xFF
@@ -45,3 +49,17 @@ def _written(file: int) -> Iterator[tuple[int, int]]:
             begin = os.lseek(file, end, os.SEEK_DATA)
             end = os.lseek(file, begin, os.SEEK_HOLE)
             yield begin, end
+
+
+def blocks_in(directory: Path) -> int:
+    """Blocks that another process would find there, of all ranks."""
+    return sum(ssd_tools.inspect(files).live_blocks for files in ssd_tools.find([directory]))
+
+
+def wait_for_blocks(directory: Path, count: int) -> None:
+    """Until so many blocks are there. A CPU tier that is smaller than what is stored drops what a slow disk
+    has not taken yet."""
+    deadline = time.monotonic() + PATIENCE_S
+    while (found := blocks_in(directory)) < count:
+        assert time.monotonic() < deadline, f"{found} blocks have reached SSD, not {count}"
+        time.sleep(0.02)

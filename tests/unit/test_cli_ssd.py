@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from typer.testing import CliRunner
 from sglang_flexkv import CacheConfig, KVCacheLayout, KVCacheLayoutType, KVManager, ModelConfig, _core, cli
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.storage import ssd_tools
-from sglang_flexkv.storage.ssd_files import ShardFiles, shards_in
+from sglang_flexkv.storage.ssd_files import ShardFiles, lock_files, shards_in
 from sglang_flexkv.storage.ssd_store import SsdStore
 
 BLOCKS, SLOTS, TOKENS = 40, 64, 16
@@ -232,6 +233,19 @@ def test_files_in_use(directory: Path) -> None:
     finally:
         store.close()
     assert run("verify", directory)[0] == 0
+
+
+def test_an_owner_that_is_about_to_end_is_waited_for(directory: Path) -> None:
+    """As one is that was killed, whose memory has to be given back first."""
+    files = files_in(directory)
+    held = lock_files(files)
+    assert ssd_tools.owner(files) == str(os.getpid())
+    assert ssd_tools.owner(files, patience_s=0.1) == str(os.getpid())
+    with ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(ssd_tools.owner, files, patience_s=60.0)
+        assert not asked.done()
+        os.close(held)
+        assert asked.result() is None
 
 
 def test_no_server_starts_during_verify(directory: Path) -> None:
