@@ -152,6 +152,8 @@ class KVTaskEngine:
     Args:
         device: the pool of the first group, which keeps all blocks.
         more_groups: parts that blocks have in other pools.
+        namespace: of the keys; what is found in a tier under another one is not ours.
+        shared_namespace: the same for what other machines find as well; None: ``namespace``.
         layers: of the model, one for each layer of the first group; None: those that no other group has.
 
     Raises:
@@ -164,6 +166,7 @@ class KVTaskEngine:
         device: DeviceBuffers,
         *,
         namespace: Namespace,
+        shared_namespace: Namespace | None = None,
         label: str = "",
         identity: Identity | None = None,
         rank_tag: str = "rank0",
@@ -175,7 +178,7 @@ class KVTaskEngine:
         self.config = config
         self._trace = TransferTrace() if config.trace_file is not None else None
         self._rank_tag = rank_tag
-        request = TierRequest(config, namespace, label, identity, rank_tag, disk)
+        request = TierRequest(config, namespace, shared_namespace, label, identity, rank_tag, disk)
         self._storage = StorageEngine(device, request, more_groups, layers)
         self._tier_names = ["CPU", *(tier.name for tier in self._storage.first.lower)]
         self._lock = threading.RLock()

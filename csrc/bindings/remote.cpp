@@ -82,12 +82,12 @@ void BindRemote(py::module_& m) {
           py::arg("positions"), py::arg("number_bytes"), NoGil());
 
   py::class_<RemoteTier, LowerTier, std::shared_ptr<RemoteTier>>(m, "RemoteTier")
-      .def(py::init([](const std::string& name_space, uint64_t num_slots, size_t call_bytes,
-                       std::string engine_name) {
-             return std::make_shared<RemoteTier>(ToId(name_space), num_slots, call_bytes,
+      .def(py::init([](const std::string& name_space, const std::string& refold, uint64_t num_slots,
+                       size_t call_bytes, std::string engine_name) {
+             return std::make_shared<RemoteTier>(ToId(name_space), ToId(refold), num_slots, call_bytes,
                                                  std::move(engine_name));
            }),
-           py::arg("namespace"), py::arg("num_slots"), py::arg("call_bytes"), py::arg("engine_name"))
+           py::arg("namespace"), py::arg("refold"), py::arg("num_slots"), py::arg("call_bytes"), py::arg("engine_name"))
       .def("take", &RemoteTier::Take, py::arg("store"), py::arg("timeout_s"), NoGil())
       .def("verify", &RemoteTier::Verify, py::arg("call"), py::arg("outcomes"), py::arg("sizes"), NoGil())
       .def("settle", &RemoteTier::Settle, py::arg("call"), py::arg("outcomes"), py::arg("why") = "", NoGil())

@@ -8,8 +8,10 @@
 
 namespace flexkv {
 
-RemoteTier::RemoteTier(BlockKey name_space, uint64_t num_slots, size_t call_bytes, std::string engine_name)
-    : num_slots_(num_slots),
+RemoteTier::RemoteTier(BlockKey name_space, BlockKey refold, uint64_t num_slots, size_t call_bytes,
+                       std::string engine_name)
+    : refold_(refold),
+      num_slots_(num_slots),
       call_bytes_(call_bytes),
       engine_name_(std::move(engine_name)),
       name_space_(name_space) {}
@@ -97,7 +99,8 @@ std::shared_ptr<RemoteTier::Call> RemoteTier::Take(bool store, double timeout_s)
       const size_t at_once = std::max<size_t>(1, call_bytes_ / block_bytes);
       for (; work->next < transfer.num_blocks && call->size() < at_once; ++work->next) {
         call->blocks_.push_back(static_cast<uint32_t>(work->next));
-        call->keys_.push_back(transfer.keys[work->next]);
+        const BlockKey key = transfer.keys[work->next];
+        call->keys_.push_back({key.lo ^ refold_.lo, key.hi ^ refold_.hi});
         call->bodies_.push_back(above_.host->Slot(transfer.host_slots[work->next]));
         call->body_bytes_.push_back(block_bytes);
       }

@@ -23,9 +23,11 @@ namespace flexkv {
 
 class RemoteTier : public LowerTier {
  public:
-  // `num_slots` are places that the index remembers blocks of the store by; nothing lies in them. A call
-  // moves `call_bytes` at most, and at least one block. `engine_name` is the store's, for people.
-  RemoteTier(BlockKey name_space, uint64_t num_slots, size_t call_bytes, std::string engine_name);
+  // `refold` is what the keys of transfers are XORed with to be those of the store. `num_slots` are places that
+  // the index remembers blocks of the store by; nothing lies in them. A call moves `call_bytes` at most, and at
+  // least one block. `engine_name` is the store's, for people.
+  RemoteTier(BlockKey name_space, BlockKey refold, uint64_t num_slots, size_t call_bytes,
+             std::string engine_name);
   ~RemoteTier() override { Detach(); }
 
   void Attach(const Above& above) override;
@@ -101,6 +103,7 @@ class RemoteTier : public LowerTier {
   // the transfers it returns are to be ended without it.
   std::vector<TierTransfer*> DropGivenUp();
 
+  const BlockKey refold_;
   const uint64_t num_slots_;
   const size_t call_bytes_;
   const std::string engine_name_;

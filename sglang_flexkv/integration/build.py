@@ -24,7 +24,13 @@ from sglang_flexkv.integration.compat.kv_pool import (
 from sglang_flexkv.integration.compat.sglang_hashes import native_works
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.metrics import Metrics
-from sglang_flexkv.integration.model_identity import Settings, describe, model_identity, notes
+from sglang_flexkv.integration.model_identity import (
+    Settings,
+    describe,
+    model_identity,
+    notes,
+    shared_identity,
+)
 from sglang_flexkv.integration.radix_cache import FlexKVRadixCache
 from sglang_flexkv.kvtask import KVTaskEngine
 from sglang_flexkv.storage.ssd_identity import Identity
@@ -57,10 +63,17 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         tokens_per_block=ctx.params.page_size,
         num_ranks=place.num_ranks,
     )
-    identity = _identity(ctx, pool, pools, place, at_start)
-    if cache_config.enable_ssd:
-        for note in notes(identity):
+    identity = _identity(model_identity, ctx, pool, pools, place, at_start)
+    shared = _identity(shared_identity, ctx, pool, pools, place, at_start) if cache_config.remote else None
+    for each, where, wanted in (
+        (identity, "to SSD", cache_config.enable_ssd),
+        (shared, "to the store", True),
+    ):
+        for note in notes(each, where) if each is not None and wanted else ():
             logger.warning("sglang-flexkv: %s", note)
+    if shared is not None:
+        logger.info("sglang-flexkv: remote blocks are shared as %s", shared.namespace.hex()[:12])
+        logger.debug("sglang-flexkv: %s", shared)
     native_works()  # what SGLang has to compile is compiled before the first request comes
     engine = KVTaskEngine(
         cache_config,
@@ -68,6 +81,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         more_groups=pools.more,
         layers=pools.layers,
         namespace=identity.namespace,
+        shared_namespace=shared.namespace if shared is not None else None,
         label=describe(
             ctx.model_config.model_path, pool.dtype, ctx.params.page_size, place.tp_rank, place.tp_size
         ),
@@ -110,7 +124,12 @@ def _bytes_per_block(pools: KVPools, page_size: int) -> int:
 
 
 def _identity(
-    ctx: Any, pool: Any, pools: KVPools, place: server.Place, at_start: Settings | None
+    identify: Callable[..., Identity],
+    ctx: Any,
+    pool: Any,
+    pools: KVPools,
+    place: server.Place,
+    at_start: Settings | None,
 ) -> Identity:
     """Whose KV this is, with what the device pool adds."""
     device, read = pools.full, server.reader()
@@ -127,7 +146,7 @@ def _identity(
         groups["kernels of recurrent layers"] = ", ".join(
             f"{name} {read(name)}" for name in RECURRENT_ARGUMENTS
         )
-    return model_identity(
+    return identify(
         read,
         ctx.model_config.model_path,
         ctx.model_config.revision,

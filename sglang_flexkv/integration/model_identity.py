@@ -4,6 +4,10 @@ The SSD tier outlives the process, so a name is not enough: the files behind a p
 can change what is computed from them. Everything that can change the KV of a token sequence is a field here;
 what only changes how fast it is computed, or how it is scheduled, is not. Whatever cannot be told makes the
 identity unique to the process, with a nonce: a miss costs a prefill, a wrong hit a wrong answer.
+
+There are two. On this machine a model's files are known by where they lie, their sizes, times and samples,
+which costs nothing. Another machine has the same files elsewhere and since another time: for what servers
+share they are known by all that they contain.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -30,12 +34,21 @@ from sglang_flexkv.integration.compat.arguments import (
     declared_variables,
     variables,
 )
+from sglang_flexkv.integration.file_contents import is_named_by_contents, sha256_of
 from sglang_flexkv.storage.ssd_identity import Identity, digest
 
 _WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
 _HASHED_SUFFIXES = frozenset({".json", ".py"})
 _IRRELEVANT_SUFFIXES = frozenset(
     {".md", ".txt", ".jinja", ".log", ".lock", ".incomplete", ".png", ".jpg", ".pyc", ".pdf"}
+)
+# Settings that say where files lie. They count on this machine alone: what is in the files counts anywhere.
+_PLACES = frozenset(
+    f"--{name.replace('_', '-')}"
+    for name in (
+        *("model_path", "revision", "speculative_draft_model_path", "speculative_draft_model_revision"),
+        *PATH_ARGUMENTS,
+    )
 )
 # Size and time alone miss files whose times were normalised, as images of containers do.
 _SAMPLES = 16
@@ -109,10 +122,72 @@ def model_identity(
         started_s: since when files must not have changed, seconds since the epoch; default: the start of this
             process, which loaded the weights some time after.
     """
+    at_start = at_start or settings(read)
+    place = {"model": _without_secrets(_absolute(model_path)), **({"revision": revision} if revision else {})}
+
+    def list_files(source: Path) -> _Listing:
+        listing = _list_files(source)
+        return replace(listing, digest=f"{_without_secrets(str(source))} {listing.digest}")
+
+    sources = _sources(read, model_path, revision)
+    settled = replace(at_start, fields={**place, **at_start.fields})
+    return _identity(_unknowable(read), sources, list_files, settled, pool, started_s)
+
+
+def shared_identity(
+    read: Callable[[str], Any],
+    model_path: str,
+    revision: str | None,
+    *,
+    at_start: Settings | None = None,
+    pool: Mapping[str, str] | None = None,
+    started_s: float | None = None,
+) -> Identity:
+    """The same, for what is shared with other machines: equal wherever the same files lie, however old they
+    are there. It reads all of the weights, once on each machine (``file_contents``).
+
+    Args: as of ``model_identity``.
+    """
+    at_start = at_start or settings(read)
+    anywhere = {name: value for name, value in at_start.fields.items() if name not in _PLACES}
+    sources = _sources(read, model_path, revision)
+    settled = replace(at_start, fields=anywhere)
+    return _identity(_unknowable(read), sources, _list_contents, settled, pool, started_s)
+
+
+def _identity(
+    reasons: list[str],
+    sources: Mapping[str, Path | None],
+    list_files: Callable[[Path], _Listing],
+    settled: Settings,
+    pool: Mapping[str, str] | None,
+    started_s: float | None,
+) -> Identity:
     if started_s is None:
         started_s = psutil.Process().create_time()
-    at_start = at_start or settings(read)
-    reasons = _unknowable(read)
+    files = {}
+    for name, source in sources.items():
+        if source is None:
+            reasons.append(f"the files of {name} are not on this machine")
+            continue
+        try:
+            listing = list_files(source)
+        except OSError as error:
+            reasons.append(f"the files of {name} cannot be read: {error}")
+            continue
+        files[f"files of {name}"] = listing.digest
+        if name == "model" and not listing.has_weights:
+            reasons.append(f"{source} holds no weights")
+        if listing.changed_s > started_s:
+            reasons.append(f"{source} has changed since this process started")
+    fields = {**settled.fields, **files}
+    if reasons:
+        fields["weights"] = _without_secrets(f"not told by files ({'; '.join(reasons)})")
+    return Identity(fields, pool or {}, settled.unclassified, secrets.token_hex(16) if reasons else "")
+
+
+def _sources(read: Callable[[str], Any], model_path: str, revision: str | None) -> dict[str, Path | None]:
+    """Where the files lie that are loaded, by what they are; None: not on this machine."""
     sources = {"model": find_local(model_path, revision, read("download_dir"))}
     if read("model_path") != model_path:  # an adapter whose base SGLang loads as the model
         sources["--model-path"] = find_local(read("model_path"), read("revision"), read("download_dir"))
@@ -126,42 +201,26 @@ def model_identity(
     for name in PATH_ARGUMENTS:
         if read(name):
             sources[f"--{name.replace('_', '-')}"] = find_local(str(read(name)))
-    files = {}
-    for name, source in sources.items():
-        if source is None:
-            reasons.append(f"the files of {name} are not on this machine")
-            continue
-        try:
-            listing = _list_files(source)
-        except OSError as error:
-            reasons.append(f"the files of {name} cannot be read: {error}")
-            continue
-        files[f"files of {name}"] = f"{_without_secrets(str(source))} {listing.digest}"
-        if name == "model" and not listing.has_weights:
-            reasons.append(f"{source} holds no weights")
-        if listing.changed_s > started_s:
-            reasons.append(f"{source} has changed since this process started")
-    fields = {"model": _without_secrets(_absolute(model_path)), **files, **at_start.fields}
-    if revision:
-        fields["revision"] = revision
-    if reasons:
-        fields["weights"] = _without_secrets(f"not told by files ({'; '.join(reasons)})")
-    return Identity(fields, pool or {}, at_start.unclassified, secrets.token_hex(16) if reasons else "")
+    return sources
 
 
-def notes(identity: Identity) -> list[str]:
-    """What its owner should know: whom this KV is lost to."""
+def notes(identity: Identity, where: str) -> list[str]:
+    """What its owner should know: whom this KV is lost to.
+
+    Args:
+        where: it is written, e.g. ``to SSD``.
+    """
     found = []
     if identity.nonce:
         weights = identity.settings["weights"]
         found.append(
-            f"KV that this process writes to SSD will not be found by another one: weights {weights}"
+            f"KV that this process writes {where} will not be found by another one: weights {weights}"
         )
     if identity.unclassified:
         names = ", ".join(identity.unclassified)
         found.append(
             f"whether {names} changes KV is not known: without it, or with another value, what this process "
-            "writes to SSD will not be found"
+            f"writes {where} will not be found"
         )
     return found
 
@@ -208,9 +267,7 @@ def _unknowable(read: Callable[[str], Any]) -> list[str]:
 
 
 def _list_files(source: Path) -> _Listing:
-    # Also of the directory and of links: renamed or pointed elsewhere, they lead to older files.
-    links = [folder for folder in source.parents if folder.is_symlink()]
-    changed_s = max(path.lstat().st_ctime for path in (source, *links))
+    changed_s = _pointed_s(source)
     paths = sorted(_relevant_files(source))
     hashed = hashlib.blake2b(digest_size=16)
     for path in paths:
@@ -224,6 +281,31 @@ def _list_files(source: Path) -> _Listing:
         hashed.update(_text([str(path.relative_to(source.parent)), *entry]).encode() + b"\n")
     has_weights = any(path.suffix in _WEIGHT_SUFFIXES for path in paths)
     return _Listing(hashed.hexdigest(), has_weights, changed_s)
+
+
+def _pointed_s(source: Path) -> float:
+    """When what a path leads to became another directory. Renamed or pointed elsewhere, they lead to older
+    files."""
+    links = [folder for folder in source.parents if folder.is_symlink()]
+    return max(path.lstat().st_ctime for path in (source, *links))
+
+
+def _list_contents(source: Path) -> _Listing:
+    """The same by what is in the files, of those alone that hold weights, settings or code.
+
+    SGLang may have downloaded them while it started: what the hub's cache names by its contents may be young.
+    """
+    kept = _WEIGHT_SUFFIXES | _HASHED_SUFFIXES
+    paths = sorted(path for path in _relevant_files(source) if path.suffix in kept)
+    root = source if source.is_dir() else source.parent
+    hashed = hashlib.blake2b(digest_size=16)
+    for path, content in zip(paths, sha256_of(paths), strict=True):
+        hashed.update(_text([str(path.relative_to(root)), content]).encode() + b"\n")
+    others = [path for path in paths if not is_named_by_contents(path)]
+    changed_s = max((max(p.stat().st_ctime, p.lstat().st_ctime) for p in others), default=0.0)
+    if others:
+        changed_s = max(changed_s, _pointed_s(source))
+    return _Listing(hashed.hexdigest(), any(path.suffix in _WEIGHT_SUFFIXES for path in paths), changed_s)
 
 
 def _relevant_files(source: Path) -> Iterable[Path]:

@@ -29,6 +29,7 @@ class TierRequest:
 
     Attributes:
         namespace: of the keys; what is found in a tier under another one is not ours.
+        shared_namespace: the same for what other machines find as well; None: ``namespace``.
         label: what people are told a tier holds.
         identity: what the namespace stands for, kept beside what a tier holds.
         rank_tag: tells ranks that share a place apart, e.g. ``rank0``.
@@ -40,6 +41,7 @@ class TierRequest:
 
     config: CacheConfig
     namespace: Namespace
+    shared_namespace: Namespace | None = None
     label: str = ""
     identity: Identity | None = None
     rank_tag: str = "rank0"
@@ -82,6 +84,7 @@ def _remote(request: TierRequest) -> LowerTier | None:
         config.remote,
         config.num_remote_blocks,
         namespace=request.namespace,
+        shared_namespace=request.shared_namespace,
         admission=config.remote_admission,
         write_limit_mb_s=config.remote_write_limit_mb_s,
         timeout_s=config.remote_timeout_s,

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -53,11 +55,11 @@ def store(kind_of_store: str, tmp_path: Path) -> Iterator[Any]:
     made.stop()
 
 
-def start(store: Any, log: Path, compression: str = "none") -> SGLangServer:
+def start(store: Any, log: Path, compression: str = "none", model: Path = MODEL) -> SGLangServer:
     flags = {"enable-flexkv": True, "enable-metrics": True, "max-total-tokens": 4096, "log-level": "info"}
     env = {"FLEXKV_REMOTE": store.url, "FLEXKV_CPU_CACHE_GB": "0.1", **SERVER_ENVIRONMENT}
     env["FLEXKV_REMOTE_COMPRESSION"] = compression
-    return ForkedServer(MODEL, flags, env=env, log_path=log)
+    return ForkedServer(model, flags, env=env, log_path=log)
 
 
 def test_a_second_server_finds_what_the_first_computed(store: Any, tmp_path: Path) -> None:
@@ -70,8 +72,12 @@ def test_a_second_server_finds_what_the_first_computed(store: Any, tmp_path: Pat
         compressed_to = figure(first, "compressed_to_bytes_total")
         assert (compressed_to > 0) == (compression == "always")
         assert compressed_to <= figure(first, "compressed_bytes_total")
-    # It is gone, and what it had in memory with it. Its stop has let what waited be stored.
-    with start(store, tmp_path / "second.log") as second:
+        first_log = first.log()
+    # It is gone, and what it had in memory with it. Its stop has let what waited be stored. The other one has
+    # the model elsewhere, and since today.
+    model = tmp_path / "another machine's" / "model"
+    shutil.copytree(MODEL, model, copy_function=shutil.copyfile)
+    with start(store, tmp_path / "second.log", model=model) as second:
         got = answers(second)
         assert from_storage(got[0]) >= len(PROMPTS[0]) - 16, got[0]["meta_info"]
         name = f"FlexKV: {store.url.partition(':')[0]}"
@@ -79,6 +85,9 @@ def test_a_second_server_finds_what_the_first_computed(store: Any, tmp_path: Pat
         assert sum(map(from_storage, got)) > 0.5 * sum(map(len, PROMPTS))
         assert not differing(got, expected, apart)
         assert figure(second, "online") == 1
+        shared = [re.findall("blocks are shared as ([0-9a-f]{12})", log) for log in (first_log, second.log())]
+        assert len(shared[0]) == 1
+        assert shared[0] == shared[1]
         if compression == "always":  # figures are told once a second
             until(lambda: figure(second, "expanded_bytes_total") > 0, "nothing was expanded")
         if hasattr(store, "send"):

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from sglang_flexkv import CacheConfig, KVCacheLayout, KVCacheLayoutType
-from sglang_flexkv.common.block import SequenceMeta, make_namespace
+from sglang_flexkv.common.block import SequenceMeta, keys_from_page_hashes, make_namespace
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
 from sglang_flexkv.storage.remote.store import (
     Outcome,
@@ -78,6 +78,7 @@ class Server:
         blocks: int = 1,
         dtype: torch.dtype = torch.float32,
         compression: str = "none",
+        shared_namespace: bytes | None = None,
     ) -> None:
         layout = KVCacheLayout(KVCacheLayoutType.LAYERWISE, LAYERS, blocks, BLOCK, heads, 64)
         self.kv = torch.zeros(layout.kv_shape, dtype=dtype)
@@ -90,9 +91,11 @@ class Server:
             ),
             layout.device_buffers(list(self.kv)),
             namespace=namespace,
+            shared_namespace=shared_namespace,
         )
         self.num_tokens = blocks * BLOCK
-        self.keys = SequenceMeta(np.arange(self.num_tokens), BLOCK, NAMESPACE).block_keys
+        hashes = SequenceMeta(np.arange(self.num_tokens), BLOCK, NAMESPACE).block_keys
+        self.keys = keys_from_page_hashes([h.tobytes().hex() for h in hashes], namespace)
         self.content = torch.randn(self.kv.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
 
     def launch(self, task: KVTask) -> None:

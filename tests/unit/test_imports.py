@@ -39,6 +39,7 @@ HEIGHT["sglang_flexkv"] = HEIGHT["kvmanager"]
 OPENS_FILES = {
     "common/config.py": "the configuration file, the container's memory limit",
     "integration/compat/arguments.py": "the table of variables",
+    "integration/file_contents.py": "what a model's own files hold, as digests, and a note of these",
     "integration/model_identity.py": "what a model's own files hold, as digests",
     "integration/startup.py": "the monkey-patch it compares and writes",
     "storage/ssd_identity.py": "the fields of an identity beside the SSD tier's files",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -15,9 +16,16 @@ from typing import Any
 
 import pytest
 
+from sglang_flexkv.integration import file_contents
 from sglang_flexkv.integration import model_identity as identity_module
 from sglang_flexkv.integration.compat.arguments import ARGUMENTS, PATH_ARGUMENTS
-from sglang_flexkv.integration.model_identity import describe, find_local, model_identity, notes
+from sglang_flexkv.integration.model_identity import (
+    describe,
+    find_local,
+    model_identity,
+    notes,
+    shared_identity,
+)
 from sglang_flexkv.storage.ssd_identity import Identity
 
 LATER = 4e9  # the files of a test are older than this start of a process
@@ -298,9 +306,9 @@ def test_a_variable_that_nobody_knows_is_another_identity_and_said(
     after = whole_identity(model)
     assert after.settings == before.settings
     assert after.namespace != before.namespace
-    (note,) = notes(after)
+    (note,) = notes(after, "to SSD")
     assert "whether SGLANG_OF_THE_NEXT_RELEASE changes KV is not known" in note
-    assert notes(before) == []
+    assert notes(before, "to SSD") == []
     assert "whatever it holds" not in repr(after)
 
 
@@ -342,7 +350,7 @@ def test_no_secret_is_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
         lora_paths=[SimpleNamespace(lora_id="1", lora_path=f"https://{SECRET}@host/adapter")],
     )
     assert SECRET not in repr(found)
-    assert SECRET not in " ".join(notes(found))
+    assert SECRET not in " ".join(notes(found, "to SSD"))
     assert SECRET not in describe(f"s3://user:{SECRET}@bucket/model", "torch.bfloat16", 16, 0, 1)
     assert found.settings["model"] == "s3://***@bucket/model?***"
 
@@ -364,7 +372,7 @@ def test_no_secret_is_kept(model: Path, monkeypatch: pytest.MonkeyPatch) -> None
 )
 def test_weights_that_are_not_in_the_files(model: Path, arguments: dict[str, Any], reason: str) -> None:
     assert identity(model, **arguments) != identity(model, **arguments)
-    (note,) = notes(whole_identity(model, **arguments))
+    (note,) = notes(whole_identity(model, **arguments), "to SSD")
     assert "will not be found by another one" in note
     assert reason in note
 
@@ -443,3 +451,169 @@ def test_another_commit_is_another_model(hub: Path) -> None:
 def test_the_label_is_one_line() -> None:
     label = describe("/models/m", "torch.bfloat16", 16, 1, 2)
     assert label == "/models/m, bfloat16, blocks of 16 tokens, TP rank 1 of 2"
+
+
+# ---- what is shared with other machines ----
+
+
+@pytest.fixture
+def remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where digests of files are kept."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "sglang-flexkv" / "sha256.json"
+
+
+def whole_shared(path: Path | str, started_s: float = LATER, **arguments: Any) -> Identity:
+    values = {**DEFAULTS, "model_path": str(path), **arguments}
+    return shared_identity(values.__getitem__, str(path), values["revision"], started_s=started_s)
+
+
+def shared(path: Path | str, **arguments: Any) -> bytes:
+    return whole_shared(path, **arguments).namespace
+
+
+def hub_snapshot(cache: Path, files: Path, commit: str = COMMIT) -> Path:
+    """These files as the Hugging Face hub's cache has them."""
+    repository = cache / "models--some--model"
+    snapshot = repository / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (repository / "blobs").mkdir(exist_ok=True)
+    for path in files.iterdir():
+        content = path.read_bytes()
+        large = path.suffix == ".safetensors"
+        name = hashlib.sha256(content).hexdigest() if large else hashlib.sha1(content).hexdigest()
+        (repository / "blobs" / name).write_bytes(content)
+        (snapshot / path.name).symlink_to(Path("../../blobs") / name)
+    return snapshot
+
+
+def test_the_same_files_elsewhere_and_since_another_time(
+    model: Path, tmp_path: Path, remembered: Path
+) -> None:
+    expected = shared(model)
+    copy = tmp_path / "elsewhere" / "under-another-name"
+    shutil.copytree(model, copy, copy_function=shutil.copyfile)  # times are new
+    (copy / "LICENSE").write_text("what the other one did not download")
+    (copy / "README.md").unlink()
+    snapshot = hub_snapshot(tmp_path / "hub", model)
+    assert shared(copy) == shared(snapshot) == shared(snapshot, revision="v2") == expected
+    assert identity(copy) != identity(model)
+    assert not whole_shared(model).nonce
+
+
+@pytest.mark.parametrize("change", [rewrite_in_place, grow, edit_config, edit_code, add_scales, drop_a_shard])
+def test_what_is_in_the_files_counts_for_others(
+    model: Path, remembered: Path, change: Callable[[Path], None]
+) -> None:
+    before = shared(model)
+    change(model)
+    assert shared(model) != before
+    assert shared(model) == shared(model)
+
+
+def test_every_byte_of_the_weights_counts_for_others(model: Path, tmp_path: Path, remembered: Path) -> None:
+    """Samples would miss it: a row of an embedding, say."""
+    whole = b"\2" * 50_000_000
+    (model / WEIGHTS).write_bytes(whole)
+    before = shared(model)
+    other = tmp_path / "other" / "model"
+    shutil.copytree(model, other)
+    with (other / WEIGHTS).open("r+b") as file:
+        file.seek(12_345_678)
+        file.write(b"\3")
+    os.utime(other / WEIGHTS, ns=((model / WEIGHTS).stat().st_atime_ns, (model / WEIGHTS).stat().st_mtime_ns))
+    assert shared(other) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("dtype", "float16"), ("page_size", 48), ("weight_version", "2"), ("lora_backend", "x")],
+)
+def test_an_argument_counts_for_others(model: Path, remembered: Path, name: str, value: object) -> None:
+    assert shared(model, **{name: value}) != shared(model)
+
+
+def test_what_was_downloaded_while_the_server_started_is_shared(
+    model: Path, tmp_path: Path, remembered: Path
+) -> None:
+    """From the hub, whose cache names files by their contents; other files may have changed since they were
+    loaded."""
+    snapshot = hub_snapshot(tmp_path / "hub", model)
+    assert whole_shared(snapshot, started_s=0.0).namespace == shared(model)
+    assert whole_identity(snapshot, started_s=0.0).nonce
+    found = whole_shared(model, started_s=0.0)
+    assert found.nonce
+    (note,) = notes(found, "to the store")
+    assert "KV that this process writes to the store will not be found by another one" in note
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"load_format": "dummy"}, {"weight_cache_mode": "client"}, {"quantize_and_serve": True}]
+)
+def test_weights_that_files_do_not_tell_are_not_shared(
+    model: Path, remembered: Path, arguments: dict[str, Any]
+) -> None:
+    assert shared(model, **arguments) != shared(model, **arguments)
+
+
+def test_weights_are_read_once(model: Path, remembered: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    real = file_contents._read
+
+    def watched(path: Path, stamp: str) -> str:
+        read.append(path.name)
+        return real(path, stamp)
+
+    monkeypatch.setattr(file_contents, "_read", watched)
+    expected = shared(model)
+    assert WEIGHTS in read
+    read.clear()
+    assert shared(model) == expected
+    assert read == []
+    (model / "config.json").write_text('{"rope_theta": 1}')
+    assert shared(model) != expected
+    assert read == ["config.json"]
+    # What is remembered is lost, or nonsense, or cannot be written: it is read again.
+    edit_config(model)
+    expected = shared(model)
+    for damage in (b"", b"[1]", b'{"a": 1}', b"\xff\xfe"):
+        remembered.write_bytes(damage)
+        read.clear()
+        assert shared(model) == expected
+        assert WEIGHTS in read
+    shutil.rmtree(remembered.parent)
+    remembered.parent.write_text("no directory")
+    assert shared(model) == shared(model) == expected
+
+
+def test_weights_are_read_by_one_of_several_processes(model: Path, remembered: Path) -> None:
+    """The ranks of a server, which all ask at once."""
+    program = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+from test_model_identity import file_contents, shared, Path
+real = file_contents._read
+file_contents._read = lambda path, stamp: (print(f"read {{path.name}}\\n", end=""), real(path, stamp))[1]
+print(shared({str(model)!r}).hex())
+"""
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)
+    ]
+    lines = [line for rank in ranks for line in rank.communicate()[0].splitlines()]
+    assert len([line for line in lines if line == f"read {WEIGHTS}"]) == 1
+    assert lines.count(shared(model).hex()) == 3
+
+
+def test_a_file_that_changes_while_it_is_read_tells_nothing(
+    model: Path, remembered: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = hashlib.file_digest
+
+    def slow(file: Any, name: str) -> Any:
+        found = real(file, name)
+        if file.name.endswith(WEIGHTS):
+            grow(model)
+        return found
+
+    monkeypatch.setattr(hashlib, "file_digest", slow)
+    assert "changes while it is read" in whole_shared(model).settings["weights"]

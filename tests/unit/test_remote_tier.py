@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from dict_store import NAMESPACE, PATIENCE_S, Server, Values
 
+from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.remote_url import parse_remote_url
 from sglang_flexkv.storage.remote import tier as remote_tier
 from sglang_flexkv.storage.remote.store import Outcome, StoreError, StoreFullError, Value
@@ -284,6 +285,34 @@ def test_a_question_is_over_in_time_and_a_store_that_answers_none_is_put_aside(
         until(lambda failing=failing: failing.answered, "it is never answered")  # type: ignore[misc]
     assert "3 look-ups failed in a row, the last one: it says no" in tier.why_broken()
     tier.close()
+
+
+# ---- names ----
+
+
+def test_servers_that_name_blocks_differently_find_each_others(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As machines do that have the same model at different places. What is shared has names of its own."""
+    monkeypatch.setitem(remote_tier.STORES, "file", lambda url, timeout_s: watched)
+    shared, other = (make_namespace({"of": name}) for name in ("all", "others"))
+    here, there = (make_namespace({"on": name}) for name in ("one machine", "another one"))
+
+    def found(namespace: bytes, shared_namespace: bytes | None) -> bool:
+        reader = Server(namespace, shared_namespace=shared_namespace)
+        try:
+            return reader.get()
+        finally:
+            reader.engine.close()
+
+    writer = Server(here, shared_namespace=shared)
+    writer.put()
+    writer.engine.close()
+    assert found(here, shared)
+    assert found(there, shared)
+    assert found(shared, None)
+    assert not found(here, None)
+    assert not found(here, other)
 
 
 # ---- flushes ----

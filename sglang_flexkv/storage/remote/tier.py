@@ -89,7 +89,8 @@ class RemoteTier(LowerTier):
 
     Args:
         num_slots: blocks of the store that this process remembers.
-        namespace: of the keys; what is found under another one is not ours.
+        namespace: of the keys that it is given.
+        shared_namespace: of the values; what is found under another one is not ours. None: ``namespace``.
         write_limit_mb_s: MB (10^6 bytes) per second, for this rank; 0: no limit.
         timeout_s: that a call may take, and a look-up of all of a prompt.
         compression: whether blocks are compressed that are stored.
@@ -104,6 +105,7 @@ class RemoteTier(LowerTier):
         num_slots: int,
         *,
         namespace: Namespace,
+        shared_namespace: Namespace | None = None,
         admission: Admission = Admission.ALL,
         write_limit_mb_s: float = 0.0,
         timeout_s: float = 1.0,
@@ -113,7 +115,9 @@ class RemoteTier(LowerTier):
         super().__init__(
             "REMOTE", "REMOTE", num_slots, eviction_policy=EvictionPolicy.LRU, admission=admission
         )
-        self._namespace = namespace
+        self._namespace = namespace if shared_namespace is None else shared_namespace
+        # Keys are folded with a namespace by XOR. This makes those of the store of them.
+        self._refold = _core.keys_of_page_hashes([namespace.hex()], self._namespace)
         self._kind = url.scheme
         self._write_limit, self._timeout_s = write_limit_mb_s * 1e6, timeout_s
         self.store = STORES[url.scheme](url, timeout_s)
@@ -229,7 +233,7 @@ class RemoteTier(LowerTier):
     def look_up(self, keys: BlockKeys) -> Question:
         question = Question(keys, time.monotonic() + self._timeout_s)
         self._count["lookups"] += 1
-        if self.first_absent(keys[:1]) == 0:
+        if self.first_absent(keys[:1] ^ self._refold) == 0:
             question.answer(0)
         else:
             self._questions.put(question)
@@ -264,7 +268,9 @@ class RemoteTier(LowerTier):
         return make_namespace({"keys": self._namespace.hex(), "generation": self._generation.hex()})
 
     def _make_core(self) -> _core.RemoteTier:
-        return _core.RemoteTier(self.values_namespace(), self.num_slots, _CALL_BYTES, self.store.name)
+        return _core.RemoteTier(
+            self.values_namespace(), self._refold.tobytes(), self.num_slots, _CALL_BYTES, self.store.name
+        )
 
     # ---- generations: what a flush leaves behind is not found again ----
 
@@ -425,7 +431,7 @@ class _Asker(_Thread):
             try:
                 self.try_with_session(tier._look_at_generation)
                 if question is not None:
-                    found = self._count_leading(question.keys)
+                    found = self._count_leading(question.keys ^ tier._refold)
                 tier._lookups_failed = 0
             except StoreError as error:
                 self._failed(str(error))
