@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import signal
+import ssl
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -210,14 +212,15 @@ def test_the_last_that_is_there_is_searched_for_with_few_requests(num: int) -> N
 # ---- answers that no server should give ----
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
+Answering = Callable[..., S3Store]
 
 
 @pytest.fixture
-def answering() -> Iterator[Callable[[Answer], S3Store]]:
+def answering() -> Iterator[Answering]:
     """A store whose server gives this answer to everything; it is not opened, which would ask."""
     ends: list[Callable[[], None]] = []
 
-    def make(answer: Answer) -> S3Store:
+    def make(answer: Answer, certificates: Certificates | None = None) -> S3Store:
         class Listening(ThreadingHTTPServer):
             request_queue_size = 64
 
@@ -234,9 +237,15 @@ def answering() -> Iterator[Callable[[Answer], S3Store]]:
                 pass
 
         server = Listening(("127.0.0.1", 0), Handler)
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        if certificates is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificates.certificate, certificates.key)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+            endpoint = f"https{endpoint[4:]}&ca_file={certificates.ca}"
         thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
-        store = S3Store(parse_remote_url(f"s3://b?endpoint=http://127.0.0.1:{server.server_port}"), 1.0)
+        store = S3Store(parse_remote_url(f"s3://b?endpoint={endpoint}"), 1.0)
 
         def end() -> None:
             store.close()
@@ -265,6 +274,23 @@ def text(status: int, body: bytes, length: int | None = None) -> Answer:
     return answer
 
 
+@pytest.mark.parametrize("tls", [False, True])
+def test_what_is_stored_is_signed_where_nothing_else_protects_it(
+    answering: Answering, certificates: Certificates, tls: bool
+) -> None:
+    told: dict[str, str] = {}
+
+    def note(request: BaseHTTPRequestHandler) -> None:
+        told[request.command] = request.headers["x-amz-content-sha256"]
+        text(200, b"")(request)
+
+    store = answering(note, certificates if tls else None)
+    store.open()
+    assert store.session().put(NAMES[:1], [value(1)]) == [Outcome.GOOD]
+    signed = hashlib.sha256(content(value(1))).hexdigest()
+    assert told["PUT"] == ("UNSIGNED-PAYLOAD" if tls else signed)
+
+
 def coded(status: int, code: str) -> Answer:
     return text(status, f"<Error><Code>{code}</Code><Message>hunter2</Message></Error>".encode())
 
@@ -282,9 +308,7 @@ NONSENSE = {
 
 
 @pytest.mark.parametrize("kind", NONSENSE)
-def test_what_does_not_answer_as_s3_does_brings_nothing(
-    answering: Callable[[Answer], S3Store], kind: str
-) -> None:
+def test_what_does_not_answer_as_s3_does_brings_nothing(answering: Answering, kind: str) -> None:
     store = answering(NONSENSE[kind])
     told, outcomes = "", [Outcome.FAILED]
     try:
@@ -297,7 +321,7 @@ def test_what_does_not_answer_as_s3_does_brings_nothing(
 
 
 @pytest.mark.timeout(60)  # not the 400 s in which all of it comes
-def test_a_value_that_trickles_takes_no_longer_than_it_may(answering: Callable[[Answer], S3Store]) -> None:
+def test_a_value_that_trickles_takes_no_longer_than_it_may(answering: Answering) -> None:
     """Each byte comes in time, and all of them do not."""
     over = threading.Event()
 
@@ -319,7 +343,7 @@ def test_a_value_that_trickles_takes_no_longer_than_it_may(answering: Callable[[
 
 
 @pytest.mark.timeout(60)  # not the 40 s and more of so many requests after each other
-def test_many_requests_take_no_longer_than_two(answering: Callable[[Answer], S3Store]) -> None:
+def test_many_requests_take_no_longer_than_two(answering: Answering) -> None:
     """Each of them may take the whole time; those that have not begun when it is over do not begin."""
     count, lock, over = 0, threading.Lock(), threading.Event()
 
@@ -349,9 +373,7 @@ def test_many_requests_take_no_longer_than_two(answering: Callable[[Answer], S3S
         (coded(403, "RequestTimeTooSkewed"), "set it"),
     ],
 )
-def test_what_the_server_refuses_says_what_to_do(
-    answering: Callable[[Answer], S3Store], answer: Answer, what: str
-) -> None:
+def test_what_the_server_refuses_says_what_to_do(answering: Answering, answer: Answer, what: str) -> None:
     with pytest.raises(ConfigError, match=what) as error:
         answering(answer).open()
     assert "hunter" not in str(error.value)
@@ -368,7 +390,7 @@ def test_what_the_server_refuses_says_what_to_do(
     ],
 )
 def test_a_server_that_takes_nothing_more_is_full_and_is_still_read(
-    answering: Callable[[Answer], S3Store], status: int, code: str, told: str
+    answering: Answering, status: int, code: str, told: str
 ) -> None:
     held = text(200, b"".join(value(7)))
     refuse = coded(status, code)
