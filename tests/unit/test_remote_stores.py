@@ -397,6 +397,28 @@ def test_a_value_that_trickles_takes_no_longer_than_it_may() -> None:
         end()
 
 
+def test_values_do_not_wait_for_each_other_to_be_stored() -> None:
+    """The server answers when it has all of them."""
+
+    def answer(connection: socket.socket) -> None:
+        received, data = 0, b""
+        while received < 2.5 * LARGE or not data.endswith(b"\r\n"):
+            data = connection.recv(1 << 16)
+            if not data:
+                return
+            received += len(data)
+        connection.sendall(b"+OK\r\n-OOM no room\r\n+OK\r\n")
+
+    url, end = answering(answer)
+    try:
+        session = redis_store(url).session()
+        outcomes = session.put(NAMES[:3], [value(7, LARGE)] * 3)
+        assert outcomes == [Outcome.GOOD, Outcome.MISSING, Outcome.GOOD]
+        session.close()
+    finally:
+        end()
+
+
 def pass_on(one: socket.socket, other: socket.socket) -> None:
     """What comes on either goes to the other, until one of them has gone."""
     one.settimeout(0.02)

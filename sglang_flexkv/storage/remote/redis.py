@@ -34,9 +34,10 @@ from sglang_flexkv.storage.remote.store import (
 
 _LINE_MAX = 64 << 10  # of a reply that is one line: more is no server of this kind
 _SKIPPED_MAX = 64 << 20  # of a value that has another size: beyond that the connection goes
-# Of one connection, and one value at least. More is slower, not faster: the server keeps what it has not sent
-# yet, and large values leave its cache meanwhile. Round trips are hidden by the other connections.
-_UNDER_WAY = 256 << 10
+# That a connection asks for at once, and one value at least. More is slower, not faster: the server keeps
+# what it has not sent yet, and large values leave its cache meanwhile. Round trips are hidden by the other
+# connections.
+_ASKED_FOR = 256 << 10
 _COUNTED = 64  # values that are counted together
 _PROBES = 64  # values that nobody has stored, on all nodes of a cluster
 _PIECES_MAX = 512  # that one call of the system takes
@@ -222,20 +223,21 @@ class _RedisSession(Session):
         self._begin()
         full: StoreFullError | None = None
         outcomes = []
-        for part in _at_once(values):
-            self._send_values(names[part], values[part])
-            for _ in names[part]:
-                try:
-                    self._expect_simple(self._line())
-                    outcomes.append(Outcome.GOOD)
-                except StoreFullError as error:
-                    full = error
-                    outcomes.append(Outcome.MISSING)
-                except _NotAllowed as error:  # to store; who may not read is told when it loads
-                    full = StoreFullError(str(error))
-                    outcomes.append(Outcome.MISSING)
-                except _OnItsWayError:
-                    outcomes.append(Outcome.MISSING)
+        # All of them before the first answer is read: the next value is on its way while the server puts one
+        # where it belongs, and answers are short.
+        self._send_values(names, values)
+        for _ in names:
+            try:
+                self._expect_simple(self._line())
+                outcomes.append(Outcome.GOOD)
+            except StoreFullError as error:
+                full = error
+                outcomes.append(Outcome.MISSING)
+            except _NotAllowed as error:  # to store; who may not read is told when it loads
+                full = StoreFullError(str(error))
+                outcomes.append(Outcome.MISSING)
+            except _OnItsWayError:
+                outcomes.append(Outcome.MISSING)
         if full is not None and Outcome.GOOD not in outcomes:
             raise full
         return outcomes
@@ -439,11 +441,11 @@ class _RedisSession(Session):
 
 
 def _at_once(values: Sequence[Value]) -> Iterator[slice]:
-    """Parts of a call that are under way together."""
+    """Parts of a call whose values are asked for together."""
     first = num_bytes = 0
     for end, value in enumerate(values):
         num_bytes += value_bytes(value)
-        if end > first and num_bytes > _UNDER_WAY:
+        if end > first and num_bytes > _ASKED_FOR:
             yield slice(first, end)
             first, num_bytes = end, value_bytes(value)
     if len(values) > first:
