@@ -18,7 +18,7 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -267,45 +267,41 @@ def _unknowable(read: Callable[[str], Any]) -> list[str]:
 
 
 def _list_files(source: Path) -> _Listing:
-    changed_s = _pointed_s(source)
     paths = sorted(_relevant_files(source))
     hashed = hashlib.blake2b(digest_size=16)
     for path in paths:
         status = path.stat()
-        changed_s = max(changed_s, status.st_ctime, path.lstat().st_ctime)
         entry: tuple[object, ...]
         if path.suffix in _HASHED_SUFFIXES:
             entry = (hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest(),)
         else:
             entry = (status.st_size, status.st_mtime_ns, _sample(path, status.st_size))
         hashed.update(_text([str(path.relative_to(source.parent)), *entry]).encode() + b"\n")
-    has_weights = any(path.suffix in _WEIGHT_SUFFIXES for path in paths)
-    return _Listing(hashed.hexdigest(), has_weights, changed_s)
-
-
-def _pointed_s(source: Path) -> float:
-    """When what a path leads to became another directory. Renamed or pointed elsewhere, they lead to older
-    files."""
-    links = [folder for folder in source.parents if folder.is_symlink()]
-    return max(path.lstat().st_ctime for path in (source, *links))
+    return _listing(source, paths, hashed.hexdigest())
 
 
 def _list_contents(source: Path) -> _Listing:
-    """The same by what is in the files, of those alone that hold weights, settings or code.
-
-    SGLang may have downloaded them while it started: what the hub's cache names by its contents may be young.
-    """
+    """The same by what is in the files, of those alone that hold weights, settings or code."""
     kept = _WEIGHT_SUFFIXES | _HASHED_SUFFIXES
     paths = sorted(path for path in _relevant_files(source) if path.suffix in kept)
     root = source if source.is_dir() else source.parent
     hashed = hashlib.blake2b(digest_size=16)
     for path, content in zip(paths, sha256_of(paths), strict=True):
         hashed.update(_text([str(path.relative_to(root)), content]).encode() + b"\n")
+    return _listing(source, paths, hashed.hexdigest())
+
+
+def _listing(source: Path, paths: Sequence[Path], digest: str) -> _Listing:
+    """SGLang may have downloaded them while it started: what the hub's cache names by its contents may be
+    young, and is what was loaded all the same."""
+    changed_s = 0.0
     others = [path for path in paths if not is_named_by_contents(path)]
-    changed_s = max((max(p.stat().st_ctime, p.lstat().st_ctime) for p in others), default=0.0)
-    if others:
-        changed_s = max(changed_s, _pointed_s(source))
-    return _Listing(hashed.hexdigest(), any(path.suffix in _WEIGHT_SUFFIXES for path in paths), changed_s)
+    if others or not paths:
+        # Also of the directory and of links: renamed or pointed elsewhere, they lead to older files.
+        links = [folder for folder in source.parents if folder.is_symlink()]
+        ways = [path.lstat().st_ctime for path in (source, *links, *others)]
+        changed_s = max(ways + [path.stat().st_ctime for path in others])
+    return _Listing(digest, any(path.suffix in _WEIGHT_SUFFIXES for path in paths), changed_s)
 
 
 def _relevant_files(source: Path) -> Iterable[Path]:

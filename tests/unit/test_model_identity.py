@@ -540,11 +540,16 @@ def test_what_was_downloaded_while_the_server_started_is_shared(
     loaded."""
     snapshot = hub_snapshot(tmp_path / "hub", model)
     assert whole_shared(snapshot, started_s=0.0).namespace == shared(model)
-    assert whole_identity(snapshot, started_s=0.0).nonce
+    assert not whole_identity(snapshot, started_s=0.0).nonce
     found = whole_shared(model, started_s=0.0)
     assert found.nonce
     (note,) = notes(found, "to the store")
     assert "KV that this process writes to the store will not be found by another one" in note
+
+
+def test_a_directory_without_files_tells_nothing(tmp_path: Path, remembered: Path) -> None:
+    for identify in (whole_identity, whole_shared):
+        assert "holds no weights" in identify(tmp_path).settings["weights"]
 
 
 @pytest.mark.parametrize(
