@@ -87,7 +87,8 @@ void BindRemote(py::module_& m) {
              return std::make_shared<RemoteTier>(ToId(name_space), ToId(refold), num_slots, call_bytes,
                                                  std::move(engine_name));
            }),
-           py::arg("namespace"), py::arg("refold"), py::arg("num_slots"), py::arg("call_bytes"), py::arg("engine_name"))
+           py::arg("namespace"), py::arg("refold"), py::arg("num_slots"), py::arg("call_bytes"),
+           py::arg("engine_name"))
       .def("take", &RemoteTier::Take, py::arg("store"), py::arg("timeout_s"), NoGil())
       .def("verify", &RemoteTier::Verify, py::arg("call"), py::arg("outcomes"), py::arg("sizes"), NoGil())
       .def("settle", &RemoteTier::Settle, py::arg("call"), py::arg("outcomes"), py::arg("why") = "", NoGil())
