@@ -36,8 +36,8 @@ _LINE_MAX = 64 << 10  # of a reply that is one line: more is no server of this k
 _SKIPPED_MAX = 64 << 20  # of a value that has another size: beyond that the connection goes
 # That a connection asks for at once, and one value at least. More is slower, not faster: the server keeps
 # what it has not sent yet, and large values leave its cache meanwhile. Round trips are hidden by the other
-# connections.
-_ASKED_FOR = 256 << 10
+# connections. Also what is sent at once.
+_AT_ONCE = 256 << 10
 _COUNTED = 64  # values that are counted together
 _PROBES = 64  # values that nobody has stored, on all nodes of a cluster
 _PIECES_MAX = 512  # that one call of the system takes
@@ -224,8 +224,10 @@ class _RedisSession(Session):
         full: StoreFullError | None = None
         outcomes = []
         # All of them before the first answer is read: the next value is on its way while the server puts one
-        # where it belongs, and answers are short.
-        self._send_values(names, values)
+        # where it belongs, and answers are short. Large ones by a call of the system each: one for several of
+        # them is as slow as to wait.
+        for part in _at_once(values):
+            self._send_values(names[part], values[part])
         for _ in names:
             try:
                 self._expect_simple(self._line())
@@ -441,11 +443,11 @@ class _RedisSession(Session):
 
 
 def _at_once(values: Sequence[Value]) -> Iterator[slice]:
-    """Parts of a call whose values are asked for together."""
+    """Parts of a call whose values are sent, or asked for, together."""
     first = num_bytes = 0
     for end, value in enumerate(values):
         num_bytes += value_bytes(value)
-        if end > first and num_bytes > _ASKED_FOR:
+        if end > first and num_bytes > _AT_ONCE:
             yield slice(first, end)
             first, num_bytes = end, value_bytes(value)
     if len(values) > first:
