@@ -62,8 +62,9 @@ uint64_t PrefixIndex::AcquireAlong(AnyWalk& walk, size_t count, std::optional<Ti
     const uint8_t mask = graph_.ReadableTiers(entry) & wanted;
     if (mask == 0) break;
     const Tier chosen = static_cast<Tier>(std::countr_zero(mask));
-    // Somebody else is bringing it to the CPU tier right now, where it can be read when he is done.
-    if (!tier && chosen != Tier::kCpu && graph_.StateOf(entry, Tier::kCpu) == State::kWriting) break;
+    // Somebody else is bringing it to the CPU tier right now, where it can be read when he is done; or what
+    // was there is forgotten, and its slot is not given back before its last reader has gone.
+    if (!tier && chosen != Tier::kCpu && graph_.StateOf(entry, Tier::kCpu) != State::kAbsent) break;
     graph_.AddPin(entry, chosen);
     touched.Add(entry);
     AppendRun(&pins, {entry, 1, chosen});
@@ -121,7 +122,7 @@ void PrefixIndex::Held(const BlockKey* keys, size_t count, uint8_t* masks) const
     const uint32_t entry = graph_.Find(keys[i]);
     masks[i] = entry == kNil ? uint8_t{0} : graph_.ReadableTiers(entry);
     const bool in_cpu = masks[i] & 1;
-    if (masks[i] != 0 && !in_cpu && graph_.StateOf(entry, Tier::kCpu) == State::kWriting) masks[i] = 0;
+    if (masks[i] != 0 && !in_cpu && graph_.StateOf(entry, Tier::kCpu) != State::kAbsent) masks[i] = 0;
   }
 }
 

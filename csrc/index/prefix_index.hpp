@@ -54,9 +54,9 @@ class PrefixIndex {
 
   // Pins the leading readable blocks, each in its nearest tier, and returns the lease. `tier`
   // restricts the search to one tier; without it a block that is on its way from a lower tier to the CPU tier
-  // ends the search (see Writer). `use`: they are going to be read, which is what eviction
-  // policies count; otherwise they are only looked at. Of each of the first `found` blocks `tiers`
-  // and `slots` say where it is. Zero blocks: no lease (id 0).
+  // ends the search (see Writer), and so does one whose slot there is still to be given back. `use`: they are
+  // going to be read, which is what eviction policies count; otherwise they are only looked at. Of each of
+  // the first `found` blocks `tiers` and `slots` say where it is. Zero blocks: no lease (id 0).
   uint64_t Acquire(const BlockRun& blocks, std::optional<Tier> tier, bool use, uint8_t* tiers, SlotId* slots,
                    size_t* found);
 

@@ -353,7 +353,7 @@ class IndexModel:
             if tier is None:
                 break
             cpu = self.entries[block].tiers.get(CPU)
-            if tier != CPU and len(wanted) > 1 and cpu is not None and cpu.state is State.WRITING:
+            if tier != CPU and len(wanted) > 1 and cpu is not None:
                 break  # on its way to where it will be read
             self.entries[block].tiers[tier].pins += 1
             self._touch(block, use)

@@ -94,6 +94,23 @@ def test_who_writes_a_block_is_known_until_it_is_there() -> None:
     assert writers(CPU) == [0, 0, 0, 0, 0]
 
 
+def test_what_is_forgotten_in_memory_and_still_read_is_brought_by_nobody() -> None:
+    """Its slot is not given back yet, and a block has one at a time."""
+    index = _core.PrefixIndex([8, 8])
+    for tier in (CPU, SSD):
+        store(index, tier, 1, 2)
+    reader, _, _ = index.acquire(keys(1))
+    index.invalidate_tier(CPU)
+    assert index.acquire(keys(1, 2))[0] == 0
+    assert index.held(keys(1, 2)).tolist() == [0, 2]
+    assert len(index.acquire(keys(2))[1]) == 1
+    index.release(reader)
+    assert index.acquire(keys(1, 2))[1].tolist() == [SSD, SSD]
+    txn, positions, _ = index.reserve(CPU, None, keys(1, 2))
+    assert positions.tolist() == [0, 1]
+    index.abort(txn)
+
+
 def test_duplicate_keys_in_one_request_take_one_slot() -> None:
     index = _core.PrefixIndex([4, 0])
     txn, positions, slots = index.reserve(CPU, None, keys(1, 1))
