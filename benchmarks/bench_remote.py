@@ -601,7 +601,7 @@ def _round_trip(
         engine.poll()
         time.sleep(0.0002)
     if question is not None:
-        engine.learn(question, None)
+        engine.learn(question)
     launch(engine.create_get(keys))
     get_s = time.perf_counter() - begin_s
     got, expected = (each.view(torch.uint8).numpy().ravel() for each in (kv, content))

@@ -25,11 +25,10 @@ from enum import Enum
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from sglang_flexkv import _core
-from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, PlanKind, TransferPlan
+from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, Pinned, PlanKind, TransferPlan
 from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, TokenIds
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import Admission, CacheConfig
@@ -134,6 +133,45 @@ class Fetch:
 
 
 @dataclass
+class Inquiry:
+    """What an asked tier was asked about a prompt: which of the blocks behind those that are held it has, and
+    then, where blocks have parts in further groups, at which places up to there these are whole.
+
+    Attributes:
+        keys: of the prompt.
+        first: block from which on it was asked for the leading ones.
+        leading: None: all of them are held.
+        to_ask: further groups that are still to be asked for.
+        parts: of those that were its question, and the block that this begins with.
+    """
+
+    keys: BlockKeys
+    first: int
+    leading: Question | None
+    to_ask: list[int] = field(default_factory=list)
+    parts: dict[int, tuple[int, Question]] = field(default_factory=dict)
+
+    @property
+    def num_found(self) -> int:
+        """How many of the leading blocks the tier has."""
+        return self.leading.num_found if self.leading is not None else 0
+
+    @property
+    def waits(self) -> bool:
+        """For an answer to what was asked so far."""
+        of_parts = [question for _, question in self.parts.values()]
+        return not all(question is None or question.is_over for question in (self.leading, *of_parts))
+
+    @property
+    def is_over(self) -> bool:
+        return not self.to_ask and not self.waits
+
+    @property
+    def found_something(self) -> bool:
+        return self.num_found > 0 or any(question.num_found for _, question in self.parts.values())
+
+
+@dataclass
 class _WaitingPut:
     task: KVTask
     parent: BlockKeys | None
@@ -189,8 +227,21 @@ class KVTaskEngine:
         # the CPU tier.
         self._reads: dict[tuple[int, int], KVTask] = {}
         self._fetches: dict[int, Fetch] = {}  # by the ids of their tasks that read
-        # Asked tiers of the first group, by number.
-        self._asked = {n: tier for n, tier in enumerate(self._storage.first.lower, start=1) if tier.is_asked}
+        # Asked tiers, by number: that of each group.
+        self._asked = {
+            number: [storage.lower[number - 1] for storage in self._storage.groups]
+            for number, tier in enumerate(self._storage.first.lower, start=1)
+            if tier.is_asked
+        }
+        # Further groups in the order in which they are asked for: states are at the fewest places.
+        self._fewest_places_first = sorted(
+            range(1, len(more_groups) + 1),
+            key=lambda number: (
+                more_groups[number - 1].slots_per_block is None,
+                more_groups[number - 1].window_blocks,
+            ),
+        )
+        self._inquiries: list[Inquiry] = []  # with further groups that are still to be asked for
         self._ids = itertools.count(1)
         self._leases: dict[int, list[tuple[int, int]]] = {}  # of each group that has one
         self._spills_running: Counter[tuple[int, int]] = Counter()  # by group and tier
@@ -303,22 +354,17 @@ class KVTaskEngine:
             self.poll()
             return self._cache.match(keys)
 
-    def pin(self, keys: BlockKeys) -> tuple[int, npt.NDArray[np.uint8], npt.NDArray[np.int64] | None]:
-        """Pins the leading held blocks for a reader that comes later.
-
-        Returns:
-            The lease (to be given back with ``unpin``; 0 if there is nothing); of each block the tier that it
-            is pinned in, uint8 [blocks]; and how many of the leading blocks can be brought, growing, without
-            0. None: any number.
-        """
+    def pin(self, keys: BlockKeys) -> tuple[int, Pinned]:
+        """Pins the leading held blocks for a reader that comes later. Returns the lease, to be given back
+        with ``unpin`` (0 if there is nothing), and what was pinned."""
         with self._lock:
             self.poll()
-            leases, tiers, ends = self._cache.pin(keys)
-            if not leases:
-                return 0, tiers, ends
+            pinned = self._cache.pin(keys)
+            if not pinned.leases:
+                return 0, pinned
             lease = next(self._ids)
-            self._leases[lease] = leases
-            return lease, tiers, ends
+            self._leases[lease] = pinned.leases
+            return lease, pinned
 
     def queued_read_bytes(self) -> Counter[int]:
         """Bytes that wait to be loaded from each lower tier or are being loaded, by its number."""
@@ -368,28 +414,68 @@ class KVTaskEngine:
     @property
     def can_ask(self) -> bool:
         """Whether one of them takes part now."""
-        return any(self._lives[0, number].state is TierState.ONLINE for number in self._asked)
+        return any(map(self._takes_part, self._asked))
 
-    def ask(self, keys: BlockKeys) -> Question | None:
-        """Asks which of the leading blocks the asked tier has. None: there is none that takes part."""
-        with self._lock:
-            for number, tier in self._asked.items():
-                if self._lives[0, number].state is TierState.ONLINE and len(keys):
-                    return tier.look_up(keys)
-        return None
+    def _takes_part(self, number: int) -> bool:
+        """Whether a lower tier does, with what it keeps of each group."""
+        groups = range(len(self._cache.groups))
+        return all(self._lives[group, number].state is TierState.ONLINE for group in groups)
 
-    def learn(self, question: Question, parent: BlockKeys | None) -> int:
-        """Takes an answer in.
+    def ask(self, keys: BlockKeys, first: int = 0) -> Inquiry | None:
+        """Asks what of a prompt the asked tier has. None: there is none that takes part.
 
         Args:
-            parent: key of the block before the first that was asked for, if it is known.
-
-        Returns:
-            How many of the leading blocks that were asked for can be brought now.
+            first: the blocks before it can be brought already.
         """
         with self._lock:
+            for number, tiers in self._asked.items():
+                if not self._takes_part(number) or first >= len(keys):
+                    continue
+                if len(tiers) == 1:
+                    return Inquiry(keys, first, tiers[0].look_up(keys[first:]))
+                first = self._cache.num_held(keys)  # some of them without what further groups need
+                leading = tiers[0].look_up(keys[first:]) if first < len(keys) else None
+                inquiry = Inquiry(keys, first, leading, list(self._fewest_places_first))
+                self._inquiries.append(inquiry)
+                self._ask_for_parts()
+                return inquiry
+        return None
+
+    def _ask_for_parts(self) -> None:
+        """Asks for the next further group where it is known how far those before it reach."""
+        for inquiry in self._inquiries:
+            if not inquiry.waits:
+                (number,) = self._asked
+                self._ask_for_part(number, inquiry)
+        self._inquiries = [inquiry for inquiry in self._inquiries if inquiry.to_ask]
+
+    def _ask_for_part(self, number: int, inquiry: Inquiry) -> None:
+        keys = inquiry.keys[: inquiry.first + inquiry.num_found]
+        found = {
+            group: [start + position for position in question.positions]
+            for group, (start, question) in inquiry.parts.items()
+        }
+        known, reached = self._cache.num_to_go_on(keys), self._cache.num_to_go_on_with(keys, found)
+        if known >= reached or not self._takes_part(number):
+            inquiry.to_ask.clear()
+            return
+        group = inquiry.to_ask.pop(0)
+        window = self._storage.more_groups[group - 1].window_blocks
+        first = max(0, known + 1 - window)
+        inquiry.parts[group] = first, self._asked[number][group].look_up(keys[first:reached], window)
+
+    def learn(self, inquiry: Inquiry) -> int:
+        """Takes an answer in. Returns how many of the leading blocks that were asked for the first group can
+        bring now."""
+        with self._lock:
             (number,) = self._asked
-            return self._cache.learn(number, parent, question.keys[: question.num_found])
+            keys, first = inquiry.keys, inquiry.first
+            parent = keys[first - 1] if first else None
+            num_known = self._cache.learn(number, parent, keys[first : first + inquiry.num_found])
+            for group, (start, question) in inquiry.parts.items():
+                for begin, end in question.runs:
+                    self._cache.learn(number, None, keys[start + begin : start + end], group)
+            return num_known
 
     def unpin(self, lease: int) -> None:
         with self._lock:
@@ -490,20 +576,27 @@ class KVTaskEngine:
             self.poll()
             size = max(1, _FETCH_BYTES // self.slot_bytes) if self._asked else max(1, len(keys))
             fetch = Fetch([])
+            if self._asked and len(self._cache.groups) > 1:
+                for each in self._cache.plan_prefetches(keys, size):
+                    self._start_fetching(fetch, each)
+                return fetch if fetch.tasks else None
             for first in range(0, len(keys), size):
                 piece = keys[first : first + size]
                 plan = self._cache.plan_prefetch(piece)
                 if plan is not None:
-                    task = self._add(plan)
-                    self.launch(task)
-                    fetch.tasks.append(task)
-                    self._fetches[task.task_id] = fetch
+                    self._start_fetching(fetch, plan)
                 # What follows a gap is of no use.
                 if (plan.num_blocks if plan is not None else self._cache.match(piece).num_cpu_blocks) < len(
                     piece
                 ):
                     break
             return fetch if fetch.tasks else None
+
+    def _start_fetching(self, fetch: Fetch, plan: TransferPlan) -> None:
+        task = self._add(plan)
+        self.launch(task)
+        fetch.tasks.append(task)
+        self._fetches[task.task_id] = fetch
 
     def forget_fetch(self, fetch: Fetch) -> None:
         for task in fetch.tasks:
@@ -623,6 +716,7 @@ class KVTaskEngine:
                     life.poll()
                     self._start_spills(group, number)
                 self._start_puts()
+                self._ask_for_parts()
         return ended
 
     def _reclaim(self) -> None:

@@ -27,7 +27,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Real servers over every kind of remote store take minutes: two kinds are enough in most runs."""
-    if "kind_of_store" in metafunc.fixturenames:
+    marks = metafunc.definition.iter_markers("parametrize")
+    named = any("kind_of_store" in mark.args[0] for mark in marks)  # which a test may do itself
+    if "kind_of_store" in metafunc.fixturenames and not named:
         from remote_services import KINDS
 
         few = ["directory", "redis"]

@@ -131,6 +131,25 @@ class MatchResult:
         return int(missing[0]) if len(missing) else len(self.tiers)
 
 
+@dataclass(frozen=True)
+class Pinned:
+    """What was pinned of a prompt, and what of it can be brought, in leading blocks.
+
+    Attributes:
+        leases: each with its group.
+        tiers: of each block the tier that it is in; where its parts are in several, the lowest.
+        ends: how many can be brought, growing, without 0; None: any number.
+        ready: those that can be without a tier that is asked; None: any number, as far as ``tiers`` says.
+        num_held: of the first group, whatever the others hold.
+    """
+
+    leases: list[tuple[int, int]]
+    tiers: TierNumbers
+    ends: npt.NDArray[np.int64] | None
+    ready: npt.NDArray[np.int64] | None
+    num_held: int
+
+
 class _Below:
     """What is to be decided about one lower tier."""
 
@@ -584,6 +603,7 @@ class GlobalCacheEngine:
         windows = (group.window_blocks for group, _ in more_groups)
         self._windowed = list(zip(self.groups[1:], windows, strict=True))
         self._kept = [group.kept for group, _ in more_groups]
+        self._asked = frozenset(number for number, tier in enumerate(lower, start=1) if tier.is_asked)
 
     @property
     def index(self) -> _core.PrefixIndex:
@@ -599,52 +619,82 @@ class GlobalCacheEngine:
             return MatchResult(tiers, np.arange(1, len(tiers) + 1))
         return MatchResult(tiers, np.flatnonzero(self._resumable(keys[: len(tiers)]))[1:])
 
-    def pin(self, keys: BlockKeys) -> tuple[list[tuple[int, int]], TierNumbers, npt.NDArray[np.int64] | None]:
-        """Pins what it takes to bring as many of the leading blocks as can be brought.
-
-        Returns:
-            Leases, each with its group; of each block the tier that it is in (where its parts are in several,
-            the lowest); and how many of the leading blocks can be brought, growing, without 0. None: any
-            number.
-        """
+    def pin(self, keys: BlockKeys) -> Pinned:
+        """Pins what it takes to bring as many of the leading blocks as can be brought, and as many as can be
+        without a tier that is asked."""
         lease, tiers, _ = self.index.acquire(keys, None)
+        num_held = len(tiers)
         if not self._windowed:
-            return [(0, lease)] if lease else [], tiers, None
-        ends = np.flatnonzero(self._resumable(keys[: len(tiers)]))
+            return Pinned([(0, lease)] if lease else [], tiers, None, None, num_held)
+        ends = ready = np.flatnonzero(self._resumable(keys[:num_held]))
+        if self._asked:
+            at_hand = np.flatnonzero((tiers != CPU) & np.isin(tiers, list(self._asked)))
+            num_at_hand = int(at_hand[0]) if len(at_hand) else num_held
+            ready = np.flatnonzero(self._resumable(keys[:num_at_hand], without=self._asked))
         limit = int(ends[-1])
-        if limit < len(tiers):
+        if limit < num_held:
             if lease:
                 self.index.release(lease)
-            keys = keys[:limit]
-            lease, tiers, _ = self.index.acquire(keys, None)
+            lease, tiers, _ = self.index.acquire(keys[:limit], None)
         leases = [(0, lease)] if lease else []
-        for group, window in self._windowed:
-            first = max(0, limit - window)
-            lease, theirs, _ = group.index.acquire(keys[first:limit], None)
-            if lease:
-                leases.append((group.group, lease))
-                np.maximum(tiers[first:], theirs, out=tiers[first:])
-        return leases, tiers, ends[1:]
+        for end in {limit, int(ready[-1])}:
+            for group, window in self._windowed:
+                first = max(0, end - window)
+                lease, theirs, _ = group.index.acquire(keys[first:end], None)
+                if lease:
+                    leases.append((group.group, lease))
+                if end == limit:
+                    np.maximum(tiers[first:], theirs, out=tiers[first:])
+        return Pinned(leases, tiers, ends[1:], ready[1:], num_held)
 
     def unpin(self, leases: Sequence[tuple[int, int]]) -> None:
         for group, lease in leases:
             self.groups[group].index.release(lease)
 
-    def _resumable(self, keys: BlockKeys) -> npt.NDArray[np.bool_]:
+    def _resumable(self, keys: BlockKeys, without: Collection[int] = ()) -> npt.NDArray[np.bool_]:
         """For 0 to all of the leading blocks, which the first group holds, whether the others have what it
-        takes to go on behind them, bool [blocks + 1]."""
+        takes to go on behind them, bool [blocks + 1].
+
+        Args:
+            without: tiers that do not count.
+        """
         good = np.ones(len(keys) + 1, bool)
+        counting = ~np.uint8(sum(1 << tier for tier in without))
         for group, window in self._windowed:
-            good &= boundaries(group.index.held(keys) != 0, window)
+            good &= boundaries(group.index.held(keys) & counting != 0, window)
         return good
 
     def _longest(self, keys: BlockKeys) -> int:
         """How many of the leading blocks, which the first group holds, can be brought."""
         return int(np.flatnonzero(self._resumable(keys))[-1]) if self._windowed else len(keys)
 
-    def learn(self, tier: int, parent: BlockKeys | None, keys: BlockKeys) -> int:
+    def num_held(self, keys: BlockKeys) -> int:
+        """How many of the leading blocks the first group holds, in any tier."""
+        missing = np.flatnonzero(self.index.held(keys) == 0)
+        return int(missing[0]) if len(missing) else len(keys)
+
+    def num_to_go_on(self, keys: BlockKeys) -> int:
+        """How many of the leading blocks can be brought."""
+        return self._longest(keys[: self.num_held(keys)])
+
+    def num_to_go_on_with(self, keys: BlockKeys, found: Mapping[int, Sequence[int]]) -> int:
+        """How many of the leading blocks, all of which the first group is to have, can be brought as far as
+        these further groups are concerned.
+
+        Args:
+            found: positions of blocks that a group is to have beside those that it holds.
+        """
+        good = np.ones(len(keys) + 1, bool)
+        for group, window in self._windowed:
+            if group.group in found:
+                held = group.index.held(keys) != 0
+                held[list(found[group.group])] = True
+                good &= boundaries(held, window)
+        return int(np.flatnonzero(good)[-1])
+
+    def learn(self, tier: int, parent: BlockKeys | None, keys: BlockKeys, group: int = 0) -> int:
         """See CacheEngine.learn."""
-        return self._full.learn(tier, parent, keys)
+        return self.groups[group].learn(tier, parent, keys)
 
     # ---- plans ----
 
@@ -667,22 +717,70 @@ class GlobalCacheEngine:
         acquired = self.index.acquire(blocks, use=True, tokens=tokens)
         return self._plan_fetch(PlanKind.GET, blocks, acquired, tokens)
 
-    def plan_prefetch(self, keys: BlockKeys) -> TransferPlan | None:
-        """Plan that brings the leading held blocks into the CPU tier. None: nothing to bring."""
-        return self._plan_fetch(PlanKind.PREFETCH, keys, self.index.acquire(keys), None)
+    def plan_prefetch(self, keys: BlockKeys, *, all_groups: bool = True) -> TransferPlan | None:
+        """Plan that brings the leading held blocks into the CPU tier. None: nothing to bring.
+
+        Args:
+            all_groups: if not, what the first group keeps of them, whatever the others hold.
+        """
+        acquired = self.index.acquire(keys)
+        return self._plan_fetch(PlanKind.PREFETCH, keys, acquired, None, all_groups=all_groups)
+
+    def plan_prefetches(self, keys: BlockKeys, at_once: int) -> list[TransferPlan]:
+        """Plans that together bring as many of the leading held blocks into the CPU tier as can be brought
+        and there is room for, each so many of them. What further groups need is in one of them, which has all
+        blocks of their windows, for these are of use as a whole. Empty if nothing is to be brought."""
+        while limit := self.num_to_go_on(keys):
+            plans, reached = self._plan_pieces(keys[:limit], at_once)
+            if reached == limit:
+                return plans
+            for plan in plans:
+                self.finish(plan, None)
+            keys = keys[:reached]
+        return []
+
+    def _plan_pieces(self, keys: BlockKeys, at_once: int) -> tuple[list[TransferPlan], int]:
+        """See plan_prefetches. Also how many of the blocks are covered, or in the CPU tier."""
+        begin = max(0, len(keys) - max(at_once, *(window for _, window in self._windowed)))
+        # The last one first: without it the others are of no use.
+        pieces = [(begin, len(keys)), *((at, min(begin, at + at_once)) for at in range(0, begin, at_once))]
+        plans = []
+        for first, end in pieces:
+            piece, is_last = keys[first:end], end == len(keys)
+            plan = self.plan_prefetch(piece, all_groups=is_last)
+            if plan is not None:
+                plans.append(plan)
+            covered = plan.num_blocks if plan is not None else self._num_in_memory(piece, is_last)
+            if covered < len(piece):
+                return plans, first + covered
+        return plans, len(keys)
+
+    def _num_in_memory(self, keys: BlockKeys, all_groups: bool) -> int:
+        """How many of the leading blocks are in the CPU tier; none if a window at their end is not."""
+        lease, tiers, _ = self.index.acquire(keys, CPU)
+        self.index.release(lease)
+        windows = self._windowed if all_groups else []
+        in_memory = (group.index.held(keys[-window:]) & (1 << CPU) for group, window in windows)
+        return len(tiers) if all(map(np.all, in_memory)) else 0
 
     def _plan_fetch(
-        self, kind: PlanKind, keys: BlockKeys, acquired: Acquired, tokens: TokenIds | None
+        self,
+        kind: PlanKind,
+        keys: BlockKeys,
+        acquired: Acquired,
+        tokens: TokenIds | None,
+        *,
+        all_groups: bool = True,
     ) -> TransferPlan | None:
         """Plan for what was acquired; for less of it where a group does not hold as much, or has no room."""
         use = kind is PlanKind.GET
         while True:
             lease, tiers, _ = acquired
             held = len(tiers)
-            limit = self._longest(keys[:held])
+            limit = self._longest(keys[:held]) if all_groups else held
             if limit == held > 0:
                 plan = TransferPlan(kind, keys[:held], TransferOpGraph())
-                too_much = self._add_fetches(plan, acquired, tokens)
+                too_much = self._add_fetches(plan, acquired, tokens, self._windowed if all_groups else ())
                 if too_much is None:
                     if use or any(part.num_lower_blocks for part in plan.parts):
                         return plan
@@ -695,10 +793,16 @@ class GlobalCacheEngine:
                 return None
             acquired = self.index.acquire(keys[:limit], use=use, tokens=tokens)
 
-    def _add_fetches(self, plan: TransferPlan, acquired: Acquired, tokens: TokenIds | None) -> int | None:
+    def _add_fetches(
+        self,
+        plan: TransferPlan,
+        acquired: Acquired,
+        tokens: TokenIds | None,
+        windowed: Sequence[tuple[CacheEngine, int]],
+    ) -> int | None:
         """Adds what each group brings. See CacheEngine.add_fetch: nothing is held if there is no room."""
         limit = self._full.add_fetch(plan, 0, acquired, tokens)
-        for group, window in self._windowed:
+        for group, window in windowed:
             if limit is not None:
                 break
             first = max(0, plan.num_blocks - window)

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -66,15 +66,21 @@ class Question:
     Args:
         keys: of blocks that follow each other.
         deadline_s: of the monotonic clock; nothing was found by then.
+        window: 0: which of the leading blocks it has. Else: where it has this many in a row, the later the
+            better; it may leave out what is of no use for the last such place.
     """
 
-    def __init__(self, keys: BlockKeys, deadline_s: float) -> None:
-        self.keys, self._deadline_s = keys, deadline_s
-        self._found: int | None = None
+    def __init__(self, keys: BlockKeys, deadline_s: float, window: int = 0) -> None:
+        self.keys, self.window, self._deadline_s = keys, window, deadline_s
+        self._found: tuple[int, ...] | None = None
 
-    def answer(self, num_found: int) -> None:
-        """By the tier, once, from any thread."""
-        self._found = num_found
+    def answer(self, positions: Iterable[int]) -> None:
+        """By the tier, once, from any thread.
+
+        Args:
+            positions: of the blocks that it has, growing.
+        """
+        self._found = tuple(positions)
 
     @property
     def answered(self) -> bool:
@@ -86,8 +92,21 @@ class Question:
 
     @property
     def num_found(self) -> int:
-        """How many of the leading blocks the tier has."""
-        return self._found or 0
+        return len(self._found or ())
+
+    @property
+    def positions(self) -> list[int]:
+        """Of what was found, growing."""
+        return list(self._found or ())
+
+    @property
+    def runs(self) -> list[tuple[int, int]]:
+        """What was found, as ranges with a gap between any two."""
+        runs: list[tuple[int, int]] = []
+        for position in self._found or ():
+            first = runs.pop()[0] if runs and runs[-1][1] == position else position
+            runs.append((first, position + 1))
+        return runs
 
 
 class LowerTier(ABC):
@@ -133,8 +152,8 @@ class LowerTier(ABC):
                 starting without the tier.
         """
 
-    def look_up(self, keys: BlockKeys) -> Question:
-        """Asks which of the leading blocks it has; only of a tier that ``is_asked``. Returns at once."""
+    def look_up(self, keys: BlockKeys, window: int = 0) -> Question:
+        """Asks what it has of these, see Question; only of a tier that ``is_asked``. Returns at once."""
         raise NotImplementedError
 
     @property

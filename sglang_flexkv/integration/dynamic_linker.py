@@ -132,14 +132,15 @@ class DynamicLinker(FlexKVLinker):
         return list(range(1, num_in_memory + 1))
 
     def _pin_in_memory(self, rid: str, keys: BlockKeys) -> int:
-        lease, held, _ = self.engine.pin(keys)
+        lease, pinned = self.engine.pin(keys)
+        held = pinned.tiers
         below = np.flatnonzero(held != CPU)
         num_in_memory = int(below[0]) if len(below) else len(held)
         if len(below):
             self.engine.unpin(lease)
             self._fetch(rid, keys[: len(held)])
-            lease, held, _ = self.engine.pin(keys[:num_in_memory])
-            num_in_memory = int(np.count_nonzero(held == CPU))
+            lease, pinned = self.engine.pin(keys[:num_in_memory])
+            num_in_memory = int(np.count_nonzero(pinned.tiers == CPU))
         if num_in_memory:
             self.states.add_lease(rid, lease, num_in_memory)
         return num_in_memory

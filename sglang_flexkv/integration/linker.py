@@ -41,6 +41,11 @@ _WRITE_BACK_TIMEOUT_S = 30.0
 _FINISH_TIMEOUT_S = 120.0
 # Figures of the remote tier are told so often.
 _METRICS_EVERY_S = 1.0
+# Those of them that further groups add to.
+_OF_ALL_GROUPS = {
+    *("times_out", "lookups_failed", "lookup_s", "there_already", "full"),
+    *("compressed_bytes", "compressed_to_bytes", "expanded_bytes"),
+}
 
 
 @dataclass
@@ -135,10 +140,10 @@ class FlexKVLinker(UnifiedCacheLinker):
         """Leading pages of the tail that should be loaded, and the shorter prefixes that can be, too."""
         keys = self.page_hashes.keys(rid, transfers[0].keys or ())
         num_pages = self.find_and_pin(rid, keys)
-        ends = self.states.known(rid).found.ends
-        if ends is None:
+        ready = self.states.known(rid).found.ready
+        if ready is None:
             return list(range(1, num_pages + 1))
-        shorter: list[int] = ends[ends <= num_pages].tolist()
+        shorter: list[int] = ready[ready <= num_pages].tolist()
         return shorter
 
     def find_and_pin(self, rid: str, keys: BlockKeys) -> int:
@@ -149,7 +154,8 @@ class FlexKVLinker(UnifiedCacheLinker):
         if state.gave_up:
             state.found = replace(NOTHING_FOUND, keys=keys)
             return 0
-        lease, held, ends = self.engine.pin(keys)
+        lease, pinned = self.engine.pin(keys)
+        held, ends, num_held = pinned.tiers, pinned.ends, pinned.num_held
         num_cpu_blocks = int(np.count_nonzero(held == CPU))
         # Asked for only where it matters: this runs at every attempt to match a waiting prompt.
         queued_bytes = self.engine.queued_read_bytes() if num_cpu_blocks < len(held) else {}
@@ -157,9 +163,10 @@ class FlexKVLinker(UnifiedCacheLinker):
         num_to_load = self.load_or_recompute.blocks_to_load(prompt)
         if ends is not None and 0 < num_to_load < len(held):
             self.engine.unpin(lease)  # a shorter prefix needs other windows
-            lease, held, ends = self.engine.pin(keys[:num_to_load])
+            lease, pinned = self.engine.pin(keys[:num_to_load])
+            held = pinned.tiers
             num_to_load = len(held)
-        state.found = Lookup(keys, held, num_to_load, self.read_before, ends)
+        state.found = Lookup(keys, held, num_to_load, self.read_before, pinned.ready, num_held)
         if state.found.num_to_load:
             # Each pins a window as well, or a state, of which a tier may have few.
             self.states.add_lease(rid, lease, max(num_cpu_blocks, self._blocks_per_window))
@@ -197,8 +204,14 @@ class FlexKVLinker(UnifiedCacheLinker):
         (number,) = self.engine.asked_tiers
         name = self.engine.tier_names[number]
         loads, stores = stats[f"{name}2H"], stats[f"H2{name}"]
+        of_tier = dict(stats[name])
+        for group in self.engine.group_names:  # prompts, hits and misses are what the first one says
+            of_group = stats[f"{name} {group}"]
+            of_tier["online"] = min(of_tier["online"], of_group["online"])
+            for figure in _OF_ALL_GROUPS & of_group.keys() & of_tier.keys():
+                of_tier[figure] += of_group[figure]
         return {
-            **stats[name],
+            **of_tier,
             "loaded_bytes": loads["bytes"],
             "loading_s": loads["busy_s"],
             "missing_blocks": loads["missing_blocks"],

@@ -20,42 +20,42 @@ import numpy as np
 from sglang_flexkv.cache.load_or_recompute import Prompt
 from sglang_flexkv.common.block import BlockKeys
 from sglang_flexkv.common.config import PrefetchPolicy
-from sglang_flexkv.common.lower_tier import Question, TierNumbers
+from sglang_flexkv.common.lower_tier import TierNumbers
 from sglang_flexkv.integration.compat.scheduler import SchedulerView
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.ranks import Ranks
 from sglang_flexkv.integration.request_state import RequestState
-from sglang_flexkv.kvtask import Fetch, TaskStatus
+from sglang_flexkv.kvtask import Fetch, Inquiry, TaskStatus
 
 # Times that one request waits for reads from lower tiers. Two or three bring all of a prompt, each what the
 # one before left; it takes more if blocks are evicted again meanwhile, which must not go on for ever.
 _WAITS_MAX = 8
+# Reads of its own in one wait, where a prompt can only be taken up at some places: what was to bring the last
+# one may have failed, and a place before it may do.
+_READS_MAX = 4
 
 
 @dataclass
 class Wait:
     """One request's wait for reads from lower tiers."""
 
-    own: Fetch | None  # its own read; None: this rank has nothing to bring
+    reads: list[Fetch]  # its own; none: this rank has nothing to bring
     joined: Fetch | None  # somebody else's, which brings what comes next
     keys: BlockKeys  # of all that the request asked for
     deadline_s: float | None = None  # set when the request's turn comes
-    question: Question | None = None  # to the tier that is asked, about what follows
+    inquiry: Inquiry | None = None  # to the tier that is asked, about what follows
     before_asked: TierNumbers = field(
         default_factory=lambda: np.zeros(0, np.uint8)
     )  # where what is before is
-    asked: Fetch | None = None  # what the answer made worth bringing
-    num_ended: int = 0  # tasks of `own` and `asked`, as far as somebody has looked
+    num_ended: int = 0  # tasks of `reads`, as far as somebody has looked
 
     @property
     def is_done(self) -> bool:
-        return self.question is None and all(
-            read is None or read.ended for read in (self.own, self.joined, self.asked)
-        )
+        return self.inquiry is None and self.reads_nothing
 
     @property
-    def own_reads(self) -> list[Fetch]:
-        return [read for read in (self.own, self.asked) if read is not None]
+    def reads_nothing(self) -> bool:
+        return all(read is None or read.ended for read in (self.joined, *self.reads))
 
     @property
     def is_late(self) -> bool:
@@ -145,36 +145,54 @@ class Prefetches:
         state.num_waits += 1
         if not state.num_untold:
             state.brought_from = state.device_tokens + found.num_cpu_blocks * self._page
-        wait = Wait(own, joined, found.keys, before.deadline_s if before is not None else None)
+        deadline_s = before.deadline_s if before is not None else None
+        wait = Wait([own] if own is not None else [], joined, found.keys, deadline_s)
         if self._num_to_ask(state):
             wait.before_asked = found.held
-            wait.question = self._engine.ask(found.keys[len(found.held) :])
+            wait.inquiry = self._engine.ask(found.keys, len(found.held))
         self.waits[rid] = wait
         self._go_on(rid, wait)
 
     def _go_on(self, rid: str, wait: Wait) -> None:
         """Takes in what has come of a wait."""
-        question = wait.question
-        if question is not None and question.is_over:
-            wait.question = None
-            if question.num_found:
-                self._bring_answer(rid, wait, question)
-        num_ended = sum(read.num_ended for read in wait.own_reads) if self._asks else 0
+        inquiry = wait.inquiry
+        # With windows or states it depends on what has come which place is the last one to go on from.
+        if inquiry is not None and inquiry.is_over and (wait.reads_nothing or not self._linker.has_parts):
+            wait.inquiry = None
+            if inquiry.found_something:
+                self._bring_answer(rid, wait, inquiry)
+        num_ended = sum(read.num_ended for read in wait.reads) if self._asks else 0
         if num_ended > wait.num_ended:  # what has come is kept, whatever becomes of the rest
             wait.num_ended = num_ended
             self._linker.find_and_pin(rid, wait.keys)
+            if self._linker.has_parts and wait.is_done and not wait.is_late:
+                self._bring_known(rid, wait)
 
-    def _bring_answer(self, rid: str, wait: Wait, question: Question) -> None:
+    def _bring_known(self, rid: str, wait: Wait) -> None:
+        """Starts to bring what the last lookup decided to load from a tier that is asked."""
+        found = self._linker.states.of(rid).found
+        if len(wait.reads) < _READS_MAX and found.num_asked_blocks:
+            read = self._engine.start_prefetch(found.keys[: found.num_to_load])
+            if read is not None:
+                self._linker.states.end_lease(rid)  # the plans have leases of their own
+                wait.reads.append(read)
+
+    def _bring_answer(self, rid: str, wait: Wait, inquiry: Inquiry) -> None:
         """Starts to bring what the tier that was asked has, as far as that is worth it."""
         state, first = self._linker.states.of(rid), len(wait.before_asked)
-        num_found = self._engine.learn(question, wait.keys[first - 1] if first else None)
+        num_found = self._engine.learn(inquiry)
+        if self._linker.has_parts:
+            self._linker.find_and_pin(rid, wait.keys)
+            return self._bring_known(rid, wait)
         (tier,) = self._engine.asked_tiers
         tiers = np.concatenate([wait.before_asked, np.full(num_found, tier, np.uint8)])
         queued_bytes = self._engine.queued_read_bytes()
         num_to_load = self._costs.blocks_to_load(
             Prompt(tiers, state.device_tokens, state.total_tokens, queued_bytes)
         )
-        wait.asked = self._engine.start_prefetch(wait.keys[first:num_to_load])
+        read = self._engine.start_prefetch(wait.keys[first:num_to_load])
+        if read is not None:
+            wait.reads.append(read)
 
     def _is_over(self, rid: str, wait: Wait) -> bool:
         """Whether a request stops waiting: all is there, or it has let others pass for long enough."""
@@ -194,7 +212,7 @@ class Prefetches:
     def _end(self, rid: str, wait: Wait) -> None:
         """Keeps what has arrived pinned for the request."""
         del self.waits[rid]
-        for read in wait.own_reads:
+        for read in wait.reads:
             state, brought = self._linker.states.of(rid), read.brought
             state.brought += brought
             state.num_untold += brought.total()
@@ -232,8 +250,9 @@ class Prefetches:
         found = state.found
         if not self._engine.num_reads:
             return None
-        # What it found below (the read may have begun later), and where it ended.
-        for first in sorted({found.num_cpu_blocks, len(found.held)} - {len(found.keys)}):
+        # What it found below (the read may have begun later), and where it ended; and where the first group
+        # did, of which more may be held than can be gone on from.
+        for first in sorted({found.num_cpu_blocks, len(found.held), found.num_held} - {len(found.keys)}):
             read = self._engine.find_read(found.keys[first:])
             if read is not None:
                 return read if self._is_worth_waiting(state, first, read) else None
@@ -267,7 +286,7 @@ class Prefetches:
             return 0
         (tier,) = self._engine.asked_tiers
         num_bytes = self._engine.queued_read_bytes()
-        num_bytes[tier] += missing * self._engine.slot_bytes
+        num_bytes += self._costs.bytes_by_tier(np.full(missing, tier, np.uint8))
         start = state.device_tokens + first * self._page
         worth = self._costs.is_worth_waiting(
             num_bytes, start, start + missing * self._page, state.total_tokens

@@ -25,8 +25,10 @@ class Lookup:
     held: TierNumbers  # of each leading block that is held the tier that it would come from
     num_to_load: int  # of these
     asked_tiers: frozenset[int] = frozenset()  # from which no forward loads: FlexKVLinker.read_before
-    # How many of the leading blocks can be loaded, growing; None: any number of those that are held.
-    ends: npt.NDArray[np.int64] | None = None
+    # How many of the leading blocks a forward can load as they are, growing; None: any number of those before
+    # the first that is in one of the asked tiers.
+    ready: npt.NDArray[np.int64] | None = None
+    num_held: int = 0  # leading blocks that the first group holds, whatever the others do
 
     @property
     def num_cpu_blocks(self) -> int:
@@ -42,6 +44,9 @@ class Lookup:
     @property
     def num_for_forward(self) -> int:
         """Leading blocks to load that a forward may load as they are."""
+        if self.ready is not None:
+            ready = self.ready[self.ready <= self.num_to_load]
+            return int(ready[-1]) if len(ready) else 0
         return self.num_to_load if not self.asked_tiers else self._first_asked()
 
     @property

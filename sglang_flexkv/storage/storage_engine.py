@@ -9,11 +9,10 @@ from sglang_flexkv import _core
 from sglang_flexkv.common.block import Namespace, make_namespace
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import CacheConfig
-from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.kv_group import KVGroup
 from sglang_flexkv.common.lower_tier import AwayError, LowerTier
 from sglang_flexkv.common.storage import DeviceBuffers
-from sglang_flexkv.storage.remote.tier import RemoteTier
+from sglang_flexkv.storage.remote.tier import RemoteTier, WritePace
 from sglang_flexkv.storage.ssd_identity import Identity
 from sglang_flexkv.storage.ssd_tier import SsdTier
 
@@ -37,6 +36,7 @@ class TierRequest:
         group: whose blocks it is for; None: the first group's.
         slice_bytes: of each slice of a slot.
         number_bytes: of the floating-point numbers that blocks consist of; 0: of several sizes, or others.
+        remote_pace: of what all groups store remotely.
     """
 
     config: CacheConfig
@@ -49,22 +49,27 @@ class TierRequest:
     group: KVGroup | None = None
     slice_bytes: tuple[int, ...] = ()
     number_bytes: int = 0
+    remote_pace: WritePace | None = None
+
+    def of_group(self, namespace: Namespace) -> Namespace:
+        """In its place for what is kept of the group: no other one takes it for its own."""
+        if self.group is None:
+            return namespace
+        return make_namespace({"of all groups": namespace.hex(), "group": self.group.name})
 
 
 def _ssd(request: TierRequest) -> LowerTier | None:
     if not request.config.enable_ssd:
         return None
-    namespace, rank_tag, num_slots = request.namespace, request.rank_tag, request.config.num_ssd_blocks
+    rank_tag, num_slots = request.rank_tag, request.config.num_ssd_blocks
     if (group := request.group) is not None:
-        # Files of its own, which no other group takes for its own.
-        namespace = make_namespace({"of all groups": namespace.hex(), "group": group.name})
         rank_tag = f"{rank_tag}-{group.name}"
         num_slots = group.quota(num_slots)
     return SsdTier(
         request.config,
         num_slots,
         request.slice_bytes,
-        namespace=namespace,
+        namespace=request.of_group(request.namespace),
         label=request.label,
         identity=request.identity if request.group is None else None,
         rank_tag=rank_tag,
@@ -76,17 +81,14 @@ def _remote(request: TierRequest) -> LowerTier | None:
     config = request.config
     if config.remote is None:
         return None
-    if request.group is not None:
-        raise ConfigError(
-            "remote: blocks with parts in several pools cannot be stored remotely; leave it out"
-        )
+    num_slots = config.num_remote_blocks
     return RemoteTier(
         config.remote,
-        config.num_remote_blocks,
+        num_slots if request.group is None else request.group.quota(num_slots),
         namespace=request.namespace,
-        shared_namespace=request.shared_namespace,
+        shared_namespace=request.of_group(request.shared_namespace or request.namespace),
         admission=config.remote_admission,
-        write_limit_mb_s=config.remote_write_limit_mb_s,
+        pace=request.remote_pace,
         timeout_s=config.remote_timeout_s,
         compression=config.remote_compression,
         number_bytes=request.number_bytes,
@@ -163,6 +165,7 @@ class StorageEngine:
         num_layers = len(device.tensors) + len(theirs)
         self.layers = layers or [layer for layer in range(num_layers) if layer not in theirs]
         self.groups: list[GroupStorage] = []
+        request = replace(request, remote_pace=WritePace(request.config.remote_write_limit_mb_s * 1e6))
         try:
             self.groups.append(GroupStorage(device, request))
             for group in more_groups:

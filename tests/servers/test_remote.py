@@ -17,12 +17,13 @@ import pytest
 from answers import ASK, differing, rounding
 from forked_server import ForkedServer
 from remote_services import KINDS, SERVER_ENVIRONMENT
-from server import SGLangServer
+from server import DTYPE, SGLangServer
 from workload import conversations
 
 ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 6
 MODEL = ROOT / "models" / "tiny-gqa"
+WITH_WINDOWS, WITH_STATES = ROOT / "models" / "tiny-swa", ROOT / "models" / "tiny-gdn"
 PROMPTS = [turn.tokens for turn in conversations(6, 2, seed=3)][-6:]
 OTHERS = [turn.tokens for turn in conversations(6, 2, seed=4)][-6:]
 PATIENCE_S = 120.0
@@ -55,11 +56,15 @@ def store(kind_of_store: str, tmp_path: Path) -> Iterator[Any]:
     made.stop()
 
 
-def start(store: Any, log: Path, compression: str = "none", model: Path = MODEL) -> SGLangServer:
+def start(
+    store: Any, log: Path, compression: str = "none", model: Path = MODEL, **more_flags: object
+) -> SGLangServer:
     flags = {"enable-flexkv": True, "enable-metrics": True, "max-total-tokens": 4096, "log-level": "info"}
     env = {"FLEXKV_REMOTE": store.url, "FLEXKV_CPU_CACHE_GB": "0.1", **SERVER_ENVIRONMENT}
     env["FLEXKV_REMOTE_COMPRESSION"] = compression
-    return ForkedServer(model, flags, env=env, log_path=log)
+    if model == WITH_STATES:
+        env["SGLANG_MAMBA_CONV_DTYPE"] = DTYPE  # see test_states.py
+    return ForkedServer(model, flags | more_flags, env=env, log_path=log)
 
 
 def test_a_second_server_finds_what_the_first_computed(store: Any, tmp_path: Path) -> None:
@@ -92,6 +97,51 @@ def test_a_second_server_finds_what_the_first_computed(store: Any, tmp_path: Pat
             until(lambda: figure(second, "expanded_bytes_total") > 0, "nothing was expanded")
         if hasattr(store, "send"):
             check_that_nobody_notices_when_it_goes(second, store, expected, apart)
+
+
+@pytest.mark.parametrize(
+    ("model", "kind_of_store", "flags"),
+    [
+        (WITH_WINDOWS, "directory", {}),
+        (
+            WITH_STATES,
+            "redis",
+            {
+                "mamba-radix-cache-strategy": "extra_buffer",
+                "mamba-track-interval": 64,
+                "max-mamba-cache-size": 20,
+                "max-running-requests": 4,
+                "chunked-prefill-size": 256,
+            },
+        ),
+    ],
+    ids=["windows", "states"],
+)
+def test_a_second_server_finds_windows_and_states(
+    store: Any, model: Path, flags: dict[str, object], tmp_path: Path
+) -> None:
+    """A prefix is of use to it only with them."""
+    prompts = PROMPTS[:4]
+    # Each of them goes on behind what the first server has seen.
+    longer = [(*prompt, *other[:40]) for prompt, other in zip(prompts, OTHERS, strict=False)]
+    apart = rounding(model)
+    with start(store, tmp_path / "first.log", model=model, **flags) as first:
+        answers(first, prompts)
+        until(lambda: figure(first, "stored_bytes_total") > 0, "nothing is stored")
+    with start(store, tmp_path / "second.log", model=model, **flags) as second:
+        got = answers(second, longer)
+        # A state is kept every 64 tokens, a window where a prompt ends.
+        assert sum(map(from_storage, got)) > 0.5 * sum(map(len, prompts)), [a["meta_info"] for a in got]
+        assert figure(second, "online") == 1
+        assert second.metric("flexkv_failed_loads_total") == 0
+        second.flush_cache()
+        again = answers(second, longer)  # computed
+        assert sum(map(from_storage, again)) == 0
+        assert not differing(got, again, apart)
+    for log in ("first.log", "second.log"):
+        text = (tmp_path / log).read_text()
+        assert "hit an exception" not in text
+        assert text.count("sglang-flexkv closed: nothing left held") == 1
 
 
 def check_that_nobody_notices_when_it_goes(

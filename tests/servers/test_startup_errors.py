@@ -226,8 +226,7 @@ def test_what_does_not_go_with_windows_and_states(
         refused.check_model(model, FlexKVConfig(), disaggregated=True)
     with pytest.raises(ConfigError, match=f"write_policy: the model .* keeps {keeps} .* use write_through"):
         refused.check_model(model, FlexKVConfig(write_policy="write_back"))
-    with pytest.raises(ConfigError, match=f"remote: the model .* keeps {keeps} .* leave it out for this"):
-        refused.check_model(model, FlexKVConfig(remote="redis://127.0.0.1:6379"))
+    refused.check_model(model, FlexKVConfig(remote="redis://127.0.0.1:6379"))
     for flag, name in (
         ("speculative", "--speculative-algorithm"),
         ("context_parallel", "--enable-prefill-cp"),

@@ -73,7 +73,7 @@ def test_a_flush_while_a_request_waits_for_ssd_leaves_no_task(make_rig: MakeRig,
     invalidate_cpu_tier(rig)
     req = rig.request(sequence(1))
     prefetch(rig, req)
-    fetch = rig.cache.prefetches.waits[name_of(req)].own
+    fetch = rig.cache.prefetches.waits[name_of(req)].reads[0]
     assert fetch is not None
     (task,) = fetch.tasks
     rig.cache.reset()

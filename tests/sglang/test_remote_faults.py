@@ -10,15 +10,20 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import redis
-from kit import TIMEOUT_S, Rig, assert_same, cut
+import torch
+from kit import TIMEOUT_S, KitSteps, Rig, assert_same, build_kit_cache, cut
 from linker_steps import PAGE, PAGES, MakeRig, invalidate_cpu_tier, may_run, prefetch, sequence
 from redis_server import RedisServer
 from remote_faults import Faults, faulty_stores
 from remote_services import KINDS, SERVERS, Services, go_on, set_environment, stand_still
+from sglang.srt.managers.schedule_batch import Req
+from sglang.test.kits.unified_radix_cache.config import CONFIGS
 
 from sglang_flexkv import kvtask, tierlife
 from sglang_flexkv.common.config import PrefetchPolicy, RemoteCompression
@@ -60,14 +65,18 @@ def store(rig: Rig, tokens: list[int], seed: int) -> list:
     return expected
 
 
-def run(rig: Rig, tokens: list[int]) -> tuple[list, int]:
-    """A request from the queue to its end: what it has of its prompt, and how much the store brought."""
-    req = rig.request(tokens)
+def wait_in_queue(rig: Rig, req: Req) -> None:
     prefetch(rig, req)
     deadline = time.monotonic() + TIMEOUT_S
     while not may_run(rig, req):
         assert time.monotonic() < deadline, "a request waits for ever"
         time.sleep(0.001)  # the store's threads go on meanwhile
+
+
+def run(rig: Rig, tokens: list[int]) -> tuple[list, int]:
+    """A request from the queue to its end: what it has of its prompt, and how much the store brought."""
+    req = rig.request(tokens)
+    wait_in_queue(rig, req)
     brought = rig.cache.pop_prefetch_loaded_tokens(req.cache_request_handle)
     (slots,) = rig.restore(req)
     got = rig.read(slots)
@@ -123,6 +132,38 @@ def test_what_one_server_stored_another_finds(make_rig: MakeRig, services: Servi
     got, brought = run(second, sequence(1))
     assert_same(got, expected)
     assert brought == PAGES * PAGE
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_windows_and_states_of_one_server_another_finds(services: Services, kind: str) -> None:
+    url = services.get(kind).url
+    cfg = next(cfg for cfg in CONFIGS if cfg.has_swa and cfg.has_mamba and cfg.page_size == 64)
+    page = cfg.page_size
+    cfg = replace(cfg, num_layers=2, full_attention_layer_ids=(1,), kv_size=24 * page)
+    tokens = KitSteps(cfg)._make_seq(1, 6)
+    with ExitStack() as stack:
+        first, second = (stack.enter_context(Rig(build_kit_cache(cfg, "python"), remote=url)) for _ in "ab")
+        # Two places to go on from: the second prompt begins as the first one.
+        half, whole = store(first, tokens[: 3 * page], 1), store(first, tokens, 2)
+        for asked, brought in ((2, 0), (6, 6), (5, 3)):
+            req = second.request([*tokens[: asked * page], 7])
+            wait_in_queue(second, req)
+            assert second.cache.pop_prefetch_loaded_tokens(req.cache_request_handle) == brought * page
+            (slots,) = second.restore(req)
+            assert len(slots) == brought * page
+            expected = [torch.cat([a, b[3 * page :]]) for a, b in zip(half, whole, strict=True)]
+            assert_same(second.read(slots), cut(expected, 0, len(slots)))
+            if brought:
+                assert_same(second.read_state(req), second.random_state(brought // 3))
+            second.abort(req, slots)
+            second.evict_all()
+            if asked == 6:
+                # No forward waits for a state: all else of the shorter prefix is in memory.
+                req = second.request([*tokens[: 5 * page], 7])
+                assert second.match(req).host_hit_length == 0
+                second.abort(req)
+            invalidate_cpu_tier(second)
+        assert all(second.stats(f"REMOTE {group}")["found_blocks"] for group in second.engine.group_names)
 
 
 @pytest.mark.parametrize("kind", SERVERS)

@@ -11,16 +11,20 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import random
+import time
 from array import array
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from types import SimpleNamespace
 from unittest import TestCase, mock
 
 import pytest
 import torch
-from kit import CORES, KitSteps, Rig, as_bytes, assert_same, build_kit_cache, cut, radix_key
+from dict_store import Values
+from kit import CORES, TIMEOUT_S, KitSteps, Rig, as_bytes, assert_same, build_kit_cache, cut, radix_key
+from linker_steps import invalidate_cpu_tier, may_run, prefetch
+from remote_faults import Faults, FaultyStore
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
@@ -45,10 +49,12 @@ from sglang.test.kits.unified_radix_cache.insert_walk import StreamingSessionLoc
 from sglang.test.kits.unified_radix_cache.kv_events import UnifiedRadixCacheKVEventsFixtures
 from sglang.test.mem_cache_utils import finish_req
 
+from sglang_flexkv import kvtask, tierlife
 from sglang_flexkv.common.config import WritePolicy
 from sglang_flexkv.common.errors import IncompatibleError
 from sglang_flexkv.integration.compat.kv_pool import device_buffers
 from sglang_flexkv.integration.compat.requests import name_of
+from sglang_flexkv.storage.remote import tier as remote_tier
 
 FULL = [cfg for cfg in CONFIGS if not cfg.has_swa and not cfg.has_mamba and not cfg.is_eagle]
 WINDOWS = [cfg for cfg in CONFIGS if cfg.has_swa and not cfg.has_mamba]
@@ -637,7 +643,88 @@ class Oracle:
 def test_no_history_makes_it_serve_anything_but_the_right_bytes(
     cfg: KitConfig, core: str, policy: WritePolicy
 ) -> None:
-    cfg = dataclasses.replace(
+    # Smaller than what the policy stores in the end: blocks leave the CPU tier all the time as well.
+    is_small = policy is WritePolicy.WRITE_THROUGH_SELECTIVE or cfg.has_swa or cfg.has_mamba
+    num_cpu_blocks = 8 if is_small else 20
+    cfg = small(cfg)
+    with Rig(build_kit_cache(cfg, core), policy=policy, num_cpu_blocks=num_cpu_blocks) as rig:
+        restored, aborted = run_history(rig, cfg, random.Random(f"{cfg.label} {core} {policy}"))
+        # The history is worth something: it restored, aborted and lost blocks.
+        assert restored > 0
+        assert aborted > 0
+        assert rig.stats("CPU")["evicted"] > 0
+
+
+@pytest.mark.parametrize(
+    ("cfg", "seed"),
+    [(cfg, seed) for seed, cfg in enumerate([WINDOWS[0], WINDOWS[3], STATES[0], STATES[1], STATES[-2]])],
+    ids=lambda value: value.label if isinstance(value, KitConfig) else str(value),
+)
+def test_no_history_makes_a_store_that_fails_serve_anything_but_the_right_bytes(
+    cfg: KitConfig, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two servers over one store, which has faults of every kind."""
+    faults, values, cfg = Faults(seed), Values(), small(cfg)
+    monkeypatch.setattr(remote_tier, "STORES", {"file": lambda *_: FaultyStore(values, faults)})
+    monkeypatch.setattr(remote_tier, "_ABSENT_S", 0.0)
+    monkeypatch.setattr(remote_tier, "_SPOILT_S", 0.0)
+    monkeypatch.setattr(remote_tier, "_FULL_MAX_S", 0.01)
+    monkeypatch.setattr(tierlife, "_RETRY_S", 0.01)
+    monkeypatch.setattr(tierlife, "_RETRY_MAX_S", 0.05)
+    monkeypatch.setattr(kvtask, "_FETCH_BYTES", 1)  # a task for each block
+    rng = random.Random(seed)
+    kinds = ("flip", "garbage", "missing", "wrong_size", "error", "lost", "full", "lies")
+
+    def wait_amid_faults(rig: Rig, req: Req) -> None:
+        faults.heal()
+        for kind in kinds:
+            setattr(faults, kind, 0.1 if rng.random() < 0.3 else 0.0)
+        if rng.random() < 0.3:
+            invalidate_cpu_tier(rig)
+        wait(rig, req)
+
+    def wait(rig: Rig, req: Req) -> None:
+        prefetch(rig, req)
+        deadline = time.monotonic() + TIMEOUT_S
+        while not may_run(rig, req):
+            assert time.monotonic() < deadline, "a request waits for ever"
+            time.sleep(0.0005)  # the store's threads go on meanwhile
+
+    with ExitStack() as stack:
+        rigs = [
+            stack.enter_context(Rig(build_kit_cache(cfg, core), num_cpu_blocks=12, remote="file:///tmp"))
+            for core in CORES
+        ]
+        histories = [run_history(rig, cfg, rng, 15, wait_amid_faults) for _ in range(2) for rig in rigs]
+        assert sum(restored for restored, _ in histories) > 0
+        faults.heal()
+        for rig in rigs:
+            assert rig.stats("REMOTE2H")["bytes"] > 0
+            assert rig.linker.metrics.total["failed"] == 0
+        # Now that it works the other one finds all of what one stores, with all its parts.
+        for number, (writer, reader) in enumerate([rigs, rigs[::-1]]):
+            tokens = KitSteps(cfg)._make_seq(50_000 + 10_000 * number, 5)
+            deadline = time.monotonic() + TIMEOUT_S
+            while True:
+                writer.insert(tokens, seed=number)
+                writer.evict_all()
+                writer.engine.flush_spills(TIMEOUT_S)
+                invalidate_cpu_tier(writer)
+                req = reader.request([*tokens, 7])
+                wait(reader, req)
+                (slots,) = reader.restore(req)
+                reader.abort(req, slots)
+                if len(slots) == len(tokens):
+                    break
+                assert time.monotonic() < deadline, "the store is not used again"
+            further = [name for name in reader.engine.stats() if name.startswith("REMOTE ")]
+            assert len(further) == cfg.has_swa + cfg.has_mamba
+            assert all(reader.stats(name)["found_blocks"] > 0 for name in further)
+
+
+def small(cfg: KitConfig) -> KitConfig:
+    """With less of everything, so that it does not last."""
+    return dataclasses.replace(
         cfg,
         num_layers=2,
         full_attention_layer_ids=(1,),
@@ -645,59 +732,62 @@ def test_no_history_makes_it_serve_anything_but_the_right_bytes(
         head_dim=8,
         kv_size=24 * cfg.page_size,
     )
-    # Smaller than what the policy stores in the end: blocks leave the CPU tier all the time as well.
-    is_small = policy is WritePolicy.WRITE_THROUGH_SELECTIVE or cfg.has_swa or cfg.has_mamba
-    num_cpu_blocks = 8 if is_small else 20
-    with Rig(build_kit_cache(cfg, core), policy=policy, num_cpu_blocks=num_cpu_blocks) as rig:
-        steps, oracle, rng = KitSteps(cfg), Oracle(rig), random.Random(f"{cfg.label} {core} {policy}")
-        restored = aborted = 0
 
-        def prompt() -> list[int]:
-            # Few distinct pages, so that prompts share prefixes and split nodes.
-            return [
-                t for _ in range(rng.randrange(1, 6)) for t in steps._make_seq(1000 * rng.randrange(3), 1)
-            ]
 
-        for _ in range(80):
-            batch = []
-            for _ in range(rng.randrange(1, 3)):
-                owner, tokens = rng.choice(["", "tenant"]), prompt()
-                req = rig.request(tokens, cache_salt=owner or None)
-                hit = rig.admit(req)
-                restored += len(hit) - req.kv.cache_protected_len
-                if rng.random() < 0.15:
-                    rig.abort(req, hit)
-                    aborted += 1
-                    continue
-                batch.append((owner, tokens, req, hit))
-            rig.start_batch()
-            rig.forward()
-            assert not rig.cache.finish_external_linker_loads([req for _, _, req, _ in batch])
-            for owner, tokens, req, hit in batch:
-                if len(hit):
-                    oracle.check(owner, tokens[: len(hit)], hit)
-                    oracle.take_state(owner, tokens[: len(hit)], req)
-                missing = len(tokens) - len(hit)
-                if missing > rig.allocator.available_size():
-                    short = missing - rig.allocator.available_size()
-                    rig.cache.evict(EvictParams(num_tokens=short, swa_num_tokens=short if cfg.has_swa else 0))
-                new = rig.allocate(missing) if missing else hit[:0]
-                if new is None:
-                    rig.abort(req, hit)
-                    continue
-                slots = torch.cat([hit, new])
-                oracle.compute(owner, tokens, slots, len(hit))
-                oracle.leave_state(owner, tokens, req)
-                rig.finish(req, slots)
-            if rng.random() < 0.5:
-                rig.settle()
-            if rng.random() < 0.2:
-                rig.evict_all()
-            rig.cache.sanity_check()
-        # The history is worth something: it restored, aborted and lost blocks.
-        assert restored > 0
-        assert aborted > 0
-        assert rig.stats("CPU")["evicted"] > 0
+def run_history(
+    rig: Rig,
+    cfg: KitConfig,
+    rng: random.Random,
+    num_steps: int = 80,
+    wait: Callable[[Rig, Req], None] = lambda _rig, _req: None,
+) -> tuple[int, int]:
+    """Requests that a seed draws, each of which waits before it is admitted. Returns how many tokens came
+    back from below the device, and how many requests were given up."""
+    steps, oracle = KitSteps(cfg), Oracle(rig)
+    restored = aborted = 0
+
+    def prompt() -> list[int]:
+        # Few distinct pages, so that prompts share prefixes and split nodes.
+        return [t for _ in range(rng.randrange(1, 6)) for t in steps._make_seq(1000 * rng.randrange(3), 1)]
+
+    for _ in range(num_steps):
+        batch = []
+        for _ in range(rng.randrange(1, 3)):
+            owner, tokens = rng.choice(["", "tenant"]), prompt()
+            req = rig.request(tokens, cache_salt=owner or None)
+            wait(rig, req)
+            hit = rig.admit(req)
+            restored += len(hit) - req.kv.cache_protected_len
+            if rng.random() < 0.15:
+                rig.abort(req, hit)
+                aborted += 1
+                continue
+            batch.append((owner, tokens, req, hit))
+        rig.start_batch()
+        rig.forward()
+        assert not rig.cache.finish_external_linker_loads([req for _, _, req, _ in batch])
+        for owner, tokens, req, hit in batch:
+            if len(hit):
+                oracle.check(owner, tokens[: len(hit)], hit)
+                oracle.take_state(owner, tokens[: len(hit)], req)
+            missing = len(tokens) - len(hit)
+            if missing > rig.allocator.available_size():
+                short = missing - rig.allocator.available_size()
+                rig.cache.evict(EvictParams(num_tokens=short, swa_num_tokens=short if cfg.has_swa else 0))
+            new = rig.allocate(missing) if missing else hit[:0]
+            if new is None:
+                rig.abort(req, hit)
+                continue
+            slots = torch.cat([hit, new])
+            oracle.compute(owner, tokens, slots, len(hit))
+            oracle.leave_state(owner, tokens, req)
+            rig.finish(req, slots)
+        if rng.random() < 0.5:
+            rig.settle()
+        if rng.random() < 0.2:
+            rig.evict_all()
+        rig.cache.sanity_check()
+    return restored, aborted
 
 
 @on_both_cores

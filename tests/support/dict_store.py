@@ -115,7 +115,7 @@ class Server:
         assert question is not None
         while not question.is_over:
             self.engine.poll()
-        self.engine.learn(question, None)
+        self.engine.learn(question)
         self.kv[:] = -1
         task = self.engine.create_get(self.keys)
         self.launch(task)

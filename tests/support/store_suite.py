@@ -49,6 +49,11 @@ def test_what_is_stored_is_there(session: Session) -> None:
     for asked in (40, 31, 30, 29, 1):
         assert session.count_leading(names[:asked]) == min(30, asked)
     assert session.count_leading(names[30:]) == 0
+    for window in (1, 3, 16):
+        # What it may leave out is of no use for the last place where so many are in a row.
+        assert session.find_windows(names[:30], window)[-window:] == [True] * window
+        assert session.find_windows(names, window)[30 - window :] == [True] * window + [False] * 10
+    assert session.find_windows(names[30:], 3) == [False] * 10
     into = [empty() for _ in range(31)]
     assert session.get(names[:31], into) == [Outcome.GOOD] * 30 + [Outcome.MISSING]
     for i in range(30):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from group_cache import BLOCK, NAMESPACE, PATIENCE_S, SEQUENCE, GroupCache
+from remote_groups import *  # noqa: F403
 from sglang_flexkv_testing import FaultyDisk
 
 from sglang_flexkv import _core, tierlife
@@ -27,7 +28,7 @@ class Cache(GroupCache):
     The pool of the window has K and V of other widths, another dtype, and room for the window alone.
     """
 
-    def __init__(self, directory: Path, disk: FaultyDisk | None = None, share: float = 0.5) -> None:
+    def __init__(self, directory: Path | None, disk: FaultyDisk | None = None, share: float = 0.5) -> None:
         self.window = [
             [torch.zeros(WINDOW * BLOCK, 1, width, dtype=torch.float16) for width in (96, 32)]
             for _ in WINDOW_LAYERS
@@ -176,10 +177,10 @@ def test_a_window_that_had_to_go_is_no_hit(tmp_path: Path) -> None:
 
 def test_what_is_pinned_of_both_parts_stays(cache: Cache) -> None:
     cache.put(1)
-    lease, tiers, ends = cache.engine.pin(cache.sequence(1).block_keys)
-    assert ends is not None
-    assert ends.tolist() == [SEQUENCE]
-    assert len(tiers) == SEQUENCE
+    lease, pinned = cache.engine.pin(cache.sequence(1).block_keys)
+    assert pinned.ends is not None
+    assert pinned.ends.tolist() == [SEQUENCE]
+    assert len(pinned.tiers) == SEQUENCE
     cache.engine.clear_tiers(1)
     for number in range(2, 8):
         cache.put(number, SEQUENCE // 2)
@@ -312,3 +313,19 @@ def test_what_makes_no_group_is_refused(cache: Cache, change: dict, message: str
     KVGroup(**good)
     with pytest.raises(ValueError, match=message):
         KVGroup(**{**good, **change})
+
+
+# ---- with a remote store ----
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[[], Cache]]:
+    made: list[Cache] = []
+
+    def add() -> Cache:
+        made.append(Cache(None))
+        return made[-1]
+
+    yield add
+    for each in made:
+        each.close()

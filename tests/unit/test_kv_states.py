@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from group_cache import BLOCK, PATIENCE_S, SEQUENCE, GroupCache
+from remote_groups import *  # noqa: F403
 
 from sglang_flexkv.common.kv_group import KVGroup
 from sglang_flexkv.common.storage import DeviceBuffers
@@ -23,7 +24,7 @@ FULL_LAYERS, STATE_LAYERS = (1, 3), (0, 1)
 class Cache(GroupCache):
     """An engine over KV and states. What sequence i has in both is drawn from i, and its end."""
 
-    def __init__(self, directory: Path, share: float = 0.25) -> None:
+    def __init__(self, directory: Path | None, share: float = 0.25) -> None:
         self.states = [
             [torch.zeros(STATES, 4, 8, 8), torch.zeros(STATES, 24, 3, dtype=torch.bfloat16)]
             for _ in STATE_LAYERS
@@ -178,3 +179,19 @@ def test_a_block_takes_a_slot_at_least(cache: Cache) -> None:
     assert replace(cache.group, slots_per_block=None).slots_of(BLOCK) == BLOCK
     with pytest.raises(ValueError, match="0 slots for a block"):
         replace(cache.group, slots_per_block=0)
+
+
+# ---- with a remote store ----
+
+
+@pytest.fixture
+def make() -> Iterator[Callable[[], Cache]]:
+    made: list[Cache] = []
+
+    def add() -> Cache:
+        made.append(Cache(None))
+        return made[-1]
+
+    yield add
+    for each in made:
+        each.close()

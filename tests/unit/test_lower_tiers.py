@@ -241,7 +241,7 @@ class Cache:
         question = self.engine.ask(keys) if self.engine.can_ask else None
         if question is not None:
             self.until(lambda: question.is_over, "a question is never over")
-            self.engine.learn(question, None)
+            self.engine.learn(question)
 
     def start_get(self, number: int) -> KVTask:
         self.ask(number)

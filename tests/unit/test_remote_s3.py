@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import random
 import signal
 import ssl
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from certificates import Certificates, make_certificates
 from s3_server import S3Server
@@ -19,11 +21,18 @@ from store_suite import *  # noqa: F403
 from store_suite import SIZE, content, empty, some_names, value
 
 from sglang_flexkv.common.errors import ConfigError
+from sglang_flexkv.common.kv_group import boundaries
 from sglang_flexkv.common.lower_tier import AwayError
 from sglang_flexkv.common.remote_url import parse_remote_url
 from sglang_flexkv.storage.remote.check import check
 from sglang_flexkv.storage.remote.s3 import S3Store
-from sglang_flexkv.storage.remote.store import Outcome, StoreError, StoreFullError, search_leading
+from sglang_flexkv.storage.remote.store import (
+    Outcome,
+    StoreError,
+    StoreFullError,
+    search_leading,
+    search_windows,
+)
 
 NAMES = some_names()
 
@@ -207,6 +216,35 @@ def test_the_last_that_is_there_is_searched_for_with_few_requests(num: int) -> N
         assert len(asked) <= min(2 + num, 40)
         if leading in (0, num):
             assert len(asked) <= 2
+
+
+def test_windows_are_searched_for_from_the_end_with_few_requests() -> None:
+    rng = random.Random(3)
+    for _ in range(400):
+        num, window = rng.randrange(1, 300), rng.choice([1, 2, 3, 8, 40])
+        there = [False] * num
+        for _ in range(rng.randrange(5)):  # what is stored of a window is a block more, mostly
+            end = rng.randrange(1, num + 1)
+            first = max(0, end - window - rng.randrange(2))
+            there[first:end] = [True] * (end - first)
+        for _ in range(rng.randrange(3)):
+            there[rng.randrange(num)] = rng.random() < 0.5
+        rounds: list[int] = []
+
+        def are_there(
+            positions: Sequence[int], there: list[bool] = there, rounds: list[int] = rounds
+        ) -> list[bool]:
+            rounds.append(len(positions))
+            return [there[position] for position in positions]
+
+        found = search_windows(num, window, are_there)
+        whole = np.flatnonzero(boundaries(np.array(there), window))[-1]
+        best = np.flatnonzero(boundaries(np.array(found), window))[-1]
+        assert not [i for i in range(num) if found[i] and not there[i]]
+        assert sum(rounds) <= 64 + 16 + 2 * window
+        assert best == whole or (best == 0 and sum(rounds) >= 64)
+        if whole == num:
+            assert sum(rounds) == min(num, window)
 
 
 # ---- answers that no server should give ----

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.remote_url import parse_remote_url
 from sglang_flexkv.storage.remote import tier as remote_tier
 from sglang_flexkv.storage.remote.store import Outcome, StoreError, StoreFullError, Value
-from sglang_flexkv.storage.remote.tier import RemoteTier
+from sglang_flexkv.storage.remote.tier import RemoteTier, WritePace
 
 KEYS = np.arange(64, dtype=np.uint64).reshape(32, 2)
 URL = parse_remote_url("file:///tmp")
@@ -132,7 +133,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return made
 
 
-def tier_of(watched: Watched, **settings: float) -> RemoteTier:
+def tier_of(watched: Watched, **settings: Any) -> RemoteTier:
     return RemoteTier(URL, 8, namespace=NAMESPACE, **settings)
 
 
@@ -226,7 +227,8 @@ def test_nothing_is_sent_to_a_store_that_is_full(watched: Watched, server: Serve
 
 
 def test_a_limit_is_kept_for_what_is_sent_and_not_for_what_is_there(watched: Watched) -> None:
-    tier = tier_of(watched, write_limit_mb_s=2.0)
+    now_s = [100.0]
+    tier = tier_of(watched, pace=WritePace(2e6, lambda: now_s[0]))
     waits: list[float] = []
     mover = remote_tier._Mover(tier, store=True)
     mover.stop = SimpleNamespace(wait=waits.append)  # type: ignore[assignment]
@@ -235,8 +237,10 @@ def test_a_limit_is_kept_for_what_is_sent_and_not_for_what_is_there(watched: Wat
     for part in (slice(0, 1), slice(0, 2), slice(0, 2)):
         call = SimpleNamespace(values=lambda part=part: values[part])
         mover._put(call, KEYS[part], names[part])  # type: ignore[arg-type]
-    # Two threads share 2 MB/s: 496 kB take half a second at 1 MB/s each.
-    assert waits == [0.496, 0.496, 0.0]
+    # All that store share 2 MB/s: 496 kB take a quarter of a second, and the next ones another.
+    assert waits == pytest.approx([0.248, 0.496, 0.0])
+    now_s[0] += 100.0  # what nobody stored meanwhile is not made up for
+    assert tier.pace.seconds_after(2_000_000) == pytest.approx(1.0)
 
 
 def test_what_is_on_its_way_is_bounded_and_lies_in_memory_that_the_store_knows(

@@ -221,17 +221,12 @@ def check_model(
 
 
 def _check_parts(model_path: str, keeps: str, config: FlexKVConfig) -> None:
-    """Windows and states leave the device without being asked for, and a remote store takes one part of a
-    block."""
+    """Windows and states leave the device without being asked for."""
     why = f"the model {model_path} keeps {keeps} beside full-attention KV"
     if config.write_policy is WritePolicy.WRITE_BACK:
         raise ConfigError(
             f"write_policy: {why}, which may have left the device before a prefix is evicted: "
             "write_back does not store that; use write_through"
-        )
-    if config.remote is not None:
-        raise ConfigError(
-            f"remote: {why}, and a remote store takes blocks with one part only; leave it out for this model"
         )
 
 

@@ -33,6 +33,7 @@ from sglang_flexkv.storage.remote.store import (
     StoreFullError,
     Value,
     import_client,
+    search_windows,
     value_bytes,
 )
 
@@ -119,6 +120,12 @@ class _HiCacheSession(Session):
     def count_leading(self, names: Sequence[str]) -> int:
         with self._store.loads:
             return self._try(lambda: int(self._backend.batch_exists([_key(name) for name in names])))
+
+    def find_windows(self, names: Sequence[str], window: int) -> list[bool]:
+        # Of those that are not the leading ones each is a call of its own.
+        return search_windows(
+            len(names), window, lambda positions: self.exists([names[i] for i in positions])
+        )
 
     def get(
         self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None

@@ -37,6 +37,7 @@ from sglang_flexkv.storage.remote.store import (
     leading,
     outcomes_of,
     search_leading,
+    search_windows,
 )
 
 T = TypeVar("T")
@@ -211,6 +212,11 @@ class _S3Session(Session):
 
     def count_leading(self, names: Sequence[str]) -> int:
         return search_leading(len(names), lambda positions: self.exists([names[i] for i in positions]))
+
+    def find_windows(self, names: Sequence[str], window: int) -> list[bool]:
+        return search_windows(
+            len(names), window, lambda positions: self.exists([names[i] for i in positions])
+        )
 
     def get(
         self, names: Sequence[str], values: Sequence[Value], sizes: list[int] | None = None

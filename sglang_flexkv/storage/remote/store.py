@@ -19,6 +19,8 @@ Outcome = _core.BlockOutcome
 
 # Values that are asked for at once when the last that is there is searched for.
 _PROBES = 16
+# Values that are asked for when windows are searched for, beside those of one window.
+_WINDOW_PROBES_MAX = 64
 
 # A value is one range of bytes in the store; in memory it is these pieces, one after the other.
 Value = Sequence[memoryview]
@@ -106,6 +108,44 @@ def search_leading(num: int, are_there: Callable[[Sequence[int]], Sequence[bool]
     return low
 
 
+def search_windows(num: int, window: int, are_there: Callable[[Sequence[int]], Sequence[bool]]) -> list[bool]:
+    """The last place where so many values in a row are there, where each has to be asked for on its own and
+    that is dear. What is not asked for counts as not there: an end that few prompts have in common, behind
+    too many holes, is not found.
+
+    Args:
+        are_there: of positions.
+    """
+    known: dict[int, bool] = {}
+
+    def ask(positions: Sequence[int]) -> None:
+        unknown = [position for position in positions if position not in known]
+        known.update(zip(unknown, are_there(unknown), strict=True) if unknown else ())
+
+    def last_hole(run: range) -> int | None:
+        return next((position for position in reversed(run) if known.get(position) is False), None)
+
+    end, probes_max = num, min(num, window) + _WINDOW_PROBES_MAX
+    while end > 0 and len(known) < probes_max:
+        run = range(max(0, end - window), end)  # what has to be there for this to be the place
+        hole = last_hole(run)
+        if hole is None:
+            if known and not known.get(
+                run[0]
+            ):  # mostly it is the end; else one in each such run is asked for
+                probes = range(run[0], -1, -window)[:_PROBES]
+                ask(probes)
+                there = next((position for position in probes if known[position]), None)
+                end = probes[-1] if there is None else there + len(run)
+                continue
+            ask(run)
+            hole = last_hole(run)
+            if hole is None:
+                break
+        end = hole
+    return [known.get(position, False) for position in range(num)]
+
+
 class Session(ABC):
     """What one thread talks to a store through. After an error it is closed and another one is made.
 
@@ -128,6 +168,12 @@ class Session(ABC):
             found += len(there)
             step *= 4
         return found
+
+    def find_windows(self, names: Sequence[str], window: int) -> list[bool]:
+        """Of each value whether it is there. Where looking for each is dear, those that are of no use for the
+        last place where so many in a row are there may be told as missing. Raises StoreError."""
+        del window
+        return self.exists(names)
 
     @abstractmethod
     def get(

@@ -21,6 +21,8 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import numpy as np
+
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import KEY_BYTES, BlockKeys, Namespace, make_namespace
 from sglang_flexkv.common.config import Admission, EvictionPolicy, RemoteCompression
@@ -84,14 +86,37 @@ _GENERATION_RECORD = _GENERATION_BYTES + KEY_BYTES  # and a digest of it
 NO_GENERATION = bytes(KEY_BYTES)
 
 
+class WritePace:
+    """Bounds what the tiers of a rank store together, one for each group of its blocks.
+
+    Args:
+        bytes_per_s: 0: no limit.
+    """
+
+    def __init__(self, bytes_per_s: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._bytes_per_s, self._clock = bytes_per_s, clock
+        self._lock = threading.Lock()
+        self._may_go_on_s = 0.0
+
+    def seconds_after(self, num_bytes: int) -> float:
+        """How long to store nothing, for a thread that has just stored so many bytes."""
+        if not self._bytes_per_s or not num_bytes:
+            return 0.0
+        with self._lock:
+            now_s = self._clock()
+            self._may_go_on_s = max(now_s, self._may_go_on_s) + num_bytes / self._bytes_per_s
+            return self._may_go_on_s - now_s
+
+
 class RemoteTier(LowerTier):
-    """The blocks of one rank.
+    """The blocks of one rank, their parts in one group.
 
     Args:
         num_slots: blocks of the store that this process remembers.
         namespace: of the keys that it is given.
-        shared_namespace: of the values; what is found under another one is not ours. None: ``namespace``.
-        write_limit_mb_s: MB (10^6 bytes) per second, for this rank; 0: no limit.
+        shared_namespace: of the values, and of the group; what is found under another one is not ours. None:
+            ``namespace``.
+        pace: of what is stored; None: no limit.
         timeout_s: that a call may take, and a look-up of all of a prompt.
         compression: whether blocks are compressed that are stored.
         number_bytes: of the floating-point numbers that they consist of; 0: of several sizes, or others.
@@ -107,7 +132,7 @@ class RemoteTier(LowerTier):
         namespace: Namespace,
         shared_namespace: Namespace | None = None,
         admission: Admission = Admission.ALL,
-        write_limit_mb_s: float = 0.0,
+        pace: WritePace | None = None,
         timeout_s: float = 1.0,
         compression: RemoteCompression = RemoteCompression.NONE,
         number_bytes: int = 0,
@@ -119,7 +144,7 @@ class RemoteTier(LowerTier):
         # Keys are folded with a namespace by XOR. This makes those of the store of them.
         self._refold = _core.keys_of_page_hashes([namespace.hex()], self._namespace)
         self._kind = url.scheme
-        self._write_limit, self._timeout_s = write_limit_mb_s * 1e6, timeout_s
+        self.pace, self._timeout_s = pace or WritePace(0.0), timeout_s
         self.store = STORES[url.scheme](url, timeout_s)
         self._opening = Patience()
         if compression is not RemoteCompression.NONE and not self.store.any_size:
@@ -138,7 +163,7 @@ class RemoteTier(LowerTier):
         self._stop = threading.Event()
         self._questions: queue.SimpleQueue[Question | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # over what follows, for several threads write it
-        self._not_there: OrderedDict[bytes, float] = OrderedDict()  # keys, and until when
+        self._not_there: OrderedDict[bytes, float] = OrderedDict()  # keys (or windows), and until when
         self._spoilt: OrderedDict[bytes, None] = OrderedDict()  # keys whose values are to be replaced
         self._full_until_s = self._full_s = 0.0
         self._why_broken = ""
@@ -230,11 +255,13 @@ class RemoteTier(LowerTier):
         if self._untold_generation:
             self._questions.put(None)
 
-    def look_up(self, keys: BlockKeys) -> Question:
-        question = Question(keys, time.monotonic() + self._timeout_s)
+    def look_up(self, keys: BlockKeys, window: int = 0) -> Question:
+        question = Question(keys, time.monotonic() + self._timeout_s, window)
         self._count["lookups"] += 1
-        if self.first_absent(keys[:1] ^ self._refold) == 0:
-            question.answer(0)
+        stored_keys = keys ^ self._refold
+        absent = self.has_no_window(stored_keys) if window else self.first_absent(stored_keys[:1]) == 0
+        if absent:
+            question.answer(())
         else:
             self._questions.put(question)
         return question
@@ -345,6 +372,22 @@ class RemoteTier(LowerTier):
                         return position
         return len(keys)
 
+    def without_absent(self, keys: BlockKeys, positions: Sequence[int]) -> Sequence[int]:
+        """Those positions whose keys may be asked for now."""
+        now_s = time.monotonic()
+        with self._lock:
+            if not self._not_there:
+                return positions
+            return [i for i in positions if self._not_there.get(keys[i].tobytes(), 0.0) <= now_s]
+
+    def has_no_window(self, keys: BlockKeys) -> bool:
+        """Whether there was none at the end of these a moment ago."""
+        with self._lock:
+            return self._not_there.get(_window_at_end(keys), 0.0) > time.monotonic()
+
+    def note_no_window(self, keys: BlockKeys) -> None:
+        self.note_absent(_window_at_end(keys))
+
     def note_absent(self, key: bytes, *, spoilt: bool = False) -> None:
         """Nobody asks for it for a while; what is there although it is not what was stored is replaced by who
         stores it next."""
@@ -427,11 +470,11 @@ class _Asker(_Thread):
             if question is not None and question.is_over:  # nobody waits for it any more
                 continue
             tier._asking_since_s = start_s = time.monotonic()
-            found = 0
+            found: Sequence[int] = ()
             try:
                 self.try_with_session(tier._look_at_generation)
                 if question is not None:
-                    found = self._count_leading(question.keys ^ tier._refold)
+                    found = self._find(question)
                 tier._lookups_failed = 0
             except StoreError as error:
                 self._failed(str(error))
@@ -448,24 +491,35 @@ class _Asker(_Thread):
                 self._failed("an answer came too late")
             question.answer(found)
             tier._count["asked_blocks"] += len(question.keys)
-            tier._count["found_blocks"] += found
+            tier._count["found_blocks"] += len(found)
         if tier._untold_generation and tier._stop is self.stop:
             with contextlib.suppress(StoreError):  # told at the next opening, if there is one
                 self.try_with_session(tier._tell_generation)
         self.end_session()
 
-    def _count_leading(self, keys: BlockKeys) -> int:
+    def _find(self, question: Question) -> Sequence[int]:
+        """Positions of what is there. What is there, and is not what was stored, is left out."""
+        keys, window = question.keys ^ self.tier._refold, question.window
         names = _names_of(keys, self.tier.values_namespace())
-        found = 0
+        found: Sequence[int] = ()
 
-        def count(session: Session) -> None:
+        def find(session: Session) -> None:
             nonlocal found
-            found = session.count_leading(names)
+            if window:
+                found = np.flatnonzero(session.find_windows(names, window)).tolist()
+            else:
+                found = range(session.count_leading(names))
 
-        self.try_with_session(count)
-        if found < len(keys):
-            self.tier.note_absent(keys[found].tobytes())
-        return self.tier.first_absent(keys[:found])  # is there, and is not what was stored
+        self.try_with_session(find)
+        if not window:
+            if len(found) < len(keys):
+                self.tier.note_absent(keys[len(found)].tobytes())
+            return found[: self.tier.first_absent(keys[: len(found)])]
+        found = self.tier.without_absent(keys, found)
+        at_end = range(max(0, len(keys) - window), len(keys))
+        if list(found[-len(at_end) :]) != list(at_end):
+            self.tier.note_no_window(keys)
+        return found
 
     def _failed(self, why: str) -> None:
         tier = self.tier
@@ -556,9 +610,7 @@ class _Mover(_Thread):
                 for i, outcome in zip(missing, done, strict=True):
                     outcomes[i] = outcome
             tier._count["there_already"] += len(names) - len(missing)
-            if tier._write_limit:
-                size = sum(value_bytes(values[i]) for i in missing)
-                self.stop.wait(_STORE_THREADS * size / tier._write_limit)
+            self.stop.wait(tier.pace.seconds_after(sum(value_bytes(values[i]) for i in missing)))
 
         self.try_with_session(put)
         if Outcome.GOOD in outcomes:
@@ -595,6 +647,11 @@ def _names_of(keys: BlockKeys, namespace: bytes) -> list[str]:
     text = keys.tobytes().hex()
     digits = 2 * KEY_BYTES
     return [prefix + text[at : at + digits] for at in range(0, len(text), digits)]
+
+
+def _window_at_end(keys: BlockKeys) -> bytes:
+    """In place of a key: of what is missing at a place some may be there."""
+    return keys[-1].tobytes() + b"window"
 
 
 def _generation_record(generation: bytes) -> bytes:
