@@ -162,6 +162,21 @@ def test_a_mount_that_hangs_keeps_nobody_from_starting(
     store.open()
 
 
+@pytest.mark.timeout(60)
+def test_what_is_no_file_is_not_what_was_stored_and_is_replaced(tmp_path: Path) -> None:
+    store = DirectoryStore(parse_remote_url(f"file://{tmp_path}"), 5.0)
+    store.open()
+    session, into = store.session(), empty()
+    for replace in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+        session.put(NAMES[:1], [value(1)])
+        os.unlink(store.path_of(NAMES[0]))
+        replace(store.path_of(NAMES[0]))
+        assert session.get(NAMES[:1], [into]) == [Outcome.CORRUPT]
+        assert session.put(NAMES[:1], [value(2)]) == [Outcome.GOOD]
+        assert session.get(NAMES[:1], [into]) == [Outcome.GOOD]
+        assert content(into) == content(value(2))
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES])
 def test_a_file_system_that_takes_nothing_is_full_and_nothing_worse(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int

@@ -187,7 +187,8 @@ class DirectoryStore(Store):
     def _read(self, name: str, value: Value, sizes: list[int] | None) -> tuple[Outcome, int]:
         path = self.path_of(name)
         try:
-            fd = self._open(path, os.O_RDONLY, value)
+            # What is no file must not hold whoever opens it.
+            fd = self._open(path, os.O_RDONLY | os.O_NONBLOCK, value)
         except FileNotFoundError:
             return Outcome.MISSING, 0
         try:
