@@ -15,26 +15,33 @@ _STARTS_WITHIN_S = 20.0
 
 
 class HangingMount(Service):
-    """Mounted when it is made, over a directory beside it. ``send`` SIGSTOP and it hangs. Where there is no
-    bindfs the test is skipped, but not on CI."""
+    """Mounted when it is made, over ``held``, a directory beside it. ``send`` SIGSTOP and it hangs. Where
+    there is no bindfs the test is skipped, but not on CI."""
 
     def __init__(self, directory: Path) -> None:
-        binary = shutil.which("bindfs")
-        if binary is None or not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        self._binary = shutil.which("bindfs")
+        if self._binary is None or not os.access("/dev/fuse", os.R_OK | os.W_OK):
             is_missing("bindfs")
-        self.directory, held = directory / "mount", directory / "held"
+        self.directory, self.held = directory / "mount", directory / "held"
         self.directory.mkdir()
-        held.mkdir()
-        log = (directory / "bindfs.log").open("ab")
-        # Nothing that the kernel keeps of it answers in its place.
-        options = "attr_timeout=0,entry_timeout=0,negative_timeout=0"
+        self.held.mkdir()
+        self._log = directory / "bindfs.log"
+        self.start()
+
+    def start(self) -> None:
+        log = self._log.open("ab")
+        # Nothing that the kernel keeps of it answers in its place. What was written while it
+        # was gone stays under it.
+        options = "attr_timeout=0,entry_timeout=0,negative_timeout=0,nonempty"
         self._process = subprocess.Popen(
-            [binary, "-f", "-o", options, str(held), str(self.directory)], stdout=log, stderr=log
+            [str(self._binary), "-f", "-o", options, str(self.held), str(self.directory)],
+            stdout=log,
+            stderr=log,
         )
         log.close()
         deadline = time.monotonic() + _STARTS_WITHIN_S
         while not os.path.ismount(self.directory):
-            assert self._process.poll() is None, (directory / "bindfs.log").read_text()
+            assert self._process.poll() is None, self._log.read_text()
             assert time.monotonic() < deadline, "bindfs does not start"
             time.sleep(0.01)
 

@@ -26,6 +26,8 @@ class MooncakeServer:
         size: of the memory, as Mooncake writes it.
     """
 
+    processes = ("master", "owner")
+
     def __init__(self, directory: Path, size: str = "256 MB") -> None:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         programs = [shutil.which(name, path=path) for name in ("mooncake_master", "mooncake_client")]
@@ -38,8 +40,16 @@ class MooncakeServer:
         self.start()
 
     @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
     def url(self) -> str:
-        return f"mooncake://127.0.0.1:{self.port}"
+        return f"mooncake://{self.address}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"http://127.0.0.1:{self._metrics_port}"
 
     def start(self) -> None:
         """What runs already goes on."""
@@ -94,9 +104,7 @@ class MooncakeServer:
     def _capacity(self) -> int:
         """Bytes that the master counts on; negative if it does not say."""
         try:
-            with urllib.request.urlopen(
-                f"http://127.0.0.1:{self._metrics_port}/metrics", timeout=5
-            ) as answer:
+            with urllib.request.urlopen(f"{self.metrics_url}/metrics", timeout=5) as answer:
                 found = re.search(r"^master_total_capacity_bytes (\d+)", answer.read().decode(), re.MULTILINE)
         except OSError:
             return -1

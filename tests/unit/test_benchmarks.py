@@ -151,6 +151,16 @@ def test_remote_stores_bring_every_byte() -> None:
     assert checked(report, "bytes after bare_get") == checked(report, "bytes after get")
 
 
+def test_faults_of_a_store_change_no_answer() -> None:
+    report = any_report_of(
+        "bench_remote_faults.py", "--only", "redis", "--fault", "garbage", "--fault", "killed"
+    )
+    assert [row["fault"] for row in report["rows"]] == ["garbage", "killed"]
+    assert {"max_added_ms", "p50_ratio", "grown_mib"} <= set(report["results"])
+    assert checked(report, "stores with values that were damaged") == 1
+    assert checked(report, "answers as without a store") > 2 * report["settings"]["requests"]
+
+
 def test_recovery_finds_every_key() -> None:
     report = report_of("bench_recovery.py")
     assert report["results"]["recovery_s"] > 0
