@@ -29,7 +29,6 @@ from sglang_flexkv.integration.model_identity import (
     describe,
     model_identity,
     notes,
-    shared_identity,
 )
 from sglang_flexkv.integration.radix_cache import FlexKVRadixCache
 from sglang_flexkv.kvtask import KVTaskEngine
@@ -63,8 +62,8 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         tokens_per_block=ctx.params.page_size,
         num_ranks=place.num_ranks,
     )
-    identity = _identity(model_identity, ctx, pool, pools, place, at_start)
-    shared = _identity(shared_identity, ctx, pool, pools, place, at_start) if cache_config.remote else None
+    identity = _identity(ctx, pool, pools, place, at_start)
+    shared = _identity(ctx, pool, pools, place, at_start, shared=True) if cache_config.remote else None
     for each, where, wanted in (
         (identity, "to SSD", cache_config.enable_ssd),
         (shared, "to the store", True),
@@ -124,12 +123,13 @@ def _bytes_per_block(pools: KVPools, page_size: int) -> int:
 
 
 def _identity(
-    identify: Callable[..., Identity],
     ctx: Any,
     pool: Any,
     pools: KVPools,
     place: server.Place,
     at_start: Settings | None,
+    *,
+    shared: bool = False,
 ) -> Identity:
     """Whose KV this is, with what the device pool adds."""
     device, read = pools.full, server.reader()
@@ -146,10 +146,11 @@ def _identity(
         groups["kernels of recurrent layers"] = ", ".join(
             f"{name} {read(name)}" for name in RECURRENT_ARGUMENTS
         )
-    return identify(
+    return model_identity(
         read,
         ctx.model_config.model_path,
         ctx.model_config.revision,
+        shared=shared,
         at_start=at_start,
         pool={
             "dtype of the KV": str(pool.dtype),

@@ -19,7 +19,7 @@ import os
 import re
 import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,6 @@ _HASHED_SUFFIXES = frozenset({".json", ".py"})
 _IRRELEVANT_SUFFIXES = frozenset(
     {".md", ".txt", ".jinja", ".log", ".lock", ".incomplete", ".png", ".jpg", ".pyc", ".pdf"}
 )
-# Settings that say where files lie. They count on this machine alone: what is in the files counts anywhere.
-_PLACES = frozenset(
-    f"--{name.replace('_', '-')}"
-    for name in (
-        *("model_path", "revision", "speculative_draft_model_path", "speculative_draft_model_revision"),
-        *PATH_ARGUMENTS,
-    )
-)
 # Size and time alone miss files whose times were normalised, as images of containers do.
 _SAMPLES = 16
 _SAMPLE_BYTES = 4096
@@ -63,6 +55,16 @@ _SECRET = re.compile(r"(KEY|TOKEN|PASSWD|CREDENTIALS?|AUTH)$|API_KEY|ACCESS_KEY|
 # Arguments of which only digests are kept: they may hold what opens a bucket.
 _DIGESTED_ARGUMENTS = frozenset({"model_loader_extra_config"})
 _URL_SECRETS = re.compile(r"(?<=://)[^/@\s]+(?=@)|(?<=\?)\S+=\S+")
+
+
+def _option(name: str) -> str:
+    """An argument as users type it."""
+    return f"--{name.replace('_', '-')}"
+
+
+# Settings that say where files lie. They count on this machine alone: what is in the files counts anywhere.
+_MODELS = ("model_path", "revision", "speculative_draft_model_path", "speculative_draft_model_revision")
+_PLACES = frozenset({"model", "revision", *map(_option, (*_MODELS, *PATH_ARGUMENTS))})
 
 
 @dataclass
@@ -90,8 +92,8 @@ def settings(read: Callable[[str], Any]) -> Settings:
     Args:
         read: value of a resolved argument of SGLang by its name.
     """
-    fields = {f"--{name.replace('_', '-')}": _argument(name, read(name)) for name in ARGUMENTS}
-    fields |= {f"--{name.replace('_', '-')}": str(read(name)) for name in ("page_size", "tp_size")}
+    fields = {_option(name): _argument(name, read(name)) for name in ARGUMENTS}
+    fields |= {_option(name): str(read(name)) for name in ("page_size", "tp_size")}
     counting, unclassified = _environment()
     versions = {f"version of {name}": _version(name) for name in ("sglang", "torch", "transformers")}
     return Settings(
@@ -104,6 +106,7 @@ def model_identity(
     model_path: str,
     revision: str | None,
     *,
+    shared: bool = False,
     at_start: Settings | None = None,
     pool: Mapping[str, str] | None = None,
     started_s: float | None = None,
@@ -117,73 +120,41 @@ def model_identity(
         read: value of a resolved argument of SGLang by its name.
         model_path: what SGLang loaded: a directory, a file or the id of a hub repository.
         revision: of the repository.
+        shared: for what other machines find as well: equal wherever the same files lie, however old they are
+            there. It reads all of the weights, once on each machine (``file_contents``).
         at_start: what ``settings`` said before the model was loaded; default: what it says now.
         pool: what the device pool adds.
         started_s: since when files must not have changed, seconds since the epoch; default: the start of this
             process, which loaded the weights some time after.
     """
-    at_start = at_start or settings(read)
-    place = {"model": _without_secrets(_absolute(model_path)), **({"revision": revision} if revision else {})}
-
-    def list_files(source: Path) -> _Listing:
-        listing = _list_files(source)
-        return replace(listing, digest=f"{_without_secrets(str(source))} {listing.digest}")
-
-    sources = _sources(read, model_path, revision)
-    settled = replace(at_start, fields={**place, **at_start.fields})
-    return _identity(_unknowable(read), sources, list_files, settled, pool, started_s)
-
-
-def shared_identity(
-    read: Callable[[str], Any],
-    model_path: str,
-    revision: str | None,
-    *,
-    at_start: Settings | None = None,
-    pool: Mapping[str, str] | None = None,
-    started_s: float | None = None,
-) -> Identity:
-    """The same, for what is shared with other machines: equal wherever the same files lie, however old they
-    are there. It reads all of the weights, once on each machine (``file_contents``).
-
-    Args: as of ``model_identity``.
-    """
-    at_start = at_start or settings(read)
-    anywhere = {name: value for name, value in at_start.fields.items() if name not in _PLACES}
-    sources = _sources(read, model_path, revision)
-    settled = replace(at_start, fields=anywhere)
-    return _identity(_unknowable(read), sources, _list_contents, settled, pool, started_s)
-
-
-def _identity(
-    reasons: list[str],
-    sources: Mapping[str, Path | None],
-    list_files: Callable[[Path], _Listing],
-    settled: Settings,
-    pool: Mapping[str, str] | None,
-    started_s: float | None,
-) -> Identity:
     if started_s is None:
         started_s = psutil.Process().create_time()
-    files = {}
-    for name, source in sources.items():
+    at_start = at_start or settings(read)
+    fields = {"model": _without_secrets(_absolute(model_path))}
+    if revision:
+        fields["revision"] = revision
+    fields |= at_start.fields
+    if shared:
+        fields = {name: value for name, value in fields.items() if name not in _PLACES}
+    reasons = _unknowable(read)
+    for name, source in _sources(read, model_path, revision).items():
         if source is None:
             reasons.append(f"the files of {name} are not on this machine")
             continue
         try:
-            listing = list_files(source)
+            listing = _list_contents(source) if shared else _list_files(source)
         except OSError as error:
             reasons.append(f"the files of {name} cannot be read: {error}")
             continue
-        files[f"files of {name}"] = listing.digest
+        place = "" if shared else f"{_without_secrets(str(source))} "
+        fields[f"files of {name}"] = place + listing.digest
         if name == "model" and not listing.has_weights:
             reasons.append(f"{source} holds no weights")
         if listing.changed_s > started_s:
             reasons.append(f"{source} has changed since this process started")
-    fields = {**settled.fields, **files}
     if reasons:
         fields["weights"] = _without_secrets(f"not told by files ({'; '.join(reasons)})")
-    return Identity(fields, pool or {}, settled.unclassified, secrets.token_hex(16) if reasons else "")
+    return Identity(fields, pool or {}, at_start.unclassified, secrets.token_hex(16) if reasons else "")
 
 
 def _sources(read: Callable[[str], Any], model_path: str, revision: str | None) -> dict[str, Path | None]:
@@ -200,7 +171,7 @@ def _sources(read: Callable[[str], Any], model_path: str, revision: str | None) 
         sources[f"lora {adapter.lora_id}"] = find_local(adapter.lora_path)
     for name in PATH_ARGUMENTS:
         if read(name):
-            sources[f"--{name.replace('_', '-')}"] = find_local(str(read(name)))
+            sources[_option(name)] = find_local(str(read(name)))
     return sources
 
 
@@ -256,7 +227,7 @@ def _unknowable(read: Callable[[str], Any]) -> list[str]:
     for name in ("load_format", "speculative_draft_load_format"):
         load_format = getattr(read(name), "value", read(name))
         if load_format not in FILE_FORMATS and (load_format is not None or name == "load_format"):
-            reasons.append(f"--{name.replace('_', '-')} {load_format}")
+            reasons.append(f"{_option(name)} {load_format}")
     if read("weight_cache_mode") != "off":
         reasons.append("--weight-cache-mode: the weights are another process's")
     if read("checkpoint_engine_wait_weights_before_ready"):

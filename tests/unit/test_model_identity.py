@@ -24,7 +24,6 @@ from sglang_flexkv.integration.model_identity import (
     find_local,
     model_identity,
     notes,
-    shared_identity,
 )
 from sglang_flexkv.storage.ssd_identity import Identity
 
@@ -465,7 +464,7 @@ def remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def whole_shared(path: Path | str, started_s: float = LATER, **arguments: Any) -> Identity:
     values = {**DEFAULTS, "model_path": str(path), **arguments}
-    return shared_identity(values.__getitem__, str(path), values["revision"], started_s=started_s)
+    return model_identity(values.__getitem__, str(path), values["revision"], shared=True, started_s=started_s)
 
 
 def shared(path: Path | str, **arguments: Any) -> bytes:
