@@ -71,6 +71,10 @@ def test_a_second_server_finds_what_the_first_computed(store: Any, tmp_path: Pat
     apart = rounding(MODEL)
     # Who reads needs not have the setting.
     compression = "none" if store.url.startswith("hicache:") else "always"
+    # The other one has the model elsewhere, and since today. Copied now: files that are as young as a server
+    # may have changed since it loaded them.
+    model = tmp_path / "another machine's" / "model"
+    shutil.copytree(MODEL, model, copy_function=shutil.copyfile)
     with start(store, tmp_path / "first.log", compression) as first:
         expected = answers(first)
         until(lambda: figure(first, "stored_bytes_total") > 0, "nothing is stored")
@@ -78,10 +82,7 @@ def test_a_second_server_finds_what_the_first_computed(store: Any, tmp_path: Pat
         assert (compressed_to > 0) == (compression == "always")
         assert compressed_to <= figure(first, "compressed_bytes_total")
         first_log = first.log()
-    # It is gone, and what it had in memory with it. Its stop has let what waited be stored. The other one has
-    # the model elsewhere, and since today.
-    model = tmp_path / "another machine's" / "model"
-    shutil.copytree(MODEL, model, copy_function=shutil.copyfile)
+    # It is gone, and what it had in memory with it. Its stop has let what waited be stored.
     with start(store, tmp_path / "second.log", model=model) as second:
         got = answers(second)
         assert from_storage(got[0]) >= len(PROMPTS[0]) - 16, got[0]["meta_info"]
