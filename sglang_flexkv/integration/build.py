@@ -24,12 +24,7 @@ from sglang_flexkv.integration.compat.kv_pool import (
 from sglang_flexkv.integration.compat.sglang_hashes import native_works
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.metrics import Metrics
-from sglang_flexkv.integration.model_identity import (
-    Settings,
-    describe,
-    model_identity,
-    notes,
-)
+from sglang_flexkv.integration.model_identity import Settings, describe, model_identity, notes
 from sglang_flexkv.integration.radix_cache import FlexKVRadixCache
 from sglang_flexkv.kvtask import KVTaskEngine
 from sglang_flexkv.storage.ssd_identity import Identity
@@ -64,13 +59,10 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     )
     identity = _identity(ctx, pool, pools, place, at_start)
     shared = _identity(ctx, pool, pools, place, at_start, shared=True) if cache_config.remote else None
-    for each, where, wanted in (
-        (identity, "to SSD", cache_config.enable_ssd),
-        (shared, "to the store", True),
-    ):
-        for note in notes(each, where) if each is not None and wanted else ():
-            logger.warning("sglang-flexkv: %s", note)
+    if cache_config.enable_ssd:
+        _warn(identity, "to SSD")
     if shared is not None:
+        _warn(shared, "to the store")
         logger.info("sglang-flexkv: remote blocks are shared as %s", shared.namespace.hex()[:12])
         logger.debug("sglang-flexkv: %s", shared)
     native_works()  # what SGLang has to compile is compiled before the first request comes
@@ -109,6 +101,12 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     ctx.tp_worker.register_hicache_layer_transfer_counter(linker.layer_done_counter)
     _log(engine, config.write_policy)
     return cache
+
+
+def _warn(identity: Identity, where: str) -> None:
+    """Says whom what is written there is lost to."""
+    for note in notes(identity, where):
+        logger.warning("sglang-flexkv: %s", note)
 
 
 def _bytes_per_block(pools: KVPools, page_size: int) -> int:

@@ -24,7 +24,7 @@ import pytest
 from answers import ASK, EXACT, differing, rounding
 from forked_server import ForkedServer, start_script
 from server import DTYPE, ON_CPU, SGLangServer, wait_until_ended
-from slot_files import blocks_in, wait_for_blocks
+from slot_files import store_on_ssd
 from test_damaged_blocks import damage
 from workload import some_tokens
 
@@ -78,11 +78,8 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SGLangServer]:
 def stored(server: SGLangServer, rng: random.Random, count: int, length: int) -> list[list[int]]:
     """Prompts that have left the device: the last ones are in the CPU tier, the others on SSD alone."""
     prompts = [some_tokens(rng, length + number) for number in range(count)]
-    ssd = Path(str(server.flags["flexkv-config-file"])).parent / "ssd"
     for prompt in prompts:
-        before = blocks_in(ssd)
-        server.generate(prompt, 1)
-        wait_for_blocks(ssd, before + len(prompt))
+        store_on_ssd(server, prompt)
     server.generate(some_tokens(rng, POOL_TOKENS - 200), 1)
     return prompts
 

@@ -20,14 +20,13 @@ import pytest
 from answers import ASK, difference, differing, rounding
 from forked_server import ForkedServer
 from server import SGLangServer
-from slot_files import blocks_in, wait_for_blocks
+from slot_files import store_on_ssd
 from test_damaged_blocks import damage
 from workload import some_tokens
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "models" / "tiny-gqa"
 POOL_TOKENS = 2048
-PAGE = 16
 NEW_TOKENS = 6
 TURNS = 5
 
@@ -54,7 +53,7 @@ def server(
     flags: dict[str, Any] = {
         "enable-flexkv": True,
         "flexkv-config-file": str(config),
-        "page-size": PAGE,
+        "page-size": 16,
         "enable-streaming-session": True,
         "max-total-tokens": POOL_TOKENS,
         "chunked-prefill-size": 256,
@@ -72,14 +71,6 @@ def uncached(server: SGLangServer, tokens: list[int], new_tokens: int = NEW_TOKE
     answer = server.generate(tokens, new_tokens, cache_salt=uuid.uuid4().hex, **ASK)
     assert answer["meta_info"]["cached_tokens"] == 0
     return answer
-
-
-def store(server: SGLangServer, prompt: list[int]) -> None:
-    """Computes a prompt, and waits until SSD has it."""
-    ssd = Path(str(server.flags["flexkv-config-file"])).parent / "ssd"
-    before = blocks_in(ssd)
-    server.generate(prompt, 1)
-    wait_for_blocks(ssd, before + len(prompt) // PAGE)
 
 
 def drive_out(server: SGLangServer, rng: random.Random) -> None:
@@ -140,7 +131,7 @@ def test_sessions_answer_as_if_nothing_were_cached(server: SGLangServer) -> None
     for mode in modes(server):
         prompts = [some_tokens(rng, 150), some_tokens(rng, 170)]
         for prompt in prompts:
-            store(server, prompt)
+            store_on_ssd(server, prompt)
         drive_out(server, rng)
 
         def converse(
@@ -175,7 +166,7 @@ def test_sessions_answer_as_if_nothing_were_cached(server: SGLangServer) -> None
 def test_a_turn_whose_blocks_are_damaged_is_computed(server: SGLangServer, streaming: bool) -> None:
     rng = random.Random(2 + streaming)
     prompt = some_tokens(rng, 400)
-    store(server, prompt)
+    store_on_ssd(server, prompt)
     drive_out(server, rng)
     config = Path(str(server.flags["flexkv-config-file"]))
     before = server.metric("flexkv_failed_loads_total")

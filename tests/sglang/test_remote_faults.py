@@ -18,14 +18,13 @@ import pytest
 import redis
 import torch
 from kit import TIMEOUT_S, KitSteps, Rig, assert_same, build_kit_cache, cut
-from linker_steps import PAGE, PAGES, MakeRig, invalidate_cpu_tier, may_run, prefetch, sequence
+from linker_steps import PAGE, PAGES, MakeRig, invalidate_cpu_tier, sequence, wait_in_queue
 from redis_server import RedisServer
-from remote_faults import Faults, faulty_stores
+from remote_faults import Faults, faulty_stores, try_again_soon
 from remote_services import KINDS, SERVERS, Services, go_on, set_environment, stand_still
-from sglang.srt.managers.schedule_batch import Req
 from sglang.test.kits.unified_radix_cache.config import CONFIGS
 
-from sglang_flexkv import kvtask, tierlife
+from sglang_flexkv import kvtask
 from sglang_flexkv.common.config import PrefetchPolicy, RemoteCompression
 from sglang_flexkv.storage.remote import tier as remote_tier
 
@@ -51,10 +50,7 @@ def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
 
 @pytest.fixture(autouse=True)
 def _soon_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tierlife, "_RETRY_S", 0.01)
-    monkeypatch.setattr(tierlife, "_RETRY_MAX_S", 0.05)
-    monkeypatch.setattr(remote_tier, "_ABSENT_S", 0.0)
-    monkeypatch.setattr(remote_tier, "_SPOILT_S", 0.0)
+    try_again_soon(monkeypatch)
 
 
 def store(rig: Rig, tokens: list[int], seed: int) -> list:
@@ -63,14 +59,6 @@ def store(rig: Rig, tokens: list[int], seed: int) -> list:
     rig.evict_all()
     assert rig.engine.flush_spills(TIMEOUT_S)
     return expected
-
-
-def wait_in_queue(rig: Rig, req: Req) -> None:
-    prefetch(rig, req)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not may_run(rig, req):
-        assert time.monotonic() < deadline, "a request waits for ever"
-        time.sleep(0.001)  # the store's threads go on meanwhile
 
 
 def run(rig: Rig, tokens: list[int]) -> tuple[list, int]:

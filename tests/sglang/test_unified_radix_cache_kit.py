@@ -23,8 +23,8 @@ import pytest
 import torch
 from dict_store import Values
 from kit import CORES, TIMEOUT_S, KitSteps, Rig, as_bytes, assert_same, build_kit_cache, cut, radix_key
-from linker_steps import invalidate_cpu_tier, may_run, prefetch
-from remote_faults import Faults, FaultyStore
+from linker_steps import invalidate_cpu_tier, wait_in_queue
+from remote_faults import Faults, FaultyStore, try_again_soon
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.mem_cache.base_prefix_cache import (
     EvictParams,
@@ -49,7 +49,7 @@ from sglang.test.kits.unified_radix_cache.insert_walk import StreamingSessionLoc
 from sglang.test.kits.unified_radix_cache.kv_events import UnifiedRadixCacheKVEventsFixtures
 from sglang.test.mem_cache_utils import finish_req
 
-from sglang_flexkv import kvtask, tierlife
+from sglang_flexkv import kvtask
 from sglang_flexkv.common.config import WritePolicy
 from sglang_flexkv.common.errors import IncompatibleError
 from sglang_flexkv.integration.compat.kv_pool import device_buffers
@@ -666,29 +666,16 @@ def test_no_history_makes_a_store_that_fails_serve_anything_but_the_right_bytes(
     """Two servers over one store, which has faults of every kind."""
     faults, values, cfg = Faults(seed), Values(), small(cfg)
     monkeypatch.setattr(remote_tier, "STORES", {"file": lambda *_: FaultyStore(values, faults)})
-    monkeypatch.setattr(remote_tier, "_ABSENT_S", 0.0)
-    monkeypatch.setattr(remote_tier, "_SPOILT_S", 0.0)
+    try_again_soon(monkeypatch)
     monkeypatch.setattr(remote_tier, "_FULL_MAX_S", 0.01)
-    monkeypatch.setattr(tierlife, "_RETRY_S", 0.01)
-    monkeypatch.setattr(tierlife, "_RETRY_MAX_S", 0.05)
     monkeypatch.setattr(kvtask, "_FETCH_BYTES", 1)  # a task for each block
     rng = random.Random(seed)
-    kinds = ("flip", "garbage", "missing", "wrong_size", "error", "lost", "full", "lies")
 
     def wait_amid_faults(rig: Rig, req: Req) -> None:
-        faults.heal()
-        for kind in kinds:
-            setattr(faults, kind, 0.1 if rng.random() < 0.3 else 0.0)
+        faults.mix(lambda: rng.random() < 0.3)
         if rng.random() < 0.3:
             invalidate_cpu_tier(rig)
-        wait(rig, req)
-
-    def wait(rig: Rig, req: Req) -> None:
-        prefetch(rig, req)
-        deadline = time.monotonic() + TIMEOUT_S
-        while not may_run(rig, req):
-            assert time.monotonic() < deadline, "a request waits for ever"
-            time.sleep(0.0005)  # the store's threads go on meanwhile
+        wait_in_queue(rig, req)
 
     with ExitStack() as stack:
         rigs = [
@@ -711,7 +698,7 @@ def test_no_history_makes_a_store_that_fails_serve_anything_but_the_right_bytes(
                 writer.engine.flush_spills(TIMEOUT_S)
                 invalidate_cpu_tier(writer)
                 req = reader.request([*tokens, 7])
-                wait(reader, req)
+                wait_in_queue(reader, req)
                 (slots,) = reader.restore(req)
                 reader.abort(req, slots)
                 if len(slots) == len(tokens):

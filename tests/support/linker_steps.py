@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -107,6 +108,15 @@ def store_on_ssd_alone(rig: Rig, tokens: list[int]) -> None:
 def may_run(rig: Rig, req: Req) -> bool:
     """What the scheduler asks when a request's turn comes."""
     return rig.cache.check_prefetch_progress(req.cache_request_handle)
+
+
+def wait_in_queue(rig: Rig, req: Req) -> None:
+    """A request that waits as it does where a store is asked: until it may run."""
+    prefetch(rig, req)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not may_run(rig, req):
+        assert time.monotonic() < deadline, "a request waits for ever"
+        time.sleep(0.001)  # the store's threads go on meanwhile
 
 
 def end_both(rig: Rig, first: Req, slots: torch.Tensor, second: Req) -> None:

@@ -8,6 +8,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import pytest
+
+from sglang_flexkv import tierlife
 from sglang_flexkv.common.errors import ConfigError
 from sglang_flexkv.common.lower_tier import AwayError
 from sglang_flexkv.common.remote_url import RemoteUrl
@@ -42,6 +45,12 @@ class Faults:
         self.lies = 0.0  # says that something is there which is not
         self._may_go_on.set()
 
+    def mix(self, draw: Callable[[], bool]) -> None:
+        """Of each kind that values and calls have, by a draw, some or none."""
+        self.heal()
+        for kind in ("flip", "garbage", "missing", "wrong_size", "error", "lost", "full", "lies"):
+            setattr(self, kind, 0.1 if draw() else 0.0)
+
     def stall(self) -> None:
         """Every load waits until this is healed."""
         self._may_go_on.clear()
@@ -70,6 +79,14 @@ class Faults:
         if not self._may_go_on.is_set():
             self.num_held.release()
         self._may_go_on.wait(_HANGS_AT_MOST_S)
+
+
+def try_again_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What failed, or was not there, is left alone for no time that a test would notice."""
+    monkeypatch.setattr(tierlife, "_RETRY_S", 0.01)
+    monkeypatch.setattr(tierlife, "_RETRY_MAX_S", 0.05)
+    monkeypatch.setattr(remote_tier, "_ABSENT_S", 0.0)
+    monkeypatch.setattr(remote_tier, "_SPOILT_S", 0.0)
 
 
 def faulty_stores(faults: Faults) -> dict[str, Callable[[RemoteUrl, float], Store]]:

@@ -1,32 +1,42 @@
-"""Blocks with parts in two pools and a remote store: tests that a file of tests imports beside a fixture
-``make``, which makes a cache (``group_cache``) without an SSD tier."""
+"""Blocks with parts in two pools and a remote store: tests that a file of tests imports beside its ``Cache``
+(``group_cache``), which has an SSD tier where it is given a directory."""
 
 from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from dict_store import Values
 from group_cache import PATIENCE_S, SEQUENCE
-from remote_faults import Faults, FaultyStore
+from remote_faults import Faults, FaultyStore, try_again_soon
 
-from sglang_flexkv import kvtask, tierlife
+from sglang_flexkv import kvtask
 from sglang_flexkv.storage.remote import tier as remote_tier
 
 MakeCache = Callable[[], Any]
 
 
 @pytest.fixture
+def make(request: pytest.FixtureRequest) -> Iterator[MakeCache]:
+    made: list[Any] = []
+
+    def add() -> Any:
+        made.append(request.module.Cache(None))
+        return made[-1]
+
+    yield add
+    for each in made:
+        each.close()
+
+
+@pytest.fixture
 def faults(values: Values, monkeypatch: pytest.MonkeyPatch) -> Faults:
     made = Faults(seed=1)
     monkeypatch.setattr(remote_tier, "STORES", {"file": lambda *_: FaultyStore(values, made)})
-    monkeypatch.setattr(remote_tier, "_ABSENT_S", 0.0)
-    monkeypatch.setattr(remote_tier, "_SPOILT_S", 0.0)
-    monkeypatch.setattr(tierlife, "_RETRY_S", 0.01)
-    monkeypatch.setattr(tierlife, "_RETRY_MAX_S", 0.05)
+    try_again_soon(monkeypatch)
     return made
 
 
@@ -133,9 +143,7 @@ def test_a_store_that_does_what_it_likes_brings_nothing_that_is_wrong(
             first.put(number, blocks)
     came: list[int] = []
     for _ in range(60):
-        faults.heal()
-        for kind in ("flip", "garbage", "missing", "wrong_size", "error", "lost", "full", "lies"):
-            setattr(faults, kind, 0.1 if faults.draw(0.3) else 0.0)
+        faults.mix(lambda: faults.draw(0.3))
         number = faults.below(6)
         if second.engine.can_ask:
             second.bring(number)

@@ -8,9 +8,13 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from sglang_flexkv import _core
 from sglang_flexkv.storage import ssd_tools
+
+if TYPE_CHECKING:  # it is imported where there is no server, too
+    from server import SGLangServer
 
 PAGE_BYTES = 4096
 PATIENCE_S = 60.0
@@ -63,3 +67,11 @@ def wait_for_blocks(directory: Path, count: int) -> None:
     while (found := blocks_in(directory)) < count:
         assert time.monotonic() < deadline, f"{found} blocks have reached SSD, not {count}"
         time.sleep(0.02)
+
+
+def store_on_ssd(server: SGLangServer, prompt: list[int]) -> None:
+    """Computes a prompt, and waits until SSD has it. Its files are in ``ssd`` beside the configuration."""
+    directory = Path(str(server.flags["flexkv-config-file"])).parent / "ssd"
+    before = blocks_in(directory)
+    server.generate(prompt, 1)
+    wait_for_blocks(directory, before + len(prompt) // int(str(server.flags["page-size"])))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -313,19 +313,3 @@ def test_what_makes_no_group_is_refused(cache: Cache, change: dict, message: str
     KVGroup(**good)
     with pytest.raises(ValueError, match=message):
         KVGroup(**{**good, **change})
-
-
-# ---- with a remote store ----
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[[], Cache]]:
-    made: list[Cache] = []
-
-    def add() -> Cache:
-        made.append(Cache(None))
-        return made[-1]
-
-    yield add
-    for each in made:
-        each.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -179,19 +179,3 @@ def test_a_block_takes_a_slot_at_least(cache: Cache) -> None:
     assert replace(cache.group, slots_per_block=None).slots_of(BLOCK) == BLOCK
     with pytest.raises(ValueError, match="0 slots for a block"):
         replace(cache.group, slots_per_block=0)
-
-
-# ---- with a remote store ----
-
-
-@pytest.fixture
-def make() -> Iterator[Callable[[], Cache]]:
-    made: list[Cache] = []
-
-    def add() -> Cache:
-        made.append(Cache(None))
-        return made[-1]
-
-    yield add
-    for each in made:
-        each.close()
