@@ -191,7 +191,7 @@ pack() {
     fi
     cp "$archives"/*.tar.xz "$KIT/"
     tar cf - -C "$layer" . | "${xz[@]}" >"$KIT/layer.tar.xz"
-    cp "$HERE"/{run.sh,real_sglang.py,kernels.py,build_flashinfer.py} "$KIT/"
+    cp "$HERE"/{run.sh,real_sglang.py,kernels.py,build_flashinfer.py,show_failures.py} "$KIT/"
     du -ch "$KIT"/* | sed 's/^/    /'
     mib=$(($(du -sk --apparent-size "$KIT" | cut -f 1) / 1024 + 1))
     ((mib <= MAX_MIB)) || die "$KIT has $mib MiB, more than MAX_MIB=$MAX_MIB." \

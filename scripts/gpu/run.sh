@@ -4,12 +4,13 @@
 #     bash .gpu/kit/run.sh [STAGE ...]       in the project's folder; `make gpu-kit` makes .gpu/kit elsewhere
 #
 # STAGEs, in this order (default: all): sanity unpack core probe bytes built speed overlap kernels gqa mla sanitizer
-# tests (the unit tests, on this machine's Python and torch).
+# serving demo tests (`make test` and `make demo`, on this machine's Python and torch).
 # Each has a time limit of its own, and none stops the others. What comes back:
 #
 #     $OUT/stage.log      everything that was printed, stage by stage
 #     $OUT/results.json   exit status and seconds of every stage, and the JSON each of them wrote
 #     $OUT/servers.log    beginnings and ends of the servers' logs
+#     $OUT/serving.log, $OUT/tests.log    test by test
 #
 #     TOTAL    seconds for everything (default 530)
 #     SITE     where the packages are unpacked, on a disk (default /tmp/flexkv-kit); kept for a second call
@@ -22,7 +23,7 @@ OUT=${OUT:-$ROOT/build/gpu-out}
 SITE=${SITE:-/tmp/flexkv-kit}
 TOTAL=${TOTAL:-530}
 PY=${PY:-python3}
-readonly STAGES="sanity unpack core probe bytes built speed overlap kernels gqa mla sanitizer tests"
+readonly STAGES="sanity unpack core probe bytes built speed overlap kernels gqa mla sanitizer serving demo tests"
 mkdir -p "$OUT" "$SITE/json" "$SITE/logs"
 
 # The SSD tier wants a disk, not memory.
@@ -188,13 +189,46 @@ servers() { # NAME OPTION...: real SGLang with the model of this name
 }
 gqa() { servers gqa --sizes 8192,32768; }
 mla() { servers mla --sizes 8192 --repeats 1; }
-tests() {
+run_tests() { # NAME PROCESSES PYTEST-ARGUMENT...
+    local name=$1 processes=$2
+    shift 2
     cd "$ROOT" || return
-    # Without what wants SGLang's tree in Rust, and what Triton's interpreter cannot do with that machine's numpy.
-    "$PY" -P -m pytest tests/unit -q -n "$(nproc)" -p no:cacheprovider \
-        --deselect tests/unit/test_benchmarks.py::test_what_the_scheduler_spends_is_compared_with_stock \
-        --deselect "tests/unit/test_gpu_checks.py::test_copies_of_the_probe" 2>&1 | tail -c 30000
-    return "${PIPESTATUS[0]}"
+    # Whatever a test starts must not take the project's own folder, which has no compiled core, for the package.
+    PYTHONSAFEPATH=1 PYTHONPATH=$HERE:$PYTHONPATH "$PY" -m pytest "$@" -v -n "$processes" --tb=short \
+        -p no:cacheprovider -p no:benchmark -p show_failures --timeout $((LIMIT - 10)) >"$OUT/$name.log" 2>&1
+    local status=$?
+    tail -c 20000 "$OUT/$name.log"
+    return "$status"
+}
+# small_models NAME...: the tests' and the demo's, and how their servers are started: attention for their heads of 64
+# does not travel, but Triton's.
+small_models() {
+    cd "$ROOT" || return
+    "$PY" -P scripts/make_models.py "$@" || return
+    export PYTHONSAFEPATH=1 TMPDIR=$SITE/tmp
+    export SERVER_FLAGS='{"attention-backend": "triton", "sampling-backend": "pytorch", "disable-cuda-graph": true}'
+    mkdir -p "$TMPDIR"
+}
+# Of the tests with servers those that say most of a GPU, as each start takes half a minute: windows, states, and what
+# is written back when it leaves the device.
+serving() {
+    small_models tiny-mha tiny-swa tiny-gdn || return
+    run_tests serving 4 --dist worksteal tests/servers/test_{states,pools,end_to_end}.py -k "states or swa or tiny-mha"
+    local status=$?
+    grep -rhoE "flexkv kit: compiling \S+" "$TMPDIR" | sort | uniq -c
+    return "$status"
+}
+demo() { small_models small-gqa && "$PY" -P demo/demo.py; }
+# Without what wants SGLang's tree in Rust, all of its sources or the servers of stores, and what Triton's interpreter
+# cannot do with that machine's numpy.
+tests() {
+    local benchmarks=tests/unit/test_benchmarks.py
+    run_tests tests "$(nproc)" --dist loadfile tests/unit --ignore-glob "*remote*" \
+        --ignore tests/unit/test_lower_tiers.py --ignore tests/unit/test_sglang_variables.py \
+        --deselect $benchmarks::test_what_the_scheduler_spends_is_compared_with_stock \
+        --deselect $benchmarks::test_remote_stores_bring_every_byte \
+        --deselect $benchmarks::test_faults_of_a_store_change_no_answer \
+        --deselect tests/unit/test_gpu_checks.py::test_copies_of_the_probe
 }
 
 if [[ ${1:-} == --run ]]; then
@@ -217,12 +251,14 @@ stage probe 90 330
 stage bytes 30 310
 stage built 60 290
 stage speed 80 240
-stage overlap 40 215
+stage overlap 60 215
 stage kernels 30 190
 stage gqa 190 0
-stage mla 75 0
+stage mla 120 0
 stage sanitizer 60 0
-stage tests 120 0
+stage serving 240 0
+stage demo 90 0
+stage tests 150 0
 collect
 echo "done after $SECONDS s; results in $OUT"
 cat "$SITE/json/stages.txt"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -62,6 +63,8 @@ DEFAULT_FLAGS: dict[str, FlagValue] = {
     "enable-metrics": True,
     "random-seed": 1,
 }
+# For a machine that lacks what SGLang would choose, as JSON; scripts/gpu/run.sh says what it lacks there.
+DEFAULT_FLAGS |= json.loads(os.environ.get("SERVER_FLAGS", "{}"))
 DEFAULT_ENVIRONMENT = {
     # Without it every health check generates a token and leaves it in the cache.
     "SGLANG_ENABLE_HEALTH_ENDPOINT_GENERATION": "0",

@@ -33,6 +33,8 @@ STAGES = [
     "gqa",
     "mla",
     "sanitizer",
+    "serving",
+    "demo",
     "tests",
 ]
 

@@ -171,3 +171,26 @@ except ImportError:
         "sgl_kernel.kvcacheio.transfer_kv_all_layer was called",
         "no such module",
     ], done.stderr
+
+
+@pytest.mark.parametrize(("tokens", "chosen", "block"), [(1, 2, 16), (37, 2, 16), (5, 1, 64), (64, 4, 8)])
+def test_rows_of_experts(sgl_kernel: ModuleType, tokens: int, chosen: int, block: int) -> None:
+    experts = 5
+    generator = torch.Generator().manual_seed(tokens)
+    ids = torch.randint(-1, experts, (tokens, chosen), generator=generator, dtype=torch.int32)
+    room = ids.numel() + (experts + 1) * (block - 1)
+    rows = torch.full((-(-room // block) * block,), -7, dtype=torch.int32)
+    of_block = torch.full((len(rows) // block,), -7, dtype=torch.int32)
+    count = torch.zeros(1, dtype=torch.int32)
+    scratch = torch.zeros(experts + 2, dtype=torch.int32)
+    sgl_kernel.moe_align_block_size(ids, experts + 1, block, rows, of_block, count, scratch, True)
+    used, flat = int(count), ids.flatten()
+    assert used % block == 0
+    assert bool((rows[used:] == ids.numel()).all())
+    assert of_block.min() >= -1
+    assert of_block.max() < experts
+    placed = rows[:used].view(-1, block)
+    for number, expert in enumerate(of_block[: len(placed)].tolist()):
+        here = placed[number][placed[number] < ids.numel()]
+        assert bool((flat[here.long()] == expert).all())
+    assert sorted(placed[placed < ids.numel()].tolist()) == list(range(ids.numel()))

@@ -30,14 +30,16 @@ _LOADER = "sglang.kernels.jit.utils.compile.loader"
 _WEIGHTS = "sglang.srt.model_loader.weight_utils"
 _CHOICE = "flashinfer.utils"
 _DUAL_GEMM = "sglang.srt.layers.dual_gemm"
+_CONVOLUTION = "sglang.srt.layers.attention.mamba.causal_conv1d"
+_CHANGED = (_LOADER, _WEIGHTS, _CHOICE, _DUAL_GEMM, _CONVOLUTION)
 
 
 class Finder:
-    """Meta-path finder that acts on four modules: it changes a function of each after it has run."""
+    """Meta-path finder that acts on a few modules: it changes a function of each after it has run."""
 
     @staticmethod
     def find_spec(name, path=None, target=None):
-        if name not in (_LOADER, _WEIGHTS, _CHOICE, _DUAL_GEMM):
+        if name not in _CHANGED:
             return None
         from importlib.machinery import PathFinder
 
@@ -55,6 +57,8 @@ class Finder:
             elif name == _DUAL_GEMM:
                 # A kernel for small batches in CUTLASS's Python, which does not travel: two plain products.
                 module.DualGemm._select_mode = lambda *args: None
+            elif name == _CONVOLUTION:
+                module._HAS_CONV1D_KERNEL = False  # the stand-in has none: SGLang's own in Triton
             elif os.environ.get("FLEXKV_KIT_FA2") == "1":
                 # Where the fa3 kernels are not to be had: FlashInfer's second generation, which is as real.
                 module.determine_attention_backend = lambda *args, **kwargs: "fa2"

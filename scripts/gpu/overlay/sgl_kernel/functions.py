@@ -23,6 +23,7 @@ __all__ = [
     "gemma_fused_add_rmsnorm",
     "gemma_rmsnorm",
     "merge_state_v2",
+    "moe_align_block_size",
     "moe_sum_reduce",
     "rmsnorm",
     "silu_and_mul",
@@ -285,6 +286,34 @@ def topk_softmax(
         picked = picked / picked.sum(-1, keepdim=True)
     topk_weights.copy_(picked)
     topk_ids.copy_(ids)
+
+
+def moe_align_block_size(
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    block_size: int,
+    sorted_token_ids: torch.Tensor,
+    expert_ids: torch.Tensor,
+    num_tokens_post_pad: torch.Tensor,
+    cumsum_buffer: torch.Tensor,
+    pad_sorted_token_ids: bool = False,
+) -> None:
+    """Places of the products' rows: those of each expert side by side, each expert's a multiple of a block.
+
+    ``num_experts`` is one more than there are: the first is none (-1), which has rows that nobody computes.
+    """
+    experts = topk_ids.flatten().long() + 1
+    counts = torch.bincount(experts, minlength=num_experts)
+    ends = ((counts + block_size - 1) // block_size * block_size).cumsum(0)
+    order = experts.argsort(stable=True)
+    sorted_experts = experts[order]
+    of_expert = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[sorted_experts]
+    begins = torch.cat([ends.new_zeros(1), ends[:-1]])
+    sorted_token_ids.fill_(len(order))  # no row
+    sorted_token_ids[begins[sorted_experts] + of_expert] = order.to(sorted_token_ids.dtype)
+    blocks = torch.arange(len(expert_ids), device=order.device) * block_size
+    expert_ids.copy_((torch.searchsorted(ends, blocks, right=True) - 1).clamp(max=num_experts - 2))
+    num_tokens_post_pad.fill_(ends[-1])
 
 
 def moe_sum_reduce(
