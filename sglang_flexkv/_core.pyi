@@ -296,9 +296,16 @@ class SsdStore:
     def num_slots(self) -> int: ...
     def stats(self) -> dict[str, int]: ...
 
+class WriteLimit:
+    def __init__(self, bytes_per_s: float) -> None: ...
+
 class SsdTier(LowerTier):
     def __init__(
-        self, store: SsdStore, io_engine: IoEngineKind, io_depth: int, write_bytes_per_s: float = 0.0
+        self,
+        store: SsdStore,
+        io_engine: IoEngineKind,
+        io_depth: int,
+        write_limit: WriteLimit | None = None,
     ) -> None: ...
 
 VALUE_VERSION: int

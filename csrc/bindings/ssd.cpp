@@ -101,13 +101,16 @@ void BindSsd(py::module_& m) {
         return out;
       });
 
+  py::class_<WriteLimit, std::shared_ptr<WriteLimit>>(m, "WriteLimit")
+      .def(py::init<double>(), py::arg("bytes_per_s"));
+
   py::class_<SsdTier, LowerTier, std::shared_ptr<SsdTier>>(m, "SsdTier")
       .def(py::init([](std::shared_ptr<SsdStore> store, IoEngineKind io_engine, int io_depth,
-                       double write_bytes_per_s) {
+                       std::shared_ptr<WriteLimit> write_limit) {
              return std::make_shared<SsdTier>(std::move(store),
-                                              SsdIoOptions{io_engine, io_depth, write_bytes_per_s});
+                                              SsdIoOptions{io_engine, io_depth, std::move(write_limit)});
            }),
-           py::arg("store"), py::arg("io_engine"), py::arg("io_depth"), py::arg("write_bytes_per_s") = 0.0);
+           py::arg("store"), py::arg("io_engine"), py::arg("io_depth"), py::arg("write_limit") = nullptr);
 
   py::class_<SsdReader>(m, "SsdReader")
       .def(py::init<const std::string&, const std::string&>(), py::arg("slots"), py::arg("journal"), NoGil())

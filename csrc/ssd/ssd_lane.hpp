@@ -20,7 +20,7 @@
 
 namespace flexkv {
 
-// Holds writes back to so many bytes per second, over all directories of the tier. 0: no limit.
+// Holds writes back to so many bytes per second: those of all lanes, and of all tiers, that were given it. 0: no limit.
 class WriteLimit {
  public:
   explicit WriteLimit(double bytes_per_s) : rate_(bytes_per_s), available_(0) {}
@@ -40,7 +40,7 @@ class SsdLane {
   static constexpr double kIoTimeoutS = 20;
 
   SsdLane(std::shared_ptr<SsdStore> store, size_t shard, LowerTier::Above above,
-          std::unique_ptr<IoEngine> engine, std::shared_ptr<WriteLimit> limit);
+          std::unique_ptr<IoEngine> engine, std::shared_ptr<WriteLimit> limit);  // nullptr: none
   // Everything that was started must have ended.
   ~SsdLane();
 

@@ -13,13 +13,12 @@ void SsdTier::Attach(const Above& above) {
   Require(store_->slot_bytes() == above.slice_offsets.back() &&
               store_->slice_bytes().size() + 1 == above.slice_offsets.size(),
           "the SSD tier has slots of another shape");
-  auto limit = std::make_shared<WriteLimit>(options_.write_bytes_per_s);
   engine_note_.clear();
   std::vector<std::unique_ptr<SsdLane>> lanes;
   for (size_t shard = 0; shard < store_->num_shards(); ++shard) {
     auto engine = store_->disk()->MakeEngine(options_.kind, options_.depth, &engine_note_);
     engine_name_ = engine->name();
-    lanes.push_back(std::make_unique<SsdLane>(store_, shard, above, std::move(engine), limit));
+    lanes.push_back(std::make_unique<SsdLane>(store_, shard, above, std::move(engine), options_.write_limit));
   }
   lanes_ = std::move(lanes);
 }

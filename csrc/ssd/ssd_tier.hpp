@@ -14,8 +14,8 @@ namespace flexkv {
 
 struct SsdIoOptions {
   IoEngineKind kind = IoEngineKind::kAuto;
-  int depth = 64;                // transfers in flight per directory
-  double write_bytes_per_s = 0;  // over all directories; 0: no limit
+  int depth = 64;                           // transfers in flight per directory
+  std::shared_ptr<WriteLimit> write_limit;  // nullptr: none
 };
 
 class SsdTier : public LowerTier {

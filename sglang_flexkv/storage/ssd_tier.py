@@ -23,6 +23,7 @@ class SsdTier(LowerTier):
         namespace: of the keys; what is found under another one is not ours.
         label: what people are told the files hold.
         identity: what the namespace stands for, kept beside the files.
+        write_limit: of what is written; None: no limit.
         disk: what system calls go through; tests put faults there.
     """
 
@@ -36,6 +37,7 @@ class SsdTier(LowerTier):
         label: str = "",
         identity: Identity | None = None,
         rank_tag: str = "rank0",
+        write_limit: _core.WriteLimit | None = None,
         disk: _core.Disk | None = None,
     ) -> None:
         super().__init__(
@@ -47,7 +49,7 @@ class SsdTier(LowerTier):
         )
         self._config, self._slice_bytes = config, slice_bytes
         self._namespace, self._label, self._identity = namespace, label, identity
-        self._rank_tag = rank_tag
+        self._rank_tag, self._write_limit = rank_tag, write_limit
         self._disk = disk or _core.Disk()
         self._store: SsdStore | None = None
         self._core: _core.SsdTier | None = None
@@ -66,10 +68,7 @@ class SsdTier(LowerTier):
             disk=self._disk,
         )
         self._core = _core.SsdTier(
-            self._store.core,
-            _IO_KINDS[config.io_engine],
-            config.io_depth,
-            config.ssd_write_limit_mb_s * 1e6,
+            self._store.core, _IO_KINDS[config.io_engine], config.io_depth, self._write_limit
         )
 
     @property

@@ -36,6 +36,7 @@ class TierRequest:
         group: whose blocks it is for; None: the first group's.
         slice_bytes: of each slice of a slot.
         number_bytes: of the floating-point numbers that blocks consist of; 0: of several sizes, or others.
+        ssd_limit: of what all groups write to SSD.
         remote_pace: of what all groups store remotely.
     """
 
@@ -49,6 +50,7 @@ class TierRequest:
     group: KVGroup | None = None
     slice_bytes: tuple[int, ...] = ()
     number_bytes: int = 0
+    ssd_limit: _core.WriteLimit | None = None
     remote_pace: WritePace | None = None
 
     def of_group(self, namespace: Namespace) -> Namespace:
@@ -73,6 +75,7 @@ def _ssd(request: TierRequest) -> LowerTier | None:
         label=request.label,
         identity=request.identity if request.group is None else None,
         rank_tag=rank_tag,
+        write_limit=request.ssd_limit,
         disk=request.disk,
     )
 
@@ -165,7 +168,12 @@ class StorageEngine:
         num_layers = len(device.tensors) + len(theirs)
         self.layers = layers or [layer for layer in range(num_layers) if layer not in theirs]
         self.groups: list[GroupStorage] = []
-        request = replace(request, remote_pace=WritePace(request.config.remote_write_limit_mb_s * 1e6))
+        # Groups write together what one does without them.
+        request = replace(
+            request,
+            ssd_limit=_core.WriteLimit(request.config.ssd_write_limit_mb_s * 1e6),
+            remote_pace=WritePace(request.config.remote_write_limit_mb_s * 1e6),
+        )
         try:
             self.groups.append(GroupStorage(device, request))
             for group in more_groups:

@@ -29,10 +29,18 @@ class GroupCache:
     Args:
         directory: None: there is a remote store in place of SSD.
         num_layers: of the first group.
+        write_limit_mb_s: of SSD.
         settings: of the engine.
     """
 
-    def __init__(self, directory: Path | None, num_layers: int, group: KVGroup, **settings: Any) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        num_layers: int,
+        group: KVGroup,
+        write_limit_mb_s: float = 0.0,
+        **settings: Any,
+    ) -> None:
         slots = SEQUENCE * BLOCK
         self.full = [[torch.zeros(slots, 2, 64) for _ in "kv"] for _ in range(num_layers)]
         self.group = group
@@ -45,6 +53,7 @@ class GroupCache:
                 ssd_cache_dir=(directory,) if directory is not None else (),
                 remote=None if directory is not None else "file:///tmp",
                 ssd_eviction_policy=EvictionPolicy.LRU,
+                ssd_write_limit_mb_s=write_limit_mb_s,
             ),
             DeviceBuffers(self.full, 1),
             namespace=NAMESPACE,

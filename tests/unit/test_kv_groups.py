@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -28,13 +29,19 @@ class Cache(GroupCache):
     The pool of the window has K and V of other widths, another dtype, and room for the window alone.
     """
 
-    def __init__(self, directory: Path | None, disk: FaultyDisk | None = None, share: float = 0.5) -> None:
+    def __init__(
+        self,
+        directory: Path | None,
+        disk: FaultyDisk | None = None,
+        share: float = 0.5,
+        write_limit_mb_s: float = 0.0,
+    ) -> None:
         self.window = [
             [torch.zeros(WINDOW * BLOCK, 1, width, dtype=torch.float16) for width in (96, 32)]
             for _ in WINDOW_LAYERS
         ]
         group = KVGroup("window", DeviceBuffers(self.window, 1), WINDOW_LAYERS, WINDOW, share)
-        super().__init__(directory, len(ALL_LAYERS), group, keep_tokens=True, disk=disk)
+        super().__init__(directory, len(ALL_LAYERS), group, write_limit_mb_s, keep_tokens=True, disk=disk)
         self.window_slots = np.arange(WINDOW * BLOCK)
 
     def content(self, number: int, block: int, buffer: torch.Tensor, which: int) -> torch.Tensor:
@@ -201,6 +208,20 @@ def test_each_part_has_a_quota_of_its_own(tmp_path: Path) -> None:
         cache.put(number)
     assert cache.get(3) == SEQUENCE
     assert cache.get(0) == SEQUENCE  # its window from SSD
+    cache.close()
+
+
+def test_the_limit_on_writes_to_ssd_is_of_all_parts_together(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, write_limit_mb_s=0.5)
+    begin_s = time.monotonic()
+    for number in range(4):
+        cache.put(number, WINDOW)
+    took_s = time.monotonic() - begin_s
+    written = cache.engine.stats()["H2DISK"]["bytes"]
+    largest = cache.engine.slot_bytes
+    assert written > 1.1 * 4 * WINDOW * largest  # both parts
+    # A short burst is free, and the last block may go into debt.
+    assert took_s > (written - largest) / 0.5e6 - 0.1
     cache.close()
 
 

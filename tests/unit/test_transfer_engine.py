@@ -69,7 +69,9 @@ class Rig:
             layout, self.host, copy_threads=2, cuda_device=-1, queue_bytes=queue_bytes, lower_tiers=["DISK"]
         )
         self.engine.attach(
-            1, _core.SsdTier(self.store, io_engine, io_depth, write_bytes_per_s), slices_per_read
+            1,
+            _core.SsdTier(self.store, io_engine, io_depth, _core.WriteLimit(write_bytes_per_s)),
+            slices_per_read,
         )
 
     def tokens(self, *blocks: int) -> np.ndarray:
