@@ -7,6 +7,7 @@ to work where the compiled core does not.
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -51,6 +52,14 @@ _COPIES = {
 }
 # Sizes that are tried if none are given, as parts of the trace's blocks.
 _DEFAULT_SIZES = (64, 16, 4)
+
+
+def _no_nan(value: float | None) -> float | None:
+    """Refuses what some versions of click find in every range."""
+    if value is not None and math.isnan(value):
+        raise typer.BadParameter("nan is not a number.")
+    return value
+
 
 _TraceFile = Annotated[
     Path,
@@ -99,7 +108,10 @@ def replay(
     block_kib: Annotated[
         float | None,
         typer.Option(
-            min=0.001, max=_BLOCK_KIB_MAX, help="KiB of a block over all ranks: adds the bytes moved."
+            callback=_no_nan,
+            min=0.001,
+            max=_BLOCK_KIB_MAX,
+            help="KiB of a block over all ranks: adds the bytes moved.",
         ),
     ] = None,
     optimum: Annotated[bool, typer.Option(help="Compare with the offline optimum (Belady).")] = True,
@@ -151,11 +163,16 @@ def replay(
 
 def plan(
     trace_file: _TraceFile,
-    cpu_gib: Annotated[float, typer.Option(min=0, max=_GIB_MAX, help="Memory available to the CPU tier.")],
+    cpu_gib: Annotated[
+        float, typer.Option(callback=_no_nan, min=0, max=_GIB_MAX, help="Memory available to the CPU tier.")
+    ],
     prefill_tokens_s: Annotated[
         float,
         typer.Option(
-            min=1, max=_TOKENS_S_MAX, help="Tokens per second that the model prefills, all GPUs together."
+            callback=_no_nan,
+            min=1,
+            max=_TOKENS_S_MAX,
+            help="Tokens per second that the model prefills, all GPUs together.",
         ),
     ],
     model: Annotated[
@@ -170,20 +187,27 @@ def plan(
     tp: Annotated[int, typer.Option(min=1, max=_RANKS_MAX, help="Tensor-parallel ranks.")] = 1,
     gpu_kv_gib: Annotated[
         float,
-        typer.Option(min=0, max=_GIB_MAX, help="KV pools of all GPUs; 0: the tiers see every request."),
+        typer.Option(
+            callback=_no_nan,
+            min=0,
+            max=_GIB_MAX,
+            help="KV pools of all GPUs; 0: the tiers see every request.",
+        ),
     ] = 0.0,
     ssd_gib: Annotated[
-        float, typer.Option(min=0, max=_GIB_MAX, help="SSD space available; 0: no SSD tier.")
+        float,
+        typer.Option(callback=_no_nan, min=0, max=_GIB_MAX, help="SSD space available; 0: no SSD tier."),
     ] = 0.0,
     ssd_dir: Annotated[
         list[Path] | None,
         typer.Option(help="Directory of the SSD tier, for --write; may be repeated.", readable=False),
     ] = None,
     pcie_gb_s: Annotated[
-        float, typer.Option(min=0.001, max=_GB_S_MAX, help="10^9 bytes/s from memory to one GPU.")
+        float,
+        typer.Option(callback=_no_nan, min=0.001, max=_GB_S_MAX, help="10^9 bytes/s from memory to one GPU."),
     ] = 25.0,
     ssd_read_gb_s: Annotated[
-        float, typer.Option(min=0.001, max=_GB_S_MAX, help="10^9 bytes/s from all SSDs.")
+        float, typer.Option(callback=_no_nan, min=0.001, max=_GB_S_MAX, help="10^9 bytes/s from all SSDs.")
     ] = 3.0,
     tokens_per_block: _TokensPerBlock = 512,
     requests: _Requests = None,

@@ -17,7 +17,7 @@ import typer
 from replay_traces import write_lines
 from typer.testing import CliRunner, Result
 
-from sglang_flexkv import cli
+from sglang_flexkv import cli, cli_replay
 from sglang_flexkv.cli_output import errors
 from sglang_flexkv.replay.synthetic import TraceKind, generate
 from sglang_flexkv.replay.trace import TraceError, load_trace
@@ -100,6 +100,14 @@ def test_odd_values_of_plan(trace: Path, option: str) -> None:
     given = [word for name, value in PLAN.items() if value and name != option for word in (name, value)]
     for value in ODD:
         run("plan", trace, *given, option, value)
+
+
+def test_nan_is_refused_where_the_range_of_an_option_takes_it() -> None:
+    """As with typer of other versions than this one's."""
+    with pytest.raises(typer.BadParameter, match="nan is not a number"):
+        cli_replay._no_nan(float("nan"))
+    assert cli_replay._no_nan(None) is None
+    assert cli_replay._no_nan(0.5) == 0.5
 
 
 def test_odd_models(trace: Path, tmp_path: Path) -> None:
