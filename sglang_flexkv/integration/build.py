@@ -18,6 +18,7 @@ from sglang_flexkv.integration.compat.kv_pool import (
     MAMBA,
     KVPools,
     asks_for_layers,
+    asks_for_states,
     draft_pools,
     kv_pools,
 )
@@ -80,6 +81,8 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         rank_tag=f"dp{place.dp_rank}-tp{place.tp_rank}",
     )
     labels = {"dp_rank": str(place.dp_rank), "tp_rank": str(place.tp_rank)}
+    on_gpu = pools.full.device.type != "cpu"
+    waits_for_states = cache.keeps_states and on_gpu and not asks_for_states(ctx.model_config)
     linker = FlexKVLinker(
         engine,
         config,
@@ -87,7 +90,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         num_layers=pools.num_layers,
         single_rank=place.tp_size == 1,
         has_draft=bool(drafts),
-        by_layer=all(map(asks_for_layers, (pool, *drafts))),
+        by_layer=all(map(asks_for_layers, (pool, *drafts))) and not waits_for_states,
         reads_under_forwards=not server.sends_to_decode_servers(),
         metrics=Metrics(
             labels if server.exports_metrics() else None, engine.tier_names, remote=bool(engine.asked_tiers)

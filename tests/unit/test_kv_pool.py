@@ -37,7 +37,12 @@ from sglang.srt.mem_cache.memory_pool import (
 from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
 from sglang_flexkv.common.errors import IncompatibleError
-from sglang_flexkv.integration.compat.kv_pool import asks_for_layers, device_buffers, kv_pools
+from sglang_flexkv.integration.compat.kv_pool import (
+    asks_for_layers,
+    asks_for_states,
+    device_buffers,
+    kv_pools,
+)
 from sglang_flexkv.integration.compat.version import is_0_5_22
 
 WINDOWS = pytest.mark.skipif(is_0_5_22(), reason="windows are refused with SGLang 0.5.22")
@@ -81,6 +86,15 @@ def test_what_belongs_to_kv_is_carried_with_it(case: str) -> None:
 
 def test_what_nvfp4_reads_past_the_accessors() -> None:
     assert not asks_for_layers(WITH_MORE["nvfp4"][0]())
+
+
+@pytest.mark.parametrize(("architecture", "asks"), [("gdn", True), ("kda", False)])
+def test_which_models_ask_for_their_states_while_a_graph_runs(architecture: str, asks: bool) -> None:
+    from sglang.srt.configs.kimi_linear import KimiLinearConfig
+    from sglang.srt.configs.qwen3_next import Qwen3NextConfig
+
+    config = Qwen3NextConfig() if architecture == "gdn" else KimiLinearConfig()
+    assert asks_for_states(SimpleNamespace(hf_config=config)) == asks
 
 
 def test_a_pool_by_page(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -247,6 +247,17 @@ def asks_for_layers(pool: Any) -> bool:
     return not isinstance(getattr(pool, "quant_method", None), NVFP4KVCacheMethod)
 
 
+def asks_for_states(model_config: Any) -> bool:
+    """Whether a forward on a GPU asks for the state of each layer before it reads it.
+
+    Layers that SGLang captures in graphs of prefills (KDA) ask when they are captured, and not when the graph
+    runs. Of gated delta networks it is known that they run between the parts of such a graph.
+    """
+    from sglang.srt.configs.hybrid_arch import hybrid_gdn_config
+
+    return hybrid_gdn_config(model_config) is not None
+
+
 def _check_class(pool: Any) -> None:
     from sglang.srt.mem_cache import memory_pool as pools
 
