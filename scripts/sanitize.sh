@@ -92,7 +92,7 @@ case ${1:-} in
         TSAN_OPTIONS=$TSAN_OPTIONS:report_thread_leaks=0:suppressions=$ROOT/csrc/testing/python_threads.supp \
             check "$sanitizer: remote tier" with_core "$sanitizer" tests/unit/test_remote_tier.py \
             tests/unit/test_remote_values.py
-        check "$sanitizer: CUDA path" with_core "$sanitizer" tests/unit/test_cuda_path.py
+        check "$sanitizer: CUDA path" with_core "$sanitizer" tests/unit/test_cuda_path.py tests/unit/test_cuda_groups.py
     done
     TSAN_OPTIONS+=":suppressions=$ROOT/csrc/testing/shared_slots.supp"
     for sanitizer in address thread; do

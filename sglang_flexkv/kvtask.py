@@ -100,8 +100,16 @@ class KVTask:
     @property
     def num_loads(self) -> int:
         """Times that this task passes each layer of a gate."""
+        return self._num_ops(TransferType.H2D)
+
+    @property
+    def num_stores(self) -> int:
+        """The same of a put, whose gate has one layer."""
+        return self._num_ops(TransferType.D2H)
+
+    def _num_ops(self, transfer_type: TransferType) -> int:
         ops = self.plan.graph.ops if self.plan is not None else []
-        return sum(op.transfer_type is TransferType.H2D for op in ops)
+        return sum(op.transfer_type is transfer_type for op in ops)
 
     @property
     def ended(self) -> bool:
@@ -649,7 +657,7 @@ class KVTaskEngine:
             places: which blocks of these the plan's blocks are, int64 [blocks]; None: the first ones.
             gate: opened layer by layer as a get arrives. It must have been told to expect ``num_loads`` of
                 every task that shares it, before the first of them is launched. Of a put, a gate with one
-                layer that expects one: opened when the device's slots may be written again.
+                layer that expects ``num_stores``: opened when the device's slots may be written again.
             wait_events: torch.cuda.Event objects that must have happened before the device pool is touched.
             more_slots: slots in the pools of the further groups, int64 [slots], by group: of the last blocks
                 of the plan.

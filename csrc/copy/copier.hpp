@@ -17,7 +17,6 @@
 namespace flexkv {
 
 class AwaitedSlots;
-class SlotReader;
 
 // Which bytes: some blocks of one layout. Who asks keeps the arrays alive.
 struct CopiedBlocks {
@@ -52,14 +51,16 @@ struct DeviceCopy {
   // say so at the end only.
   std::function<void(int layer_begin, int layer_end)> on_landed;
   // With a gate, from a thread of the copier, before on_end: the copies of these layers are on a stream, and
-  // the event behind them. Not called for layers that could not be queued.
-  std::function<void(int layer_begin, int layer_end, const StreamEvent& event)> on_queued;
+  // the event behind them. Not called for layers that could not be queued. `stream` tells those of a copier apart.
+  std::function<void(int layer_begin, int layer_end, const StreamEvent& event, size_t stream)> on_queued;
   // Called once, from a thread of the copier, when nothing of this copy touches memory any more.
   std::function<void(OpStatus status, std::string error)> on_end;
 };
 
 class Copier {
  public:
+  static constexpr size_t kStreamsMax = 2;  // of one direction
+
   // Of one direction, so far.
   struct Times {
     double busy_s;   // for which the device has copied, by its own clock
@@ -80,8 +81,6 @@ class Copier {
   virtual bool copies_at_once() const { return false; }
   virtual void CopyAtOnce(const CopiedBlocks&, size_t, int, int) {}
 
-  // Reads the slots of copies that are submitted later; nullptr: their slots are known when they are.
-  virtual SlotReader* slot_reader() { return nullptr; }
   // Where the device has a clock of its own.
   virtual std::optional<Times> TimesOf(bool) const { return std::nullopt; }
   // Which ways copies take here, and what the device cannot do, in words; empty if nothing is to be said.

@@ -27,9 +27,11 @@ constexpr auto kPollInterval = std::chrono::microseconds(100);
 // not waited for: its caller was held up, and the link is not to be idle for that.
 constexpr auto kNextLoadMax = std::chrono::milliseconds(5);
 
-// Where it could not be measured. An H100 that has nothing else to do and so low clocks gives pieces of 32 KiB half
-// of the link, of 256 KiB nine tenths.
+// Where it could not be measured.
 constexpr size_t kEnginePieceBytes = size_t{256} << 10;
+// How much slower than large pieces small ones may be. Of a load that copy engines carry alone: on an H200 attention
+// slows what goes through the buffer down by a third, and a GEMM loses a twentieth to it. Nobody waits for stores.
+constexpr double kSlowerAlone = 1.25, kSlower = 1.1;
 // The first layers of a load go in smaller pieces: a forward waits for them.
 constexpr size_t kFirstPieceDivisor = 4;
 // What is stored goes in larger ones, as nobody waits for its first layers.
@@ -38,31 +40,38 @@ constexpr size_t kStoredPieceBytes = size_t{4} << 20;
 }  // namespace
 
 CudaCopier::CudaCopier(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout,
-                       std::shared_ptr<HostPool> host)
+                       std::shared_ptr<HostPool> host, std::shared_ptr<SlotReader> slot_reader)
     : cuda_(std::move(cuda)),
       layout_(layout),
       host_(std::move(host)),
       engine_path_(cuda_, layout_, *host_),
       timed_events_(std::make_shared<EventPool>(cuda_, true)),
-      // All slots of the pool, once to be stored and once to be loaded.
-      slot_reader_(cuda_, 2 * static_cast<size_t>(layout_.num_token_slots())) {
+      slot_reader_(std::move(slot_reader)) {
   const CudaContext context(*cuda_);
   loads_.to_device = true;
   for (Direction* direction : {&loads_, &stores_}) {
     direction->route = std::make_unique<KernelPath::Route>(cuda_, direction->to_device);
   }
-  kernel_path_ =
-      std::make_unique<KernelPath>(cuda_, layout_, *host_, engine_path_, *loads_.route, *stores_.route);
-  if (kernel_path_->usable()) {
-    std::string problem;
-    engine_piece_bytes_ = MeasureEnginePieceBytes(*cuda_, *timed_events_, loads_.route->engines, &problem);
-    if (!problem.empty()) engine_piece_bytes_ = kEnginePieceBytes;
-    note_ = "copy engines alone from " + std::to_string(engine_piece_bytes_ >> 10) + " KiB a piece (" +
-            (problem.empty() ? "measured" : "not measured: " + problem) +
-            "), below through a buffer on the device; here " +
-            std::to_string(engine_path_.piece_bytes(true) >> 10) + " KiB";
-  } else {
-    note_ = "copy engines alone: " + kernel_path_->note();
+  std::string problem;
+  const auto measured = [&](Direction& direction, bool in_host_order, double slower_max) {
+    const MeasuredPieces pieces{direction.to_device, in_host_order, slower_max};
+    CopyStream& stream = direction.route->engines;
+    const size_t bytes = MeasureEnginePieceBytes(*cuda_, *timed_events_, stream, pieces, &problem);
+    return bytes != 0 ? bytes : kEnginePieceBytes;
+  };
+  loads_.alone_bytes = measured(loads_, true, kSlowerAlone);
+  stores_.alone_bytes = measured(stores_, true, kSlower);
+  buffer_piece_bytes_ = measured(loads_, false, kSlower);
+  const auto kib = [](size_t bytes) { return std::to_string(bytes >> 10) + " KiB"; };
+  note_ = "copy engines alone for loads of pieces from " + kib(loads_.alone_bytes) + " on, for stores from " +
+          kib(stores_.alone_bytes) + " on (" + (problem.empty() ? "measured" : "not measured: " + problem) +
+          "); here pieces have " + kib(engine_path_.piece_bytes(true));
+  // The smallest pieces that there can be. Where they are large enough no buffer is needed, which is much memory.
+  if (engine_path_.piece_bytes(false) < std::max(loads_.alone_bytes, stores_.alone_bytes)) {
+    kernel_path_ =
+        std::make_unique<KernelPath>(cuda_, layout_, *host_, engine_path_, *loads_.route, *stores_.route);
+    note_ += kernel_path_->usable() ? "; smaller ones go through a buffer on the device"
+                                    : "; no buffer for smaller ones: " + kernel_path_->note();
   }
   for (Direction* direction : {&loads_, &stores_}) {
     direction->thread = std::thread([this, direction] { Loop(*direction); });
@@ -140,7 +149,7 @@ void CudaCopier::StartWaiting(Direction& direction) {
   std::deque<Submission> ready, held_back;
   std::set<const LayerGate*>
       incomplete;  // some of their loads wait for slots, which all of a batch get at one time
-  slot_reader_.Collect();
+  slot_reader_->Collect();
   for (Submission& submission : direction.waiting) {
     if (!AwaitsSlots(submission)) continue;
     submission.held_back = true;
@@ -207,7 +216,8 @@ bool CudaCopier::IsPinned(const CopiedBlocks& blocks) const {
 bool CudaCopier::GoesThroughBuffer(const CopiedBlocks& blocks, bool pinned) const {
   // The call that loads memory that is not pinned waits for the stream, and that one might wait for a kernel.
   return (pinned || !blocks.to_device) &&
-         engine_path_.piece_bytes(blocks.in_sequence) < engine_piece_bytes_ && kernel_path_->Takes(blocks);
+         engine_path_.piece_bytes(blocks.in_sequence) < (blocks.to_device ? loads_ : stores_).alone_bytes &&
+         KernelTakes(blocks);
 }
 
 std::unique_ptr<CudaCopier::Flight> CudaCopier::TakeFlight(std::deque<Submission>& ready) const {
@@ -224,7 +234,7 @@ std::unique_ptr<CudaCopier::Flight> CudaCopier::TakeFlight(std::deque<Submission
     const CopiedBlocks together = flight->blocks.With(copy.blocks);
     if (copy.gate == first.gate && copy.layer_begin == first.layer_begin &&
         copy.layer_end == first.layer_end && IsPinned(copy.blocks) &&
-        kernel_path_->Takes(together) == kernel_path_->Takes(flight->blocks)) {
+        KernelTakes(together) == KernelTakes(flight->blocks)) {
       flight->blocks = together;
       flight->submissions.push_back(std::move(other));
     } else {
@@ -329,7 +339,7 @@ bool CudaCopier::QueueLoad(Flight& flight, KernelPath::Route& route) {
     }
     if (flight.described) {
       const size_t piece =
-          std::max(engine_piece_bytes_ / (first ? kFirstPieceDivisor : 1), layout_.layers_bytes(begin, end));
+          std::max(buffer_piece_bytes_ / (first ? kFirstPieceDivisor : 1), layout_.layers_bytes(begin, end));
       end = kernel_path_->EndOfPiece(begin, copy.layer_end, piece);
     }
     if (!QueueLayers(flight, begin, end, route) || !TellQueued(flight, begin, end, route)) return false;
@@ -363,7 +373,11 @@ bool CudaCopier::TellQueued(Flight& flight, int layer_begin, int layer_end, Kern
   if (!flight.copy().gate) return true;
   const StreamEvent event = flight.described ? flight.behind_layers : route.engines.Record(&flight.error);
   if (event == nullptr) return false;
-  for (Submission& submission : flight.submissions) submission.copy.on_queued(layer_begin, layer_end, event);
+  // What goes by copy engines alone does not wait for what goes through the buffer: each has a stream.
+  const size_t stream = flight.described ? 1 : 0;
+  for (Submission& submission : flight.submissions) {
+    submission.copy.on_queued(layer_begin, layer_end, event, stream);
+  }
   return true;
 }
 

@@ -37,15 +37,15 @@ namespace flexkv {
 
 class CudaCopier final : public Copier {
  public:
-  // Throws SystemError if the device gives not even a stream.
-  CudaCopier(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout, std::shared_ptr<HostPool> host);
+  // `slot_reader`: of the slots that copies wait for. Throws SystemError if the device gives not even a stream.
+  CudaCopier(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout, std::shared_ptr<HostPool> host,
+             std::shared_ptr<SlotReader> slot_reader);
   ~CudaCopier() override;
 
   void Submit(DeviceCopy copy) override;
   // With the last of them those go that were held back for it.
   void LoadsComplete() override;
   std::shared_ptr<LayerGate> MakeGate(int num_layers) const override;
-  SlotReader* slot_reader() override { return &slot_reader_; }
   std::optional<Times> TimesOf(bool to_device) const override {
     const Direction& direction = to_device ? loads_ : stores_;
     return Times{direction.busy_s.load(), direction.queue_s.load()};
@@ -80,6 +80,7 @@ class CudaCopier final : public Copier {
   struct Direction {
     bool to_device = false;
     std::unique_ptr<KernelPath::Route> route;
+    size_t alone_bytes = 0;                       // pieces of this size and more go by copy engines alone
     std::deque<std::unique_ptr<Flight>> flights;  // in the order in which they were queued
     std::deque<Submission> submitted;             // under mutex_
     bool complete = false;                        // under mutex_: a gate has been given all of its loads
@@ -98,6 +99,7 @@ class CudaCopier final : public Copier {
   static bool MayBeHeldBack(const DeviceCopy& copy);
   bool IsPinned(const CopiedBlocks& blocks) const;
   bool GoesThroughBuffer(const CopiedBlocks& blocks, bool pinned) const;
+  bool KernelTakes(const CopiedBlocks& blocks) const { return kernel_path_ && kernel_path_->Takes(blocks); }
   // Takes the first of `ready`, and the other loads that can go with it.
   std::unique_ptr<Flight> TakeFlight(std::deque<Submission>& ready) const;
   // True if the flight is on a stream or has ended, false if its time has not come.
@@ -120,10 +122,10 @@ class CudaCopier final : public Copier {
   const std::shared_ptr<HostPool> host_;
   std::string note_;
   EnginePath engine_path_;
-  std::unique_ptr<KernelPath> kernel_path_;
-  size_t engine_piece_bytes_ = 0;  // pieces of this size and more go by the copy engines alone
+  std::unique_ptr<KernelPath> kernel_path_;  // nullptr where no pieces are small
+  size_t buffer_piece_bytes_ = 0;            // of a block, that copy engines carry to a buffer at once
   std::shared_ptr<EventPool> timed_events_;
-  SlotReader slot_reader_;
+  const std::shared_ptr<SlotReader> slot_reader_;
   std::mutex mutex_;
   std::condition_variable wake_;
   Direction loads_, stores_;

@@ -9,8 +9,16 @@
 
 namespace flexkv {
 
-// Loads pieces of several sizes, some milliseconds in all, and returns the smallest with which the copy engines are
-// about as fast as with large ones. 0 if something failed, with the reason in *note.
-size_t MeasureEnginePieceBytes(CudaDriver& cuda, EventPool& timed, CopyStream& stream, std::string* note);
+// What pieces are measured. Where they are on the device has no order.
+struct MeasuredPieces {
+  bool to_device;
+  bool in_host_order;  // one after the other in the host's memory, as layers of a block are; or in no order
+  double slower_max;   // than large ones they may be, as a factor
+};
+
+// Copies pieces of several sizes, for some milliseconds in all, and returns the smallest with which copy engines are
+// nearly as fast as with large ones. 0 if something failed, with the reason in *note.
+size_t MeasureEnginePieceBytes(CudaDriver& cuda, EventPool& timed, CopyStream& stream,
+                               const MeasuredPieces& pieces, std::string* note);
 
 }  // namespace flexkv

@@ -157,16 +157,21 @@ bool EnginePath::Flush(Batch& batch) {
 KernelPath::Route::Route(std::shared_ptr<CudaDriver> cuda, bool to_device)
     : engines(cuda, to_device), kernels(cuda, to_device), cuda_(std::move(cuda)), to_device_(to_device) {}
 
-KernelPath::Route::~Route() {
+KernelPath::Route::~Route() { FreeBuffers(); }
+
+void KernelPath::Route::FreeBuffers() {
   std::string ignored;
   for (CopyStream* stream : {&engines, &kernels}) cuda_->Synchronize(stream->get(), &ignored);
   for (const Buffer& buffer : buffers_) cuda_->FreeDevice(buffer.address);
+  buffers_.clear();
 }
 
 KernelPath::KernelPath(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout, const HostPool& host,
                        EnginePath& engines, Route& loads, Route& stores)
     : cuda_(std::move(cuda)), layout_(layout), host_(host), engines_(engines) {
-  if (!SetUp(loads, stores)) kernel_ = nullptr;
+  if (SetUp(loads, stores)) return;
+  kernel_ = nullptr;
+  for (Route* route : {&loads, &stores}) route->FreeBuffers();
 }
 
 KernelPath::~KernelPath() {

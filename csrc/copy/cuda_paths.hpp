@@ -91,6 +91,8 @@ class KernelPath {
 
    private:
     friend class KernelPath;
+    // When its streams have done what they were told.
+    void FreeBuffers();
     struct Buffer {
       uint64_t address;
       StreamEvent left;  // behind what used it last

@@ -34,17 +34,16 @@ bool LayerGate::AwaitsLoads(std::chrono::steady_clock::duration max) const {
   return unsubmitted_ > 0 && std::chrono::steady_clock::now() - submitted_ < max;
 }
 
-void LayerGate::Queued(int layer_begin, int layer_end, const StreamEvent& event, size_t copier) {
+void LayerGate::Queued(const std::vector<int>& layers, const StreamEvent& event, size_t stream) {
   {
     std::lock_guard<std::mutex> lock(mutex_);
     ++last_number_;
-    if (waiting_numbers_.size() <= copier) waiting_numbers_.resize(copier + 1);
-    for (int at = layer_begin; at < layer_end; ++at) {
+    if (waiting_numbers_.size() <= stream) waiting_numbers_.resize(stream + 1);
+    for (int at : layers) {
       Layer& queued = layers_[static_cast<size_t>(at)];
       queued.left_queued--;
-      queued.event = event;
-      queued.number = last_number_;
-      queued.copier = copier;
+      if (queued.last.size() <= stream) queued.last.resize(stream + 1);
+      queued.last[stream] = {event, last_number_};
     }
     Open();
   }
@@ -83,11 +82,7 @@ bool LayerGate::StreamWait(int layer, uint64_t stream, double timeout_s) {
   Require(layer >= 0 && layer < num_layers_, "the gate has no such layer");
   if (open_layers() > layer) return true;
   if (!cuda_) return Wait(layer, timeout_s) > 0;
-  struct Last {
-    StreamEvent event;
-    uint64_t number = 0;
-  };
-  std::vector<Last> last;  // by copier: what it queued last of this layer and those below it
+  std::vector<Last> last;  // by stream of copies: what it got last of this layer and those below it
   {
     std::unique_lock<std::mutex> lock(mutex_);
     if (!changed_.wait_for(lock, std::chrono::duration<double>(timeout_s),
@@ -96,15 +91,14 @@ bool LayerGate::StreamWait(int layer, uint64_t stream, double timeout_s) {
     }
     last.resize(waiting_numbers_.size());
     for (int at = 0; at <= layer; ++at) {
-      const Layer& below = layers_[static_cast<size_t>(at)];
-      if (below.number > 0 && below.number > last[below.copier].number) {
-        last[below.copier] = {below.event, below.number};
+      const std::vector<Last>& below = layers_[static_cast<size_t>(at)].last;
+      for (size_t i = 0; i < below.size(); ++i) {
+        if (below[i].number > last[i].number) last[i] = below[i];
       }
     }
     // Attention asks twice per layer, for K and for V, and layers are copied in groups.
-    for (size_t copier = 0; copier < last.size(); ++copier) {
-      if (waiting_stream_ == stream && waiting_numbers_[copier] >= last[copier].number)
-        last[copier].number = 0;
+    for (size_t i = 0; i < last.size(); ++i) {
+      if (waiting_stream_ == stream && waiting_numbers_[i] >= last[i].number) last[i].number = 0;
     }
     if (std::all_of(last.begin(), last.end(), [](const Last& each) { return each.number == 0; })) return true;
   }
@@ -119,8 +113,8 @@ bool LayerGate::StreamWait(int layer, uint64_t stream, double timeout_s) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (waiting_stream_ != stream) std::fill(waiting_numbers_.begin(), waiting_numbers_.end(), 0);
   waiting_stream_ = stream;
-  for (size_t copier = 0; copier < last.size(); ++copier) {
-    waiting_numbers_[copier] = std::max(waiting_numbers_[copier], last[copier].number);
+  for (size_t i = 0; i < last.size(); ++i) {
+    waiting_numbers_[i] = std::max(waiting_numbers_[i], last[i].number);
   }
   return true;
 }

@@ -46,18 +46,21 @@ class LayerGate {
   bool AwaitsLoads(std::chrono::steady_clock::duration max) const;
 
   // A load's copies of these layers are on a stream of copies, and the event behind them. A Pass follows for
-  // each. `copier`: whose stream, counted from 0.
-  void Queued(int layer_begin, int layer_end, const StreamEvent& event, size_t copier = 0);
+  // each. `stream`: which one, counted from 0.
+  void Queued(const std::vector<int>& layers, const StreamEvent& event, size_t stream);
   // A load's bytes of this layer are on the device, or never will be.
   void Pass(int layer, bool was_queued = false);
 
  private:
+  // Behind what was queued last on one stream of copies.
+  struct Last {
+    StreamEvent event;
+    uint64_t number = 0;  // of that event; 0: there is none
+  };
   struct Layer {
-    int left = 0;         // loads that have not passed
-    int left_queued = 0;  // loads that are not even on a stream
-    StreamEvent event;    // behind the copy that was queued last
-    uint64_t number = 0;  // of that event
-    size_t copier = 0;    // whose event it is
+    int left = 0;            // loads that have not passed
+    int left_queued = 0;     // loads that are not even on a stream
+    std::vector<Last> last;  // by stream: several may have parts of a layer
   };
   void Open();
 
@@ -68,11 +71,11 @@ class LayerGate {
   std::condition_variable changed_;
   std::vector<Layer> layers_;
   int open_queued_ = 0;       // layers that will be open when the streams of copies get there
-  uint64_t last_number_ = 0;  // events have running numbers: what one copier queued last lands last
+  uint64_t last_number_ = 0;  // events have running numbers: what was queued last on a stream lands last
   int unsubmitted_ = 0;       // loads that are expected and not even known to the engine
   std::chrono::steady_clock::time_point submitted_;  // when the last one came
   uint64_t waiting_stream_ = 0;                      // the last one that was told to wait,
-  std::vector<uint64_t> waiting_numbers_;            // and for which event of each copier
+  std::vector<uint64_t> waiting_numbers_;            // and for which event of each stream of copies
 };
 
 }  // namespace flexkv

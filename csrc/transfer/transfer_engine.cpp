@@ -6,6 +6,7 @@
 #include "copy/cpu_copier.hpp"
 #include "copy/cuda_copier.hpp"
 #include "cuda/cuda_driver.hpp"
+#include "cuda/cuda_slots.hpp"
 
 namespace flexkv {
 
@@ -32,6 +33,10 @@ TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> hos
     routes_[2 * i + 2].stats.name = lower_tiers[i] + "2H";
     routes_[2 * i + 3].stats.name = "H2" + lower_tiers[i];
   }
+  // All slots of the first pool, once to be stored and once to be loaded; those of other groups are fewer.
+  if (cuda_) {
+    slot_reader_ = std::make_shared<SlotReader>(cuda_, 2 * static_cast<size_t>(layout.num_token_slots()));
+  }
   AddGroup(std::move(layout), std::move(host), {});
 }
 
@@ -48,10 +53,12 @@ uint32_t TransferEngine::AddGroup(BlockLayout layout, std::shared_ptr<HostPool> 
   for (size_t tier = 0; tier < num_lower_tiers_; ++tier) group->below.push_back(std::make_unique<Below>());
   group->host->StartPinning(cuda_);
   if (cuda_) {
-    group->copier = std::make_unique<CudaCopier>(cuda_, group->layout, group->host);
+    group->copier = std::make_unique<CudaCopier>(cuda_, group->layout, group->host, slot_reader_);
   } else {
     group->copier = std::make_unique<CpuCopier>(group->layout, group->host, copy_threads_);
   }
+  const std::string& note = group->copier->note();
+  if (cuda_note_.find(note) == std::string::npos) cuda_note_ += (cuda_note_.empty() ? "" : "; ") + note;
   groups_.push_back(std::move(group));
   return static_cast<uint32_t>(groups_.size() - 1);
 }
@@ -59,8 +66,6 @@ uint32_t TransferEngine::AddGroup(BlockLayout layout, std::shared_ptr<HostPool> 
 std::shared_ptr<LayerGate> TransferEngine::MakeGate(int num_layers) const {
   return groups_[0]->copier->MakeGate(num_layers);
 }
-
-const std::string& TransferEngine::cuda_note() const { return groups_[0]->copier->note(); }
 
 TransferEngine::~TransferEngine() {
   {
@@ -113,9 +118,8 @@ double TransferEngine::Now() const {
 }
 
 std::shared_ptr<AwaitedSlots> TransferEngine::ReadSlots(uint64_t address, size_t count, uint64_t stream) {
-  SlotReader* reader = groups_[0]->copier->slot_reader();
-  Require(reader != nullptr, "only a pool on a GPU has token slots to wait for");
-  return reader->Read(address, count, stream);
+  Require(slot_reader_ != nullptr, "only a pool on a GPU has token slots to wait for");
+  return slot_reader_->Read(address, count, stream);
 }
 
 uint64_t TransferEngine::Submit(GraphSpec spec) {
@@ -149,7 +153,7 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
             "layers out of range");
     if (IsDeviceCopy(s.type)) {
       if (s.awaited) {
-        Require(group.copier->slot_reader() != nullptr, "only a pool on a GPU has token slots to wait for");
+        Require(slot_reader_ != nullptr, "only a pool on a GPU has token slots to wait for");
         Require(far_side.size() == op.num_blocks,
                 "a device copy needs the place of each block's token slots");
         check_slots(far_side, s.awaited->size() / per_block, "awaited");
@@ -160,10 +164,15 @@ uint64_t TransferEngine::Submit(GraphSpec spec) {
       }
       Require(s.tier == Tier::kCpu, "a device copy is one of the CPU tier");
       if (graph->gate && s.type == TransferType::kH2D) {
+        Require(!group.gate_layers.empty() || s.layer_end <= graph->gate->num_layers(),
+                "the gate has fewer layers than the group");
         for (int layer : group.gate_layers) {
           Require(layer >= 0 && layer < graph->gate->num_layers(), "the gate lacks a layer of the group");
         }
       }
+      // A store opens the one layer of its gate, whatever layers its group has.
+      Require(!graph->gate || s.type == TransferType::kH2D || graph->gate->num_layers() == 1,
+              "a store's gate has one layer");
       if (graph->gate) op.at_gate.resize(static_cast<size_t>(layout.num_layers()));
     } else {
       Require(far_side.size() == op.num_blocks && s.keys.size() == op.num_blocks,
@@ -270,14 +279,14 @@ std::vector<TransferStats> TransferEngine::Stats() const {
   std::vector<TransferStats> stats;
   for (const Route& route : routes_) stats.push_back(route.stats);
   for (const bool to_device : {true, false}) {
-    // What is submitted may wait for a forward first: where the device has a clock of its own, that one
-    // tells.
+    // What is submitted may wait for a forward first: where the device has a clock of its own, that one tells. The
+    // parts of a load are copied at the same time over one link, which is busy for as long as the longest of them.
     double busy_s = 0, queue_s = 0;
     bool known = false;
     for (auto& group : groups_) {
       if (const std::optional<Copier::Times> times = group->copier->TimesOf(to_device)) {
         known = true;
-        busy_s += times->busy_s;
+        busy_s = std::max(busy_s, times->busy_s);
         queue_s += times->queue_s;
       }
     }
@@ -361,19 +370,16 @@ void TransferEngine::StartPiece(Op* op, int layer_begin, int layer_end) {
   copy.on_landed = [this, op](int begin, int end) {
     if (op->spec.type == TransferType::kH2D) Pass(op, begin, end);
   };
-  copy.on_queued = [this, op](int begin, int end, const StreamEvent& event) {
+  copy.on_queued = [this, op](int begin, int end, const StreamEvent& event, size_t stream) {
     // Where a piece before has failed, all layers have been passed.
     if (op->at_gate[begin] != LayerState::kUnknown) return;
     std::fill(op->at_gate.begin() + begin, op->at_gate.begin() + end, LayerState::kQueued);
-    const Group& group = GroupOf(*op);
-    if (group.gate_layers.empty()) {
-      op->graph->gate->Queued(begin, end, event, op->spec.group);
-    } else {
-      for (int layer = begin; layer < end; ++layer) {
-        const int at = group.GateLayer(layer);
-        op->graph->gate->Queued(at, at + 1, event, op->spec.group);
-      }
-    }
+    // A store opens the one layer of its gate.
+    const bool load = op->spec.type == TransferType::kH2D;
+    std::vector<int> layers;
+    for (int layer = begin; layer < end; ++layer)
+      layers.push_back(load ? GroupOf(*op).GateLayer(layer) : layer);
+    op->graph->gate->Queued(layers, event, op->spec.group * Copier::kStreamsMax + stream);
   };
   copy.on_end = [this, op, layer_begin, layer_end](OpStatus status, std::string error) {
     const bool done = status == OpStatus::kDone;

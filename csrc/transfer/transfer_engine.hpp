@@ -30,6 +30,8 @@
 
 namespace flexkv {
 
+class SlotReader;
+
 // Of all ops between two places, in one direction.
 struct TransferStats {
   std::string name;  // H2D, D2H, and of a lower tier named X: X2H, H2X
@@ -95,7 +97,7 @@ class TransferEngine {
   bool DrainDevice(double timeout_s);
 
   std::vector<TransferStats> Stats() const;
-  const std::string& cuda_note() const;  // what the GPU cannot do; empty if everything, or without one
+  const std::string& cuda_note() const { return cuda_note_; }  // see Copier::note, of all groups
   double Now() const;
 
  private:
@@ -171,6 +173,9 @@ class TransferEngine {
   const size_t queue_bytes_;  // background graphs are refused beyond; 0: never
   const size_t num_lower_tiers_;
   const std::shared_ptr<CudaDriver> cuda_;  // null: the device pools are CPU memory
+  // One for all groups: whichever copier looks whether slots have come, it looks for all of them.
+  std::shared_ptr<SlotReader> slot_reader_;  // null: on a CPU
+  std::string cuda_note_;
   std::vector<std::unique_ptr<Group>> groups_;
   std::chrono::steady_clock::time_point epoch_;
 

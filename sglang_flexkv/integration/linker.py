@@ -414,7 +414,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         more_slots = self._more_slots(transfers) if slots is not None else {}
         events = self.record_offload_ready() if self.on_gpu and slots is not None else []
         if gate is not None:
-            gate.expect(1)
+            gate.expect(task.num_stores)
         self.engine.launch(task, slots, gate=gate, wait_events=events, more_slots=more_slots)
         return task
 

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -181,15 +182,15 @@ class Dam:
         self._cuda._c.fake_let_go(ctypes.byref(self._word))
 
 
-class Rig:
-    """A device pool, a host pool and the engine.
+class Pool:
+    """A group's rows on the device, and its host pool.
 
     Args:
         row_bytes: of each buffer of a layer, and of a token: two for MHA, one for MLA.
         row_padding: bytes between rows that belong to somebody else.
         tokens_per_row: of every buffer of a layer, or of each; more than one: it is laid out by page.
         buffers_of: how many of the buffers a layer has; None: every layer has all of them.
-        pinned_chunks: so many pieces of the host pool can be pinned; None: all.
+        gate_layers: which layer of a gate each layer is; None: the one of the same number.
     """
 
     def __init__(
@@ -204,11 +205,11 @@ class Rig:
         buffers_of: Sequence[int] | None = None,
         device_blocks: int = 24,
         host_slots: int = 16,
-        pinned: bool = True,
-        pinned_chunks: int | None = None,
+        gate_layers: Sequence[int] | None = None,
     ) -> None:
         self.cuda, self.tokens_per_block, self.num_layers = cuda, tokens, layers
-        self._slots_on_device: dict[int, int] = {}  # by stream
+        self.num_blocks, self.group = device_blocks, 0
+        self.gate_layers = list(range(layers) if gate_layers is None else gate_layers)
         per_row = [tokens_per_row] * len(row_bytes) if isinstance(tokens_per_row, int) else tokens_per_row
         self._tokens_per_row = list(per_row)
         rng = np.random.default_rng(5)
@@ -224,7 +225,7 @@ class Rig:
                 view[:] = rng.integers(0, 256, len(view), dtype=np.uint8)
                 self.addresses[-1].append(address)
                 self.device[-1].append(view.reshape(num_rows, size + row_padding))
-        layout = _core.BlockLayout(
+        self.layout = _core.BlockLayout(
             [
                 [
                     _core.DeviceBuffer(address, len(buffer), size, size + row_padding, n)
@@ -236,29 +237,18 @@ class Rig:
             ],
             tokens,
         )
-        self.slot_bytes = -(-layout.block_bytes // 4096) * 4096
-        self.block_bytes = layout.block_bytes
+        self.slot_bytes = -(-self.layout.block_bytes // 4096) * 4096
+        self.block_bytes = self.layout.block_bytes
         self.host = _core.HostPool(host_slots, self.slot_bytes)
         for slot in range(0, host_slots, max(1, host_slots // 64)):
             self.host.slot_view(slot)[:] = rng.integers(0, 256, self.slot_bytes, dtype=np.uint8)
-        if not pinned:
-            cuda.fail("cuMemHostRegister_v2", ALWAYS)
-        elif pinned_chunks is not None:
-            cuda.fail("cuMemHostRegister_v2", pinned_chunks)
-        self.engine = _core.TransferEngine(
-            layout,
-            self.host,
-            copy_threads=1,
-            cuda_device=0,
-            lower_tiers=["DISK"],
-            cuda_library=cuda.library,
-        )
+
+    def wait_until_pinned(self, num_bytes: int | None = None) -> None:
         deadline = time.monotonic() + 20
-        to_pin = self.host.total_bytes if pinned_chunks is None else pinned_chunks * PIN_CHUNK_BYTES
-        while pinned and self.host.pinned_bytes < to_pin:
+        to_pin = self.host.total_bytes if num_bytes is None else num_bytes
+        while self.host.pinned_bytes < to_pin:
             assert time.monotonic() < deadline, "the pool was never pinned"
             time.sleep(0.001)
-        cuda.forget_calls()  # of setting up
 
     def token_slots(self, *blocks: int) -> np.ndarray:
         per_block = self.tokens_per_block
@@ -266,16 +256,10 @@ class Rig:
             np.int64
         )
 
-    def awaited_slots(self, stream: int, token_slots: np.ndarray) -> _core.AwaitedSlots:
-        """Token slots as an allocator on the device has them: computed by this stream, in memory that it
-        gives to the next one who computes something there."""
-        if stream not in self._slots_on_device:
-            self._slots_on_device[stream] = self.cuda.allocate(1 << 20)[0]
-        address = self._slots_on_device[stream]
-        self.cuda.write(stream, address, token_slots)
-        awaited = self.engine.read_slots(address, len(token_slots), stream)
-        self.cuda.fill(stream, address, 0xFF, token_slots.nbytes)
-        return awaited
+    @property
+    def by_page(self) -> bool:
+        """Whether some rows are of several tokens."""
+        return max(self._tokens_per_row) > 1
 
     def rows(self, block: int) -> np.ndarray:
         """Of a block in buffers with a token per row."""
@@ -287,6 +271,19 @@ class Rig:
             for buffer, size, n in zip(pool[layer], self.row_bytes, self._tokens_per_row, strict=False):
                 for row in rows[::n] // n:
                     yield buffer[row, :size]
+
+    def runs(self, rows: np.ndarray, layer: int) -> Iterator[tuple[int, int]]:
+        """Where a layer of a block of these rows (tokens) is on the device: the address and the bytes of each
+        run, in the order in which a host slot has them."""
+        buffers = zip(
+            self.addresses[layer], self.device[layer], self.row_bytes, self._tokens_per_row, strict=False
+        )
+        for address, buffer, size, n in buffers:
+            of_buffer, stride = rows[::n] // n, buffer.shape[1]
+            if stride == size and (np.diff(of_buffer) == 1).all():
+                yield address + int(of_buffer[0]) * stride, len(of_buffer) * size
+            else:
+                yield from ((address + int(row) * stride, size) for row in of_buffer)
 
     def bytes_of(self, rows: np.ndarray, layers: range | None = None) -> Bytes:
         """What a host slot must hold for a block of these rows (tokens), as the naive copy has it."""
@@ -306,6 +303,68 @@ class Rig:
     def copy_of_device(self) -> list[list[Bytes]]:
         return [[buffer.copy() for buffer in layer] for layer in self.device]
 
+    def free(self) -> None:
+        del self.host, self.device
+        for address in (a for layer in self.addresses for a in layer):
+            self.cuda.free(address)
+
+
+class Rig(Pool):
+    """A device pool, a host pool and the engine; further groups may be added.
+
+    Args:
+        pinned_chunks: so many pieces of the host pool can be pinned; None: all.
+        pool: see ``Pool``.
+    """
+
+    def __init__(
+        self, cuda: FakeCuda, *, pinned: bool = True, pinned_chunks: int | None = None, **pool: Any
+    ) -> None:
+        super().__init__(cuda, **pool)
+        self._slots_on_device: dict[int, int] = {}  # by stream
+        self.pools: list[Pool] = [self]  # by group
+        if not pinned:
+            cuda.fail("cuMemHostRegister_v2", ALWAYS)
+        elif pinned_chunks is not None:
+            cuda.fail("cuMemHostRegister_v2", pinned_chunks)
+        self.engine = _core.TransferEngine(
+            self.layout,
+            self.host,
+            copy_threads=1,
+            cuda_device=0,
+            lower_tiers=["DISK"],
+            cuda_library=cuda.library,
+        )
+        if pool.get("gate_layers") is not None:
+            self.engine.set_gate_layers(self.gate_layers)
+        if pinned:
+            self.wait_until_pinned(pinned_chunks and pinned_chunks * PIN_CHUNK_BYTES)
+        cuda.forget_calls()  # of setting up
+
+    def add_group(self, *, pinned: bool = True, **pool: Any) -> Pool:
+        """A further group of the engine's. To be pinned, what was registered before must have been, too."""
+        added = Pool(self.cuda, **pool)
+        if not pinned:
+            self.cuda.fail("cuMemHostRegister_v2", ALWAYS)
+        gate_layers = added.gate_layers if pool.get("gate_layers") is not None else []
+        added.group = self.engine.add_group(added.layout, added.host, gate_layers)
+        self.pools.append(added)
+        if pinned:
+            added.wait_until_pinned()
+        self.cuda.forget_calls()
+        return added
+
+    def awaited_slots(self, stream: int, token_slots: np.ndarray) -> _core.AwaitedSlots:
+        """Token slots as an allocator on the device has them: computed by this stream, in memory that it
+        gives to the next one who computes something there."""
+        if stream not in self._slots_on_device:
+            self._slots_on_device[stream] = self.cuda.allocate(1 << 20)[0]
+        address = self._slots_on_device[stream]
+        self.cuda.write(stream, address, token_slots)
+        awaited = self.engine.read_slots(address, len(token_slots), stream)
+        self.cuda.fill(stream, address, 0xFF, token_slots.nbytes)
+        return awaited
+
     def finish(self, graph: int, timeout_s: float = 20.0) -> _core.GraphResult:
         """The result of a graph, which comes once."""
         assert self.engine.wait(graph, timeout_s), "a graph hangs"
@@ -317,8 +376,8 @@ class Rig:
         return self.finish(self.engine.submit(list(ops), **options))
 
     def close(self) -> None:
-        del self.engine, self.host, self.device
-        for address in (a for layer in self.addresses for a in layer):
-            self.cuda.free(address)
+        del self.engine
+        for pool in self.pools:
+            pool.free()
         for address in self._slots_on_device.values():
             self.cuda.free(address)

@@ -211,6 +211,14 @@ def test_each_part_has_a_quota_of_its_own(tmp_path: Path) -> None:
     cache.close()
 
 
+def test_a_put_stores_each_part(cache: Cache) -> None:
+    """Whoever waits for its gate waits for all of them."""
+    sequence = cache.sequence(0)
+    task = cache.engine.create_put(None, sequence.block_keys, sequence.token_ids, on_device={1: WINDOW})
+    assert task.num_stores == 2
+    cache.engine.cancel(task)
+
+
 def test_the_limit_on_writes_to_ssd_is_of_all_parts_together(tmp_path: Path) -> None:
     cache = Cache(tmp_path, write_limit_mb_s=0.5)
     begin_s = time.monotonic()
