@@ -29,8 +29,9 @@ constexpr auto kNextLoadMax = std::chrono::milliseconds(5);
 
 // Where it could not be measured.
 constexpr size_t kEnginePieceBytes = size_t{256} << 10;
-// How much slower than large pieces small ones may be. Of a load that copy engines carry alone: on an H200 attention
-// slows what goes through the buffer down by a third, and a GEMM loses a twentieth to it. Nobody waits for stores.
+// How much slower than large pieces small ones may be; a load by copy engines alone more, as it takes nothing from what
+// is computed meanwhile, and nothing is taken from it. On an H200 a GEMM loses a twentieth to loads through the buffer,
+// and they lose a third to attention.
 constexpr double kSlowerAlone = 1.25, kSlower = 1.1;
 // The first layers of a load go in smaller pieces: a forward waits for them.
 constexpr size_t kFirstPieceDivisor = 4;
