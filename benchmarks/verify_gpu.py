@@ -7,7 +7,8 @@
 * bandwidth: stores and loads from random slots of a host pool of 32 GiB, as a share of one contiguous copy of
   pinned memory by PyTorch, measured next to each other; and what a launch costs while that pool is pinned.
 * queueing: the host's time for queueing a load of 64 layers.
-* slowdown: what attention and a GEMM lose while loads or stores run, and what those lose.
+* slowdown: what attention and a GEMM lose while loads or stores run, what those lose, and
+  what stores cost tokens that come to the host meanwhile.
 * overlap: bench_overlap.py. tests, demo: ``make test`` and ``make demo``, on SGLang with FlashInfer.
 * sanitizer: the bytes of a few shapes under compute-sanitizer.
 
@@ -514,8 +515,22 @@ class Copying:
             self._ended += 1
 
 
+def small_copies_us(device: torch.device, smoke: bool) -> list[float]:
+    """How long tokens that were generated take to the host, each time with the wait for them."""
+    there = torch.ones(64, dtype=torch.int64, device=device)
+    here = torch.empty(64, dtype=torch.int64, pin_memory=True)
+    took_us = []
+    for _ in range(3 if smoke else 200):
+        begin_s = time.perf_counter()
+        here.copy_(there, non_blocking=True)
+        torch.cuda.current_stream(device).synchronize()
+        took_us.append(1e6 * (time.perf_counter() - begin_s))
+    return took_us
+
+
 def slowdown(report: Report, device: torch.device, smoke: bool) -> Iterator[Line]:
-    """Computing beside copies against alone, and the copies beside it against alone."""
+    """Computing beside copies against alone, and the copies beside it against alone; and what comes to the
+    host while stores go there."""
     works = [attention(device, smoke), gemm(device, smoke)]
     window_s, rounds = (0.01, 2) if smoke else (0.06, 5)
     layers, tokens = (_LAYERS_SMOKE, 64) if smoke else (_LAYERS, 1024)
@@ -530,6 +545,19 @@ def slowdown(report: Report, device: torch.device, smoke: bool) -> Iterator[Line
             with copies:
                 time.sleep(window_s)
             copies_alone = copies.rate
+            if kind == T.D2H:
+                usual = median(small_copies_us(device, smoke))
+                with copies:
+                    beside = small_copies_us(device, smoke)
+                yield Line(
+                    f"a copy of 512 bytes to the host beside stores of pages of {page}",
+                    "measured",
+                    f"median {median(beside):.0f} us, worst {max(beside):.0f} us; alone {usual:.0f} us",
+                    results={
+                        f"small_copy_us_page_{page}": median(beside),
+                        f"small_copy_worst_us_page_{page}": max(beside),
+                    },
+                )
             for work in works:
                 work.run()
                 times = max(3, round(window_s / event_s(work.run)))
