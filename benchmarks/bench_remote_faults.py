@@ -176,6 +176,11 @@ def main(
     fault: Annotated[list[str] | None, typer.Option(help="These faults.")] = None,
 ) -> None:
     """What each fault of each store adds to the time to the first token."""
+    available = store_faults.available()
+    if missing := [kind for kind in only or [] if kind not in available]:
+        raise typer.BadParameter(
+            f"--only: {', '.join(missing)} is not here; there are {', '.join(available)}"
+        )
     model = ensure_model(_MODEL)
     turns = 1 if smoke else 2 * (requests // (2 * _AT_A_TIME))
     settings = {"requests": turns * _AT_A_TIME, "prompt_tokens": _PROMPT_TOKENS, **_ENVIRONMENT}
@@ -191,7 +196,7 @@ def main(
             stack.callback(made.stop)
             return made
 
-        for kind in [kind for kind in store_faults.available() if kind in (only or [kind])]:
+        for kind in only or available:
             _run_store(kind, scratch, server, report, turns, fault)
     print_table("added time to the first token", report.rows, list(report.rows[0]))
     for row in report.rows:

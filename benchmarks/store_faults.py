@@ -159,34 +159,38 @@ class Kind(NamedTuple):
     """
     Attributes:
         make: its server, in a directory that is a disk of its own.
-        program: what it needs beside Python packages.
+        programs: of which it needs one.
         package: that it needs.
     """
 
     make: Callable[[Path], Any]
-    program: str
+    programs: tuple[str, ...]
     package: str
     values: Callable[[Any], Values]
     full: Callable[[Any], contextlib.AbstractContextManager[None]]
 
 
 KINDS = {
-    "directory": Kind(_Directory, "bindfs", "sglang_flexkv", _files, _full_disk),
-    "redis": Kind(_services.KINDS["redis"], "redis-server", "redis", _redis_values, _full_redis),
-    "s3": Kind(_services.KINDS["s3"], "weed", "obstore", _s3_values, _full_disk),
-    "mooncake": Kind(
-        _services.KINDS["mooncake"], "mooncake_client", "mooncake", _mooncake_values, _full_mooncake
+    "directory": Kind(_Directory, ("bindfs",), "sglang_flexkv", _files, _full_disk),
+    # Debian has it twice, and what setup.sh installs is the other one.
+    "redis": Kind(
+        _services.KINDS["redis"], ("redis-server", "redis-check-rdb"), "redis", _redis_values, _full_redis
     ),
-    "hicache": Kind(_HiCacheFiles, "bindfs", "sglang", _files, _full_disk),
+    "s3": Kind(_services.KINDS["s3"], ("weed",), "obstore", _s3_values, _full_disk),
+    "mooncake": Kind(
+        _services.KINDS["mooncake"], ("mooncake_client",), "mooncake", _mooncake_values, _full_mooncake
+    ),
+    "hicache": Kind(_HiCacheFiles, ("bindfs",), "sglang", _files, _full_disk),
 }
 
 
 def available() -> list[str]:
-    programs = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}"
     return [
         name
         for name, kind in KINDS.items()
-        if shutil.which(kind.program, path=programs) and importlib.util.find_spec(kind.package)
+        if any(shutil.which(program, path=path) for program in kind.programs)
+        and importlib.util.find_spec(kind.package)
     ]
 
 
