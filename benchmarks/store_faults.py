@@ -172,9 +172,8 @@ class Kind(NamedTuple):
 
 KINDS = {
     "directory": Kind(_Directory, ("bindfs",), "sglang_flexkv", _files, _full_disk),
-    # Debian has it twice, and what setup.sh installs is the other one.
     "redis": Kind(
-        _services.KINDS["redis"], ("redis-server", "redis-check-rdb"), "redis", _redis_values, _full_redis
+        _services.KINDS["redis"], _services.KINDS["redis"].PROGRAMS, "redis", _redis_values, _full_redis
     ),
     "s3": Kind(_services.KINDS["s3"], ("weed",), "obstore", _s3_values, _full_disk),
     "mooncake": Kind(

@@ -305,7 +305,7 @@ class SsdTier(LowerTier):
         store: SsdStore,
         io_engine: IoEngineKind,
         io_depth: int,
-        write_limit: WriteLimit | None = None,
+        write_limit: WriteLimit = ...,
     ) -> None: ...
 
 VALUE_VERSION: int

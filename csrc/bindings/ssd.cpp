@@ -110,7 +110,8 @@ void BindSsd(py::module_& m) {
              return std::make_shared<SsdTier>(std::move(store),
                                               SsdIoOptions{io_engine, io_depth, std::move(write_limit)});
            }),
-           py::arg("store"), py::arg("io_engine"), py::arg("io_depth"), py::arg("write_limit") = nullptr);
+           py::arg("store"), py::arg("io_engine"), py::arg("io_depth"),
+           py::arg("write_limit").none(false) = std::make_shared<WriteLimit>(0));
 
   py::class_<SsdReader>(m, "SsdReader")
       .def(py::init<const std::string&, const std::string&>(), py::arg("slots"), py::arg("journal"), NoGil())

@@ -119,9 +119,7 @@ double SsdLane::Refill() {
         if (reading && writes_in_flight_ >= std::max(1, depth / 8)) break;
         // What is given up passes without waiting for its turn.
         const double now = Now();
-        if (!work->transfer->GivenUp(now) &&
-            (wait_s = limit_ ? limit_->Take(slice_offsets_.back(), now) : 0) > 0)
-          break;
+        if (!work->transfer->GivenUp(now) && (wait_s = limit_->Take(slice_offsets_.back(), now)) > 0) break;
       }
       Flight* flight = free_.back();
       if (!Prepare(work, flight)) continue;

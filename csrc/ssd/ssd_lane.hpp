@@ -40,7 +40,7 @@ class SsdLane {
   static constexpr double kIoTimeoutS = 20;
 
   SsdLane(std::shared_ptr<SsdStore> store, size_t shard, LowerTier::Above above,
-          std::unique_ptr<IoEngine> engine, std::shared_ptr<WriteLimit> limit);  // nullptr: none
+          std::unique_ptr<IoEngine> engine, std::shared_ptr<WriteLimit> limit);
   // Everything that was started must have ended.
   ~SsdLane();
 

@@ -14,8 +14,8 @@ namespace flexkv {
 
 struct SsdIoOptions {
   IoEngineKind kind = IoEngineKind::kAuto;
-  int depth = 64;                           // transfers in flight per directory
-  std::shared_ptr<WriteLimit> write_limit;  // nullptr: none
+  int depth = 64;  // transfers in flight per directory
+  std::shared_ptr<WriteLimit> write_limit = std::make_shared<WriteLimit>(0);
 };
 
 class SsdTier : public LowerTier {

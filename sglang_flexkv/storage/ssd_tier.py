@@ -49,7 +49,7 @@ class SsdTier(LowerTier):
         )
         self._config, self._slice_bytes = config, slice_bytes
         self._namespace, self._label, self._identity = namespace, label, identity
-        self._rank_tag, self._write_limit = rank_tag, write_limit
+        self._rank_tag, self._write_limit = rank_tag, write_limit or _core.WriteLimit(0.0)
         self._disk = disk or _core.Disk()
         self._store: SsdStore | None = None
         self._core: _core.SsdTier | None = None

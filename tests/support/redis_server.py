@@ -21,9 +21,10 @@ class RedisServer(Service):
     """Started when it is made. Where there is no redis-server the test is skipped, but not on CI."""
 
     name = "redis-server"
+    # One program, which goes by the name it is called by: Debian has it twice.
+    PROGRAMS = ("redis-server", "redis-check-rdb")
 
     def __init__(self, directory: Path, *options: str, port: int | None = None) -> None:
-        # One program, which goes by the name it is called by: Debian has it twice.
         self._binary = self._find()
         if self._binary is None:
             is_missing(self.name)
@@ -32,7 +33,7 @@ class RedisServer(Service):
         self.start()
 
     def _find(self) -> str | None:
-        return shutil.which("redis-server") or shutil.which("redis-check-rdb")
+        return next(filter(None, map(shutil.which, self.PROGRAMS)), None)
 
     @property
     def url(self) -> str:
