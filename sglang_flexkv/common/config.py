@@ -209,7 +209,7 @@ class CacheConfig(CheckedSettings):
     trace_file: TraceFile = None  # a timeline of transfers, written at the end, per rank
     copy_threads: int = Field(default=2, gt=0, le=64)
     io_engine: IoEngine = IoEngine.AUTO
-    io_depth: int = Field(default=64, gt=0, le=4096)  # I/Os in flight, each way
+    io_depth: int = Field(default=64, gt=0, le=4096)  # I/Os in flight, per SSD directory
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
