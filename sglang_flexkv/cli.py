@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from sglang_flexkv import cli_replay
-from sglang_flexkv.cli_output import complain, console, errors, say
+from sglang_flexkv.cli_output import complain, console, errors, say, show
 from sglang_flexkv.integration import diagnosis, startup
 from sglang_flexkv.integration.diagnosis import Finding, Level
 
@@ -60,10 +60,10 @@ def status() -> None:
     with errors():
         findings = [*diagnosis.prerequisites(), *diagnosis.ways_in()]
     _print_table(findings)
-    problems = _problems(findings)
-    for problem in problems:
-        say(f"[red]{escape(_in_words(problem))}[/red]")
-    if problems:
+    for finding in findings:
+        if finding.level is not Level.OK:
+            say(f"[{_STYLES[finding.level]}]{escape(_in_words(finding))}[/]")
+    if _problems(findings):
         say("[red]--enable-flexkv does not work here yet.[/red]")
         raise typer.Exit(1)
     say("[green]--enable-flexkv works here.[/green]")
@@ -279,17 +279,14 @@ def _problems(findings: list[Finding]) -> list[Finding]:
 
 
 def _print_table(findings: list[Finding]) -> None:
-    table = Table("", "", show_edge=False)
-    table.add_column("found", overflow="fold")  # paths are one long word
-    table.add_column("what to do", overflow="fold")
-    for what, level, found, remedy in findings:
-        table.add_row(f"[{_STYLES[level]}]{level.value}[/]", what, escape(found), escape(remedy))
-    console.print(table)
+    table = Table(show_header=False, box=None)
+    for what, level, found, _ in findings:
+        table.add_row(f"[{_STYLES[level]}]{level.value}[/]", what, escape(found))
+    show(table)
 
 
-def _in_words(problem: Finding) -> str:
-    """One line, which a narrow terminal or a log does not cut as it cuts the table."""
-    return f"{problem.what}: {problem.found}. To do: {problem.remedy}"
+def _in_words(finding: Finding) -> str:
+    return f"{finding.what}: {finding.found}. To do: {finding.remedy}"
 
 
 if __name__ == "__main__":  # from a source checkout, where there is no script

@@ -129,8 +129,8 @@ def _sglang() -> list[Finding]:
         return [wrong] if wrong else []
     supported = ", ".join(version.SUPPORTED_SGLANG)
     findings = [wrong or Finding("SGLang", Level.OK, f"{installed} (supported: {supported})")]
+    changed = []
     for patch in PATCHES:
-        what = f"patch {patch.name}"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # SGLang warns about hardware that is not there
@@ -139,10 +139,9 @@ def _sglang() -> list[Finding]:
             problem = f"{patch.target} cannot be imported ({type(error).__name__}: {error})"
         if problem:
             remedy = f"install an unmodified SGLang: pip install sglang=={version.SUPPORTED_SGLANG[-1]}"
-            findings.append(Finding(what, Level.PROBLEM, problem, remedy))
-        else:
-            findings.append(Finding(what, Level.OK, patch.target.removeprefix("sglang.srt.")))
-    return findings
+            changed.append(Finding(f"patch {patch.name}", Level.PROBLEM, problem, remedy))
+    fit = Finding("patches", Level.OK, f"all {len(PATCHES)} fit what they change")
+    return [*findings, *(changed or [fit])]
 
 
 def _problem(what: str, check: Callable[[], None]) -> Finding | None:

@@ -59,10 +59,9 @@ def no_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_status_of_a_machine_where_all_is_well(site: Path) -> None:
     result = run("status")
     assert result.exit_code == 0, result.output
-    for patch in PATCHES:
-        assert patch.name in result.output
     for part in (
         "Python",
+        f"all {len(PATCHES)} fit",
         "compiled core",
         f"{version.installed_sglang()} (",
         "SGLang sees it",
