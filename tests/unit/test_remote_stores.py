@@ -46,12 +46,16 @@ def redis(tmp_path: Path) -> Iterator[RedisServer]:
     server.stop()
 
 
-@pytest.fixture(params=["directory", "redis", "valkey"])
+@pytest.fixture(params=["directory", "memory", "redis", "valkey"])
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     server: RedisServer | None = None
+    in_memory: tempfile.TemporaryDirectory[str] | None = None
     made: Store
     if request.param == "directory":
         made = DirectoryStore(parse_remote_url(f"file://{tmp_path}"), 5.0)
+    elif request.param == "memory":
+        in_memory = tempfile.TemporaryDirectory(dir="/dev/shm")
+        made = DirectoryStore(parse_remote_url(f"file://{in_memory.name}"), 5.0)
     else:
         server = {"redis": RedisServer, "valkey": ValkeyServer}[request.param](tmp_path)
         made = redis_store(server.url)
@@ -60,6 +64,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Store]:
     made.close()
     if server is not None:
         server.stop()
+    if in_memory is not None:
+        in_memory.cleanup()
 
 
 # ---- directory ----
