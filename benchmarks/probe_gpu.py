@@ -69,8 +69,9 @@ class Driver:
     def __init__(self) -> None:
         torch.cuda.synchronize()  # PyTorch initializes the driver
         self._c = ctypes.CDLL(_DRIVER)
-        self._context = ctypes.c_void_p()
-        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), torch.cuda.current_device())
+        device, self._context = ctypes.c_int(), ctypes.c_void_p()
+        self._call("cuDeviceGet", ctypes.byref(device), torch.cuda.current_device())
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
         self._batch = getattr(self._c, "cuMemcpyBatchAsync_v2", None)
         self._batch_12 = getattr(self._c, "cuMemcpyBatchAsync", None)
 

@@ -39,9 +39,11 @@ std::shared_ptr<CudaDriver> CudaDriver::Load(int device, const std::string& libr
     throw SystemError(std::string("cannot load the CUDA driver: ") + dlerror());
   }
   int (*init)(unsigned) = nullptr;
+  int (*get)(int*, int) = nullptr;
   int (*retain)(void**, int) = nullptr;
   int (*attribute)(int*, int, int) = nullptr;
   Resolve(d->library_, "cuInit", &init);
+  Resolve(d->library_, "cuDeviceGet", &get);
   Resolve(d->library_, "cuDevicePrimaryCtxRetain", &retain);
   Resolve(d->library_, "cuDeviceGetAttribute", &attribute);
   Resolve(d->library_, "cuDevicePrimaryCtxRelease_v2", &d->primary_release_);
@@ -78,13 +80,12 @@ std::shared_ptr<CudaDriver> CudaDriver::Load(int device, const std::string& libr
   d->batch_copies_.store(Find(d->library_, "cuMemcpyBatchAsync_v2", &d->copy_batch_) ||
                          Find(d->library_, "cuMemcpyBatchAsync", &d->copy_batch_12_));
   std::string error;
-  if (!d->Ok(init(0), "cuInit", &error) ||
-      !d->Ok(retain(&d->context_, device), "cuDevicePrimaryCtxRetain", &error)) {
+  if (!d->Ok(init(0), "cuInit", &error) || !d->Ok(get(&d->device_, device), "cuDeviceGet", &error) ||
+      !d->Ok(retain(&d->context_, d->device_), "cuDevicePrimaryCtxRetain", &error)) {
     throw SystemError(error);
   }
-  d->device_ = device;
   int value = 0;
-  if (attribute(&value, kMultiprocessorCount, device) == 0) d->num_multiprocessors_ = value;
+  if (attribute(&value, kMultiprocessorCount, d->device_) == 0) d->num_multiprocessors_ = value;
   return d;
 }
 

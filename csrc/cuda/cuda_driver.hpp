@@ -22,8 +22,9 @@ class CudaDriver {
 
   static constexpr const char* kLibrary = "libcuda.so.1";
 
-  // Loads the driver and takes the primary context of `device` (the one PyTorch uses). Throws SystemError with
-  // the reason if that is not possible. `library` is for tests, which bring a stand-in.
+  // Loads the driver and takes the primary context of a device, which is the one that PyTorch uses. `device` is its
+  // number, as PyTorch counts. Throws SystemError with the reason if that is not possible. `library` is for tests,
+  // which bring a stand-in.
   static std::shared_ptr<CudaDriver> Load(int device, const std::string& library = kLibrary);
   ~CudaDriver();
 
@@ -81,7 +82,7 @@ class CudaDriver {
 
   void* library_ = nullptr;
   void* context_ = nullptr;
-  int device_ = 0;
+  int device_ = 0;  // the driver's handle
   int num_multiprocessors_ = 1;
   std::atomic<bool> batch_copies_{false};
 

@@ -5,8 +5,11 @@
 // loads it; giving memory back. A full queue makes the caller wait, too, and so does a copy of memory that is
 // not pinned. Copies in a batch have no order.
 //
-// What the real one punishes with wrong bytes or a broken context is noted as a violation: kernels or streams
-// that touch memory which is not theirs, copies from or to memory that is gone.
+// What the real one punishes with wrong bytes, a broken context or a lost graph is noted as a violation: kernels
+// or streams that touch memory which is not theirs, copies from or to memory that is gone, events that are
+// gone, calls in another context than their stream's, calls that lose the graph that somebody captures.
+//
+// There are several devices. They have numbers, and handles that are others.
 //
 //     g++ -std=c++20 -shared -fPIC -Icsrc csrc/testing/fake_cuda.cpp -o libcuda.so.1 -pthread
 //
@@ -39,7 +42,9 @@
 
 namespace {
 
-constexpr int kInvalidValue = 1, kInvalidPtx = 218, kNotFound = 500, kNotReady = 600, kIllegalAddress = 700;
+constexpr int kInvalidValue = 1, kInvalidDevice = 101, kInvalidContext = 201, kInvalidPtx = 218;
+constexpr int kNotFound = 500, kNotReady = 600, kIllegalAddress = 700, kCaptureUnsupported = 900;
+constexpr int kDevices = 8, kFirstHandle = 100, kRelaxed = 2;
 constexpr size_t kQueueMax = 1024, kPageBytes = 4096;
 constexpr int kProcessors = 132;
 constexpr double kKernelBytesPerUs = 1e6;
@@ -68,15 +73,23 @@ struct Queue {
   Stream* moving = nullptr;  // the stream whose command moves bytes at the moment
 };
 
+// The primary one of a device.
+struct Context {
+  int uses = 0;
+};
+
 struct Stream {
   Queue* queue = nullptr;
-  size_t unfinished = 0;  // its commands, under the queue's mutex
-  uint64_t lost = 0;      // the device's life in which it was lost, under the queue's mutex
-  double model_us = 0;    // a GPU's time when it has done what it did, touched by the queue's thread alone
+  void* context = nullptr;  // in which it was created; nullptr: in none, by a test
+  size_t unfinished = 0;    // its commands, under the queue's mutex
+  uint64_t lost = 0;        // the device's life in which it was lost, under the queue's mutex
+  double model_us = 0;      // a GPU's time when it has done what it did, touched by the queue's thread alone
 };
 
 struct Event {
   bool timed = false;
+  void* context = nullptr;  // as a stream's
+  std::atomic<bool> gone{false};
   std::mutex mutex;
   std::condition_variable changed;
   uint64_t recorded = 0, reached = 0;
@@ -91,6 +104,10 @@ struct Device {
   std::map<std::string, std::pair<int64_t, int>> faults;  // call -> how many calls from now, with what code
   std::map<std::string, int64_t> calls;
   std::map<int, int> attributes{{16, kProcessors}};
+  Context contexts[kDevices];
+  std::atomic<bool> captures{false};  // some thread, and no other one may disturb it
+  int64_t registrations_when_timed =
+      0;  // that had begun when somebody last asked for the time between events
   std::vector<std::string> violations;
   std::vector<uint64_t> trace;  // of what streams did, see fake_trace
   std::atomic<int> broken{0};
@@ -142,6 +159,14 @@ Device& device() {
 
 // Of the calling thread, the current one last.
 thread_local std::vector<void*> contexts;
+thread_local int capture_mode = 0;
+
+void* Current() { return contexts.empty() ? nullptr : contexts.back(); }
+
+Context* OfHandle(int handle) {
+  const int number = handle - kFirstHandle;
+  return number >= 0 && number < kDevices ? &device().contexts[number] : nullptr;
+}
 
 void RunQueue(Queue* queue);
 
@@ -184,6 +209,37 @@ int Enter(const char* call) {
 #define ENTER()                                            \
   std::lock_guard<std::recursive_mutex> in(device().lock); \
   if (const int code = Enter(__func__); code != 0) return code
+
+// A call that needs a context, whatever it is about.
+int InAContext(const char* call) {
+  if (Current() != nullptr) return 0;
+  device().Violation(std::string(call) + " without a context");
+  return kInvalidContext;
+}
+
+// A call about a stream or an event, which is made in the context that this was created in.
+template <typename Owned>
+int InContextOf(const char* call, const Owned* owned) {
+  if (owned->context == nullptr || owned->context == Current()) return 0;
+  device().Violation(std::string(call) + " in another context than that of what it is about");
+  return kInvalidContext;
+}
+
+// One that might belong into a graph that is being captured, so that it is lost.
+int BesideCaptures(const char* call) {
+  if (!device().captures.load() || capture_mode == kRelaxed) return 0;
+  device().Violation(std::string(call) + " while a graph is captured");
+  return kCaptureUnsupported;
+}
+
+int NotGone(const char* call, const Event* event) {
+  if (!event->gone.load()) return 0;
+  device().Violation(std::string(call) + " of an event that is gone");
+  return kInvalidValue;
+}
+
+#define REQUIRE(rule, ...) \
+  if (const int code = rule(__func__ __VA_OPT__(, ) __VA_ARGS__); code != 0) return code
 
 void RunQueue(Queue* queue) {
   std::unique_lock<std::mutex> lock(queue->mutex);
@@ -387,6 +443,8 @@ void fake_reset(unsigned seed, int delay_us_max) {
   d.faults.clear();
   d.calls.clear();
   d.violations.clear();
+  d.captures.store(false);
+  d.registrations_when_timed = 0;
   d.trace.clear();
   d.broken.store(0);
   ++d.life;
@@ -403,6 +461,21 @@ void fake_registration(int ms) {
   std::lock_guard<std::mutex> lock(device().mutex);
   device().registration = std::chrono::milliseconds(ms);
   device().registered = {};  // the one before took no time, and asks for no rest
+}
+
+// A thread captures a graph from now on, or none does.
+void fake_capture(int on) { device().captures.store(on != 0); }
+
+// How many registrations of memory had begun when somebody last asked for the time between two events.
+int64_t fake_registrations_when_timed() {
+  std::lock_guard<std::mutex> lock(device().mutex);
+  return device().registrations_when_timed;
+}
+
+// Who uses a device's primary context.
+int fake_uses_of_device(int number) {
+  std::lock_guard<std::mutex> lock(device().mutex);
+  return device().contexts[number].uses;
 }
 
 // Streams that are created from now on share so many hardware queues.
@@ -523,20 +596,37 @@ int cuGetErrorName(int code, const char** name) {
   return 0;
 }
 
-int cuDeviceGetAttribute(int* value, int attribute, int) {
+int cuDeviceGetAttribute(int* value, int attribute, int handle) {
   ENTER();
+  if (OfHandle(handle) == nullptr) return kInvalidDevice;
   std::lock_guard<std::mutex> lock(device().mutex);
   *value = device().attributes[attribute];
   return 0;
 }
 
-int cuDevicePrimaryCtxRetain(void** context, int) {
+int cuDeviceGet(int* handle, int number) {
   ENTER();
-  *context = &device();
+  *handle = kFirstHandle + number;
+  return number >= 0 && number < kDevices ? 0 : kInvalidDevice;
+}
+
+int cuDevicePrimaryCtxRetain(void** context, int handle) {
+  ENTER();
+  Context* primary = OfHandle(handle);
+  if (primary == nullptr) return kInvalidDevice;
+  std::lock_guard<std::mutex> lock(device().mutex);
+  ++primary->uses;
+  *context = primary;
   return 0;
 }
 
-int cuDevicePrimaryCtxRelease_v2(int) { return 0; }
+int cuDevicePrimaryCtxRelease_v2(int handle) {
+  Context* primary = OfHandle(handle);
+  if (primary == nullptr) return kInvalidDevice;
+  std::lock_guard<std::mutex> lock(device().mutex);
+  --primary->uses;
+  return 0;
+}
 
 int cuCtxSetCurrent(void* context) {
   ENTER();
@@ -546,7 +636,7 @@ int cuCtxSetCurrent(void* context) {
 }
 
 int cuCtxGetCurrent(void** context) {
-  *context = contexts.empty() ? nullptr : contexts.back();
+  *context = Current();
   return 0;
 }
 
@@ -564,13 +654,13 @@ int cuCtxPopCurrent_v2(void** context) {
 
 int cuThreadExchangeStreamCaptureMode(int* mode) {
   ENTER();
-  thread_local int the_mode = 0;
-  std::swap(*mode, the_mode);
+  std::swap(*mode, capture_mode);
   return 0;
 }
 
 int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
   ENTER();
+  REQUIRE(InAContext);
   *least = 0;
   *greatest = -5;
   return 0;
@@ -578,7 +668,9 @@ int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
 
 int cuStreamCreateWithPriority(void** out, unsigned, int) {
   ENTER();
+  REQUIRE(BesideCaptures);
   Stream* stream = new Stream();
+  stream->context = Current();
   stream->queue = NextQueue();
   *out = stream;
   return 0;
@@ -596,44 +688,64 @@ int cuStreamQuery(void* stream) {
     Lose(stream);
     return code;
   }
+  REQUIRE(BesideCaptures);
+  REQUIRE(InContextOf, static_cast<Stream*>(stream));
   return Idle(stream) ? 0 : kNotReady;
 }
 
 int cuStreamSynchronize(void* stream) {
   ENTER();
+  REQUIRE(BesideCaptures);
+  REQUIRE(InContextOf, static_cast<Stream*>(stream));
   Join(stream);
   return device().broken.load();
 }
 
 int cuEventCreate(void** out, unsigned flags) {
   ENTER();
+  REQUIRE(InAContext);
   Event* event = new Event();
   event->timed = (flags & 2) == 0;
+  event->context = Current();
   *out = event;
   return 0;
 }
 
 // A stream may be at the very end of telling it: events are kept.
-int cuEventDestroy_v2(void*) { return 0; }
+int cuEventDestroy_v2(void* event) {
+  static_cast<Event*>(event)->gone.store(true);
+  return 0;
+}
 
 int cuEventRecord(void* handle, void* stream) {
   ENTER();
+  REQUIRE(NotGone, static_cast<Event*>(handle));
+  REQUIRE(InContextOf, static_cast<Event*>(handle));
+  REQUIRE(InContextOf, static_cast<Stream*>(stream));
   Record(static_cast<Event*>(handle), stream);
   return 0;
 }
 
 int cuEventQuery(void* handle) {
   ENTER();
+  REQUIRE(BesideCaptures);
   Event* event = static_cast<Event*>(handle);
+  REQUIRE(NotGone, event);
+  REQUIRE(InContextOf, event);
   std::lock_guard<std::mutex> lock(event->mutex);
   return event->reached >= event->recorded ? 0 : kNotReady;
 }
 
 int cuEventElapsedTime(float* milliseconds, void* from, void* to) {
   ENTER();
+  {
+    std::lock_guard<std::mutex> lock(device().mutex);
+    device().registrations_when_timed = device().calls["cuMemHostRegister_v2"];
+  }
   double model_us[2];
   for (int i = 0; i < 2; ++i) {
     Event* event = static_cast<Event*>(i == 0 ? from : to);
+    REQUIRE(NotGone, event);
     std::lock_guard<std::mutex> lock(event->mutex);
     if (!event->timed || event->recorded == 0) return kInvalidValue;
     if (event->reached < event->recorded) return kNotReady;
@@ -645,7 +757,9 @@ int cuEventElapsedTime(float* milliseconds, void* from, void* to) {
 
 int cuStreamWaitEvent(void* stream, void* handle, unsigned) {
   ENTER();
-  Event* event = static_cast<Event*>(handle);
+  Event* event = static_cast<Event*>(handle);  // of any context
+  REQUIRE(NotGone, event);
+  REQUIRE(InContextOf, static_cast<Stream*>(stream));
   uint64_t number;
   {
     std::lock_guard<std::mutex> lock(event->mutex);
@@ -689,6 +803,7 @@ static int CopyBatch(uint64_t* to, uint64_t* from, size_t* sizes, size_t count, 
                      size_t* first, size_t num_attributes, void* stream) {
   if (count == 0 || num_attributes != 1 || first[0] != 0 || attributes[0].source_order != 1)
     return kInvalidValue;
+  if (stream == nullptr) return kInvalidValue;  // the default one is not for batches
   std::vector<size_t> order(count);
   for (size_t i = 0; i < count; ++i) order[i] = i;
   {
@@ -712,6 +827,7 @@ static int CopyBatch(uint64_t* to, uint64_t* from, size_t* sizes, size_t count, 
 int cuMemcpyBatchAsync(uint64_t* to, uint64_t* from, size_t* sizes, size_t count, CopyAttributes* attributes,
                        size_t* first, size_t num_attributes, size_t* failed_at, void* stream) {
   ENTER();
+  REQUIRE(InContextOf, static_cast<Stream*>(stream));
   if (failed_at == nullptr) return kInvalidValue;
   return CopyBatch(to, from, sizes, count, attributes, first, num_attributes, stream);
 }
@@ -721,23 +837,28 @@ int cuMemcpyBatchAsync(uint64_t* to, uint64_t* from, size_t* sizes, size_t count
 int cuMemcpyBatchAsync_v2(uint64_t* to, uint64_t* from, size_t* sizes, size_t count,
                           CopyAttributes* attributes, size_t* first, size_t num_attributes, void* stream) {
   ENTER();
+  REQUIRE(InContextOf, static_cast<Stream*>(stream));
   return CopyBatch(to, from, sizes, count, attributes, first, num_attributes, stream);
 }
 #endif
 
 int cuMemcpyHtoDAsync_v2(uint64_t to, const void* from, size_t bytes, void* stream) {
   ENTER();
+  REQUIRE(InContextOf, static_cast<Stream*>(stream));
   return Copy(to, Address(from), to, Address(from), bytes, stream);
 }
 
 int cuMemcpyDtoHAsync_v2(void* to, uint64_t from, size_t bytes, void* stream) {
   ENTER();
+  REQUIRE(InContextOf, static_cast<Stream*>(stream));
   return Copy(Address(to), from, from, Address(to), bytes, stream);
 }
 
 // The real one brings pages that are not there, one by one, and nobody else gets anything done meanwhile.
 int cuMemHostRegister_v2(void* memory, size_t bytes, unsigned) {
   ENTER();
+  REQUIRE(InAContext);
+  REQUIRE(BesideCaptures);
   Device& d = device();
   std::vector<unsigned char> pages(bytes / kPageBytes);
   const bool all_there = mincore(memory, bytes, pages.data()) == 0 &&
@@ -755,35 +876,42 @@ int cuMemHostRegister_v2(void* memory, size_t bytes, unsigned) {
 
 int cuMemHostUnregister(void* memory) {
   ENTER();
+  REQUIRE(BesideCaptures);
   return Forget(Address(memory), false);
 }
 
 int cuMemHostAlloc(void** memory, size_t bytes, unsigned) {
   ENTER();
+  REQUIRE(BesideCaptures);
   *memory = Map(bytes, Kind::kPinned);
   return 0;
 }
 
 int cuMemFreeHost(void* memory) {
   std::lock_guard<std::recursive_mutex> in(device().lock);
+  REQUIRE(BesideCaptures);
   Drain();
   return Forget(Address(memory), true);
 }
 
 int cuMemAlloc_v2(uint64_t* address, size_t bytes) {
   ENTER();
+  REQUIRE(BesideCaptures);
   *address = Address(Map(bytes, Kind::kDevice));
   return 0;
 }
 
 int cuMemFree_v2(uint64_t address) {
   std::lock_guard<std::recursive_mutex> in(device().lock);
+  REQUIRE(BesideCaptures);
   Drain();
   return Forget(address, true);
 }
 
 int cuModuleLoadData(void** module, const void* image) {
   ENTER();
+  REQUIRE(InAContext);
+  REQUIRE(BesideCaptures);
   const char* ptx = static_cast<const char*>(image);
   if (std::strstr(ptx, ".version 7.0") == nullptr) return kInvalidPtx;
   *module = const_cast<char*>(ptx);
@@ -806,6 +934,7 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 int cuLaunchKernel(void* function, unsigned ctas, unsigned, unsigned, unsigned threads, unsigned, unsigned,
                    unsigned, void* stream, void** arguments, void**) {
   ENTER();
+  REQUIRE(InContextOf, static_cast<Stream*>(stream));
   const flexkv::CopyGroup group = *static_cast<const flexkv::CopyGroup*>(arguments[0]);
   bool loaded;
   {

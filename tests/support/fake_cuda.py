@@ -45,6 +45,7 @@ class FakeCuda:
         self._c.fake_calls.restype = ctypes.c_int64
         self._c.fake_record.restype = ctypes.c_void_p
         self._c.fake_trace.restype = ctypes.c_size_t
+        self._c.fake_registrations_when_timed.restype = ctypes.c_int64
         self.dams: list[Dam] = []
 
     def _call(self, name: str, *arguments: object) -> None:
@@ -64,6 +65,19 @@ class FakeCuda:
     def speeds(self, piece_us: float) -> None:
         """How fast copies are for who measures them: a piece's price for a copy engine."""
         self._c.fake_speeds(ctypes.c_double(piece_us))
+
+    def capture(self, on: bool) -> None:
+        """Somebody captures a graph from now on, which a call of other threads may lose; or nobody does."""
+        self._c.fake_capture(ctypes.c_int(on))
+
+    def uses_of_device(self, number: int) -> int:
+        """How often the context of this device was taken and not given back."""
+        return self._c.fake_uses_of_device(ctypes.c_int(number))
+
+    @property
+    def registrations_when_timed(self) -> int:
+        """How many registrations of memory had begun when somebody last asked for the time between events."""
+        return self._c.fake_registrations_when_timed()
 
     def registration(self, ms: int) -> None:
         """To register a chunk of memory takes so long, and as long nobody may begin with another one."""
@@ -314,11 +328,20 @@ class Rig(Pool):
 
     Args:
         pinned_chunks: so many pieces of the host pool can be pinned; None: all.
+        wait: until they are.
+        cuda_device: the device's number.
         pool: see ``Pool``.
     """
 
     def __init__(
-        self, cuda: FakeCuda, *, pinned: bool = True, pinned_chunks: int | None = None, **pool: Any
+        self,
+        cuda: FakeCuda,
+        *,
+        pinned: bool = True,
+        pinned_chunks: int | None = None,
+        wait: bool = True,
+        cuda_device: int = 0,
+        **pool: Any,
     ) -> None:
         super().__init__(cuda, **pool)
         self._slots_on_device: dict[int, int] = {}  # by stream
@@ -331,13 +354,13 @@ class Rig(Pool):
             self.layout,
             self.host,
             copy_threads=1,
-            cuda_device=0,
+            cuda_device=cuda_device,
             lower_tiers=["DISK"],
             cuda_library=cuda.library,
         )
         if pool.get("gate_layers") is not None:
             self.engine.set_gate_layers(self.gate_layers)
-        if pinned:
+        if pinned and wait:
             self.wait_until_pinned(pinned_chunks and pinned_chunks * PIN_CHUNK_BYTES)
         cuda.forget_calls()  # of setting up
 

@@ -1567,6 +1567,56 @@ def test_a_callers_thread_keeps_its_context(cuda: FakeCuda, stream: int) -> None
         cuda.context = None
 
 
+def test_a_gpu_that_is_not_the_first_one(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+    """As the ranks of tensor parallelism have. Every call is made in the context of its stream, by whatever
+    thread, or the stand-in notes it."""
+    before = [cuda.uses_of_device(number) for number in range(8)]
+    rig = make_rig(cuda_device=3)
+    more = [cuda.uses_of_device(number) - uses for number, uses in enumerate(before)]
+    assert more == [0, 0, 0, 1, 0, 0, 0, 0]
+    check_round_trip(rig)
+    awaited = rig.awaited_slots(stream, rig.token_slots(1))
+    assert rig.run(_core.OpSpec(T.H2D, ints(2), PLACES(1), awaited=awaited)).done
+    assert np.array_equal(rig.bytes_of(rig.rows(1)), rig.slot(2))
+
+
+def test_a_gpu_that_is_not_there(make_rig: MakeRig, cuda: FakeCuda) -> None:
+    with pytest.raises(OSError, match="cuDeviceGet"):
+        make_rig(cuda_device=8)
+
+
+def test_nothing_loses_a_graph_that_is_captured(make_rig: MakeRig, cuda: FakeCuda, stream: int) -> None:
+    """SGLang captures so that calls of other threads that could belong into its graph lose it: to ask for an
+    event, to register memory. Ours go on all the same, and do not."""
+    cuda.registration(20)
+    rig = make_rig(
+        tokens=4,
+        layers=2,
+        row_bytes=(64 << 10, 512),
+        host_slots=3 * PIN_CHUNK_BYTES // (512 << 10),
+        wait=False,
+    )
+    pinned_before = rig.host.pinned_bytes
+    cuda.capture(True)
+    try:
+        graphs = []
+        for turn in range(6):
+            graphs.append(rig.engine.submit([_core.OpSpec(T.D2H, rig.token_slots(turn), ints(turn))]))
+            gate = rig.engine.make_gate(2)
+            gate.expect(1)
+            load = _core.OpSpec(T.H2D, ints(6 + turn), rig.token_slots(6 + turn))
+            graphs.append(rig.engine.submit([load], gate=gate))
+            assert gate.stream_wait(1, stream, 20.0)
+        assert all(rig.engine.wait(graph, 20.0) for graph in graphs)
+        assert all(result.done for result in rig.engine.poll())
+        rig.wait_until_pinned()
+    finally:
+        cuda.capture(False)
+    assert rig.host.pinned_bytes > pinned_before
+    assert cuda.calls("cuEventQuery") > 0
+    assert cuda.violations == ""
+
+
 # ---- faults ------------------------------------------------------------------------------------
 
 # What runs while a copy is queued and followed; in words what becomes of the copy if it fails once.
