@@ -6,7 +6,6 @@
 #include <set>
 #include <utility>
 
-#include "copy/cuda_measure.hpp"
 #include "cuda/cuda_driver.hpp"
 
 namespace flexkv {
@@ -27,12 +26,6 @@ constexpr auto kPollInterval = std::chrono::microseconds(100);
 // not waited for: its caller was held up, and the link is not to be idle for that.
 constexpr auto kNextLoadMax = std::chrono::milliseconds(5);
 
-// Where it could not be measured.
-constexpr size_t kEnginePieceBytes = size_t{256} << 10;
-// How much slower than large pieces small ones may be; a load by copy engines alone more, as it takes nothing from what
-// is computed meanwhile, and nothing is taken from it. On an H200 a GEMM loses a twentieth to loads through the buffer,
-// and they lose a third to attention.
-constexpr double kSlowerAlone = 1.25, kSlower = 1.1;
 // The first layers of a load go in smaller pieces: a forward waits for them.
 constexpr size_t kFirstPieceDivisor = 4;
 // What is stored goes in larger ones, as nobody waits for its first layers.
@@ -41,38 +34,29 @@ constexpr size_t kStoredPieceBytes = size_t{4} << 20;
 }  // namespace
 
 CudaCopier::CudaCopier(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout,
-                       std::shared_ptr<HostPool> host, std::shared_ptr<SlotReader> slot_reader)
+                       std::shared_ptr<HostPool> host, const EnginePieces& pieces,
+                       std::shared_ptr<SlotReader> slot_reader)
     : cuda_(std::move(cuda)),
       layout_(layout),
       host_(std::move(host)),
       engine_path_(cuda_, layout_, *host_),
+      buffer_piece_bytes_(pieces.buffer),
       timed_events_(std::make_shared<EventPool>(cuda_, true)),
       slot_reader_(std::move(slot_reader)) {
   const CudaContext context(*cuda_);
   loads_.to_device = true;
+  loads_.alone_bytes = pieces.loads;
+  stores_.alone_bytes = pieces.stores;
   for (Direction* direction : {&loads_, &stores_}) {
     direction->route = std::make_unique<KernelPath::Route>(cuda_, direction->to_device);
   }
-  std::string problem;
-  const auto measured = [&](Direction& direction, bool in_host_order, double slower_max) {
-    const MeasuredPieces pieces{direction.to_device, in_host_order, slower_max};
-    CopyStream& stream = direction.route->engines;
-    const size_t bytes = MeasureEnginePieceBytes(*cuda_, *timed_events_, stream, pieces, &problem);
-    return bytes != 0 ? bytes : kEnginePieceBytes;
-  };
-  loads_.alone_bytes = measured(loads_, true, kSlowerAlone);
-  stores_.alone_bytes = measured(stores_, true, kSlower);
-  buffer_piece_bytes_ = measured(loads_, false, kSlower);
-  const auto kib = [](size_t bytes) { return std::to_string(bytes >> 10) + " KiB"; };
-  note_ = "copy engines alone for loads of pieces from " + kib(loads_.alone_bytes) + " on, for stores from " +
-          kib(stores_.alone_bytes) + " on (" + (problem.empty() ? "measured" : "not measured: " + problem) +
-          "); here pieces have " + kib(engine_path_.piece_bytes(true));
+  note_ = "pieces have " + std::to_string(engine_path_.piece_bytes(true) >> 10) + " KiB";
   // The smallest pieces that there can be. Where they are large enough no buffer is needed, which is much memory.
   if (engine_path_.piece_bytes(false) < std::max(loads_.alone_bytes, stores_.alone_bytes)) {
     kernel_path_ =
         std::make_unique<KernelPath>(cuda_, layout_, *host_, engine_path_, *loads_.route, *stores_.route);
-    note_ += kernel_path_->usable() ? "; smaller ones go through a buffer on the device"
-                                    : "; no buffer for smaller ones: " + kernel_path_->note();
+    note_ += kernel_path_->usable() ? ", smaller ones go through a buffer on the device"
+                                    : ", no buffer for smaller ones: " + kernel_path_->note();
   }
   for (Direction* direction : {&loads_, &stores_}) {
     direction->thread = std::thread([this, direction] { Loop(*direction); });

@@ -26,6 +26,7 @@
 
 #include "base/types.hpp"
 #include "copy/copier.hpp"
+#include "copy/cuda_measure.hpp"
 #include "copy/cuda_paths.hpp"
 #include "copy/layer_gate.hpp"
 #include "cuda/cuda_slots.hpp"
@@ -37,9 +38,10 @@ namespace flexkv {
 
 class CudaCopier final : public Copier {
  public:
-  // `slot_reader`: of the slots that copies wait for. Throws SystemError if the device gives not even a stream.
+  // `pieces`: which are large for copy engines. `slot_reader`: of the slots that copies wait for. Throws SystemError
+  // if the device gives not even a stream.
   CudaCopier(std::shared_ptr<CudaDriver> cuda, const BlockLayout& layout, std::shared_ptr<HostPool> host,
-             std::shared_ptr<SlotReader> slot_reader);
+             const EnginePieces& pieces, std::shared_ptr<SlotReader> slot_reader);
   ~CudaCopier() override;
 
   void Submit(DeviceCopy copy) override;
@@ -123,7 +125,7 @@ class CudaCopier final : public Copier {
   std::string note_;
   EnginePath engine_path_;
   std::unique_ptr<KernelPath> kernel_path_;  // nullptr where no pieces are small
-  size_t buffer_piece_bytes_ = 0;            // of a block, that copy engines carry to a buffer at once
+  const size_t buffer_piece_bytes_;          // of a block, that copy engines carry to a buffer at once
   std::shared_ptr<EventPool> timed_events_;
   const std::shared_ptr<SlotReader> slot_reader_;
   std::mutex mutex_;

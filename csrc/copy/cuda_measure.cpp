@@ -4,9 +4,18 @@
 #include <cmath>
 #include <vector>
 
+#include "cuda/cuda_stream.hpp"
+
 namespace flexkv {
 
 namespace {
+
+// Where it could not be measured.
+constexpr size_t kAssumedBytes = size_t{256} << 10;
+// How much slower than large pieces small ones may be; a load by copy engines alone more, as it takes nothing from what
+// is computed meanwhile, and nothing is taken from it. On an H200 a GEMM loses a twentieth to loads through the buffer,
+// and they lose a third to attention.
+constexpr double kSlowerAlone = 1.25, kSlower = 1.1;
 
 constexpr size_t kBytes = size_t{4} << 20;  // of a measurement: 80 us on a fast link
 constexpr size_t kSmallestPiece = size_t{8} << 10, kLargestPiece = size_t{256} << 10;
@@ -41,84 +50,123 @@ class Scratch {
   uint64_t device_ = 0;
 };
 
-// The seconds that the best of some rounds took; 0 on failure. `ahead` is queued before each of them.
-template <typename Queue, typename QueueCopy>
-double BestOf(CudaDriver& cuda, EventPool& timed, CopyStream& stream, Queue ahead, QueueCopy queue,
-              std::string* error) {
-  double best = 0;
-  for (int round = 0; round < kRounds; ++round) {
-    if (!ahead()) return 0;
-    const StreamEvent start = timed.Record(stream.get(), error);
-    if (start == nullptr || !queue()) return 0;
-    const StreamEvent end = timed.Record(stream.get(), error);
-    if (end == nullptr || !cuda.Synchronize(stream.get(), error)) return 0;
-    const double seconds = cuda.SecondsBetween(start.get(), end.get());
-    if (seconds <= 0) return 0;
-    best = best == 0 ? seconds : std::min(best, seconds);
+// What pieces are measured. Where they are on the device has no order.
+struct Kind {
+  bool to_device;
+  bool in_host_order;  // one after the other in the host's memory, as layers of a block are; or in no order
+  double slower_max;   // than large ones they may be, as a factor
+};
+
+class Measurement {
+ public:
+  explicit Measurement(const std::shared_ptr<CudaDriver>& cuda)
+      : cuda_(*cuda), timed_(std::make_shared<EventPool>(cuda, true)), stream_(cuda, true), scratch_(*cuda) {}
+
+  // The smallest pieces with which copy engines are nearly as fast as with large ones.
+  size_t SmallestGood(const Kind& kind) {
+    if (!scratch_.good()) return Assumed("no memory to measure with");
+    const auto copy_all = [&] {
+      stream_.MakeRoom(1);
+      return Copy(kind, 0, 0, kBytes);
+    };
+    const double all_s = BestOf([] { return true; }, copy_all);
+    const int num_ahead = all_s > 0 ? static_cast<int>(std::min(kAheadMax, std::ceil(kAheadS / all_s))) : 0;
+    const auto ahead = [&] {
+      bool good = true;
+      for (int i = 0; i < num_ahead && good; ++i) good = copy_all();
+      return good;
+    };
+    size_t smallest = kLargestPiece;
+    double large_s = 0;
+    for (size_t piece = kLargestPiece; piece >= kSmallestPiece; piece /= 2) {
+      const double seconds = BestOf(ahead, [&] { return CopyPieces(kind, piece); });
+      if (seconds == 0) return Assumed(error_.empty() ? "a copy took no time" : error_);
+      if (large_s == 0) large_s = seconds;
+      if (seconds > large_s * kind.slower_max) break;
+      smallest = piece;
+    }
+    return smallest;
   }
-  return best;
-}
+
+  // Why something was not measured; empty: all was.
+  const std::string& problem() const { return problem_; }
+
+ private:
+  size_t Assumed(const std::string& why) {
+    problem_ = why;
+    error_.clear();
+    return kAssumedBytes;
+  }
+
+  // The seconds that the best of some rounds took; 0 on failure. `ahead` is queued before each of them.
+  template <typename Ahead, typename Queue>
+  double BestOf(Ahead ahead, Queue queue) {
+    double best = 0;
+    for (int round = 0; round < kRounds; ++round) {
+      if (!ahead()) return 0;
+      const StreamEvent start = timed_->Record(stream_.get(), &error_);
+      if (start == nullptr || !queue()) return 0;
+      const StreamEvent end = timed_->Record(stream_.get(), &error_);
+      if (end == nullptr || !cuda_.Synchronize(stream_.get(), &error_)) return 0;
+      const double seconds = cuda_.SecondsBetween(start.get(), end.get());
+      if (seconds <= 0) return 0;
+      best = best == 0 ? seconds : std::min(best, seconds);
+    }
+    return best;
+  }
+
+  bool Copy(const Kind& kind, size_t host_at, size_t device_at, size_t bytes) {
+    char* const host = scratch_.host() + host_at;
+    const uint64_t device = scratch_.device() + device_at;
+    return kind.to_device ? cuda_.CopyToDevice(device, host, bytes, stream_.get(), &error_)
+                          : cuda_.CopyToHost(host, device, bytes, stream_.get(), &error_);
+  }
+
+  bool CopyPieces(const Kind& kind, size_t piece) {
+    const size_t count = kBytes / piece;
+    stream_.MakeRoom(count);
+    std::vector<uint64_t> from(count), to(count);
+    std::vector<size_t> sizes(count, piece), host_at(count), device_at(count);
+    for (size_t i = 0; i < count; ++i) {
+      // Neighbours on both sides would be one piece.
+      const size_t mixed = (i * 5 + 3) % count;
+      host_at[i] = (kind.in_host_order ? i : mixed) * piece;
+      device_at[i] = (kind.in_host_order ? mixed : i) * piece;
+      from[i] = reinterpret_cast<uint64_t>(scratch_.host()) + host_at[i];
+      to[i] = scratch_.device() + device_at[i];
+    }
+    if (!kind.to_device) from.swap(to);
+    if (cuda_.has_batch_copies()) {
+      if (cuda_.CopyBatch(to.data(), from.data(), sizes.data(), count, stream_.get(), &error_)) return true;
+      if (!error_.empty()) return false;
+    }
+    bool good = true;
+    for (size_t i = 0; i < count && good; ++i) good = Copy(kind, host_at[i], device_at[i], piece);
+    return good;
+  }
+
+  CudaDriver& cuda_;
+  const std::shared_ptr<EventPool> timed_;
+  CopyStream stream_;
+  const Scratch scratch_;
+  std::string error_, problem_;
+};
 
 }  // namespace
 
-size_t MeasureEnginePieceBytes(CudaDriver& cuda, EventPool& timed, CopyStream& stream,
-                               const MeasuredPieces& pieces, std::string* note) {
-  const Scratch scratch(cuda);
-  if (!scratch.good()) {
-    *note = "no memory to measure with";
-    return 0;
-  }
-  const auto copy = [&](uint64_t to, uint64_t from, size_t bytes) {
-    return pieces.to_device
-               ? cuda.CopyToDevice(to, reinterpret_cast<const void*>(from), bytes, stream.get(), note)
-               : cuda.CopyToHost(reinterpret_cast<void*>(to), from, bytes, stream.get(), note);
-  };
-  const uint64_t host = reinterpret_cast<uint64_t>(scratch.host()), device = scratch.device();
-  const auto copy_all = [&] {
-    stream.MakeRoom(1);
-    return pieces.to_device ? copy(device, host, kBytes) : copy(host, device, kBytes);
-  };
-  const auto nothing = [] { return true; };
-  const double all_s = BestOf(cuda, timed, stream, nothing, copy_all, note);
-  const int num_ahead = all_s > 0 ? static_cast<int>(std::min(kAheadMax, std::ceil(kAheadS / all_s))) : 0;
-  const auto ahead = [&] {
-    bool good = true;
-    for (int i = 0; i < num_ahead && good; ++i) good = copy_all();
-    return good;
-  };
-  size_t smallest = kLargestPiece;
-  double large_s = 0;
-  for (size_t piece = kLargestPiece; piece >= kSmallestPiece; piece /= 2) {
-    const size_t count = kBytes / piece;
-    const auto queue = [&] {
-      stream.MakeRoom(count);
-      std::vector<uint64_t> from(count), to(count);
-      std::vector<size_t> sizes(count, piece);
-      for (size_t i = 0; i < count; ++i) {
-        // Neighbours on both sides would be one piece.
-        const size_t mixed = (i * 5 + 3) % count;
-        from[i] = host + (pieces.in_host_order ? i : mixed) * piece;
-        to[i] = device + (pieces.in_host_order ? mixed : i) * piece;
-      }
-      if (!pieces.to_device) from.swap(to);
-      if (cuda.has_batch_copies() &&
-          cuda.CopyBatch(to.data(), from.data(), sizes.data(), count, stream.get(), note)) {
-        return true;
-      }
-      bool good = note->empty();
-      for (size_t i = 0; i < count && good; ++i) good = copy(to[i], from[i], piece);
-      return good;
-    };
-    const double seconds = BestOf(cuda, timed, stream, ahead, queue, note);
-    if (seconds == 0) {
-      if (note->empty()) *note = "a copy took no time";
-      return 0;
-    }
-    if (large_s == 0) large_s = seconds;
-    if (seconds > large_s * pieces.slower_max) break;
-    smallest = piece;
-  }
-  return smallest;
+EnginePieces MeasureEnginePieces(const std::shared_ptr<CudaDriver>& cuda) {
+  const CudaContext context(*cuda);
+  Measurement measurement(cuda);
+  EnginePieces pieces;
+  pieces.loads = measurement.SmallestGood({true, true, kSlowerAlone});
+  pieces.stores = measurement.SmallestGood({false, true, kSlower});
+  pieces.buffer = measurement.SmallestGood({true, false, kSlower});
+  const auto kib = [](size_t bytes) { return std::to_string(bytes >> 10) + " KiB"; };
+  const std::string& problem = measurement.problem();
+  pieces.note = "copy engines alone for loads of pieces from " + kib(pieces.loads) + " on, for stores from " +
+                kib(pieces.stores) + " on (" + (problem.empty() ? "measured" : "not measured: " + problem) +
+                ")";
+  return pieces;
 }
 
 }  // namespace flexkv

@@ -2,23 +2,24 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <string>
 
 #include "cuda/cuda_driver.hpp"
-#include "cuda/cuda_stream.hpp"
 
 namespace flexkv {
 
-// What pieces are measured. Where they are on the device has no order.
-struct MeasuredPieces {
-  bool to_device;
-  bool in_host_order;  // one after the other in the host's memory, as layers of a block are; or in no order
-  double slower_max;   // than large ones they may be, as a factor
+// Bytes from which on pieces are large enough for copy engines.
+struct EnginePieces {
+  size_t loads = 0;   // that go by copy engines alone
+  size_t stores = 0;  // the same
+  size_t buffer = 0;  // between the host and a buffer on the device
+  std::string note;   // in words
 };
 
-// Copies pieces of several sizes, for some milliseconds in all, and returns the smallest with which copy engines are
-// nearly as fast as with large ones. 0 if something failed, with the reason in *note.
-size_t MeasureEnginePieceBytes(CudaDriver& cuda, EventPool& timed, CopyStream& stream,
-                               const MeasuredPieces& pieces, std::string* note);
+// Copies pieces of several sizes, for some tens of milliseconds in all. What cannot be measured is assumed.
+// Nothing else should use the link or the driver meanwhile. Throws SystemError if the device gives not even a
+// stream.
+EnginePieces MeasureEnginePieces(const std::shared_ptr<CudaDriver>& cuda);
 
 }  // namespace flexkv

@@ -33,8 +33,11 @@ TransferEngine::TransferEngine(BlockLayout layout, std::shared_ptr<HostPool> hos
     routes_[2 * i + 2].stats.name = lower_tiers[i] + "2H";
     routes_[2 * i + 3].stats.name = "H2" + lower_tiers[i];
   }
-  // All slots of the first pool, once to be stored and once to be loaded; those of other groups are fewer.
   if (cuda_) {
+    // Before any memory is pinned: while the driver registers it, it does nothing else.
+    engine_pieces_ = MeasureEnginePieces(cuda_);
+    cuda_note_ = engine_pieces_.note;
+    // All slots of the first pool, once to be stored and once to be loaded; those of other groups are fewer.
     slot_reader_ = std::make_shared<SlotReader>(cuda_, 2 * static_cast<size_t>(layout.num_token_slots()));
   }
   AddGroup(std::move(layout), std::move(host), {});
@@ -53,12 +56,13 @@ uint32_t TransferEngine::AddGroup(BlockLayout layout, std::shared_ptr<HostPool> 
   for (size_t tier = 0; tier < num_lower_tiers_; ++tier) group->below.push_back(std::make_unique<Below>());
   group->host->StartPinning(cuda_);
   if (cuda_) {
-    group->copier = std::make_unique<CudaCopier>(cuda_, group->layout, group->host, slot_reader_);
+    group->copier =
+        std::make_unique<CudaCopier>(cuda_, group->layout, group->host, engine_pieces_, slot_reader_);
   } else {
     group->copier = std::make_unique<CpuCopier>(group->layout, group->host, copy_threads_);
   }
   const std::string& note = group->copier->note();
-  if (cuda_note_.find(note) == std::string::npos) cuda_note_ += (cuda_note_.empty() ? "" : "; ") + note;
+  if (cuda_note_.find(note) == std::string::npos) cuda_note_ += "; " + note;
   groups_.push_back(std::move(group));
   return static_cast<uint32_t>(groups_.size() - 1);
 }

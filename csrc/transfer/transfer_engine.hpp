@@ -21,6 +21,7 @@
 
 #include "base/types.hpp"
 #include "copy/copier.hpp"
+#include "copy/cuda_measure.hpp"
 #include "copy/layer_gate.hpp"
 #include "memory/block_layout.hpp"
 #include "memory/host_pool.hpp"
@@ -97,7 +98,7 @@ class TransferEngine {
   bool DrainDevice(double timeout_s);
 
   std::vector<TransferStats> Stats() const;
-  const std::string& cuda_note() const { return cuda_note_; }  // see Copier::note, of all groups
+  const std::string& cuda_note() const { return cuda_note_; }  // which ways copies take on a GPU, in words
   double Now() const;
 
  private:
@@ -175,6 +176,7 @@ class TransferEngine {
   const std::shared_ptr<CudaDriver> cuda_;  // null: the device pools are CPU memory
   // One for all groups: whichever copier looks whether slots have come, it looks for all of them.
   std::shared_ptr<SlotReader> slot_reader_;  // null: on a CPU
+  EnginePieces engine_pieces_;
   std::string cuda_note_;
   std::vector<std::unique_ptr<Group>> groups_;
   std::chrono::steady_clock::time_point epoch_;

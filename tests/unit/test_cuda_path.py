@@ -297,6 +297,17 @@ def test_pinning_rests_between_chunks(make_rig: MakeRig, cuda: FakeCuda) -> None
     assert rig.host.pinned_bytes > 2 * PIN_CHUNK_BYTES
 
 
+def test_copies_are_measured_before_memory_is_registered(cuda: FakeCuda) -> None:
+    """While memory is registered the driver does nothing else: what is measured meanwhile is its lock."""
+    host = _core.HostPool(8, 4096)
+    engine = engine_over(cuda, host)
+    assert cuda.calls("cuEventElapsedTime") > 0
+    wait_until_pinned(host)
+    assert cuda.calls("cuMemHostRegister_v2") == 1
+    assert cuda.registrations_when_timed == 0
+    del engine
+
+
 def test_one_process_pins_at_a_time(cuda: FakeCuda) -> None:
     deadline = time.monotonic() + 20
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as another_process:
@@ -706,7 +717,9 @@ def test_from_which_size_on_copy_engines_go_alone_is_measured(
 ) -> None:
     cuda.speeds(piece_us)
     rig = make_rig(tokens=16, row_bytes=(2048,), layers=2)  # pieces of 32 KiB
-    note = f"loads of pieces from {load_kib} KiB on, for stores from {store_kib} KiB on (measured); here"
+    note = (
+        f"loads of pieces from {load_kib} KiB on, for stores from {store_kib} KiB on (measured); pieces have"
+    )
     assert note in rig.engine.cuda_note
     check_round_trip(rig)  # two loads and a store
     assert cuda.calls("cuLaunchKernel") == 2 * (load_kib > 32) + (store_kib > 32)
