@@ -7,8 +7,8 @@
 * bandwidth: stores and loads from random slots of a host pool of 32 GiB, as a share of one contiguous copy of
   pinned memory by PyTorch, measured next to each other; and what a launch costs while that pool is pinned.
 * queueing: the host's time for queueing a load of 64 layers.
-* slowdown: what attention and a GEMM lose while loads or stores run, what those lose, and
-  what stores cost tokens that come to the host meanwhile.
+* slowdown: what attention and a GEMM lose while loads or stores run, what those lose, what a launch takes
+  meanwhile, and what stores cost tokens that come to the host.
 * overlap: bench_overlap.py. tests, demo: ``make test`` and ``make demo``, on SGLang with FlashInfer.
 * sanitizer: the bytes of a few shapes under compute-sanitizer.
 
@@ -528,9 +528,21 @@ def small_copies_us(device: torch.device, smoke: bool) -> list[float]:
     return took_us
 
 
+def launches_us(device: torch.device, smoke: bool) -> list[float]:
+    """The host's time for launches, which nobody waits for."""
+    x = torch.ones(256, device=device)
+    took_us = []
+    for _ in range(10 if smoke else 500):
+        begin_s = time.perf_counter()
+        x.add_(1)
+        took_us.append(1e6 * (time.perf_counter() - begin_s))
+    synchronize(device)
+    return took_us
+
+
 def slowdown(report: Report, device: torch.device, smoke: bool) -> Iterator[Line]:
-    """Computing beside copies against alone, and the copies beside it against alone; and what comes to the
-    host while stores go there."""
+    """Computing beside copies against alone, and the copies beside it against alone; what launches take
+    while copies are queued; and what comes to the host while stores go there."""
     works = [attention(device, smoke), gemm(device, smoke)]
     window_s, rounds = (0.01, 2) if smoke else (0.06, 5)
     layers, tokens = (_LAYERS_SMOKE, 64) if smoke else (_LAYERS, 1024)
@@ -545,6 +557,18 @@ def slowdown(report: Report, device: torch.device, smoke: bool) -> Iterator[Line
             with copies:
                 time.sleep(window_s)
             copies_alone = copies.rate
+            usual = median(launches_us(device, smoke))
+            with copies:
+                beside = launches_us(device, smoke)
+            yield Line(
+                f"a launch beside {name} of pages of {page}",
+                "measured",
+                f"median {median(beside):.1f} us, worst {max(beside):.0f} us; alone {usual:.1f} us",
+                results={
+                    f"launch_us_{name}_page_{page}": median(beside),
+                    f"launch_worst_us_{name}_page_{page}": max(beside),
+                },
+            )
             if kind == T.D2H:
                 usual = median(small_copies_us(device, smoke))
                 with copies:

@@ -15,6 +15,9 @@ without a cache. So what comes from a lower tier is compared with what the stock
 device cache (the same tokens computed over the same cached prefix), and what is computed with what is
 computed. Both must be equal, token by token; top log-probabilities are compared too.
 
+At the end first prompts of one chunk, and of a chunk and seven tokens, are asked of both servers: only the
+second kind is computed while something of it is being stored.
+
 Where the model cannot be started as asked, simpler settings are tried in turn; the JSON says which held.
 """
 
@@ -42,6 +45,8 @@ PAGE = 16
 NEW_TOKENS = 24
 GIB = 1 << 30
 FIRST_TOKEN_ID = 300  # below it are special tokens and single bytes
+_BEYOND = 7  # tokens of a prompt behind its last page
+_PAIRS = 3  # of first prompts, one for each server
 
 # What is given up, in this order, where a server does not start.
 LADDER: list[dict[str, Any]] = [
@@ -83,6 +88,7 @@ class Run:
         self.rng = np.random.default_rng(options.seed)
         self.client = httpx.Client(trust_env=False, timeout=120.0)
         self.fields = json.loads((options.model / "config.json").read_text())
+        self.chunk_tokens = min(8192, max(self.sizes))
         # One of the longest prompts, its answer, and little more.
         self.pool_tokens = max(self.sizes) + max(self.sizes) // 8 + 16 * PAGE
         # Takes all of the device pool when it is asked.
@@ -116,7 +122,7 @@ class Run:
             "load-format": self.options.load_format,
             "max-total-tokens": self.pool_tokens,
             "context-length": self.pool_tokens,
-            "chunked-prefill-size": min(8192, self.pool_tokens),
+            "chunked-prefill-size": self.chunk_tokens,
             "max-running-requests": 4,
             "attention-backend": self.options.attention,
             "random-seed": 1,
@@ -216,7 +222,7 @@ class Run:
 
     def prompt(self, tokens: int) -> list[int]:
         # Not a whole number of pages, as in life.
-        return self.rng.integers(FIRST_TOKEN_ID, self.fields["vocab_size"], tokens + 7).tolist()
+        return self.rng.integers(FIRST_TOKEN_ID, self.fields["vocab_size"], tokens + _BEYOND).tolist()
 
     def ask(self, server: Any, prompt: list[int], new_tokens: int = NEW_TOKENS) -> dict[str, Any]:
         body = {
@@ -325,6 +331,7 @@ class Run:
         if self.with_ssd:
             self.from_ssd(flexkv, known)
         self.together(flexkv, filler)
+        self.first_prompts(stock, flexkv)
         for server in (stock, flexkv):
             self.client.get(f"{server.url}/health").raise_for_status()
 
@@ -354,6 +361,27 @@ class Run:
         hits = sum(b["source"]["host"] >= 0.8 * size for b in again)
         self.results["four_at_once"] = {"prompts": len(prompts), "from_cpu": hits, "same_as_alone": same}
 
+    def first_prompts(self, stock: Any, flexkv: Any) -> None:
+        """What storing costs the first token of a prompt that is new, while nothing else is written."""
+        sizes = {"one chunk": self.chunk_tokens - _BEYOND - 1, "a chunk and 7 tokens": self.chunk_tokens}
+        took: dict[str, list[tuple[float, float]]] = {what: [] for what in sizes}
+        for _ in range(_PAIRS):
+            for what, size in sizes.items():
+                if self.left() < 20:
+                    return
+                self.wait_until_written(flexkv, 5.0)
+                prompt = self.prompt(size)
+                pair = [self.ask(server, prompt, 4)["ttft_ms"] for server in (stock, flexkv)]
+                took[what].append((pair[0], pair[1]))
+        self.results["first_prompts"] = {
+            what: {
+                "tokens": sizes[what] + _BEYOND,
+                "stock_ms": round(statistics.median(stocks for stocks, _ in pairs), 2),
+                "ratio": round(statistics.median(ours / stocks for stocks, ours in pairs), 3),
+            }
+            for what, pairs in took.items()
+        }
+
     def summarise(self) -> None:
         summary: dict[str, Any] = {}
         for size in self.sizes:
@@ -372,8 +400,8 @@ class Run:
         failed = [what for what, entry in self.results["checks"].items() if entry["failed"]]
         self.results["verdict"] = "met" if self.results["checks"] and not failed else "missed"
         self.results["failed"] = failed
-        shown = ("summary", "checks", "verdict", "problems")
-        print(json.dumps({key: self.results[key] for key in shown}, indent=1))
+        shown = ("summary", "first_prompts", "checks", "verdict", "problems")
+        print(json.dumps({key: self.results.get(key) for key in shown}, indent=1))
 
 
 def main() -> int:

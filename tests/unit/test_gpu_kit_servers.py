@@ -116,6 +116,10 @@ def test_a_good_server_meets_everything(tmp_path: Path) -> None:
     for size in ("512", "2048"):
         assert result["summary"][size]["recompute_over_cpu"] > 0
     assert result["four_at_once"] == {"prompts": 8, "from_cpu": 8, "same_as_alone": 8}
+    # One that is computed at once, and one of which something is left when the rest is being stored.
+    chunk = result["flags"]["chunked-prefill-size"]
+    tokens = {what: of["tokens"] for what, of in result["first_prompts"].items()}
+    assert tokens == {"one chunk": chunk - 1, "a chunk and 7 tokens": chunk + 7}
 
 
 @pytest.mark.parametrize(("source", "kind"), [("host", "cpu"), ("storage", "ssd"), ("device", "device")])
