@@ -763,6 +763,17 @@ class RandomTraffic:
         return all(len(targets) > 6 for targets in self.targets)
 
 
+def test_copies_are_measured_once_for_all_groups(make_rig: MakeRig, cuda: FakeCuda) -> None:
+    """By the time a further group comes memory is being registered, and the answer is the same."""
+    rig = make_rig()
+    pool = Pool(cuda, **STATES)
+    pool.group = rig.engine.add_group(pool.layout, pool.host, [])
+    rig.pools.append(pool)
+    assert cuda.calls("cuEventElapsedTime") == 0  # since the first group is there
+    assert rig.engine.cuda_note.count("measured") == 1
+    pool.wait_until_pinned()
+
+
 @pytest.mark.parametrize("seed", range(RANDOM_RUNS))
 def test_random_traffic_of_two_groups(
     make_rig: MakeRig,
