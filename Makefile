@@ -2,7 +2,7 @@
 PYTHON := .venv/bin/python
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models test test-versions demo compare lint gpu-kit clean distclean
+.PHONY: help setup models test test-versions demo compare lint wheels gpu-kit clean distclean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -39,6 +39,9 @@ lint: setup  ## run the checks of .pre-commit-config.yaml on all files
 
 compare: setup models  ## compare with SGLang's HiCache, LMCache and no cache (docs/comparison.md)
 	$(PYTHON) benchmarks/compare.py --json build/compare/compare.json --out build/compare $(ARGS)
+
+wheels: setup  ## build dist/: the sources, and wheels that need no compiler; ARGS="python3.12" names interpreters
+	scripts/build_wheels.sh $(ARGS)
 
 gpu-kit:  ## make .gpu/kit, which checks all this on a GPU machine without a network (docs/gpu.md)
 	scripts/gpu/make_kit.sh $(ARGS)
