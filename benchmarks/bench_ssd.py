@@ -48,6 +48,7 @@ from common import (
 from sglang_flexkv import _core
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import CacheConfig, IoEngine
+from sglang_flexkv.common.lower_tier import SharedBlocks
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, TransferType
 from sglang_flexkv.kvtask import _SPILL_BYTES_MAX, _SPILLS_MAX
@@ -89,7 +90,8 @@ class Bench:
         )
         row = torch.zeros((1, slot_bytes // layers), dtype=torch.uint8)
         device = DeviceBuffers([[row] for _ in range(layers)], tokens_per_row=1)
-        self.storage = StorageEngine(device, TierRequest(config, make_namespace({"bench": layers})))
+        namespace = make_namespace({"bench": layers})
+        self.storage = StorageEngine(device, TierRequest(config, namespace, SharedBlocks(namespace)))
         (self.tier,) = self.storage.first.lower
         self.transfer = TransferEngine(config, self.storage)
         self.transfer.attach(1, self.tier.core)

@@ -29,11 +29,11 @@ import torch
 
 from sglang_flexkv import _core
 from sglang_flexkv.cache.cache_engine import GlobalCacheEngine, MatchResult, Pinned, PlanKind, TransferPlan
-from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, TokenIds
+from sglang_flexkv.common.block import BlockKeys, Namespace, SequenceMeta, TokenIds, make_namespace
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import Admission, CacheConfig
 from sglang_flexkv.common.kv_group import KVGroup
-from sglang_flexkv.common.lower_tier import CPU, LowerTier, Question
+from sglang_flexkv.common.lower_tier import CPU, LowerTier, Question, SharedBlocks
 from sglang_flexkv.common.patience import Patience
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, SlotsOnTheirWay, TransferType
@@ -199,7 +199,8 @@ class KVTaskEngine:
         device: the pool of the first group, which keeps all blocks.
         more_groups: parts that blocks have in other pools.
         namespace: of the keys; what is found in a tier under another one is not ours.
-        shared_namespace: the same for what other machines find as well; None: ``namespace``.
+        shared: whose blocks they are for other processes, where these find them as well; None: those of
+            ``namespace``.
         layers: of the model, one for each layer of the first group; None: those that no other group has.
 
     Raises:
@@ -212,7 +213,7 @@ class KVTaskEngine:
         device: DeviceBuffers,
         *,
         namespace: Namespace,
-        shared_namespace: Namespace | None = None,
+        shared: SharedBlocks | None = None,
         label: str = "",
         identity: Identity | None = None,
         rank_tag: str = "rank0",
@@ -224,7 +225,9 @@ class KVTaskEngine:
         self.config = config
         self._trace = TransferTrace() if config.trace_file is not None else None
         self._rank_tag = rank_tag
-        request = TierRequest(config, namespace, shared_namespace, label, identity, rank_tag, disk)
+        shared = shared or SharedBlocks(namespace)
+        self._flush_seed, self._num_flushes = shared.seed, 0
+        request = TierRequest(config, namespace, shared, label, identity, rank_tag, disk)
         self._storage = StorageEngine(device, request, more_groups, layers)
         self._tier_names = ["CPU", *(tier.name for tier in self._storage.first.lower)]
         self._lock = threading.RLock()
@@ -828,17 +831,24 @@ class KVTaskEngine:
                 if task.plan is not None and task.plan.tier in tiers
             )
             self._cache.clear(tiers)
+            flush = self._name_flush()
             for (_, number), life in self._lives.items():
                 if number in tiers:
-                    life.clear()
+                    life.clear(flush)
+
+    def _name_flush(self) -> bytes:
+        """All ranks flush as often as this one, so it is the same on all of them."""
+        self._num_flushes += 1
+        return make_namespace({"seed": self._flush_seed.hex(), "flush": self._num_flushes})
 
     def stop_persisting(self) -> None:
         """Empties the lower tiers and marks them: no other process finds what is in them from now on. For the
         moment when the weights stop being those that the namespace stands for."""
         with self._lock:
+            flush = self._name_flush()
             for (group, number), life in self._lives.items():
                 self._discard(self._tasks_of(number, group))
-                life.stop_persisting()
+                life.stop_persisting(flush)
             self._cache.clear(range(1, len(self._tier_names)))
 
     @staticmethod

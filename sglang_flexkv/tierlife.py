@@ -74,6 +74,7 @@ class TierLife:
         self._cancel_tasks, self._num_tasks = cancel_tasks, num_tasks
         self._keep = True  # what is stored may be found by the next process
         self._forget = False  # what the tier holds when it comes back is out of date
+        self._flush = b""  # the last one
         self._retry_s = _RETRY_S
         self._online_since_s = 0.0
         self._next_check_s = 0.0
@@ -174,24 +175,25 @@ class TierLife:
             return False
         if self._forget or not self._keep:
             self._tier.take_held()
-            self._tier.clear(keep=self._keep)
+            self._tier.clear(keep=self._keep, flush=self._flush, late=True)
             self._forget = False
         self.num_recovered = self._cache.take_in(self._number)
         self.state = TierState.ONLINE
         self._online_since_s = time.monotonic()
         return True
 
-    def clear(self) -> None:
-        """Forgets what the tier holds; the caller sees to the index."""
+    def clear(self, flush: bytes) -> None:
+        """Forgets what the tier holds; the caller sees to the index. See LowerTier.clear."""
+        self._flush = flush
         if self.state is TierState.ONLINE:
-            self._tier.clear(keep=self._keep)
+            self._tier.clear(keep=self._keep, flush=flush)
         else:
             self._forget = True
 
-    def stop_persisting(self) -> None:
+    def stop_persisting(self, flush: bytes) -> None:
         """Forgets what the tier holds, and sees that no other process finds what comes from now on."""
         self._keep = False
-        self.clear()
+        self.clear(flush)
 
     def sync(self, timeout_s: float) -> bool:
         """Waits until what was stored so far would survive a power failure. False if it does not come to

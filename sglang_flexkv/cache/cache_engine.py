@@ -159,7 +159,8 @@ class _Below:
         self.number, self.tier, self.queue = number, tier, queue
         self.is_in = False  # takes part, between take_in and take_out
         self.seen = seen  # blocks that were; if there is one, only what is in it goes to the tier
-        self.num_offered = 0  # blocks that came to the CPU tier while this one took part
+        # Blocks for this process to store that came to the CPU tier while this one took part.
+        self.num_offered = 0
         self.num_admitted = 0  # of them (or later, of those that were used again) meant for this one
         # Failed transfers in a row, by their direction: a disk that only reads is no disk to write to.
         self.failures = {TransferType.LOWER2H: 0, TransferType.H2LOWER: 0}
@@ -372,7 +373,7 @@ class CacheEngine:
         if plan.kind is PlanKind.GET and result is not None and result.done:
             for below in self._taking_part:
                 if below.seen is not None:  # used again: worth its place there
-                    below.queue.add(WaitingBlocks(None, part.keys))
+                    self._add_waiting(below, None, below.tier.to_store(part.keys))
         if part.lease:
             self.index.release(part.lease)
         if plan.kind is PlanKind.SPILL:
@@ -454,13 +455,19 @@ class CacheEngine:
 
     def _offer_below(self, part: PlanPart, *, pin_all: bool) -> None:
         for below in self._taking_part:
-            keys = part.keys
+            keys = below.tier.to_store(part.keys)
+            # Where there are gaps each block knows its parent from the CPU tier.
+            parent = part.parent if len(keys) == len(part.keys) else None
             below.num_offered += len(keys)
             if below.seen is not None:
                 unseen = np.flatnonzero(below.seen.seen(keys) == 0)
                 keys = keys[: unseen[0]] if len(unseen) else keys
-            if len(keys):
-                below.queue.add(WaitingBlocks(part.parent, keys, pin_all))
+            self._add_waiting(below, parent, keys, pin_all)
+
+    @staticmethod
+    def _add_waiting(below: _Below, parent: BlockKeys | None, keys: BlockKeys, pin_all: bool = False) -> None:
+        if len(keys):
+            below.queue.add(WaitingBlocks(parent, keys, pin_all))
 
     def _offer_fetched(self, part: PlanPart, filled: npt.NDArray[np.uint8]) -> None:
         """What came from a tier that others share goes to those between it and the CPU tier as well: the next

@@ -24,7 +24,7 @@ _PINNED_SHARE = 0.25
 
 @dataclass
 class WaitingBlocks:
-    """Blocks of one sequence, in order."""
+    """Blocks of one sequence, in order; some in between may be left to others."""
 
     parent: BlockKeys | None  # of the first
     keys: BlockKeys

@@ -27,6 +27,7 @@ Its slots are places in that memory and no more.
 
 from __future__ import annotations
 
+import secrets
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -36,7 +37,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_flexkv import _core
-from sglang_flexkv.common.block import BlockKeys
+from sglang_flexkv.common.block import KEY_BYTES, BlockKeys, Namespace
 from sglang_flexkv.common.config import Admission, EvictionPolicy
 from sglang_flexkv.common.errors import ConfigError
 
@@ -54,6 +55,24 @@ class HeldBlocks:
     keys: BlockKeys = field(default_factory=lambda: np.zeros((0, 2), np.uint64))
     parents: BlockKeys = field(default_factory=lambda: np.zeros((0, 2), np.uint64))  # zeros: none
     slots: TierSlots = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+@dataclass(frozen=True)
+class SharedBlocks:
+    """Whose blocks these are in a tier that others write to as well, and which of them this process is to
+    store.
+
+    Attributes:
+        namespace: of the keys there.
+        rank: which of the ``ranks`` this one is.
+        ranks: of one server, that compute the same blocks at the same time. One of them stores each block.
+        seed: random, and the same on these ranks: what they draw from it is the same as well.
+    """
+
+    namespace: Namespace
+    rank: int = 0
+    ranks: int = 1
+    seed: bytes = field(default_factory=lambda: secrets.token_bytes(KEY_BYTES))
 
 
 class AwayError(ConfigError):
@@ -161,6 +180,11 @@ class LowerTier(ABC):
     def core(self) -> _core.LowerTier:
         """What moves its blocks; one object from ``open`` to ``close``."""
 
+    def to_store(self, keys: BlockKeys) -> BlockKeys:
+        """Those of these blocks that it is for this process to store; another one stores the others. A tier
+        that leaves some out can make nothing of the parents in ``stored``."""
+        return keys
+
     @abstractmethod
     def take_held(self) -> HeldBlocks:
         """What it holds since before ``open``. Asked once after each."""
@@ -182,12 +206,15 @@ class LowerTier(ABC):
         """Why it is of no use any more, as far as it knows itself; empty while all is well. Cheap."""
 
     @abstractmethod
-    def clear(self, *, keep: bool) -> None:
+    def clear(self, *, keep: bool, flush: bytes, late: bool = False) -> None:
         """Forgets what it holds.
 
         Args:
-            keep: what is stored from now on may be found by another process; if not, no process ever finds
+            keep: what is stored from now on may be found by another server; if not, no other one ever finds
                 it.
+            flush: KEY_BYTES that stand for this flush and no other one, the same on all ranks of
+                SharedBlocks.
+            late: the tier was away when the flush came, and has just been opened again.
         """
 
     def sync(self, timeout_s: float) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 from sglang_flexkv import __version__
 from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
+from sglang_flexkv.common.lower_tier import SharedBlocks
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.integration.compat import server
 from sglang_flexkv.integration.compat.arguments import RECURRENT_ARGUMENTS
@@ -62,9 +63,15 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     shared = _identity(ctx, pool, pools, place, at_start, shared=True) if cache_config.remote else None
     if cache_config.enable_ssd:
         _warn(identity, "to SSD")
+    # All ranks meet, also one that has no store.
+    seed, all_alike = cache.ranks.meet(shared.namespace if shared is not None else b"")
+    shared_blocks = None
     if shared is not None:
+        ranks = place.attn_tp_size if all_alike and _is_one_for_all(pools, place) else 1
+        shared_blocks = SharedBlocks(shared.namespace, place.attn_tp_rank % ranks, ranks, seed)
         _warn(shared, "to the store")
-        logger.info("sglang-flexkv: remote blocks are shared as %s", shared.namespace.hex()[:12])
+        one_copy = f", one copy for {ranks} ranks" if ranks > 1 else ""
+        logger.info("sglang-flexkv: remote blocks are shared as %s%s", shared.namespace.hex()[:12], one_copy)
         logger.debug("sglang-flexkv: %s", shared)
     native_works()  # what SGLang has to compile is compiled before the first request comes
     engine = KVTaskEngine(
@@ -73,7 +80,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         more_groups=pools.more,
         layers=pools.layers,
         namespace=identity.namespace,
-        shared_namespace=shared.namespace if shared is not None else None,
+        shared=shared_blocks,
         label=describe(
             ctx.model_config.model_path, pool.dtype, ctx.params.page_size, place.tp_rank, place.tp_size
         ),
@@ -123,6 +130,15 @@ def _bytes_per_block(pools: KVPools, page_size: int) -> int:
     )
 
 
+def _is_one_for_all(pools: KVPools, place: server.Place) -> bool:
+    """Whether the ranks of a server share one copy of what they store for others.
+
+    With prefill CP each rank has all KV of a prompt, too. But no server has run that here, and a rank that
+    gets back what it stored itself is right in any case.
+    """
+    return pools.replicated and place.attn_cp_size == 1
+
+
 def _identity(
     ctx: Any,
     pool: Any,
@@ -139,10 +155,13 @@ def _identity(
         f"{group.window_blocks} blocks"
         for group in pools.more
     }
-    context_parallel = {}
+    # With DP attention several TP ranks have the same heads: what others share is told by the heads alone.
+    ranks = {} if shared else {"TP rank": f"{place.tp_rank} of {place.tp_size}"}
+    heads_of = "any" if shared and _is_one_for_all(pools, place) else place.attn_tp_rank
+    ranks["attention TP rank"] = f"{heads_of} of {place.attn_tp_size}"
     if place.attn_cp_size > 1:
         rank = f"{place.attn_cp_rank} of {place.attn_cp_size}"
-        context_parallel["attention CP rank"] = f"{rank}, {read('cp_strategy')}"
+        ranks["attention CP rank"] = f"{rank}, {read('cp_strategy')}"
     if any(group.name == MAMBA for group in pools.more):
         groups["kernels of recurrent layers"] = ", ".join(
             f"{name} {read(name)}" for name in RECURRENT_ARGUMENTS
@@ -159,9 +178,7 @@ def _identity(
             **groups,
             "tokens per row": _tokens_per_row(device),
             "tokens per block": str(ctx.params.page_size),
-            "TP rank": f"{place.tp_rank} of {place.tp_size}",
-            "attention TP rank": f"{place.attn_tp_rank} of {place.attn_tp_size}",
-            **context_parallel,
+            **ranks,
             "format": "2",
         },
     )

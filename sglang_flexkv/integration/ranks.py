@@ -8,6 +8,8 @@ here, before anything depends on it.
 ========================  =========  =======================================================================
 What                      Reduced    Why that is enough
 ========================  =========  =======================================================================
+random bytes, at a start  least      any will do: they name what all ranks draw alike, their flushes
+whose values these are    all        in a store: only ranks with one name for them have values in common
 length of a hit           least      of a prefix that a rank holds it holds every shorter one
 ends of a hit             all        with windows or states it does not: the longest that every rank can load
 wait for reads at all     any        whether to wait is one decision; which blocks to bring is each rank's own
@@ -26,11 +28,15 @@ change how long a hit is, and that is agreed on.
 
 from __future__ import annotations
 
+import hashlib
+import secrets
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+
+_SEED_BYTES = 16
 
 
 class Ranks:
@@ -45,6 +51,20 @@ class Ranks:
         # Whether any rank may be reading from a lower tier. While it is not set the ranks need not ask each
         # other.
         self.reads_may_run = False
+
+    def meet(self, what: bytes) -> tuple[bytes, bool]:
+        """Once, when all of them start.
+
+        Args:
+            what: this rank has.
+
+        Returns:
+            Some random bytes that all ranks get, and whether all have the same.
+        """
+        drawn = np.frombuffer(secrets.token_bytes(_SEED_BYTES), np.int64).tolist()
+        number = int.from_bytes(hashlib.blake2b(what, digest_size=7).digest(), "big")
+        *seed, least, greatest = self._common([*drawn, number, -number], torch.distributed.ReduceOp.MIN)
+        return np.array(seed, np.int64).tobytes(), least == -greatest
 
     def shortest_hit(self, num_blocks: int) -> int:
         """Blocks of a prefix that all ranks can load."""

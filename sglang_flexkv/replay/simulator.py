@@ -130,7 +130,7 @@ class _ReplayedTier(LowerTier):
     def why_broken(self) -> str:
         return ""
 
-    def clear(self, *, keep: bool) -> None:
+    def clear(self, *, keep: bool, flush: bytes, late: bool = False) -> None:
         pass
 
     def close(self) -> None:

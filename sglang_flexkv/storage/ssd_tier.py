@@ -94,7 +94,8 @@ class SsdTier(LowerTier):
     def why_broken(self) -> str:
         return self.store.core.error
 
-    def clear(self, *, keep: bool) -> None:
+    def clear(self, *, keep: bool, flush: bytes, late: bool = False) -> None:
+        del flush, late  # nobody else has these files
         self.store.core.clear(keep)
 
     def sync(self, timeout_s: float) -> bool:

@@ -10,7 +10,7 @@ from sglang_flexkv.common.block import Namespace, make_namespace
 from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import CacheConfig
 from sglang_flexkv.common.kv_group import KVGroup
-from sglang_flexkv.common.lower_tier import AwayError, LowerTier
+from sglang_flexkv.common.lower_tier import AwayError, LowerTier, SharedBlocks
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.storage.remote.tier import RemoteTier, WritePace
 from sglang_flexkv.storage.ssd_identity import Identity
@@ -28,7 +28,7 @@ class TierRequest:
 
     Attributes:
         namespace: of the keys; what is found in a tier under another one is not ours.
-        shared_namespace: the same for what other machines find as well; None: ``namespace``.
+        shared: whose blocks they are for other processes, in a tier that these write to as well.
         label: what people are told a tier holds.
         identity: what the namespace stands for, kept beside what a tier holds.
         rank_tag: tells ranks that share a place apart, e.g. ``rank0``.
@@ -42,7 +42,7 @@ class TierRequest:
 
     config: CacheConfig
     namespace: Namespace
-    shared_namespace: Namespace | None = None
+    shared: SharedBlocks
     label: str = ""
     identity: Identity | None = None
     rank_tag: str = "rank0"
@@ -89,7 +89,7 @@ def _remote(request: TierRequest) -> LowerTier | None:
         config.remote,
         num_slots if request.group is None else request.group.quota(num_slots),
         namespace=request.namespace,
-        shared_namespace=request.of_group(request.shared_namespace or request.namespace),
+        shared=replace(request.shared, namespace=request.of_group(request.shared.namespace)),
         admission=config.remote_admission,
         pace=request.remote_pace,
         timeout_s=config.remote_timeout_s,

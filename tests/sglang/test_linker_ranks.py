@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 import torch
-from kit import TIMEOUT_S
+from kit import TIMEOUT_S, Rig
 from linker_steps import (
     PAGE,
     PAGES,
@@ -186,24 +186,49 @@ def test_ranks_that_share_prefills_are_among_those_that_agree(make_rig: MakeRig)
     assert not held
 
 
-def test_ranks_that_share_prefills_are_told_apart(make_rig: MakeRig) -> None:
-    rig = make_rig()
+def fields(
+    rig: Rig, place: server.Place, strategy: str | None = None, *, shared: bool = False
+) -> dict[str, str]:
+    """What the pool of a rank adds to the identity."""
     pools = kv_pools(rig.pool, PAGE, 0)
     context = SimpleNamespace(
         model_config=SimpleNamespace(model_path="model", revision=None),
         params=SimpleNamespace(page_size=PAGE),
     )
+    with (
+        mock.patch.object(server, "reader", return_value={"cp_strategy": strategy}.get),
+        mock.patch.object(build, "model_identity", lambda *_, pool, **__: pool),
+    ):
+        return build._identity(context, rig.pool, pools, place, None, shared=shared)
 
-    def fields(rank: int, size: int, strategy: str | None = None) -> dict[str, str]:
-        place = server.Place(rank, size, 0, 1, rank, size, 0, size)
-        with (
-            mock.patch.object(server, "reader", return_value={"cp_strategy": strategy}.get),
-            mock.patch.object(build, "model_identity", lambda *_, pool, **__: pool),
-        ):
-            return build._identity(context, rig.pool, pools, place, None)
 
-    assert "attention CP rank" not in fields(0, 1)
-    of_rank = fields(1, 2, "zigzag")
+def of_prefills(rank: int, size: int) -> server.Place:
+    """A rank of some that share the computing of prefills."""
+    return server.Place(rank, size, 0, 1, rank, size, 0, size)
+
+
+def of_heads(tp_rank: int, tp_size: int, attn_tp_size: int) -> server.Place:
+    """A rank of some that share heads; of fewer with DP attention."""
+    return server.Place(tp_rank, tp_size, tp_rank % attn_tp_size, attn_tp_size, 0, 1, 0, tp_size)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize("kind", ["mha", "mla"])
+def test_ranks_that_share_prefills_are_told_apart(make_rig: MakeRig, kind: str, shared: bool) -> None:
+    rig = make_rig(kind)
+    assert "attention CP rank" not in fields(rig, of_prefills(0, 1), shared=shared)
+    of_rank = fields(rig, of_prefills(1, 2), "zigzag", shared=shared)
     assert of_rank["attention CP rank"] == "1 of 2, zigzag"
-    assert of_rank["TP rank"] == "1 of 2"
-    assert len({str(fields(*of)) for of in [(0, 2, "zigzag"), (1, 2, "zigzag"), (1, 2, "interleave")]}) == 3
+    assert of_rank.get("TP rank") == (None if shared else "1 of 2")
+    others = [(of_prefills(0, 2), "zigzag"), (of_prefills(1, 2), "zigzag"), (of_prefills(1, 2), "interleave")]
+    assert len({str(fields(rig, *of, shared=shared)) for of in others}) == 3
+
+
+@pytest.mark.parametrize(("kind", "shared", "apart"), [("mha", True, 2), ("mla", True, 1), ("mla", False, 4)])
+def test_whose_blocks_ranks_have(make_rig: MakeRig, kind: str, shared: bool, apart: int) -> None:
+    """Four ranks with DP attention: two replicas of two ranks, each with half of the heads, or with the
+    latent, which has none. On a machine each rank has blocks of its own in any case."""
+    rig = make_rig(kind)
+    told = [str(fields(rig, of_heads(rank, 4, 2), shared=shared)) for rank in range(4)]
+    assert len(set(told)) == apart
+    assert str(fields(rig, of_heads(0, 4, 4), shared=shared)) not in told

@@ -1,5 +1,6 @@
-"""Four ranks whose disks are not alike: one is slow, one fails, one flips bits. They take the same decisions,
-and ask each other for the same at the same time; where ranks do not, SGLang stands still for ever."""
+"""Four ranks whose disks are not alike, or whose ways to a store that they share: one is slow, one fails, one
+flips bits. They take the same decisions, and ask each other for the same at the same time; where ranks do
+not, SGLang stands still for ever."""
 
 from __future__ import annotations
 
@@ -14,12 +15,17 @@ from unittest import mock
 
 import pytest
 import torch
-from kit import TIMEOUT_S, Rig
-from linker_steps import MakeRig, forget_failed_loads, may_run, nobody_else, prefetch, sequence
+from dict_store import Values
+from kit import TIMEOUT_S, Rig, assert_same
+from linker_steps import PAGE, MakeRig, forget_failed_loads, may_run, nobody_else, prefetch, sequence
+from remote_faults import Faults, FaultyStore, try_again_soon
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang_flexkv_testing import FaultyDisk
 
+from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import LoadPolicy, PrefetchPolicy
+from sglang_flexkv.common.lower_tier import SharedBlocks
+from sglang_flexkv.storage.remote import tier as remote_tier
 
 RANKS = 4
 REQUESTS = 60
@@ -28,6 +34,13 @@ DEVICE_PAGES = 16  # two or three prompts
 BATCH_MAX = 3
 # By rank: what becomes of its reads.
 FAULTS: list[tuple[Any, ...]] = [(), ("read", 0.1, errno.EIO), ("read", 0.5, 0, 0.004), ("flip", 0.1)]
+REMOTE_FAULTS: list[dict[str, float]] = [
+    {},
+    {"flip": 0.1, "lies": 0.1},
+    {"missing": 0.2},
+    {"full": 0.2, "lost": 0.1},
+]
+CLEARED_AFTER = 20  # requests, where the storage is cleared on the way
 
 
 class Group:
@@ -66,8 +79,9 @@ class Rank:
     """One rank's scheduler, which does as SGLang's: of its queue it asks those it comes to, until the batch
     is full or its memory is."""
 
-    def __init__(self, rig: Rig, seed: int) -> None:
-        self.rig, self.rng = rig, random.Random(seed)
+    def __init__(self, rig: Rig, seed: int, *, clears: bool = False) -> None:
+        self.rig, self.rng, self._clears = rig, random.Random(seed), clears
+        self._computed: dict[tuple[int, int], list[torch.Tensor]] = {}  # by prompt and page
         self.waiting: list[Any] = []
         self.decided: list[Any] = []
         self.num_failed = self.num_waited = 0
@@ -90,6 +104,9 @@ class Rank:
                 prefetch(self.rig, req)
                 self.waiting.append(req)
             self.rig.cache.check_hicache_events()
+            if self._clears and left < REQUESTS - CLEARED_AFTER:
+                self._clears = False
+                assert self.rig.cache.clear_storage_backend()
             batch = self.choose()
             self.decided.append(
                 (
@@ -124,6 +141,9 @@ class Rank:
                 self.rig.cache.evict(EvictParams(num_tokens=short))
             new = self.rig.allocate(missing)
             assert new is not None
+            for at in range(0, missing, PAGE):
+                page = req.origin_input_ids[0], (len(slots) + at) // PAGE
+                self._computed[page] = self.rig.write(new[at : at + PAGE], seed=sum(page))
             batch.append((req, torch.cat([slots, new])))
             self.waiting.remove(req)
         return batch
@@ -140,7 +160,33 @@ class Rank:
                 self.rig.cache.on_release(req, checkpointed=False)
                 self.rig.abort(req, slots)
             else:
+                for at in range(0, len(slots), PAGE):
+                    expected = self._computed[req.origin_input_ids[0], at // PAGE]
+                    assert_same(self.rig.read(slots[at : at + PAGE]), expected)
                 self.rig.finish(req, slots)
+
+
+def run_all(group: Group, ranks: list[Rank]) -> None:
+    """Runs the ranks side by side, and checks that they decide alike."""
+
+    def run(number: int) -> None:
+        try:
+            with mock.patch.object(
+                ranks[number].rig.cache,
+                "_all_reduce_attn_groups",
+                lambda tensor, op: group.reduce(number, tensor, op),
+            ):
+                ranks[number].run()
+                group.leave(number)
+        except BaseException:
+            group.fail()
+            raise
+
+    with ThreadPoolExecutor(RANKS) as pool:
+        for done in [pool.submit(run, number) for number in range(RANKS)]:
+            done.result()
+    for other in ranks[1:]:
+        assert other.decided == ranks[0].decided
 
 
 @pytest.mark.parametrize("policy", [PrefetchPolicy.WAIT_COMPLETE, PrefetchPolicy.TIMEOUT])
@@ -163,30 +209,12 @@ def test_ranks_whose_disks_differ_decide_alike(
             prefetch_timeout_s=0.002,
         )
         ranks.append(Rank(rig, seed=5))
-
-    def run(number: int) -> None:
-        try:
-            with mock.patch.object(
-                ranks[number].rig.cache,
-                "_all_reduce_attn_groups",
-                lambda tensor, op: group.reduce(number, tensor, op),
-            ):
-                if FAULTS[number]:
-                    disks[number].set_fault(*FAULTS[number])
-                ranks[number].run()
-                group.leave(number)
-        except BaseException:
-            group.fail()
-            raise
-
-    with ThreadPoolExecutor(RANKS) as pool:
-        for done in [pool.submit(run, number) for number in range(RANKS)]:
-            done.result()
+        if FAULTS[number]:
+            disks[-1].set_fault(*FAULTS[number])
+    run_all(group, ranks)
     for disk in disks:
         disk.clear_faults()
     first = ranks[0]
-    for other in ranks[1:]:
-        assert other.decided == first.decided
     # The history is worth something: there were waits, faults on some ranks alone, and hits.
     assert first.num_waited > 0
     assert all(bool(disk.injected()) == bool(fault) for disk, fault in zip(disks, FAULTS, strict=True))
@@ -198,3 +226,42 @@ def test_ranks_whose_disks_differ_decide_alike(
         assert reads["ops_done"] + reads["ops_failed"] > 0
         rank.rig.settle()
         assert rank.rig.engine.flush_spills(TIMEOUT_S)
+
+
+@pytest.mark.parametrize("policy", [PrefetchPolicy.WAIT_COMPLETE, PrefetchPolicy.TIMEOUT])
+def test_ranks_that_share_blocks_in_a_store_decide_alike(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, policy: PrefetchPolicy
+) -> None:
+    """Each stores some, loads all, and has a way of its own to the store."""
+    try_again_soon(monkeypatch)
+    group, ranks, values = Group(), [], Values()
+    all_faults = [Faults(number) for number in range(RANKS)]
+    for number, faults in enumerate(all_faults):
+        monkeypatch.setattr(
+            remote_tier, "STORES", {"file": lambda *_, faults=faults: FaultyStore(values, faults)}
+        )
+        rig = make_rig(
+            "mla",
+            num_pages=DEVICE_PAGES,
+            num_cpu_blocks=14 + number,
+            remote="file:///tmp",
+            shared=SharedBlocks(make_namespace({"of": "all"}), number, RANKS, bytes(16)),
+            single_rank=False,
+            load_policy=LoadPolicy.LOAD,
+            prefetch_policy=policy,
+            prefetch_timeout_s=0.002,
+        )
+        ranks.append(Rank(rig, seed=5, clears=True))
+        for kind, probability in REMOTE_FAULTS[number].items():
+            setattr(faults, kind, probability)
+    run_all(group, ranks)
+    for faults in all_faults:
+        faults.heal()
+    for rank in ranks:
+        rank.rig.settle()
+        assert rank.rig.engine.flush_spills(TIMEOUT_S)
+        stats = rank.rig.stats("REMOTE")
+        assert stats["admitted"] < stats["asked_blocks"]
+        assert rank.rig.stats("REMOTE2H")["bytes"] > 0
+    assert ranks[0].num_waited > 0
+    assert sum(length for batch, *_ in ranks[0].decided for _, length in batch) > 0

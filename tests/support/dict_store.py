@@ -9,6 +9,8 @@ import torch
 
 from sglang_flexkv import CacheConfig, KVCacheLayout, KVCacheLayoutType
 from sglang_flexkv.common.block import SequenceMeta, keys_from_page_hashes, make_namespace
+from sglang_flexkv.common.config import Admission
+from sglang_flexkv.common.lower_tier import SharedBlocks
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
 from sglang_flexkv.storage.remote.store import (
     Outcome,
@@ -78,7 +80,8 @@ class Server:
         blocks: int = 1,
         dtype: torch.dtype = torch.float32,
         compression: str = "none",
-        shared_namespace: bytes | None = None,
+        shared: SharedBlocks | None = None,
+        admission: Admission = Admission.ALL,
     ) -> None:
         layout = KVCacheLayout(KVCacheLayoutType.LAYERWISE, LAYERS, blocks, BLOCK, heads, 64)
         self.kv = torch.zeros(layout.kv_shape, dtype=dtype)
@@ -88,10 +91,12 @@ class Server:
                 num_cpu_blocks=blocks + 3,
                 remote="file:///tmp",
                 remote_compression=compression,
+                remote_admission=admission,
+                remote_timeout_s=PATIENCE_S,
             ),
             layout.device_buffers(list(self.kv)),
             namespace=namespace,
-            shared_namespace=shared_namespace,
+            shared=shared,
         )
         self.num_tokens = blocks * BLOCK
         hashes = SequenceMeta(np.arange(self.num_tokens), BLOCK, NAMESPACE).block_keys

@@ -65,6 +65,7 @@ from sglang_flexkv.common.config import (
     RemoteCompression,
     WritePolicy,
 )
+from sglang_flexkv.common.lower_tier import SharedBlocks
 from sglang_flexkv.integration.compat.kv_pool import kv_pools
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.metrics import Metrics
@@ -181,6 +182,7 @@ class Rig:
         num_ssd_blocks: of the SSD tier; none: as many as the CPU tier has.
         ssd_dir: where the SSD tier lives; none: no SSD tier.
         remote: URL of a remote store; none: no remote tier.
+        shared: whose blocks those in the store are; none: of who has the same keys.
         drafts: pools of draft models.
         single_rank: as the linker's; False makes it behave as one of several ranks.
     """
@@ -200,6 +202,7 @@ class Rig:
         disk: _core.Disk | None = None,
         by_priority: bool = False,
         remote: str | None = None,
+        shared: SharedBlocks | None = None,
         remote_timeout_s: float = TIMEOUT_S,
         remote_compression: RemoteCompression = RemoteCompression.NONE,
         prefetch_timeout_s: float = 3.0,
@@ -243,6 +246,7 @@ class Rig:
             more_groups=[replace(group, share=1.0) for group in pools.more],
             layers=pools.layers,
             namespace=namespace,
+            shared=shared,
             disk=disk,
         )
         self.linker = FlexKVLinker(

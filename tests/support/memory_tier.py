@@ -48,7 +48,8 @@ class MemoryTier(LowerTier):
     def why_broken(self) -> str:
         return ""
 
-    def clear(self, *, keep: bool) -> None:
+    def clear(self, *, keep: bool, flush: bytes, late: bool = False) -> None:
+        del flush, late
         self._held.clear()
         self._keep = keep
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterator
-from types import SimpleNamespace
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +97,41 @@ def test_which_models_ask_for_their_states_while_a_graph_runs(architecture: str,
     assert asks_for_states(SimpleNamespace(hf_config=config)) == asks
 
 
+@pytest.mark.parametrize("case", [*PLAIN, *WITH_MORE])
+def test_a_latent_is_the_same_on_all_ranks_and_heads_are_not(case: str) -> None:
+    make = PLAIN.get(case) or WITH_MORE[case][0]
+    replicated = "mla" in case or "index keys" in case
+    assert kv_pools(make(), PAGE, 0).replicated == replicated
+
+
+@pytest.mark.parametrize("build", [mha, mla, dsa])
+@pytest.mark.parametrize("draft", [mha, mla, dsa])
+def test_a_draft_of_heads_makes_a_block_one_of_a_rank(
+    build: Callable[..., Any], draft: Callable[..., Any]
+) -> None:
+    sizes = {"size": 15 * 64, "page_size": 64}
+    pools = kv_pools(build(**sizes), 64, 0, [draft(**sizes)])
+    assert pools.replicated == (mha not in (build, draft))
+
+
+@WINDOWS
+def test_where_a_block_has_parts_of_heads_beside_a_latent_it_is_one_of_a_rank() -> None:
+    latent: dict[str, Any] = {"use_mla": True, "kv_lora_rank": 48, "qk_rope_head_dim": 16}
+    pool, requests = with_states(pool=latent)
+    assert type(pool.full_kv_pool) is MLATokenToKVPool
+    assert not kv_pools(pool, PAGE, 0, (), requests).replicated
+    assert not kv_pools(windows(), PAGE, 2 * PAGE + 1).replicated
+
+
+def test_ranks_have_the_same_where_sglang_says_so() -> None:
+    """Its own stores of blocks keep one copy for all ranks there."""
+    from sglang.srt.mem_cache.hybrid_cache.linker_pool_assembler import _build_dsa_device_pool_group
+
+    pool = dsa()
+    assert _build_dsa_device_pool_group(pool, 64).rank_replicated
+    assert kv_pools(pool, 64, 0).replicated
+
+
 def test_a_pool_by_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_HND_KVCACHE", "1")
     buffers = device_buffers(mha())
@@ -162,7 +197,9 @@ def test_windows_in_a_pool_that_keeps_more_are_refused() -> None:
 # ---- states beside full attention ----
 
 
-def with_states(**changes: Any) -> tuple[HybridLinearKVPool, HybridReqToTokenPool]:
+def with_states(
+    pool: Mapping[str, Any] = MappingProxyType({}), **changes: Any
+) -> tuple[HybridLinearKVPool, HybridReqToTokenPool]:
     """Layers 1 and 3 keep KV, 0, 1 and 4 a state (layer 1 both, as in Falcon-H1), 2 neither."""
     recurrent = [0, 1, 4]
     shape = Mamba2StateShape.create(
@@ -188,17 +225,9 @@ def with_states(**changes: Any) -> tuple[HybridLinearKVPool, HybridReqToTokenPoo
             **changes,
         }
     )
-    pool = HybridLinearKVPool(
-        size=TOKENS,
-        dtype=torch.bfloat16,
-        page_size=PAGE,
-        head_num=2,
-        head_dim=16,
-        full_attention_layer_ids=[1, 3],
-        device="cpu",
-        mamba_pool=requests.mamba_pool,
-    )
-    return pool, requests
+    sizes = {"size": TOKENS, "page_size": PAGE, "head_num": 2, "head_dim": 16}
+    layers = {"full_attention_layer_ids": [1, 3], "mamba_pool": requests.mamba_pool}
+    return HybridLinearKVPool(**sizes, **layers, dtype=torch.bfloat16, device="cpu", **pool), requests
 
 
 @WINDOWS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -12,22 +12,27 @@ import torch
 from sglang_flexkv.integration.ranks import Ranks
 
 
-def common_hit(of_ranks: Sequence[Sequence[int]], num_blocks: int) -> list[int]:
-    """What each rank gets, given the prefixes that each can load."""
-    barrier = Barrier(len(of_ranks), timeout=60.0)
-    said: list[torch.Tensor | None] = [None] * len(of_ranks)
+def of_each(num: int, ask: Callable[[Ranks, int], Any]) -> list[Any]:
+    """What each of so many ranks gets that ask at once."""
+    barrier = Barrier(num, timeout=60.0)
+    said: list[torch.Tensor | None] = [None] * num
 
-    def rank(number: int) -> int:
+    def rank(number: int) -> Any:
         def reduce(tensor: torch.Tensor, op: Any) -> None:
             assert op == torch.distributed.ReduceOp.MIN
             said[number] = tensor.clone()
             barrier.wait()
             tensor.copy_(torch.stack([t for t in said if t is not None]).amin(0))
 
-        return Ranks(reduce).common_hit(of_ranks[number], num_blocks)
+        return ask(Ranks(reduce), number)
 
-    with ThreadPoolExecutor(len(of_ranks)) as pool:
-        return list(pool.map(rank, range(len(of_ranks))))
+    with ThreadPoolExecutor(num) as pool:
+        return list(pool.map(rank, range(num)))
+
+
+def common_hit(of_ranks: Sequence[Sequence[int]], num_blocks: int) -> list[int]:
+    """What each rank gets, given the prefixes that each can load."""
+    return of_each(len(of_ranks), lambda ranks, number: ranks.common_hit(of_ranks[number], num_blocks))
 
 
 def test_where_not_every_shorter_prefix_is_one_the_sets_are_intersected() -> None:
@@ -37,3 +42,20 @@ def test_where_not_every_shorter_prefix_is_one_the_sets_are_intersected() -> Non
     assert common_hit([[3], [4]], 10) == [0, 0]
     assert common_hit([[], [4]], 10) == [0, 0]
     assert common_hit([[10]], 10) == [10]
+
+
+def test_ranks_meet_with_random_bytes_and_know_whether_they_have_the_same() -> None:
+    def meet(*of_ranks: bytes) -> tuple[bytes, bool]:
+        (met,) = set(of_each(len(of_ranks), lambda ranks, number: ranks.meet(of_ranks[number])))
+        return met
+
+    rounds = [
+        meet(b"a", b"a", b"a"),
+        meet(b"a", b"a", b"b"),
+        meet(b"b", b"a", b"a"),
+        meet(b"a"),
+        meet(b"", b"a"),
+    ]
+    assert [same for _, same in rounds] == [True, False, False, True, False]
+    assert len({seed for seed, _ in rounds}) == len(rounds)
+    assert {len(seed) for seed, _ in rounds} == {16}

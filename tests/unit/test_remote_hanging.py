@@ -128,7 +128,7 @@ def test_a_store_that_hangs_when_it_is_opened_is_away(
         goes_on.wait(PATIENCE_S)
         return read(*arguments)  # type: ignore[arg-type]
 
-    tier.clear(keep=True)
+    tier.clear(keep=True, flush=bytes(range(16)))
     tier.open()
     tier.close()  # it has left a generation to read
     tier = RemoteTier(parse_remote_url(f"file://{tmp_path}?max_gb=1"), 8, namespace=bytes(16))

@@ -15,6 +15,7 @@ import pytest
 from dict_store import NAMESPACE, PATIENCE_S, Server, Values
 
 from sglang_flexkv.common.block import make_namespace
+from sglang_flexkv.common.lower_tier import SharedBlocks
 from sglang_flexkv.common.remote_url import parse_remote_url
 from sglang_flexkv.storage.remote import tier as remote_tier
 from sglang_flexkv.storage.remote.store import Outcome, StoreError, StoreFullError, Value
@@ -22,6 +23,7 @@ from sglang_flexkv.storage.remote.tier import RemoteTier, WritePace
 
 KEYS = np.arange(64, dtype=np.uint64).reshape(32, 2)
 URL = parse_remote_url("file:///tmp")
+FLUSH = bytes(range(16))
 
 
 def until(condition: Callable[[], bool], what: str) -> None:
@@ -302,14 +304,14 @@ def test_servers_that_name_blocks_differently_find_each_others(
     shared, other = (make_namespace({"of": name}) for name in ("all", "others"))
     here, there = (make_namespace({"on": name}) for name in ("one machine", "another one"))
 
-    def found(namespace: bytes, shared_namespace: bytes | None) -> bool:
-        reader = Server(namespace, shared_namespace=shared_namespace)
+    def found(namespace: bytes, shared: bytes | None) -> bool:
+        reader = Server(namespace, shared=SharedBlocks(shared) if shared is not None else None)
         try:
             return reader.get()
         finally:
             reader.engine.close()
 
-    writer = Server(here, shared_namespace=shared)
+    writer = Server(here, shared=SharedBlocks(shared))
     writer.put()
     writer.engine.close()
     assert found(here, shared)
@@ -364,7 +366,7 @@ def test_a_flush_of_a_store_that_is_full_is_kept_when_it_is_opened_again(
     tier.open()
     before = tier.values_namespace()
     watched.full = "raises"
-    tier.clear(keep=True)
+    tier.clear(keep=True, flush=FLUSH)
     flushed = tier.values_namespace()
     assert flushed != before
     for _ in range(2):

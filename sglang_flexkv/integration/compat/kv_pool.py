@@ -55,12 +55,14 @@ class KVPools:
         more: what other layers keep.
         num_layers: that a forward waits for, in all of them.
         layers: of the model, one for each layer of ``full``; None: those that keep nothing else.
+        replicated: all attention TP ranks have the same bytes; if not, each has heads of its own.
     """
 
     full: DeviceBuffers
     more: tuple[KVGroup, ...]
     num_layers: int
     layers: tuple[int, ...] | None = None
+    replicated: bool = False
 
 
 def kv_pools(
@@ -85,7 +87,7 @@ def kv_pools(
         if has_states:
             raise _refused(pool, "with states of other layers beside it")
         full = device_buffers(pool, drafts)
-        return KVPools(full, (), len(full.tensors))
+        return KVPools(full, (), len(full.tensors), replicated=_are_replicated(pool, *drafts))
     if drafts:
         raise _refused(pool, "with a draft model beside it", remedy=_NO_DRAFT)
     if pool.start_layer != 0:
@@ -103,7 +105,26 @@ def kv_pools(
         more.append(_states(requests, pool.size // page_size))
     if not layers or (type(pool) is HybridLinearKVPool and not (has_states and _same_states(pool, requests))):
         raise _refused(pool, "of which it is not known what other layers keep")
-    return KVPools(full, tuple(more), 1 + max(chain(layers, *(group.layers for group in more))), layers)
+    return KVPools(
+        full,
+        tuple(more),
+        1 + max(chain(layers, *(group.layers for group in more))),
+        layers,
+        # States are of the heads of a rank. Where a block has parts of both kinds none is shared.
+        replicated=not has_states and _are_replicated(pool.full_kv_pool, pool.swa_kv_pool),
+    )
+
+
+def _are_replicated(*pools: Any) -> bool:
+    """Whether all of them keep a latent, which belongs to no head. SGLang's own stores have one copy of that
+    for all attention TP ranks as well.
+
+    Where a model has fewer heads than there are ranks, some have one in common. Which they are a pool does
+    not say: that is up to the layers of each model.
+    """
+    from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
+
+    return all(isinstance(pool, MLATokenToKVPool) for pool in pools)
 
 
 def _check_part(part: Any) -> None:

@@ -18,7 +18,7 @@ import queue
 import secrets
 import threading
 import time
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
@@ -27,7 +27,14 @@ from sglang_flexkv import _core
 from sglang_flexkv.common.block import KEY_BYTES, BlockKeys, Namespace, make_namespace
 from sglang_flexkv.common.config import Admission, EvictionPolicy, RemoteCompression
 from sglang_flexkv.common.errors import ConfigError
-from sglang_flexkv.common.lower_tier import AwayError, HeldBlocks, LowerTier, Question, TierSlots
+from sglang_flexkv.common.lower_tier import (
+    AwayError,
+    HeldBlocks,
+    LowerTier,
+    Question,
+    SharedBlocks,
+    TierSlots,
+)
 from sglang_flexkv.common.patience import Patience
 from sglang_flexkv.common.remote_url import RemoteUrl
 from sglang_flexkv.storage.remote.compression import Compressor, Link
@@ -78,6 +85,8 @@ _FULL_S, _FULL_MAX_S = 1.0, 60.0
 # Another server may have flushed the cache: how often that is looked at. One's own flush is told again after
 # so long if the store took no note of it.
 _GENERATION_S, _TELL_AGAIN_S = 10.0, 2.0
+# Generations that were left behind are remembered, so many: who was slow may still tell one of them.
+_LEFT_BEHIND_MAX = 64
 
 _GENERATION_MAGIC = b"FLEXKVGN"
 _GENERATION_BYTES = len(_GENERATION_MAGIC) + KEY_BYTES
@@ -114,8 +123,8 @@ class RemoteTier(LowerTier):
     Args:
         num_slots: blocks of the store that this process remembers.
         namespace: of the keys that it is given.
-        shared_namespace: of the values, and of the group; what is found under another one is not ours. None:
-            ``namespace``.
+        shared: whose values these are, and of which group; what is found under another namespace is not ours.
+            None: those of ``namespace``.
         pace: of what is stored; None: no limit.
         timeout_s: that a call may take, and a look-up of all of a prompt.
         compression: whether blocks are compressed that are stored.
@@ -130,7 +139,7 @@ class RemoteTier(LowerTier):
         num_slots: int,
         *,
         namespace: Namespace,
-        shared_namespace: Namespace | None = None,
+        shared: SharedBlocks | None = None,
         admission: Admission = Admission.ALL,
         pace: WritePace | None = None,
         timeout_s: float = 1.0,
@@ -140,7 +149,8 @@ class RemoteTier(LowerTier):
         super().__init__(
             "REMOTE", "REMOTE", num_slots, eviction_policy=EvictionPolicy.LRU, admission=admission
         )
-        self._namespace = namespace if shared_namespace is None else shared_namespace
+        self._shared = shared or SharedBlocks(namespace)
+        self._namespace = self._shared.namespace
         # Keys are folded with a namespace by XOR. This makes those of the store of them.
         self._refold = _core.keys_of_page_hashes([namespace.hex()], self._namespace)
         self._kind = url.scheme
@@ -154,6 +164,8 @@ class RemoteTier(LowerTier):
             )
         self.compressor = Compressor(compression, number_bytes, self.store.name)
         self._generation = NO_GENERATION
+        self._left_behind: deque[bytes] = deque(maxlen=_LEFT_BEHIND_MAX)  # what was flushed here
+        self._is_anothers = False  # it was drawn by somebody else while this was closed
         self._untold_generation = False  # the store does not know it yet
         self._is_flush_lost = False  # and somebody was warned
         self._private = False  # no other process is to find what is stored
@@ -202,7 +214,8 @@ class RemoteTier(LowerTier):
             session = self.store.session()
             try:
                 if not (self._untold_generation or self._private):
-                    told = self._read_generation(session)
+                    told = self._told_generation(session)
+                    self._is_anothers = told not in (None, self._generation)
                     self._generation = told or self._generation
                     self._untold_generation = told is None and self._generation != NO_GENERATION
                 if self._untold_generation:
@@ -240,12 +253,31 @@ class RemoteTier(LowerTier):
             return f"no answer to a look-up for {waited_s:.1f} s"
         return self._why_broken
 
-    def clear(self, *, keep: bool) -> None:
-        """What was stored so far keeps its place in the store, under a name that nobody asks for any more: it
-        may be somebody else's as well, and goes as the store's own rules say."""
-        self._private = self._private or not keep
+    def to_store(self, keys: BlockKeys) -> BlockKeys:
+        """By the names that the keys have in the store: these are the same on all ranks. What is damaged is
+        replaced by who has found that."""
+        if self._shared.ranks == 1:
+            return keys
+        stored_keys = keys ^ self._refold
+        ours = stored_keys[:, 0] % np.uint64(self._shared.ranks) == self._shared.rank
         with self._lock:
-            self._generation = secrets.token_bytes(KEY_BYTES)
+            for i in np.flatnonzero(~ours) if self._spoilt else ():
+                ours[i] = stored_keys[i].tobytes() in self._spoilt
+        return keys[ours]
+
+    def clear(self, *, keep: bool, flush: bytes, late: bool = False) -> None:
+        """What was stored so far keeps its place in the store, under a name that nobody asks for any more: it
+        may be somebody else's as well, and goes as the store's own rules say.
+
+        All ranks go on with one generation, which is the flush. Not if that is late and another server has
+        flushed meanwhile: nobody knows which came first, so what has either name may have been flushed."""
+        self._private = self._private or not keep
+        if late and self._is_anothers and not self._private and self._generation != flush:
+            flush = secrets.token_bytes(KEY_BYTES)
+        with self._lock:
+            if self._generation != flush:
+                self._left_behind.append(self._generation)
+            self._generation = flush
             self._untold_generation = not self._private
             self._tell_generation_s = 0.0
         self._core.set_namespace(self.values_namespace())
@@ -313,6 +345,11 @@ class RemoteTier(LowerTier):
             return bytes(record[8:_GENERATION_BYTES])
         return None
 
+    def _told_generation(self, session: Session) -> bytes | None:
+        """The same without what was left behind here: a rank or a server that is late may have told that."""
+        told = self._read_generation(session)
+        return None if told in self._left_behind else told
+
     def _tell_generation(self, session: Session) -> None:
         """Writes it where the others see it. A store that takes no note of it is told again later, and is of
         use meanwhile: what was flushed is not found by this server in any case. Raises StoreError."""
@@ -346,7 +383,7 @@ class RemoteTier(LowerTier):
                 self._tell_generation(session)
         elif not self._private and now_s - self._read_generation_s > _GENERATION_S:
             self._read_generation_s = now_s
-            told = self._read_generation(session)
+            told = self._told_generation(session)
             with self._lock:
                 if self._untold_generation:  # flushed meanwhile
                     return
