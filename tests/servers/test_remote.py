@@ -24,6 +24,8 @@ ROOT = Path(__file__).parents[2]
 NEW_TOKENS = 6
 MODEL = ROOT / "models" / "tiny-gqa"
 WITH_WINDOWS, WITH_STATES = ROOT / "models" / "tiny-swa", ROOT / "models" / "tiny-gdn"
+WITH_LATENT = ROOT / "models" / "tiny-mla"
+PAGE = 16
 PROMPTS = [turn.tokens for turn in conversations(6, 2, seed=3)][-6:]
 OTHERS = [turn.tokens for turn in conversations(6, 2, seed=4)][-6:]
 PATIENCE_S = 120.0
@@ -62,6 +64,8 @@ def start(
     flags = {"enable-flexkv": True, "enable-metrics": True, "max-total-tokens": 4096, "log-level": "info"}
     env = {"FLEXKV_REMOTE": store.url, "FLEXKV_CPU_CACHE_GB": "0.1", **SERVER_ENVIRONMENT}
     env["FLEXKV_REMOTE_COMPRESSION"] = compression
+    if ranks := int(str(more_flags.get("tp-size", 1))) - 1:
+        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks + 1)))
     if model == WITH_STATES:
         env["SGLANG_MAMBA_CONV_DTYPE"] = DTYPE  # see test_states.py
     return ForkedServer(model, flags | more_flags, env=env, log_path=log)
@@ -143,6 +147,40 @@ def test_a_second_server_finds_windows_and_states(
         text = (tmp_path / log).read_text()
         assert "hit an exception" not in text
         assert text.count("sglang-flexkv closed: nothing left held") == 1
+
+
+@pytest.mark.parametrize("kind_of_store", ["directory"])
+@pytest.mark.parametrize("tp_size", [2])
+@pytest.mark.parametrize(
+    ("model", "copies"), [(WITH_LATENT, 1), (MODEL, 2)], ids=["the_same_on_all_ranks", "heads_of_each_rank"]
+)
+def test_what_is_the_same_on_all_ranks_is_stored_once(
+    store: Any, model: Path, copies: int, tp_size: int, tmp_path: Path
+) -> None:
+    apart = rounding(model, tp_size)
+    with start(store, tmp_path / "first.log", model=model, **{"tp-size": tp_size}) as first:
+        expected = answers(first)
+    # Its stop has let what waited be stored. Of the last token of an answer nobody has computed KV.
+    texts = [(*p, *a["output_ids"][:-1]) for p, a in zip(PROMPTS, expected, strict=True)]
+    blocks = {text[:end] for text in texts for end in range(PAGE, len(text) + 1, PAGE)}
+    values = [path for path in (tmp_path / "store").rglob("*-*") if path.is_file()]
+    assert len(values) == copies * len(blocks)
+    with start(store, tmp_path / "second.log", model=model, **{"tp-size": tp_size}) as second:
+        got = answers(second)
+        assert sum(map(from_storage, got)) > 0.5 * sum(map(len, PROMPTS)), [a["meta_info"] for a in got]
+        assert not differing(got, expected, apart)
+        assert second.metric("flexkv_failed_loads_total") == 0
+        # Flushed it is for both ranks, and both go on with what is stored since.
+        second.flush_cache()
+        again = answers(second)
+        assert sum(map(from_storage, again)) == 0
+        assert not differing(again, expected, apart)
+        until(lambda: len(list((tmp_path / "store").rglob("*-*"))) >= 2 * len(values), "nothing is stored")
+        assert figure(second, "outages_total") == 0
+    for log in ("first.log", "second.log"):
+        text = (tmp_path / log).read_text()
+        assert text.count("one copy for 2 ranks") == (tp_size if copies == 1 else 0)
+        assert text.count("sglang-flexkv closed: nothing left held") == tp_size
 
 
 def check_that_nobody_notices_when_it_goes(
