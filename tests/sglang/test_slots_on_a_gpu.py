@@ -39,8 +39,8 @@ PAGE, PAGES = 16, 4
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("fake_cuda"), 13)
+def library() -> Path:
+    return build(13)
 
 
 class Gpu:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import functools
+import hashlib
 import os
 import shutil
 import subprocess
@@ -23,16 +26,28 @@ MEMORY_ERROR = 719  # any code that a driver returns
 Bytes = np.ndarray
 
 
-def build(directory: Path, version: int) -> Path:
-    """Compiles the stand-in of a driver of this CUDA version."""
+@functools.cache
+def build(version: int) -> Path:
+    """The stand-in of a driver of this CUDA version. It is compiled when it is first asked for, and kept."""
     compiler = shutil.which("g++")
     assert compiler is not None
-    library = directory / f"libcuda-{version}.so.1"
     # A sanitized core needs a driver that is sanitized, too, or it does not see what the driver orders.
     flags = os.environ.get("FAKE_CUDA_FLAGS", "-O2").split()
     source = ROOT / "csrc" / "testing" / "fake_cuda.cpp"
     command = [compiler, "-std=c++20", *flags, f"-DFAKE_CUDA={version}", "-shared", "-fPIC", "-pthread"]
-    subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source), "-o", str(library)], check=True)
+    command += [f"-I{ROOT / 'csrc'}", str(source), "-o"]
+    made_of = hashlib.sha256(repr(command).encode())
+    for path in (source, *sorted((ROOT / "csrc").rglob("*.hpp"))):
+        made_of.update(path.read_bytes())
+    directory = ROOT / "build" / "fake_cuda" / made_of.hexdigest()[:16]
+    directory.mkdir(parents=True, exist_ok=True)
+    library = directory / f"libcuda-{version}.so.1"
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            new = library.with_suffix(".new")
+            subprocess.run([*command, str(new)], check=True)
+            new.rename(library)
     return library
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="g++, which builds the driver, is missing"
 )
 # As names of this module fixtures are its own; imports would be hidden by arguments.
-library_of, cuda, make_rig = test_cuda_path.library_of, test_cuda_path.cuda, test_cuda_path.make_rig
+cuda, make_rig = test_cuda_path.cuda, test_cuda_path.make_rig
 stream, schedules = test_cuda_path.stream, test_cuda_path.schedules
 
 T = _core.TransferType

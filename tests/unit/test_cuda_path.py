@@ -5,7 +5,6 @@ What this cannot show is in docs/verification.md: that a GPU does what the stand
 
 from __future__ import annotations
 
-import functools
 import os
 import queue
 import shutil
@@ -33,16 +32,9 @@ MakeRig = Callable[..., Rig]
 BIG_ROW = 300 << 10  # a page of this size goes by the copy engines
 
 
-@pytest.fixture(scope="session")
-def library_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The stand-in of a driver of some CUDA version, compiled when it is first asked for."""
-    directory = tmp_path_factory.mktemp("fake_cuda")
-    return functools.cache(lambda version: build(directory, version))
-
-
 @pytest.fixture(params=[13])
-def cuda(request: pytest.FixtureRequest, library_of: Callable[[int], Path]) -> Iterator[FakeCuda]:
-    fake = FakeCuda(library_of(request.param), request.param)
+def cuda(request: pytest.FixtureRequest) -> Iterator[FakeCuda]:
+    fake = FakeCuda(build(request.param), request.param)
     fake.reset()
     yield fake
     assert fake.violations == ""

@@ -36,8 +36,8 @@ needs_stand_in = pytest.mark.skipif(
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(tmp_path_factory.mktemp("fake_cuda"), 13)
+def library() -> Path:
+    return build(13)
 
 
 @pytest.fixture

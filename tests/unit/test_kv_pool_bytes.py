@@ -40,10 +40,10 @@ POOLS: dict[str, Callable[[], Any]] = {
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library() -> Path:
     if shutil.which("g++") is None:
         pytest.skip("g++, which builds the driver, is missing")
-    return build(tmp_path_factory.mktemp("fake_cuda"), 13)
+    return build(13)
 
 
 class Cache:
