@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import inspect
 import re
 import subprocess
@@ -50,6 +51,8 @@ OPENS_FILES = {
 
 ROOM = "integration/compat/"
 
+parse = functools.cache(ast.parse)  # each module is looked at many times
+
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
@@ -81,7 +84,7 @@ def arrows(path: Path, source: str) -> list[str]:
     """What is wrong with a module's imports of this package."""
     mine = part_of(path)
     wrong = []
-    for imported in imports(ast.parse(source)):
+    for imported in imports(parse(source)):
         top, *rest = imported.split(".")
         if top != "sglang_flexkv":
             continue
@@ -120,25 +123,25 @@ def test_arrows_point_down(path: Path) -> None:
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_only_one_room_knows_sglang(path: Path) -> None:
     """What depends on SGLang's version is in it, so that another version can stand beside this one."""
-    known = any(name.split(".")[0] == "sglang" for name in imports(ast.parse(path.read_text())))
+    known = any(name.split(".")[0] == "sglang" for name in imports(parse(path.read_text())))
     assert not known or name_of(path).startswith(ROOM)
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_one_file_says_what_the_ranks_agree_on(path: Path) -> None:
-    used = calls(ast.parse(path.read_text()), {"ReduceOp", "all_reduce", "broadcast", "all_gather"})
+    used = calls(parse(path.read_text()), {"ReduceOp", "all_reduce", "broadcast", "all_gather"})
     assert not used or name_of(path) == "integration/ranks.py"
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_only_the_configuration_reads_the_environment(path: Path) -> None:
-    used = calls(ast.parse(path.read_text()), {"environ", "getenv", "environb"})
+    used = calls(parse(path.read_text()), {"environ", "getenv", "environb"})
     assert not used or name_of(path) == "common/config.py"
 
 
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_only_known_modules_open_files(path: Path) -> None:
-    tree = ast.parse(path.read_text())
+    tree = parse(path.read_text())
     used = calls(tree, {"read_text", "read_bytes", "safe_load"})
     used |= {
         "open"
@@ -151,7 +154,7 @@ def test_only_known_modules_open_files(path: Path) -> None:
 @pytest.mark.parametrize("path", modules(), ids=name_of)
 def test_the_command_line_is_read_by_the_plugin_only(path: Path) -> None:
     """``sys.argv`` is SGLang's: it tells whether the flag was given before SGLang can say so."""
-    used = calls(ast.parse(path.read_text()), {"argv"})
+    used = calls(parse(path.read_text()), {"argv"})
     assert not used or part_of(path) == "integration"
 
 
@@ -182,7 +185,7 @@ def private_names(source: str) -> list[str]:
     """Attributes with a leading underscore of anything but ``self`` and ``cls``, and private names that are
     imported."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.Attribute) and re.fullmatch("_[^_].*", node.attr):
             owner = node.value
             if not (isinstance(owner, ast.Name) and owner.id in ("self", "cls")):
@@ -208,7 +211,7 @@ def test_our_classes_neither_override_nor_use_what_is_private_in_those_of_sglang
     from sglang_flexkv.integration import linker, radix_cache
 
     for module in (linker, radix_cache):
-        tree = ast.parse(Path(module.__file__).read_text())
+        tree = parse(Path(module.__file__).read_text())
         for definition in (node for node in tree.body if isinstance(node, ast.ClassDef)):
             ours = getattr(module, definition.name)
             inherited = {
@@ -225,7 +228,7 @@ def test_our_classes_neither_override_nor_use_what_is_private_in_those_of_sglang
 
 def vars_set_in(base: type) -> set[str]:
     """Attributes that a class gives its objects."""
-    tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+    tree = parse(textwrap.dedent(inspect.getsource(base)))
     return {
         node.attr
         for node in ast.walk(tree)
@@ -255,7 +258,7 @@ def dependencies() -> dict[str, set[str]]:
     }
     found: dict[str, set[str]] = {}
     for name, path in paths.items():
-        wanted = set(imports(ast.parse(path.read_text())))
+        wanted = set(imports(parse(path.read_text())))
         # `from module import name` is an import of the module; what names packages only is none of a module.
         found[name] = ({w for w in wanted} | {w.rpartition(".")[0] for w in wanted}) & set(paths) - {name}
     return found
@@ -297,7 +300,7 @@ REPOSITORY = Path(__file__).parents[2]
 def doors_passed_by(source: str) -> list[str]:
     """Private attributes of a KVTaskEngine that a module uses. Whoever holds one calls it ``engine``."""
     found = []
-    for node in ast.walk(ast.parse(source)):
+    for node in ast.walk(parse(source)):
         if isinstance(node, ast.Attribute) and re.fullmatch("_[^_].*", node.attr):
             owner = node.value
             name = owner.attr if isinstance(owner, ast.Attribute) else getattr(owner, "id", "")
@@ -321,7 +324,7 @@ def test_nobody_passes_by_the_engines_door(path: Path) -> None:
 
 def test_behind_the_door_everything_is_private() -> None:
     """What the engine is made of has no name that others could use, by whatever variable they hold it."""
-    tree = ast.parse((PACKAGE / "kvtask.py").read_text())
+    tree = parse((PACKAGE / "kvtask.py").read_text())
     (engine,) = (n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "KVTaskEngine")
     public = {
         node.attr
