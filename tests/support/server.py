@@ -243,11 +243,12 @@ class SGLangServer:
         with self.log_path.open("ab") as log:
             self._process = self._launch(log)
         atexit.register(self.stop)
-        # One request per connection at a time, and `generate_many` may open many.
+        # One request per connection at a time, and `generate_many` may open many. The server closes one that was
+        # idle for 5 s: by then it must not be used for the next request.
         self._client = httpx.Client(
             base_url=self.url,
             timeout=REQUEST_TIMEOUT_S,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32),
+            limits=httpx.Limits(max_connections=None, max_keepalive_connections=32, keepalive_expiry=2.0),
             trust_env=False,
         )
         try:
