@@ -54,9 +54,9 @@ class Scenario:
 # With kv_dtype auto KV is what the model computes in: fp32 on a CPU, see answers.py.
 SCENARIOS = [
     Scenario("tiny-gqa", "auto", 16, "write_through", server=SGLangServer),
-    Scenario("tiny-mha", "bfloat16", 48, "write_back"),  # pages need not be a power of two
+    Scenario("tiny-mha", "bfloat16", 48, "write_back", prompts=30),  # pages need not be a power of two
     Scenario("tiny-gqa", "bfloat16", 1, "write_through_selective", cpu_tokens=1_800, prompts=30),
-    Scenario("tiny-gqa", "auto", 16, "write_back", tp_size=2),
+    Scenario("tiny-gqa", "auto", 16, "write_back", tp_size=2, prompts=30),
     # Attention over the latent takes a CPU ten times as long.
     Scenario("tiny-mla", "auto", 16, "write_through", tp_size=2, prompts=20),
     # KV in two pools, one of which keeps sliding windows.
