@@ -298,9 +298,13 @@ def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Interpreter:
 
 COUNT_HOOKS = """
 import json, logging, multiprocessing, sys
+import sglang.srt.managers.scheduler  # what takes long, for both processes
 
-def count(queue=None):
-    logging.basicConfig(level="INFO", stream=sys.stdout)
+def count(begin=None):
+    if begin:
+        begin.wait()
+        sys.path.append(sys.argv[1])
+    logging.basicConfig(level="INFO", stream=sys.stdout, force=True)
     from sglang.srt.plugins import load_plugins
     load_plugins()
     load_plugins()
@@ -308,24 +312,21 @@ def count(queue=None):
     from sglang_flexkv.integration.compat.hooking import check_applied
     from sglang_flexkv.integration.compat.patches import PATCHES
     check_applied()
-    counts = {patch.name: len(HookRegistry._hooks[patch.target]) for patch in PATCHES}
-    queue.put(counts) if queue else print(json.dumps(counts), flush=True)
+    print(json.dumps({patch.name: len(HookRegistry._hooks[patch.target]) for patch in PATCHES}), flush=True)
 
-if __name__ == "__main__":
-    count()
-    sys.path.append(sys.argv[1])  # the child's, too
-    context = multiprocessing.get_context("spawn")
-    queue = context.Queue()
-    child = context.Process(target=count, args=(queue,))
-    child.start()
-    print(json.dumps(queue.get(timeout=100)))
-    child.join()
+context = multiprocessing.get_context("fork")
+begin = context.Event()
+child = context.Process(target=count, args=(begin,))
+child.start()
+count()
+begin.set()
+child.join()
 """
 BY_ENTRY_POINT = "Executed general plugin: flexkv"
 
 
 def test_every_process_is_patched_once(interpreter: Interpreter, tmp_path: Path) -> None:
-    """With the monkey-patch alone, and in a spawned process together with the entry point."""
+    """With the monkey-patch alone, and in a second process together with the entry point."""
     info = tmp_path / "metadata" / "sglang_flexkv-0.1.0.dist-info"
     info.mkdir(parents=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sglang-flexkv\nVersion: 0.1.0\n")
@@ -334,7 +335,8 @@ def test_every_process_is_patched_once(interpreter: Interpreter, tmp_path: Path)
     )
     program = tmp_path / "program.py"
     program.write_text(COUNT_HOOKS)
-    done = interpreter.run(str(program), str(info.parent), path=interpreter.checkout)
+    one_thread = {"OPENBLAS_NUM_THREADS": "1"}  # before it forks itself
+    done = interpreter.run(str(program), str(info.parent), path=interpreter.checkout, env=one_thread)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     alone, together = (at for at, line in enumerate(lines) if line.startswith("{"))
