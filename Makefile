@@ -1,6 +1,9 @@
 # Everything a checkout needs. `make test` works on a fresh machine: it makes the environment first.
 PYTHON := .venv/bin/python
 
+# Container images often set it. Then every process compiles anew what it imports, and the tests start hundreds.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup models test test-versions demo compare lint wheels gpu-kit clean distclean
 
@@ -14,7 +17,8 @@ models: setup  ## make the small random-weight models
 	$(PYTHON) scripts/make_models.py
 
 # A file at a time in each of several processes, more of them than there are cores: tests wait for disks, stores and
-# servers' starts. Those with servers take longest, and come first, so that the short ones fill what is left.
+# servers' starts. Those with servers take longest, and come first, so that the short ones fill what is left; the
+# longest of all come before them (tests/conftest.py).
 TEST_PROCESSES := 3
 
 test: setup models  ## run all tests; ARGS="-k name" selects

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from pathlib import Path
 from types import FrameType
 
 import pytest
@@ -11,6 +13,9 @@ import pytest
 # Read when torch is imported, here and in all that tests start. Models are small, and several tests run at
 # once: more threads would only wait for each other, and take processors to do it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Files that take minutes, the longest first. One that begins at the end of a run is waited for by itself.
+LONGEST = ("test_end_to_end.py", "test_operation.py", "test_benchmarks.py")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -25,6 +30,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Makes xdist's processes forks of one that has imported SGLang, as are the servers that they start."""
+    if not getattr(config.option, "tx", None):  # which the process has that starts the others
+        return
+    from forked_server import ON_CPU, share_zygote
+
+    if ON_CPU:
+        share_zygote()
+        program = Path(__file__).parent / "support" / "forked_python.py"
+        config.option.tx = [f"popen//python={sys.executable} {program}" for _ in config.option.tx]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Real servers over every kind of remote store take minutes: two kinds are enough in most runs."""
     marks = metafunc.definition.iter_markers("parametrize")
@@ -36,6 +53,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         metafunc.parametrize(
             "kind_of_store", list(KINDS) if metafunc.config.getoption("--all-stores") else few
         )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:

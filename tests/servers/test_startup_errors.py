@@ -6,18 +6,19 @@ Never is the flag ignored, and never is another cache built in silence.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from contextlib import nullcontext
 from enum import Enum
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from unittest import mock
 
 import pytest
-from forked_server import ForkedServer
-from server import FlagValue, ServerStartError, SGLangServer
+from forked_server import ForkedServer, start_python
+from server import FlagValue, ServerStartError, flag_arguments
 
 import sglang_flexkv
 from sglang_flexkv.common.block import make_namespace
@@ -40,19 +41,45 @@ class FailedStart(NamedTuple):
         return [line.partition(OURS)[2] for line in self.log.splitlines() if OURS in line]
 
 
+class ChangedServer(ForkedServer):
+    """A server in all of whose processes something was changed before it started."""
+
+    def __init__(self, change: str, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.program = change + RUN_LAUNCHER if change else None
+
+    def _launch(self, log: BinaryIO) -> Any:
+        if self.program is None:
+            return super()._launch(log)
+        with open(os.devnull, "rb") as nothing:
+            streams = (nothing.fileno(), log.fileno(), log.fileno())
+            return start_python(self.program, flag_arguments(self.flags), streams, **self._environment)
+
+
+RUN_LAUNCHER = """
+import runpy
+runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+"""
+
+
 def fail_to_start(
     tmp_path: Path,
     config: str = "",
     flags: dict[str, FlagValue] | None = None,
     env: dict[str, str | None] | None = None,
     model: Path = MODEL,
-    kind: type[SGLangServer] = ForkedServer,
+    change: str = "",
 ) -> FailedStart:
-    """Starts a server that must not come up."""
+    """Starts a server that must not come up.
+
+    Args:
+        change: what is done to its modules before it starts.
+    """
     path = tmp_path / "flexkv.yaml"
     path.write_text(config)
     ours: dict[str, FlagValue] = {"enable-flexkv": True, "flexkv-config-file": str(path)}
-    server = kind(
+    server = ChangedServer(
+        change,
         model,
         {**ours, **(flags or {})},
         env=env,
@@ -270,66 +297,12 @@ def test_a_tier_that_holds_no_block(tmp_path: Path) -> None:
     assert "Traceback" not in start.log
 
 
-ONLY_FROM_HERE = """
-import os, sys
-from importlib.machinery import PathFinder
-
-HERE = [os.path.dirname(__file__)]
-
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name.partition(".")[0] != "sglang_flexkv":
-            return None
-        spec = PathFinder.find_spec(name, path or HERE, target)
-        if spec is None:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-        return spec
-
-sys.meta_path.insert(0, Finder)
-"""
-
-
-RUN_AFTER_IMPORT = """
-import sys
-from importlib.machinery import PathFinder
-
-class Finder:
-    @staticmethod
-    def find_spec(name, path=None, target=None):
-        if name != {module!r}:
-            return None
-        spec = PathFinder.find_spec(name, path, target)
-        run = spec.loader.exec_module
-        def exec_module(module):
-            run(module)
-            change(module)
-        spec.loader.exec_module = exec_module
-        return spec
-
-def change(module):
-    {change}
-
-sys.meta_path.insert(0, Finder)
-"""
-
-
-def changed_sglang(tmp_path: Path, module: str, change: str) -> dict[str, str | None]:
-    """Environment of a server whose SGLang has a module changed in every process."""
-    site = tmp_path / "site"
-    site.mkdir()
-    text = RUN_AFTER_IMPORT.format(module=module, change=change)
-    (site / "sitecustomize.py").write_text(text)
-    return {"PYTHONPATH": str(site)}
-
-
 def test_a_function_of_sglang_that_has_changed(tmp_path: Path) -> None:
-    env = changed_sglang(
-        tmp_path,
-        "sglang.srt.mem_cache.registry",
-        "module.create_tree_cache = lambda context, server_args: None",
-    )
-    start = fail_to_start(tmp_path, env=env, kind=SGLangServer)
+    change = """
+from sglang.srt.mem_cache import registry
+registry.create_tree_cache = lambda context, server_args: None
+"""
+    start = fail_to_start(tmp_path, change=change)
     assert start.status == 1
     assert len(start.messages) == 1, start.log
     assert "create_tree_cache takes (context, server_args), expected (ctx)" in start.messages[0]
@@ -338,29 +311,47 @@ def test_a_function_of_sglang_that_has_changed(tmp_path: Path) -> None:
 
 def test_a_patch_that_sglang_fails_to_apply(tmp_path: Path) -> None:
     """SGLang logs that and goes on, with a linker of its own or with none."""
-    env = changed_sglang(
-        tmp_path,
-        "sglang.srt.plugins.hook_registry",
-        """stock = module.HookRegistry._apply_target.__func__
-    def apply(cls, target, hooks):
-        if target.endswith("create_unified_radix_cache"):
-            raise RuntimeError("cannot be applied")
-        stock(cls, target, hooks)
-    module.HookRegistry._apply_target = classmethod(apply)""",
-    )
-    start = fail_to_start(tmp_path, env=env, kind=SGLangServer)
+    change = """
+from sglang.srt.plugins.hook_registry import HookRegistry
+stock = HookRegistry._apply_target.__func__
+def apply(cls, target, hooks):
+    if target.endswith("create_unified_radix_cache"):
+        raise RuntimeError("cannot be applied")
+    stock(cls, target, hooks)
+HookRegistry._apply_target = classmethod(apply)
+"""
+    start = fail_to_start(tmp_path, change=change)
     assert start.status != 0
     assert len(start.messages) == 1, start.log
     assert "SGLang did not apply the patches build-our-cache" in start.messages[0]
     assert "Install an unmodified sglang==" in start.messages[0]
 
 
+# The copy must win over an editable install, whose finder would also find the core.
+ONLY_FROM = """
+import sys
+from importlib.machinery import PathFinder
+
+class Finder:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name.partition(".")[0] != "sglang_flexkv":
+            return None
+        spec = PathFinder.find_spec(name, path or [{directory!r}], target)
+        if spec is None:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+        return spec
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "sglang_flexkv"]:
+    del sys.modules[name]
+sys.meta_path.insert(0, Finder)
+"""
+
+
 def test_a_missing_core(tmp_path: Path) -> None:
     package = tmp_path / "site" / "sglang_flexkv"
     shutil.copytree(Path(sglang_flexkv.__file__).parent, package, ignore=shutil.ignore_patterns("*.so"))
-    # The copy must win over an editable install, whose finder would also find the core.
-    (package.parent / "sitecustomize.py").write_text(ONLY_FROM_HERE)
-    start = fail_to_start(tmp_path, env={"PYTHONPATH": str(package.parent)}, kind=SGLangServer)
+    start = fail_to_start(tmp_path, change=ONLY_FROM.format(directory=str(package.parent)))
     assert start.status == 1
     assert len(start.messages) == 1, start.log
     assert "the compiled core of sglang-flexkv cannot be loaded" in start.messages[0]

@@ -2,12 +2,16 @@
 
     with ForkedServer("models/tiny-gqa", {"page-size": 16}) as server: ...
 
-Nearly all of what a server's start costs is imports of SGLang and PyTorch: about 8 s of CPU time in each of
+Nearly all of what a server's start costs is imports of SGLang and PyTorch: 8 to 25 s of CPU time in each of
 its processes (launcher, schedulers, detokenizer), and a test run starts dozens of servers. So one process of
 the run, the zygote (zygote.py), imports them once and has one thread. A launcher is a fork of it, and
 schedulers and detokenizer are forks of the launcher. Everything else is what ``python -m
 sglang.launch_server`` does: that module runs as ``__main__`` with those arguments, loads its plug-ins and
 patches itself; the processes, their sockets, signals and parents are the same.
+
+Other programs that want SGLang are forks of the zygote, too: ``start_python``. So are the processes of xdist
+(forked_python.py). The zygote is at the other end of a socket, whose name is in the environment of all
+processes of a run. The first one that wants it starts it. It ends when nobody is connected to it any more.
 
 What this does not show, and tests with servers that start as those of users do have to:
 
@@ -16,7 +20,9 @@ What this does not show, and tests with servers that start as those of users do 
 * what happens in an import, and settings that are read in one: ``ForkedServer`` takes those variables only
   that are known to be read later;
 * that what processes are given can be pickled;
-* how long a stop takes: SGLang's launcher looks every 5 s whether it was told to end, and here more often.
+* how long a stop takes: SGLang's launcher looks every 5 s whether it was told to end, and here more often;
+* a scheduler without work that asks for some all the time: that takes a processor for as long as a server
+  lives, which the tests beside it want. Here it waits 20 ms for a message each time (``--sleep-on-idle``).
 
 On a GPU servers start in the ordinary way: a process cannot use a device that its parent has used.
 """
@@ -24,8 +30,11 @@ On a GPU servers start in the ordinary way: a process cannot use a device that i
 from __future__ import annotations
 
 import atexit
+import contextlib
+import fcntl
 import functools
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -37,7 +46,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import zygote
-from server import DEFAULT_ENVIRONMENT, ON_CPU, ServerStartError, SGLangServer, flag_arguments
+from server import DEFAULT_ENVIRONMENT, ON_CPU, FlagValue, ServerStartError, SGLangServer, flag_arguments
 
 # What SGLang, or a remote store's client, reads when it is used, not when it is imported. So are all of ours.
 _READ_LATE = {
@@ -55,35 +64,57 @@ _READ_LATE = {
 }
 
 
+_ADDRESS = "SERVER_ZYGOTE"
+
+
+def _start(address: Path, listener: socket.socket) -> subprocess.Popen[bytes]:
+    with address.with_suffix(".log").open("w") as log:
+        return subprocess.Popen(
+            [sys.executable, zygote.__file__, str(listener.fileno())],
+            # The pool of threads that OpenBLAS starts when it is loaded would be none of ours.
+            env={**os.environ, **DEFAULT_ENVIRONMENT, "OPENBLAS_NUM_THREADS": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[listener.fileno()],
+            start_new_session=True,
+        )
+
+
 class _Zygote:
-    """May be used by several threads."""
+    """A connection to it. May be used by several threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, tempfile.TemporaryFile("w+") as log:
-            self._process = subprocess.Popen(
-                [sys.executable, zygote.__file__, str(theirs.fileno())],
-                # The pool of threads that OpenBLAS starts when it is loaded would be none of ours.
-                env={**os.environ, **DEFAULT_ENVIRONMENT, "OPENBLAS_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,
+        share_zygote()
+        address = Path(os.environ[_ADDRESS])
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process: subprocess.Popen[bytes] | None = None
+        with address.with_suffix(".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                self._socket.connect(str(address))
+            except (FileNotFoundError, ConnectionRefusedError):
+                address.unlink(missing_ok=True)
+                with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+                    listener.bind(str(address))
+                    listener.listen(64)
+                    self._process = _start(address, listener)
+                self._socket.connect(str(address))
+        hello, _ = zygote.receive(self._socket)
+        if hello is None:
+            raise ServerStartError(
+                f"the zygote of the servers ended:\n{address.with_suffix('.log').read_text()}"
             )
-            theirs.close()
-            hello, _ = zygote.receive(self._socket)
-            log.seek(0)
-            if hello is None:
-                raise ServerStartError(f"the zygote of the servers ended:\n{log.read()}")
         assert hello["num_threads"] == 1, "a process with several threads cannot be forked safely"
         atexit.register(self.close)
 
     def close(self) -> None:
-        """Ends it, and what is left of its servers."""
+        """Ends the servers that were started here. Returns when they have ended."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_WR)
+            self._socket.recv(1)
         self._socket.close()
-        self._process.wait()
 
     def _ask(self, request: Mapping[str, Any], descriptors: Sequence[int] = ()) -> dict[str, Any]:
         with self._lock:
@@ -94,13 +125,20 @@ class _Zygote:
 
     def fork(
         self,
-        arguments: list[str],
+        kind: str,
+        what: str,
+        arguments: Sequence[str],
         environment: Mapping[str, str],
         streams: tuple[int, int, int],
-        script: Path | None = None,
     ) -> ForkedProcess:
-        """A launcher, or a script, in a session of its own, with these as its standard streams."""
-        request = {"arguments": arguments, "environment": dict(environment), "script": script and str(script)}
+        """Something to run (``zygote._run``), in a session of its own, with these as its standard streams."""
+        request = {
+            "kind": kind,
+            "what": what,
+            "arguments": list(arguments),
+            "environment": dict(environment),
+            "directory": os.getcwd(),
+        }
         return ForkedProcess(self, self._ask(request, streams)["pid"])
 
     def status_of(self, pid: int) -> int | None:
@@ -135,6 +173,14 @@ class ForkedProcess:
 _one_at_a_time = threading.Lock()
 
 
+def share_zygote() -> None:
+    """Has this process, and those that it starts, use one zygote."""
+    if _ADDRESS not in os.environ:
+        directory = tempfile.mkdtemp(prefix="zygote-")
+        atexit.register(shutil.rmtree, directory, ignore_errors=True)
+        os.environ[_ADDRESS] = f"{directory}/socket"
+
+
 @functools.cache
 def _the_zygote() -> _Zygote:
     return _Zygote()
@@ -152,24 +198,41 @@ class ForkedServer(SGLangServer):
         ValueError: it is given a variable that may be read by an import.
     """
 
-    def __init__(self, *arguments: Any, env: Mapping[str, str | None] | None = None, **options: Any) -> None:
+    def __init__(
+        self,
+        model: str | Path,
+        flags: Mapping[str, FlagValue] | None = None,
+        *,
+        env: Mapping[str, str | None] | None = None,
+        **options: Any,
+    ) -> None:
         early = [name for name in env or {} if name not in _READ_LATE and not name.startswith("FLEXKV_")]
         if early:
             raise ValueError(f"with {', '.join(early)} a server has to start in the ordinary way")
-        super().__init__(*arguments, env=env, **options)
+        super().__init__(model, {"sleep-on-idle": True, **(flags or {})}, env=env, **options)
 
     def _launch(self, log: BinaryIO) -> Any:
         if not ON_CPU:
             return super()._launch(log)
         with open(os.devnull, "rb") as nothing:
             streams = (nothing.fileno(), log.fileno(), log.fileno())
-            return _one_zygote().fork(flag_arguments(self.flags), self._environment, streams)
+            module = "sglang.launch_server"
+            return _one_zygote().fork(
+                "module", module, flag_arguments(self.flags), self._environment, streams
+            )
 
 
-def start_script(script: Path, stdin: int, stdout: int, stderr: int) -> Any:
-    """``python SCRIPT`` in a session of its own: a fork as servers are, and as they are not on a GPU."""
-    if not ON_CPU:
-        return subprocess.Popen(
-            [sys.executable, str(script)], stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
-        )
-    return _one_zygote().fork([], os.environ, (stdin, stdout, stderr), script)
+def start_python(
+    program: Path | str, arguments: Sequence[str], streams: tuple[int, int, int], **environment: str
+) -> Any:
+    """``python SCRIPT ARGUMENTS`` or ``python -c TEXT ARGUMENTS``, in a session of its own: a fork as servers
+    are, and as they are not on a GPU."""
+    env = {**os.environ, **environment}
+    if ON_CPU:
+        kind = "text" if isinstance(program, str) else "script"
+        return _one_zygote().fork(kind, str(program), arguments, env, streams)
+    command = [sys.executable, *(["-c"] if isinstance(program, str) else []), str(program), *arguments]
+    stdin, stdout, stderr = streams
+    return subprocess.Popen(
+        command, env=env, stdin=stdin, stdout=stdout, stderr=stderr, start_new_session=True
+    )

@@ -1,10 +1,10 @@
 """A process that has imported SGLang, and of which servers of tests are forks.
 
-    python zygote.py DESCRIPTOR
+    python zygote.py SOCKET
 
-forked_server.py says what this is for; it is at the other end of the socket with that descriptor. Nothing may
-be imported here that a server imports late: prometheus_client, for one, looks at its import whether it is
-used by several processes.
+SOCKET is the descriptor of a socket that listens. forked_server.py says what this is for, and connects to it.
+The process ends with the last connection. Nothing may be imported here that a server imports late:
+prometheus_client, for one, looks at its import whether it is used by several processes.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
 import runpy
+import select
 import signal
 import socket
 import sys
@@ -50,6 +52,8 @@ _IMPORTS = (
     "sglang.srt.models.registry",
     "sglang_flexkv.integration.radix_cache",
 )
+# How long a scheduler without work waits for some before it looks after copies under way.
+_IDLE_MS = 20
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
 
 
@@ -103,26 +107,45 @@ def _notice_sigterm_soon() -> None:
     tokenizer_manager.asyncio = Hurried()  # type: ignore[attr-defined]
 
 
+def _look_around_when_idle() -> None:
+    """With ``--sleep-on-idle`` SGLang's scheduler sleeps for a second if no message wakes it."""
+    from sglang.srt.managers.scheduler import IdleSleeper
+
+    def sleep(sleeper: IdleSleeper) -> None:
+        sleeper.poller.poll(_IDLE_MS)
+
+    IdleSleeper.maybe_sleep = sleep  # type: ignore[method-assign]
+
+
+def _run(kind: str, what: str, arguments: Sequence[str]) -> None:
+    """What ``python`` does with a script, the text of a program, or the module of SGLang's launcher."""
+    sys.argv = ["-c" if kind == "text" else what, *arguments]
+    if kind == "script":
+        sys.path[0] = os.path.dirname(what)
+        runpy.run_path(what, run_name="__main__")
+    elif kind == "text":
+        sys.path[0] = ""
+        exec(compile(what, "<string>", "exec"), sys.modules["__main__"].__dict__)
+    else:
+        _notice_sigterm_soon()
+        _look_around_when_idle()
+        runpy.run_module(what, run_name="__main__", alter_sys=True)
+
+
 def _become_main(request: Mapping[str, Any], streams: Sequence[int]) -> None:
-    """What a fork of the zygote does: SGLang's launcher with these arguments, or a script. Ends the process,
-    with the status that an interpreter would have."""
-    environment, arguments, script = (request[name] for name in ("environment", "arguments", "script"))
+    """What a fork of the zygote does. Ends the process, with the status that an interpreter would have."""
     status = 1
     try:
         os.setsid()
+        os.chdir(request["directory"])
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
             os.close(stream)
         os.environ.clear()
-        os.environ.update(environment)
+        os.environ.update(request["environment"])
         _start_like_new()
         _fork_instead_of_spawn()
-        _notice_sigterm_soon()
-        sys.argv = [script or "sglang.launch_server", *arguments]
-        if script:
-            runpy.run_path(script, run_name="__main__")
-        else:
-            runpy.run_module("sglang.launch_server", run_name="__main__", alter_sys=True)
+        _run(request["kind"], request["what"], request["arguments"])
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -138,30 +161,55 @@ def _become_main(request: Mapping[str, Any], streams: Sequence[int]) -> None:
         os._exit(status)
 
 
-def serve(requests: socket.socket) -> None:
-    """Forks itself and says how the forks ended, until nobody asks any more; then none is left."""
-    send(requests, {"num_threads": _num_threads()})
-    running: set[int] = set()
-    while True:
-        request, streams = receive(requests)
+class _Connection:
+    """A process that wants forks. None of them is left when it has gone."""
+
+    def __init__(self, requests: socket.socket) -> None:
+        self.requests = requests
+        self._running: set[int] = set()
+        send(requests, {"num_threads": _num_threads()})
+
+    def serve(self, others: Sequence[socket.socket]) -> bool:
+        """Answers a request. Returns whether there may be more of them."""
+        request, streams = receive(self.requests)
         if request is None:
-            break
+            for pid in self._running:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)  # which may not have a group of its own yet
+                os.waitpid(pid, 0)
+            self.requests.close()
+            return False
         if "status_of" in request:
             pid, wait_status = os.waitpid(request["status_of"], os.WNOHANG)
-            running.discard(pid)
-            send(requests, {"status": os.waitstatus_to_exitcode(wait_status) if pid else None})
-            continue
+            self._running.discard(pid)
+            send(self.requests, {"status": os.waitstatus_to_exitcode(wait_status) if pid else None})
+            return True
         pid = os.fork()
         if pid == 0:
-            requests.close()
+            for each in others:
+                each.close()
             _become_main(request, streams)
         for stream in streams:
             os.close(stream)
-        running.add(pid)
-        send(requests, {"pid": pid})
-    for pid in running:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(pid, signal.SIGKILL)
+        self._running.add(pid)
+        send(self.requests, {"pid": pid})
+        return True
+
+
+def serve(listener: socket.socket) -> None:
+    """Forks itself and says how the forks ended, until nobody asks any more; then none is left."""
+    connections: dict[socket.socket, _Connection] = {}
+    begun = False
+    while connections or not begun:
+        ready, _, _ = select.select([listener, *connections], [], [])
+        for each in ready:
+            if each is listener:
+                requests, _ = listener.accept()
+                connections[requests] = _Connection(requests)
+                begun = True
+            elif not connections[each].serve([listener, *connections]):
+                del connections[each]
     os._exit(0)  # to take down an interpreter with all of SGLang takes a second
 
 
@@ -171,6 +219,9 @@ def main() -> None:
     # Where titles go is found out at the first call, from an environment that launchers change. SGLang waits
     # for its schedulers at the end only if it finds them by their titles.
     setproctitle.getproctitle()
+    # What is there now stays: no fork has to look through a million objects for garbage, and copy their pages.
+    gc.collect()
+    gc.freeze()
     serve(socket.socket(fileno=int(sys.argv[1])))
 
 

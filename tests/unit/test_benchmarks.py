@@ -8,7 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import common
 import pytest
 import torch
 import verify_gpu
+from forked_server import start_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,17 +36,22 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 def run(name: str, *options: str, program: str | None = None) -> subprocess.CompletedProcess[str]:
-    interpreter = [sys.executable, "-c", program] if program else [sys.executable]
-    command = [*interpreter, str(ROOT / "benchmarks" / name), "--smoke", "--json", "-", *options]
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    ) as process:
+    script = ROOT / "benchmarks" / name
+    arguments = ["--smoke", "--json", "-", *options]
+    if program is not None:
+        arguments.insert(0, str(script))
+    with open(os.devnull) as nothing, tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        streams = (nothing.fileno(), out.fileno(), err.fileno())
+        process = start_python(program or script, arguments, streams)
         try:
-            out, err = process.communicate(timeout=300)
+            process.wait(300)
         finally:  # with what it has started, where this run is told to end
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+        out.seek(0)
+        err.seek(0)
+        texts = (out.read().decode(), err.read().decode())
+    return subprocess.CompletedProcess([str(script), *arguments], process.returncode, *texts)
 
 
 def report_of(name: str, *options: str, program: str | None = None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from forked_server import start_python
 
 from sglang_flexkv.integration import file_contents
 from sglang_flexkv.integration import model_identity as identity_module
@@ -29,6 +30,7 @@ from sglang_flexkv.storage.ssd_identity import Identity
 
 LATER = 4e9  # the files of a test are older than this start of a process
 WEIGHTS = "model-00002-of-00002.safetensors"
+PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "support")]  # of this file, for others
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 DEFAULTS: dict[str, Any] = {
@@ -84,9 +86,10 @@ def test_every_argument_is_one_of_sglang() -> None:
 
 
 def test_the_same_files_in_another_process(model: Path) -> None:
+    """Which hashes strings otherwise, and so is none that was forked."""
     program = f"""
 import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+sys.path[:0] = {PATHS!r}
 from test_model_identity import identity
 print(identity({str(model)!r}, lora_backend={{"b", "a", "c"}}).hex())
 """
@@ -590,20 +593,26 @@ def test_weights_are_read_once(model: Path, remembered: Path, monkeypatch: pytes
     assert shared(model) == shared(model) == expected
 
 
-def test_weights_are_read_by_one_of_several_processes(model: Path, remembered: Path) -> None:
+def test_weights_are_read_by_one_of_several_processes(model: Path, remembered: Path, tmp_path: Path) -> None:
     """The ranks of a server, which all ask at once."""
     program = f"""
-import sys
-sys.path.insert(0, {str(Path(__file__).parent)!r})
+import sys, time
+sys.path[:0] = {PATHS!r}
 from test_model_identity import file_contents, shared, Path
 real = file_contents._read
-file_contents._read = lambda path, stamp: (print(f"read {{path.name}}\\n", end=""), real(path, stamp))[1]
+def read(path, stamp):
+    print(f"read {{path.name}}\\n", end="")
+    time.sleep(1)  # long enough for the others to begin as well
+    return real(path, stamp)
+file_contents._read = read
 print(shared({str(model)!r}).hex())
 """
-    ranks = [
-        subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) for _ in range(3)
-    ]
-    lines = [line for rank in ranks for line in rank.communicate()[0].splitlines()]
+    out = tmp_path / "out"
+    with open(os.devnull) as nothing, out.open("ab") as stream:
+        streams = (nothing.fileno(), stream.fileno(), stream.fileno())
+        ranks = [start_python(program, [], streams) for _ in range(3)]
+        assert [rank.wait(100) for rank in ranks] == [0] * 3, out.read_text()
+    lines = out.read_text().splitlines()
     assert len([line for line in lines if line == f"read {WEIGHTS}"]) == 1
     assert lines.count(shared(model).hex()) == 3
 

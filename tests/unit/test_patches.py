@@ -18,7 +18,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
-from forked_server import start_script
+from forked_server import start_python
 
 import sglang_flexkv
 from sglang_flexkv.common.errors import ConfigError, FlexKVError, IncompatibleError
@@ -113,7 +113,7 @@ def test_the_patches_are_in_effect_in_a_process_of_sglang(tmp_path: Path) -> Non
     program, out = tmp_path / "patched.py", tmp_path / "out"
     program.write_text(PATCHED)
     with open(os.devnull) as nothing, out.open("wb") as stream:
-        process = start_script(program, nothing.fileno(), stream.fileno(), stream.fileno())
+        process = start_python(program, [], (nothing.fileno(), stream.fileno(), stream.fileno()))
         assert process.wait(300) == 0, out.read_text()
     expected = {patch.name: [True, 1] for patch in PATCHES}
     assert json.loads(out.read_text().splitlines()[-1]) == expected
