@@ -243,8 +243,8 @@ class SGLangServer:
         with self.log_path.open("ab") as log:
             self._process = self._launch(log)
         atexit.register(self.stop)
-        # One request per connection at a time, and `generate_many` may open many. The server closes one that was
-        # idle for 5 s: by then it must not be used for the next request.
+        # One request per connection at a time, and `generate_many` may open many. The server closes those
+        # that are idle for 5 s. The next request must not meet that.
         self._client = httpx.Client(
             base_url=self.url,
             timeout=REQUEST_TIMEOUT_S,

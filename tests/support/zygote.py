@@ -219,7 +219,7 @@ def main() -> None:
     # Where titles go is found out at the first call, from an environment that launchers change. SGLang waits
     # for its schedulers at the end only if it finds them by their titles.
     setproctitle.getproctitle()
-    # What is there now stays: no fork has to look through a million objects for garbage, and copy their pages.
+    # What is there now stays: no fork looks through a million objects for garbage, and copies their pages.
     gc.collect()
     gc.freeze()
     serve(socket.socket(fileno=int(sys.argv[1])))
