@@ -34,13 +34,13 @@ import contextlib
 import fcntl
 import functools
 import os
+import select
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -158,11 +158,15 @@ class ForkedProcess:
         return self.returncode
 
     def wait(self, timeout: float | None = None) -> int:
-        deadline_s = None if timeout is None else time.monotonic() + timeout
-        while (status := self.poll()) is None:
-            if deadline_s is not None and time.monotonic() > deadline_s:
-                raise subprocess.TimeoutExpired("a forked server", timeout or 0.0)
-            time.sleep(0.02)
+        if (status := self.poll()) is None:
+            process = os.pidfd_open(self.pid)  # it is kept as a zombie until it is asked for
+            try:
+                if not select.select([process], [], [], timeout)[0]:
+                    raise subprocess.TimeoutExpired("a forked server", timeout or 0.0)
+            finally:
+                os.close(process)
+            status = self.poll()
+            assert status is not None
         return status
 
     def send_signal(self, signum: int) -> None:

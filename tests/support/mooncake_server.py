@@ -59,8 +59,9 @@ class MooncakeServer:
                 [
                     *(self._master, "--rpc_address=127.0.0.1", f"--rpc_port={self.port}"),
                     *("--metrics_host=127.0.0.1", f"--metrics_port={self._metrics_port}"),
-                    # What has just been looked up may not be evicted for so long: tests have little room.
-                    "--default_kv_lease_ttl=100",
+                    # What has just been looked up may not be evicted for so long, in ms, and must have been
+                    # brought by then: tests have little room, and run on slow machines.
+                    "--default_kv_lease_ttl=1000",
                     "--client_ttl=1",  # after which an owner that was killed is missed
                 ],
             )
