@@ -34,8 +34,8 @@ serving.SGLangServer = ForkedServer
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
-# HiCache's stand-in for its kernels is found by an interpreter that starts (PYTHONPATH), which no fork does. So
-# the servers of this benchmark are forks of a process that starts with it, and not of that of the whole run.
+# HiCache's stand-in for its kernels is found by an interpreter that starts (PYTHONPATH), which no fork does.
+# So the servers of this benchmark are forks of a process that starts with it, not of that of the whole run.
 WITH_SERVERS_OF_ITS_OWN = "import os; os.environ.pop('SERVER_ZYGOTE', None)" + WITH_FORKED_SERVERS
 
 
