@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 from sglang_flexkv.common.config import GIB, FlexKVConfig, SsdMismatch
@@ -15,6 +16,7 @@ from sglang_flexkv.storage.ssd_files import (
     shards_in,
 )
 
+_PARENT = Path(__file__).parents[2]  # of this package
 # A server that was killed keeps its files until its memory has been given back.
 _ENDING_S = 10.0
 
@@ -24,9 +26,12 @@ def check_core() -> None:
     try:
         from sglang_flexkv import _core  # noqa: F401
     except ImportError as error:
+        remedy = "build it for this interpreter with pip install --force-reinstall --no-deps sglang-flexkv"
+        if (_PARENT / "CMakeLists.txt").is_file():
+            # python -m looks where it is started, before it looks for what is installed.
+            remedy = f"start it elsewhere than in {_PARENT}, where Python finds our sources first"
         raise IncompatibleError(
-            f"the compiled core of sglang-flexkv cannot be loaded ({error}): build it for this interpreter "
-            "with pip install --force-reinstall --no-deps sglang-flexkv"
+            f"the compiled core of sglang-flexkv cannot be loaded ({error}): {remedy}"
         ) from None
 
 

@@ -21,7 +21,7 @@ from typer.testing import CliRunner, Result
 
 import sglang_flexkv
 from sglang_flexkv import _core, cli
-from sglang_flexkv.integration import diagnosis, startup
+from sglang_flexkv.integration import checks, diagnosis, startup
 from sglang_flexkv.integration.compat import hooking, version
 from sglang_flexkv.integration.compat.patches import PATCHES
 
@@ -134,7 +134,8 @@ def test_status_of_a_target_whose_module_cannot_be_imported(
     assert "cannot be imported (RuntimeError: no GPU)" in result.output
 
 
-def test_status_without_the_core(site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_without_the_core(site: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(checks, "_PARENT", tmp_path)
     monkeypatch.delattr(sglang_flexkv, "_core")
     monkeypatch.setitem(sys.modules, "sglang_flexkv._core", None)
     result = run("status")

@@ -22,7 +22,7 @@ from forked_server import start_python
 
 import sglang_flexkv
 from sglang_flexkv.common.errors import ConfigError, FlexKVError, IncompatibleError
-from sglang_flexkv.integration import plugin
+from sglang_flexkv.integration import checks, plugin
 from sglang_flexkv.integration.compat import hooking, hooks, requests, version
 from sglang_flexkv.integration.compat.hooking import Patch
 from sglang_flexkv.integration.compat.patches import PATCHES
@@ -208,12 +208,22 @@ def test_whatever_goes_wrong_is_not_left_to_sglang(
         plugin.register()
 
 
-def test_a_missing_core_is_said(unusable: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("is_checkout", "remedy"), [(False, "pip install"), (True, "start it elsewhere than in {}, where Python")]
+)
+def test_a_missing_core_is_said(
+    unusable: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, is_checkout: bool, remedy: str
+) -> None:
+    monkeypatch.setattr(checks, "_PARENT", tmp_path)
+    if is_checkout:
+        (tmp_path / "CMakeLists.txt").touch()
     monkeypatch.setattr(version, "check_version", lambda: None)
     monkeypatch.setattr(sys, "argv", ["launch_server.py", "--enable-flexkv"])
     monkeypatch.delattr(sglang_flexkv, "_core")
     monkeypatch.setitem(sys.modules, "sglang_flexkv._core", None)
-    with pytest.raises(SystemExit, match=r"the compiled core .* cannot be loaded .*pip install"):
+    with pytest.raises(
+        SystemExit, match="the compiled core .* cannot be loaded .*" + remedy.format(re.escape(str(tmp_path)))
+    ):
         plugin.register()
 
 
