@@ -29,6 +29,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -540,6 +541,24 @@ def launches_us(device: torch.device, smoke: bool) -> list[float]:
     return took_us
 
 
+def host_time(name: str, key: str, copies: Copying, measure: Callable[[], list[float]]) -> Line:
+    """What something takes the host beside copies.
+
+    Args:
+        key: of the results, with a place for what they are.
+        measure: microseconds of each time.
+    """
+    usual = median(measure())
+    with copies:
+        beside = measure()
+    return Line(
+        name,
+        "measured",
+        f"median {median(beside):.1f} us, worst {max(beside):.0f} us; alone {usual:.1f} us",
+        results={key.format("_us"): median(beside), key.format("_worst_us"): max(beside)},
+    )
+
+
 def slowdown(report: Report, device: torch.device, smoke: bool) -> Iterator[Line]:
     """Computing beside copies against alone, and the copies beside it against alone; what launches take
     while copies are queued; and what comes to the host while stores go there."""
@@ -557,31 +576,13 @@ def slowdown(report: Report, device: torch.device, smoke: bool) -> Iterator[Line
             with copies:
                 time.sleep(window_s)
             copies_alone = copies.rate
-            usual = median(launches_us(device, smoke))
-            with copies:
-                beside = launches_us(device, smoke)
-            yield Line(
-                f"a launch beside {name} of pages of {page}",
-                "measured",
-                f"median {median(beside):.1f} us, worst {max(beside):.0f} us; alone {usual:.1f} us",
-                results={
-                    f"launch_us_{name}_page_{page}": median(beside),
-                    f"launch_worst_us_{name}_page_{page}": max(beside),
-                },
-            )
+            what = f"beside {name} of pages of {page}"
+            launches = partial(launches_us, device, smoke)
+            yield host_time(f"a launch {what}", f"launch{{}}_{name}_page_{page}", copies, launches)
             if kind == T.D2H:
-                usual = median(small_copies_us(device, smoke))
-                with copies:
-                    beside = small_copies_us(device, smoke)
-                yield Line(
-                    f"a copy of 512 bytes to the host beside stores of pages of {page}",
-                    "measured",
-                    f"median {median(beside):.0f} us, worst {max(beside):.0f} us; alone {usual:.0f} us",
-                    results={
-                        f"small_copy_us_page_{page}": median(beside),
-                        f"small_copy_worst_us_page_{page}": max(beside),
-                    },
-                )
+                small = partial(small_copies_us, device, smoke)
+                key = f"small_copy{{}}_page_{page}"
+                yield host_time(f"a copy of 512 bytes to the host {what}", key, copies, small)
             for work in works:
                 work.run()
                 times = max(3, round(window_s / event_s(work.run)))

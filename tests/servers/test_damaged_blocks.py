@@ -41,11 +41,9 @@ def server_over(directory: Path, tmp_path: Path, tp_size: int, settings: str) ->
         "chunked-prefill-size": 256,
         "log-level": "info",
     }
-    env = {}
     if tp_size > 1:
         flags["tp-size"] = tp_size
-        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(tp_size))
-    return ForkedServer(MODEL, flags, env=env, log_path=tmp_path / "server.log")
+    return ForkedServer(MODEL, flags, log_path=tmp_path / "server.log")
 
 
 def check_log(server: SGLangServer, tp_size: int) -> None:

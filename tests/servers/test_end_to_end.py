@@ -122,12 +122,10 @@ def flexkv_server(scenario: Scenario, tmp_path: Path) -> Iterator[SGLangServer]:
         "chunked-prefill-size": 512 // scenario.page_size * scenario.page_size,
         "log-level": "info",
     }
-    env = {}
     if scenario.tp_size > 1:
         flags["tp-size"] = scenario.tp_size
-        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(scenario.tp_size))
     model, log = ROOT / "models" / scenario.model, tmp_path / "server.log"
-    with scenario.server(model, flags, env=env, log_path=log) as server:
+    with scenario.server(model, flags, log_path=log) as server:
         yield server
 
 

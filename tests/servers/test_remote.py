@@ -64,8 +64,6 @@ def start(
     flags = {"enable-flexkv": True, "enable-metrics": True, "max-total-tokens": 4096, "log-level": "info"}
     env = {"FLEXKV_REMOTE": store.url, "FLEXKV_CPU_CACHE_GB": "0.1", **SERVER_ENVIRONMENT}
     env["FLEXKV_REMOTE_COMPRESSION"] = compression
-    if ranks := int(str(more_flags.get("tp-size", 1))) - 1:
-        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(ranks + 1)))
     if model == WITH_STATES:
         env["SGLANG_MAMBA_CONV_DTYPE"] = DTYPE  # see test_states.py
     return ForkedServer(model, flags | more_flags, env=env, log_path=log)

@@ -134,14 +134,12 @@ def test_a_burst_after_a_restart_computes_nothing_that_ssd_holds(tmp_path: Path,
         "max-total-tokens": 8192,
         "log-level": "info",
     }
-    env = {}
     if tp_size > 1:
         flags["tp-size"] = tp_size
-        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(tp_size))
 
     def server() -> SGLangServer:
         log = tmp_path / "server.log"
-        return ForkedServer(MODEL, flags, env=env, log_path=log)
+        return ForkedServer(MODEL, flags, log_path=log)
 
     bursts = [[[*prompt, *range(10 * n, 10 * n + 10)] for n in range(4)] for prompt in PROMPTS]
     apart = rounding(MODEL, tp_size)

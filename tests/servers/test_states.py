@@ -91,10 +91,9 @@ def test_states_outlive_the_device_a_restart_and_damage(
         "prefetch_policy: best_effort\n"
     )
     flags = {"enable-flexkv": True, "flexkv-config-file": str(config), **FLAGS, **strategy}
-    env = ENV | ({"SGLANG_CPU_OMP_THREADS_BIND": "0|1"} if num_ranks == 2 else {})
 
     def server(log: str) -> SGLangServer:
-        return ForkedServer(MODEL, {**flags, "log-level": "info"}, env=env, log_path=tmp_path / log)
+        return ForkedServer(MODEL, {**flags, "log-level": "info"}, env=ENV, log_path=tmp_path / log)
 
     with server("first.log") as first:
         for _ in range(2):

@@ -93,13 +93,9 @@ def computed_in_chunks(
     Args:
         flags: of the server, beside those that make it so.
     """
-    env = {}
-    if tp_size > 1:
-        env["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(tp_size))
     with ForkedServer(
         model,
         {"disable-radix-cache": True, "chunked-prefill-size": _CHUNK_TOKENS, "tp-size": tp_size, **flags},
-        env=env,
         stop_grace_s=0,
     ) as server:
         return server.generate_many(prompts, new_tokens, **ASK)

@@ -200,6 +200,8 @@ class SGLangServer:
             **{name.replace("_", "-"): value for name, value in (flags or {}).items()},
         }
         self._environment = {**os.environ, **DEFAULT_ENVIRONMENT}
+        if (num_ranks := int(str(self.flags.get("tp-size") or 1))) > 1:  # on a CPU each is told its core
+            self._environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(num_ranks)))
         for name, value in (env or {}).items():
             if value is None:
                 self._environment.pop(name, None)
