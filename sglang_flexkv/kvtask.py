@@ -25,6 +25,7 @@ from enum import Enum
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from sglang_flexkv import _core
@@ -202,6 +203,7 @@ class KVTaskEngine:
         shared: whose blocks they are for other processes, where these find them as well; None: those of
             ``namespace``.
         layers: of the model, one for each layer of the first group; None: those that no other group has.
+        watched: whether blocks can be watched.
 
     Raises:
         ConfigError, OSError: a tier cannot be set up (see StorageEngine).
@@ -221,6 +223,7 @@ class KVTaskEngine:
         disk: _core.Disk | None = None,
         more_groups: Sequence[KVGroup] = (),
         layers: Sequence[int] | None = None,
+        watched: bool = False,
     ) -> None:
         self.config = config
         self._trace = TransferTrace() if config.trace_file is not None else None
@@ -265,6 +268,7 @@ class KVTaskEngine:
                 self._storage.first.lower,
                 [(g, s.lower) for g, s in zip(more_groups, self._storage.groups[1:], strict=True)],
                 keep_tokens=keep_tokens,
+                watched=watched,
                 spill_blocks_max=max(1, _SPILL_BYTES_MAX // self.slot_bytes),
             )
             self._transfer = TransferEngine(config, self._storage)
@@ -414,6 +418,22 @@ class KVTaskEngine:
                 if part.group == group and any((keys == key).all(1).any() for key in coming):
                     return task
         return None
+
+    # ---- who watches blocks ----
+
+    def watch(self, keys: BlockKeys, first: int) -> int:
+        """From now on ``take_sightings`` tells when one of these blocks comes to a tier or goes from one, its
+        part in the first group. They are numbered from ``first`` on, which is not 0. Returns how many are
+        watched that were not; a block that no tier holds or is about to hold cannot be."""
+        return self._cache.index.watch(keys, first)
+
+    def take_sightings(
+        self,
+    ) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+        """What has become of watched blocks since the last call, in order, each of shape [sightings]: their
+        numbers, tiers, and whether they came, went, or are in no tier any more and so watched no more
+        (``_core.CAME``, ``WENT``, ``FORGOTTEN``)."""
+        return self._cache.index.take_sightings()
 
     # ---- tiers that are asked ----
 

@@ -78,6 +78,9 @@ void BindIndex(py::module_& m) {
       .value("S3FIFO", EvictionPolicyKind::kS3Fifo)
       .value("FIFO", EvictionPolicyKind::kFifo);
   m.attr("IMPORTANCE_MAX") = kImportanceMax;
+  m.attr("CAME") = static_cast<uint8_t>(Sight::kCame);
+  m.attr("WENT") = static_cast<uint8_t>(Sight::kWent);
+  m.attr("FORGOTTEN") = static_cast<uint8_t>(Sight::kForgotten);
   m.def(
       "hash_tokens",
       [](const py::array& tokens, uint32_t tokens_per_block, const std::string& name_space) {
@@ -110,16 +113,16 @@ void BindIndex(py::module_& m) {
   py::class_<PrefixIndex>(m, "PrefixIndex")
       .def(py::init([](const std::vector<uint32_t>& slots,
                        const std::optional<std::vector<EvictionPolicyKind>>& policies,
-                       uint32_t tokens_per_block, bool keep_tokens) {
+                       uint32_t tokens_per_block, bool keep_tokens, bool watched) {
              Require(!policies || policies->size() == slots.size(), "an index needs a policy for each tier");
              std::vector<TierSetup> tiers;
              for (size_t t = 0; t < slots.size(); ++t) {
                tiers.push_back({slots[t], policies ? (*policies)[t] : EvictionPolicyKind::kLru});
              }
-             return std::make_unique<PrefixIndex>(tiers, tokens_per_block, keep_tokens);
+             return std::make_unique<PrefixIndex>(tiers, tokens_per_block, keep_tokens, watched);
            }),
            py::arg("slots"), py::arg("policies") = std::nullopt, py::arg("tokens_per_block") = 16,
-           py::arg("keep_tokens") = false)
+           py::arg("keep_tokens") = false, py::arg("watched") = false)
       .def(
           "match",
           [](PrefixIndex& index, const Keys& keys, const std::optional<py::array>& tokens) {
@@ -282,6 +285,28 @@ void BindIndex(py::module_& m) {
             return ToArray(taken);
           },
           py::arg("tier"), py::arg("keys"), py::arg("parents"), py::arg("slots"))
+      .def(
+          "watch",
+          [](PrefixIndex& index, const Keys& keys, uint64_t first) {
+            const KeyView view = View(keys);
+            py::gil_scoped_release nogil;
+            return index.Watch(view.data, view.size, first);
+          },
+          py::arg("keys"), py::arg("first"))
+      .def("take_sightings",
+           [](PrefixIndex& index) {
+             const std::vector<Sighting> sightings = index.TakeSightings();
+             const py::ssize_t count = static_cast<py::ssize_t>(sightings.size());
+             py::array_t<uint64_t> numbers(count);
+             py::array_t<uint8_t> tiers(count), what(count);
+             for (py::ssize_t i = 0; i < count; ++i) {
+               const Sighting& seen = sightings[static_cast<size_t>(i)];
+               numbers.mutable_at(i) = seen.number;
+               tiers.mutable_at(i) = static_cast<uint8_t>(seen.tier);
+               what.mutable_at(i) = static_cast<uint8_t>(seen.what);
+             }
+             return py::make_tuple(numbers, tiers, what);
+           })
       .def("stats", &PrefixIndex::Stats, py::arg("tier"), NoGil())
       .def_property_readonly("num_leases", &PrefixIndex::num_leases)
       .def_property_readonly("num_transactions", &PrefixIndex::num_transactions)

@@ -24,8 +24,10 @@ uint32_t SlotsOfLargest(const std::vector<TierSetup>& tiers) {
 
 }  // namespace
 
-BlockGraph::BlockGraph(const std::vector<TierSetup>& tiers, uint32_t tokens_per_block, bool keep_tokens)
+BlockGraph::BlockGraph(const std::vector<TierSetup>& tiers, uint32_t tokens_per_block, bool keep_tokens,
+                       bool watched)
     : tokens_kept_(keep_tokens ? tokens_per_block : 0),
+      watched_(watched),
       node_bytes_(sizeof(Node) + tiers.size() * sizeof(Residency)),
       table_(SlotsOfLargest(tiers)) {
   for (const TierSetup& tier : tiers) {
@@ -37,7 +39,8 @@ BlockGraph::BlockGraph(const std::vector<TierSetup>& tiers, uint32_t tokens_per_
 
 size_t BlockGraph::memory_bytes() const {
   const size_t per_entry = sizeof(BlockKey) + node_bytes_ + tokens_kept_ * sizeof(int32_t) +
-                           (tokens_kept_ > 0) + sizeof(uint16_t) + sizeof(uint8_t);
+                           (tokens_kept_ > 0) + watched_ * sizeof(uint64_t) + sizeof(uint16_t) +
+                           sizeof(uint8_t);
   size_t bytes = end_ * per_entry + table_.memory_bytes();
   for (const TierState& state : tiers_) bytes += state.pool.memory_bytes() + state.policy->memory_bytes();
   return bytes;
@@ -51,6 +54,7 @@ void BlockGraph::ReserveEntries(size_t count, bool populate) {
     tokens_.Reserve(count * tokens_kept_, populate);
     has_tokens_.Reserve(count, populate);
   }
+  if (watched_) numbers_.Reserve(count, populate);
   traits_.depth.Reserve(count, populate);
   traits_.importance.Reserve(count, populate);
   for (TierState& tier : tiers_) {
@@ -109,6 +113,7 @@ uint32_t BlockGraph::InsertNew(const Run& run, const BlockKey* keys, uint32_t* f
   const uint32_t num_new =
       static_cast<uint32_t>(table_.InsertNew(keys, run.count, run.first, keys_.data(), found));
   if (tokens_kept_ > 0) std::fill_n(&has_tokens_[run.first], num_new, uint8_t{0});
+  if (watched_) std::fill_n(&numbers_[run.first], num_new, uint64_t{0});
   if (num_new < run.count) GiveBack({run.first + num_new, run.count - num_new, {}});
   return num_new;
 }
@@ -221,6 +226,7 @@ void BlockGraph::FreeIfUnused(uint32_t entry) {
 }
 
 void BlockGraph::Free(uint32_t entry) {
+  if (watched_ && numbers_[entry] != 0) sightings_.push_back({numbers_[entry], {}, Sight::kForgotten});
   table_.Erase(keys_[entry], entry);
   --num_entries_;
   AddFreeRun({entry, 1, {}});
@@ -261,8 +267,22 @@ void BlockGraph::SetState(uint32_t entry, Tier tier, State state) {
   Residency& r = At(entry, tier);
   uint32_t* count = Of(tier).count;
   if (r.state() != State::kAbsent) count[static_cast<int>(r.state())]--;
+  const bool was_readable = r.state() == State::kReady, is_readable = state == State::kReady;
   r.set_state(state);
+  if (watched_ && was_readable != is_readable && numbers_[entry] != 0) {
+    sightings_.push_back({numbers_[entry], tier, is_readable ? Sight::kCame : Sight::kWent});
+  }
   if (state != State::kAbsent) count[static_cast<int>(state)]++;
+}
+
+bool BlockGraph::Watch(uint32_t entry, uint64_t number) {
+  if (numbers_[entry] != 0) return false;
+  numbers_[entry] = number;
+  for (size_t t = 0; t < tiers_.size(); ++t) {
+    const Tier tier = static_cast<Tier>(t);
+    if (StateOf(entry, tier) == State::kReady) sightings_.push_back({number, tier, Sight::kCame});
+  }
+  return true;
 }
 
 bool BlockGraph::Drop(uint32_t entry, Tier tier) {

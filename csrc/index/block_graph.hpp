@@ -16,6 +16,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "base/types.hpp"
@@ -30,6 +31,14 @@ namespace flexkv {
 struct TierSetup {
   uint32_t slots = 0;
   EvictionPolicyKind policy = EvictionPolicyKind::kLru;
+};
+
+// What became of a block that somebody watches.
+enum class Sight : uint8_t { kCame, kWent, kForgotten };
+struct Sighting {
+  uint64_t number;  // of the block, by who watches it
+  Tier tier;        // that it came to (readable from now on) or went from; none if it is forgotten
+  Sight what;
 };
 
 class BlockGraph {
@@ -53,7 +62,7 @@ class BlockGraph {
     uint64_t evicted = 0;
   };
 
-  BlockGraph(const std::vector<TierSetup>& tiers, uint32_t tokens_per_block, bool keep_tokens);
+  BlockGraph(const std::vector<TierSetup>& tiers, uint32_t tokens_per_block, bool keep_tokens, bool watched);
 
   // ---- what is there ----
 
@@ -148,6 +157,14 @@ class BlockGraph {
   // It is not readable any more, and gone when nobody holds it. False if it was not readable.
   bool Drop(uint32_t entry, Tier tier);
 
+  // ---- who watches ----
+
+  bool watched() const { return watched_; }
+  // Gives an entry a number, and notes in which tiers it is. False if it has one.
+  bool Watch(uint32_t entry, uint64_t number);
+  // What has become of the watched entries since the last call, in order.
+  std::vector<Sighting> TakeSightings() { return std::exchange(sightings_, {}); }
+
   // ---- policies ----
 
   // A call begins.
@@ -226,12 +243,15 @@ class BlockGraph {
   void PrefetchKey(Tier tier, const BlockKey& key) const;
 
   const uint32_t tokens_kept_;
+  const bool watched_;
   const size_t node_bytes_;  // of a node and its residencies
   KeyTable table_;
   GrowingArray<BlockKey> keys_;
   GrowingArray<char> nodes_;
   GrowingArray<int32_t> tokens_;
   GrowingArray<uint8_t> has_tokens_;
+  GrowingArray<uint64_t> numbers_;  // of watched entries; 0: nobody watches it
+  std::vector<Sighting> sightings_;
   BlockTraits traits_;
   uint32_t end_ = 0;            // entries were given out below it
   uint32_t reserved_ = 0;       // arrays have room up to it

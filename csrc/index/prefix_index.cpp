@@ -22,8 +22,9 @@ void AppendRun(std::vector<Run>* runs, const Run& run) {
 
 }  // namespace
 
-PrefixIndex::PrefixIndex(const std::vector<TierSetup>& tiers, uint32_t tokens_per_block, bool keep_tokens)
-    : graph_(tiers, tokens_per_block, keep_tokens) {}
+PrefixIndex::PrefixIndex(const std::vector<TierSetup>& tiers, uint32_t tokens_per_block, bool keep_tokens,
+                         bool watched)
+    : graph_(tiers, tokens_per_block, keep_tokens, watched) {}
 
 void PrefixIndex::RequireTier(Tier tier) const {
   Require(static_cast<size_t>(tier) < graph_.num_tiers(), "there is no tier of this number");
@@ -456,6 +457,24 @@ size_t PrefixIndex::Blocks(Tier tier, std::vector<BlockKey>* keys, std::vector<B
 }
 
 // ---- what is there ----
+
+size_t PrefixIndex::Watch(const BlockKey* keys, size_t count, uint64_t first) {
+  Require(graph_.watched(), "this index was made without watching");
+  Require(first != 0, "a watched block has a number, and not 0");
+  const std::lock_guard<std::mutex> lock(mutex_);
+  size_t num_watched = 0;
+  Walk walk(graph_, {keys, count, nullptr});
+  for (size_t i = 0; i < count; ++i) {
+    const uint32_t entry = walk.Next(i);
+    if (entry != kNil) num_watched += graph_.Watch(entry, first + i);
+  }
+  return num_watched;
+}
+
+std::vector<Sighting> PrefixIndex::TakeSightings() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return graph_.TakeSightings();
+}
 
 TierStats PrefixIndex::Stats(Tier tier) const {
   RequireTier(tier);

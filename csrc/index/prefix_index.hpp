@@ -41,7 +41,8 @@ struct Purpose {
 class PrefixIndex {
  public:
   // `keep_tokens`: the tokens of blocks are kept and compared, for callers whose keys may collide.
-  PrefixIndex(const std::vector<TierSetup>& tiers, uint32_t tokens_per_block, bool keep_tokens);
+  // `watched`: blocks can be watched, see Watch.
+  PrefixIndex(const std::vector<TierSetup>& tiers, uint32_t tokens_per_block, bool keep_tokens, bool watched);
 
   // For each of the leading blocks that is readable somewhere, a bit mask of the tiers that hold it
   // (bit 0 the CPU tier, and so on) goes to `masks`. Stops at the first block that no tier holds, and returns
@@ -112,6 +113,15 @@ class PrefixIndex {
   // All readable blocks of a tier, in no order; an all-zero parent means none. Returns how many.
   size_t Blocks(Tier tier, std::vector<BlockKey>* keys, std::vector<BlockKey>* parents,
                 std::vector<SlotId>* slots);
+
+  // From now on TakeSightings tells when one of these blocks comes to a tier or goes from one, until it is
+  // forgotten, that is in no tier any more. The first has the number `first`, which is not 0, the next one
+  // more, and so on. Left out are blocks without an entry, and those that are watched already. Where a block
+  // is now is a sighting, too. Returns how many blocks were not left out.
+  size_t Watch(const BlockKey* keys, size_t count, uint64_t first);
+
+  // What has become of watched blocks since the last call, in order.
+  std::vector<Sighting> TakeSightings();
 
   TierStats Stats(Tier tier) const;
   size_t num_leases() const;

@@ -562,7 +562,7 @@ class Client {
 
 void TestIndexUnderThreads(Rng& rng, EvictionPolicyKind policy, double seconds) {
   constexpr uint32_t kSlots[kTiers] = {40, 90, 60};
-  PrefixIndex index({{kSlots[0], policy}, {kSlots[1], policy}, {kSlots[2], policy}}, kTokens, true);
+  PrefixIndex index({{kSlots[0], policy}, {kSlots[1], policy}, {kSlots[2], policy}}, kTokens, true, true);
   const Tree tree({1, 2});
   std::vector<std::atomic<uint32_t>> owners(kSlots[1] * kTiers);
   std::vector<Client> clients;

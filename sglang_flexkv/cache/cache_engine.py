@@ -185,6 +185,7 @@ class CacheEngine:
         lower: Sequence[LowerTier],
         *,
         keep_tokens: bool,
+        watched: bool,
         spill_blocks_max: int,
     ) -> None:
         self.group = group
@@ -193,6 +194,7 @@ class CacheEngine:
             [_POLICIES[config.cpu_eviction_policy], *(_POLICIES[tier.eviction_policy] for tier in lower)],
             config.tokens_per_block,
             keep_tokens,
+            watched,
         )
         self._below = [
             _Below(
@@ -579,6 +581,7 @@ class GlobalCacheEngine:
         lower: the tiers below the CPU tier, nearest first, of the first group.
         more_groups: the further groups, and the lower tiers of each.
         keep_tokens: for callers whose keys are SequenceMeta's: what is found is compared token by token.
+        watched: whether blocks of the first group can be watched.
         spill_blocks_max: blocks that one plan stores in a lower tier.
     """
 
@@ -589,6 +592,7 @@ class GlobalCacheEngine:
         more_groups: Sequence[tuple[KVGroup, Sequence[LowerTier]]] = (),
         *,
         keep_tokens: bool = False,
+        watched: bool = False,
         spill_blocks_max: int = _SPILL_BLOCKS_MAX,
     ) -> None:
         self.config = config
@@ -601,6 +605,7 @@ class GlobalCacheEngine:
                 num_cpu_blocks,
                 of_group,
                 keep_tokens=keep_tokens and number == 0,
+                watched=watched and number == 0,
                 spill_blocks_max=spill_blocks_max,
             )
             for number, (num_cpu_blocks, of_group) in enumerate(zip(sizes, tiers, strict=True))

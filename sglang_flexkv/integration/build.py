@@ -86,6 +86,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         ),
         identity=identity,
         rank_tag=f"dp{place.dp_rank}-tp{place.tp_rank}",
+        watched=cache.tells_routers,
     )
     labels = {"dp_rank": str(place.dp_rank), "tp_rank": str(place.tp_rank)}
     on_gpu = pools.full.device.type != "cpu"
@@ -99,6 +100,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         has_draft=bool(drafts),
         by_layer=all(map(asks_for_layers, (pool, *drafts))) and not waits_for_states,
         reads_under_forwards=not server.sends_to_decode_servers(),
+        tells_routers=cache.tells_routers,
         metrics=Metrics(
             labels if server.exports_metrics() else None, engine.tier_names, remote=bool(engine.asked_tiers)
         ),

@@ -30,6 +30,7 @@ from sglang_flexkv.integration.layer_counter import LayerLoadCounter
 from sglang_flexkv.integration.metrics import Metrics
 from sglang_flexkv.integration.page_hashes import PageHashes
 from sglang_flexkv.integration.request_state import NOTHING_FOUND, Lookup, RequestStates
+from sglang_flexkv.integration.tier_events import TierEvents
 from sglang_flexkv.kvtask import KVTask, KVTaskEngine, TaskStatus
 
 logger = logging.getLogger(__name__)
@@ -73,11 +74,13 @@ class FlexKVLinker(UnifiedCacheLinker):
         by_layer: bool = True,
         has_draft: bool = False,
         reads_under_forwards: bool = True,
+        tells_routers: bool = False,
     ) -> None:
         """
         Args:
             reads_under_forwards: a forward may wait for what its requests read from disks. If not, it loads
                 what the CPU tier holds, and a load does not fail for a disk's sake.
+            tells_routers: what the tiers hold; the engine's blocks can be watched.
         """
         self.engine = engine
         self.config = config
@@ -116,6 +119,7 @@ class FlexKVLinker(UnifiedCacheLinker):
             windows=engine.windows,
         )
         self.states = RequestStates(engine.unpin, _LEASED_SHARE_MAX * engine.config.num_cpu_blocks)
+        self.tier_events = TierEvents(engine, namespace) if tells_routers else None
         self._blocks_per_window = engine.blocks_per_window
         self._next_batch: dict[str, _Load] = {}  # of the requests admitted so far, in the order of admission
         self._loading: dict[int, dict[str, _Load]] = {}  # batches that run, by their gate's index
@@ -445,6 +449,8 @@ class FlexKVLinker(UnifiedCacheLinker):
         may be used again, so every tier is emptied."""
         self._abandon()
         self.engine.clear()
+        if self.tier_events is not None:
+            self.tier_events.clear()
 
     def clear_storage(self) -> None:
         """Forgets what the tiers hold, for this process and the next one. Not a reset: it may come at any

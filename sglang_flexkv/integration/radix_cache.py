@@ -183,7 +183,13 @@ class FlexKVLinkerWrapper(LinkerWrapper):
         except BaseException:
             cache.dec_lock_ref(node_id, lock_params)
             raise
+        self._note_for_routers(node_id)
         return lock_params
+
+    def _note_for_routers(self, node_id: int) -> None:
+        events = self.cache_linker.tier_events
+        if events is not None and (pages := self.cache.pages_for_routers(node_id)) is not None:
+            events.note(pages)
 
     def _note_parts(self, transfers: list[Any]) -> None:
         last_hash = transfers[0].keys[-1]
@@ -218,6 +224,7 @@ class FlexKVLinkerWrapper(LinkerWrapper):
         transfers = self.cache.tree_core.build_external_linker_offload_transfers(node_id)
         if transfers:
             self.cache_linker.write_back(transfers, self._parent_hash(node_id, transfers))
+            self._note_for_routers(node_id)
 
     def _parent_hash(self, node_id: int, transfers: list[Any]) -> str | None:
         """Hash of the page before the node's first; None at the start of a sequence."""
@@ -471,6 +478,14 @@ class FlexKVRadixCache(TreeCache):
     def node_leaves(self, node_id: int) -> None:
         if self._writes_back and self.linker is not None:
             self.linker.write_back(node_id)
+
+    # ---- events for routers ----
+
+    def take_events(self) -> list[Any]:
+        events: list[Any] = super().take_events()
+        if self.linker is not None and (of_tiers := self.linker.cache_linker.tier_events) is not None:
+            events += of_tiers.take()
+        return events
 
     # ---- lifecycle ----
 

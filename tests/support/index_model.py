@@ -130,6 +130,7 @@ class Entry:
     parent: int = 0
     children: set[int] = field(default_factory=set)
     importance: int = 0
+    number: int = 0  # of one that is watched
     content: tuple[int, ...] | None = None
     tiers: dict[int, Residency] = field(default_factory=dict)
 
@@ -157,7 +158,10 @@ class IndexModel:
             setup.policies,
             tokens_per_block=setup.tokens_kept or 16,
             keep_tokens=setup.tokens_kept > 0,
+            watched=True,
         )
+        self.sighted: dict[int, set[int]] = {}  # tiers of watched blocks, as the index has told
+        self._next_number = 1
         self.policy, self.slots = setup.policies, setup.slots
         self.entries: dict[int, Entry] = {}
         self.evicted = dict.fromkeys(TIERS, 0)
@@ -560,8 +564,43 @@ class IndexModel:
                 self.now += 1
                 entry.tiers[tier] = Residency(slots[i], State.READY, self.now)
 
+    def watch(self, blocks: Sequence[int]) -> None:
+        first, self._next_number = self._next_number, self._next_number + len(blocks)
+        watched = self.index.watch(self.blocks.keys(blocks), first)
+        new = 0
+        for number, block in enumerate(blocks, first):
+            entry = self.entries.get(block)
+            if entry is not None and not entry.number:
+                entry.number = number
+                self.sighted[number] = set()
+                new += 1
+        expect(watched, new, f"blocks of {blocks} that are watched now")
+
+    def check_sightings(self) -> None:
+        """What the index tells, taken one by one, makes sense, and ends at what is so."""
+        for number, tier, what in zip(*(told.tolist() for told in self.index.take_sightings()), strict=True):
+            tiers = self.sighted.get(number)
+            if tiers is None:
+                raise Divergence(f"block {number} is not watched")
+            if what == _core.FORGOTTEN:
+                expect(tiers, set(), f"tiers of block {number}, which is forgotten")
+                del self.sighted[number]
+            elif what == _core.CAME:
+                expect(tier in tiers, False, f"whether block {number} that comes was in {tier}")
+                tiers.add(tier)
+            else:
+                expect(tier in tiers, True, f"whether block {number} that goes was in {tier}")
+                tiers.remove(tier)
+        wanted = {
+            entry.number: {t for t in TIERS if self.is_ready(t, block)}
+            for block, entry in self.entries.items()
+            if entry.number
+        }
+        expect(self.sighted, wanted, "watched blocks and their tiers")
+
     def check(self) -> None:
         """Compares everything that can be seen without a lookup."""
+        self.check_sightings()
         problem = self.index.check_integrity()
         if problem:
             raise Divergence(f"the index is broken: {problem}")
@@ -605,7 +644,7 @@ class RandomDriver:
         self._rules = (
             [self._match, self._acquire, self._acquire, self._release, self._release, self._end, self._end]
             + [self._reserve] * 4
-            + [self._evict, self._invalidate, self._writer]
+            + [self._evict, self._invalidate, self._writer, self._watch]
             + ([self._match_tokens, self._acquire_tokens] if setup.tokens_kept else [])
         )
 
@@ -668,6 +707,9 @@ class RandomDriver:
 
     def _writer(self) -> None:
         self.model.writer(self.rng.choice(TIERS), self._leaf())
+
+    def _watch(self) -> None:
+        self.model.watch(self._path()[1])
 
     def _end(self) -> None:
         if not self.model.transactions:

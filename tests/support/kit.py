@@ -248,6 +248,7 @@ class Rig:
             namespace=namespace,
             shared=shared,
             disk=disk,
+            watched=self.cache.tells_routers,
         )
         self.linker = FlexKVLinker(
             self.engine,
@@ -263,6 +264,7 @@ class Rig:
             metrics=Metrics(),
             has_draft=bool(drafts),
             reads_under_forwards=reads_under_forwards,
+            tells_routers=self.cache.tells_routers,
         )
         self.cache.attach(self.linker, policy, by_priority=by_priority)
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)

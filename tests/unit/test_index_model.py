@@ -97,6 +97,10 @@ class IndexMachine(RuleBasedStateMachine):
     def writer(self, tier: object, leaf: int) -> None:
         self.model.writer(tier, leaf)
 
+    @rule(leaf=leaves, skip=st.integers(0, 2))
+    def watch(self, leaf: int, skip: int) -> None:
+        self.model.watch(self.part(leaf, skip)[1])
+
     @precondition(lambda self: self.model.transactions)
     @rule(position=st.integers(0, 7), failed=st.sets(st.integers(0, 3), max_size=2))
     def commit(self, position: int, failed: set[int]) -> None:

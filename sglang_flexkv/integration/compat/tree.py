@@ -18,6 +18,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.session.streaming_session import is_virtual_node
 
 from sglang_flexkv.integration.compat import version
+from sglang_flexkv.integration.compat.kv_events import NodePages
 from sglang_flexkv.integration.compat.linker_interface import PoolName, PoolTransfer
 
 if TYPE_CHECKING or not version.is_0_5_22():
@@ -115,6 +116,27 @@ class TreeCache(UnifiedRadixCache):
             transfer.keys = keys[-1:] if transfer.name is PoolName.MAMBA else keys
         full = tree.get_component_device_value(node_id, ComponentType.FULL)
         return [PoolTransfer(name=PoolName.KV, device_indices=full.to(torch.int64), keys=keys), *more]
+
+    # ---- events for routers ----
+
+    @property
+    def tells_routers(self) -> bool:
+        """Whether this rank's events are published (``--kv-events-config``)."""
+        tells: bool = self.tree_core.kv_events.enabled
+        return tells
+
+    def pages_for_routers(self, node_id: int) -> NodePages | None:
+        """The pages of a node. None where they are not called by their tokens alone: with a salt or an
+        adapter events have names for them that the node does not tell."""
+        node = self.tree_core.snapshot_buffer_backup(node_id, False)
+        if node is None or node.key.extra_key is not None or node.key.cache_salt is not None:
+            return None
+        return NodePages(
+            node.hash_values,
+            None if node.parent_is_root else node.parent_last_hash,
+            node.key.raw_token_ids(),
+            node.key.is_bigram,
+        )
 
     # ---- slots of recurrent states ----
 

@@ -1,0 +1,140 @@
+"""What routers are told of the tiers: which blocks come to one, and which go.
+
+A router that knows what each server holds sends a request to the one that has most of its prompt. SGLang
+tells it about the device (``--kv-events-config``). Here the CPU tier and the SSD tier are added, in the same
+words, so that a prompt that has left the device still finds its server.
+
+A router goes by tokens, which no tier keeps. So what a block is called, and its tokens, are noted when the
+tree offers it, and the index tells where blocks that were noted come and go. A block that survived a restart
+is told of when a request has used it. What a store holds is not told: all servers can have it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from sglang_flexkv import _core
+from sglang_flexkv.common.block import Namespace, keys_from_page_hashes
+from sglang_flexkv.common.lower_tier import CPU
+from sglang_flexkv.integration.compat import kv_events
+from sglang_flexkv.integration.compat.kv_events import NodePages
+from sglang_flexkv.kvtask import KVTaskEngine
+
+# A watched block's number: of its run, and its place in there.
+_PLACE_BITS = 32
+_PLACE = np.uint64((1 << _PLACE_BITS) - 1)
+
+
+@dataclass
+class _Run:
+    """Blocks that follow each other, noted together."""
+
+    names: npt.NDArray[np.int64]  # in events
+    parent: int | None
+    tokens: npt.NDArray[np.int32]
+    is_bigram: bool
+    num_watched: int  # of its blocks; the index forgets them one by one
+
+    def tokens_of(self, first: int, end: int, page_size: int) -> list[Any]:
+        tokens = self.tokens[first * page_size : end * page_size + self.is_bigram].tolist()
+        return list(pairwise(tokens)) if self.is_bigram else tokens
+
+
+class TierEvents:
+    """Events of one rank's tiers.
+
+    Args:
+        engine: whose blocks can be watched.
+    """
+
+    def __init__(self, engine: KVTaskEngine, namespace: Namespace) -> None:
+        self._engine = engine
+        self._namespace = namespace
+        self._page_size = engine.config.tokens_per_block
+        self._media = {
+            number: kv_events.IN_MEMORY if number == CPU else kv_events.ON_DISK
+            for number in range(len(engine.tier_names))
+            if number not in engine.asked_tiers
+        }
+        self._runs: dict[int, _Run] = {}
+        self._num_runs = 0
+
+    def note(self, pages: NodePages) -> None:
+        """The tree has offered these. Those that a tier holds, or is about to, are told of from now on."""
+        self._num_runs += 1
+        keys = keys_from_page_hashes(pages.hashes, self._namespace)
+        num_watched = self._engine.watch(keys, self._num_runs << _PLACE_BITS)
+        if num_watched:
+            self._runs[self._num_runs] = _Run(
+                np.array([kv_events.event_name(page_hash) for page_hash in pages.hashes], np.int64),
+                kv_events.event_name(pages.parent_hash) if pages.parent_hash is not None else None,
+                np.asarray(pages.tokens).astype(np.int32),
+                pages.is_bigram,
+                num_watched,
+            )
+
+    def take(self) -> list[Any]:
+        """Events of what has happened since the last call, in order."""
+        numbers, tiers, what = self._engine.take_sightings()
+        moved = what != _core.FORGOTTEN
+        events: list[Any] = []
+        for first, end in _stretches(tiers[moved], what[moved]):
+            medium = self._media.get(int(tiers[moved][first]))
+            if medium is None:
+                continue
+            seen = numbers[moved][first:end]
+            if what[moved][first] == _core.CAME:
+                events += self._stored(np.sort(seen), medium)  # a block after the one before it
+            elif names := self._names(seen):
+                events.append(kv_events.removed(names, medium))
+        self._forget(numbers[~moved])
+        return events
+
+    def clear(self) -> None:
+        """The cache was flushed, and routers are told that nothing is left anywhere."""
+        self._engine.take_sightings()
+        self._runs.clear()
+
+    def _stored(self, numbers: npt.NDArray[np.uint64], medium: Any) -> list[Any]:
+        breaks = np.flatnonzero(np.diff(numbers) != 1) + 1
+        events = []
+        for stretch in np.split(numbers, breaks):
+            run = self._runs.get(int(stretch[0]) >> _PLACE_BITS)
+            if run is not None:
+                first = int(stretch[0] & _PLACE)
+                end = first + len(stretch)
+                parent = int(run.names[first - 1]) if first else run.parent
+                tokens = run.tokens_of(first, end, self._page_size)
+                names = run.names[first:end].tolist()
+                events.append(kv_events.stored(names, parent, tokens, self._page_size, medium))
+        return events
+
+    def _names(self, numbers: npt.NDArray[np.uint64]) -> list[int]:
+        names: list[int] = []
+        of_run = numbers >> np.uint64(_PLACE_BITS)
+        for first, end in _stretches(of_run):
+            run = self._runs.get(int(of_run[first]))
+            if run is not None:
+                names += run.names[numbers[first:end] & _PLACE].tolist()
+        return names
+
+    def _forget(self, numbers: npt.NDArray[np.uint64]) -> None:
+        for number, count in Counter((numbers >> np.uint64(_PLACE_BITS)).tolist()).items():
+            run = self._runs.get(number)
+            if run is not None:
+                run.num_watched -= count
+                if not run.num_watched:
+                    del self._runs[number]
+
+
+def _stretches(*values: npt.NDArray[Any]) -> list[tuple[int, int]]:
+    """Where all of these stay the same: begins and ends."""
+    changes = [np.flatnonzero(np.diff(value)) + 1 for value in values]
+    ends = [*np.unique(np.concatenate(changes)).tolist(), len(values[0])]
+    return list(zip([0, *ends[:-1]], ends, strict=True)) if ends[-1] else []
