@@ -30,7 +30,8 @@ class Told:
         cfg = KitConfig(page_size=page_size, kv_size=64 * page_size, is_eagle=pairs)
         self.rig = Rig(build_kit_cache(cfg, core, enable_kv_cache_events=True), **options)
         self.pairs = pairs
-        self.router = Router(page_size)
+        leaves_first = options.get("policy") is WritePolicy.WRITE_BACK
+        self.router = Router(page_size, leaves_first=leaves_first)
 
     def __enter__(self) -> Told:
         return self

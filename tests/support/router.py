@@ -23,11 +23,16 @@ def names_of(tokens: Sequence[int], page_size: int, *, pairs: bool = False) -> l
 
 class Router:
     """Takes events in, which may be SGLang's objects or what msgpack made of them. Raises AssertionError if
-    one makes no sense: a page that comes to where it is, goes from where it is not, or has other tokens or
-    another parent than before."""
+    one makes no sense: a page that comes to where it is, goes from where it is not, comes before the one
+    before it, or has other tokens or another parent than before.
 
-    def __init__(self, page_size: int) -> None:
+    Args:
+        leaves_first: pages come from the end of a prompt to its start.
+    """
+
+    def __init__(self, page_size: int, *, leaves_first: bool = False) -> None:
         self.page_size = page_size
+        self.leaves_first = leaves_first
         self.pages: dict[str, set[int]] = defaultdict(set)
         self.known: dict[int, tuple[int | None, list[Any]]] = {}  # parent and tokens of each page ever named
         self.num_cleared = 0
@@ -45,6 +50,7 @@ class Router:
         assert event["block_size"] == self.page_size
         assert len(event["token_ids"]) == len(event["block_hashes"]) * self.page_size
         parent, here = event.get("parent_block_hash"), self.pages[medium_of(event)]
+        assert self.leaves_first or parent is None or parent in here, f"{parent} is not in {event['medium']}"
         for number, name in enumerate(event["block_hashes"]):
             tokens = list(
                 map(plain, event["token_ids"][number * self.page_size : (number + 1) * self.page_size])
