@@ -48,6 +48,12 @@ def keys_from_page_hashes(page_hashes: Sequence[str], namespace: Namespace) -> B
     return _core.keys_of_page_hashes(page_hashes, namespace)
 
 
+def page_hash_numbers(keys: BlockKeys, namespace: Namespace) -> npt.NDArray[np.int64]:
+    """The first 64 bits of the page hashes that keys were made of, as signed numbers, shape [pages]."""
+    folded = np.frombuffer(namespace, np.uint64)[0]
+    return (keys[:, 0] ^ folded).byteswap().view(np.int64)
+
+
 class SequenceMeta:
     """A token sequence cut into blocks. The incomplete block at the end is dropped.
 

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_flexkv import _core
-from sglang_flexkv.common.block import Namespace, keys_from_page_hashes
+from sglang_flexkv.common.block import Namespace, keys_from_page_hashes, page_hash_numbers
 from sglang_flexkv.common.lower_tier import CPU
 from sglang_flexkv.integration.compat import kv_events
 from sglang_flexkv.integration.compat.kv_events import NodePages
@@ -72,12 +72,17 @@ class TierEvents:
         num_watched = self._engine.watch(keys, self._num_runs << _PLACE_BITS)
         if num_watched:
             self._runs[self._num_runs] = _Run(
-                np.array([kv_events.event_name(page_hash) for page_hash in pages.hashes], np.int64),
-                kv_events.event_name(pages.parent_hash) if pages.parent_hash is not None else None,
+                page_hash_numbers(keys, self._namespace),
+                self._name(pages.parent_hash) if pages.parent_hash is not None else None,
                 np.asarray(pages.tokens).astype(np.int32),
                 pages.is_bigram,
                 num_watched,
             )
+
+    def _name(self, page_hash: str) -> int:
+        """What a page is called in events: the first bits of its hash, which a key has, too."""
+        keys = keys_from_page_hashes([page_hash], self._namespace)
+        return int(page_hash_numbers(keys, self._namespace)[0])
 
     def take(self) -> list[Any]:
         """Events of what has happened since the last call, in order."""

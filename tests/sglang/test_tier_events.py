@@ -12,9 +12,8 @@ from kit import CORES, TIMEOUT_S, KitConfig, Rig, build_kit_cache, radix_key
 from linker_steps import forget_in_memory, invalidate_cpu_tier, page_hashes, sequence
 from router import Router, names_of
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
-from sglang.srt.mem_cache.utils import hash_str_to_int64
 
-from sglang_flexkv.common.block import keys_from_page_hashes
+from sglang_flexkv.common.block import keys_from_page_hashes, page_hash_numbers
 from sglang_flexkv.common.config import WritePolicy
 from sglang_flexkv.integration.tier_events import TierEvents
 
@@ -60,15 +59,12 @@ class Told:
             assert self.router.pages[place] == self.held(tier), place
 
     def held(self, tier: int) -> set[int]:
-        """Names of the blocks that a tier holds. A key is the first half of a page's hash, folded."""
+        """Names of the blocks that a tier holds."""
         keys = self.rig.engine._cache.index.blocks(tier)[0]
-        of_nothing = keys_from_page_hashes(["0" * 64], self.rig.linker.namespace)[0]
-        return {
-            hash_str_to_int64(int(first).to_bytes(8, "little").hex()) for first in keys[:, 0] ^ of_nothing[0]
-        }
+        return set(page_hash_numbers(keys, self.rig.linker.namespace).tolist())
 
 
-def test_keys_unfold_to_the_names_of_events() -> None:
+def test_keys_have_the_names_of_events_in_them() -> None:
     with Told("python") as told:
         tokens = told.prompt(1)
         told.rig.insert(tokens, seed=1)

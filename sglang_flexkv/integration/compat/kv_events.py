@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang.srt.disaggregation.kv_events import BlockRemoved, BlockStored, StorageMedium
-from sglang.srt.mem_cache.utils import hash_str_to_int64
 
 # Where a block is, as routers know it.
 IN_MEMORY = StorageMedium.CPU
@@ -29,12 +28,6 @@ class NodePages:
     parent_hash: str | None
     tokens: Sequence[int]
     is_bigram: bool
-
-
-def event_name(page_hash: str) -> int:
-    """What a page is called in events."""
-    name: int = hash_str_to_int64(page_hash)
-    return name
 
 
 def stored(
