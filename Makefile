@@ -29,11 +29,12 @@ test: setup models  ## run all tests; ARGS="-k name" selects
 OLDER := 0.5.22
 VERSION_TESTS := test_patches test_sglang_variables test_kv_pool test_page_hashes test_failed_loads test_imports
 
-test-versions: setup models  ## run the tests of the compat room and two servers with the older SGLang
+test-versions: setup models  ## run the tests of the compat room and a few servers with the older SGLang
 	scripts/setup_sglang.sh $(OLDER)
 	.venv/sglang-$(OLDER)/bin/python -m pytest -q $(VERSION_TESTS:%=tests/unit/%.py)
 	.venv/sglang-$(OLDER)/bin/python -m pytest -q tests/servers/test_end_to_end.py tests/servers/test_restart.py \
-	    -k "tiny-gqa-auto-page16-write_through or tiny-mha or first_request"
+	    tests/servers/test_routers.py \
+	    -k "tiny-gqa-auto-page16-write_through or tiny-mha or first_request or router"
 
 demo: setup models  ## run the demo; ARGS are passed on
 	$(PYTHON) demo/demo.py $(ARGS)
