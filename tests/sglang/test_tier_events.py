@@ -32,7 +32,7 @@ class Told:
         self.pairs = pairs
         self.prompts: list[list[int]] = []
         leaves_first = options.get("policy") is WritePolicy.WRITE_BACK
-        self.router = Router(page_size, leaves_first=leaves_first)
+        self.router = Router(page_size, in_order=not leaves_first)
 
     def __enter__(self) -> Told:
         return self
