@@ -3,6 +3,8 @@ compared with what the index holds."""
 
 from __future__ import annotations
 
+import errno
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,8 +15,10 @@ from linker_steps import invalidate_cpu_tier, sequence
 from router import PLACES, Router, names_of
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
 from sglang.srt.mem_cache.utils import get_storage_hash_str
+from sglang_flexkv_testing import FaultyDisk
 from slot_files import damage
 
+from sglang_flexkv import tierlife
 from sglang_flexkv.common.block import BlockKeys, keys_from_page_hashes
 from sglang_flexkv.common.config import WritePolicy
 from sglang_flexkv.integration.tier_events import TierEvents
@@ -249,6 +253,40 @@ def test_damaged_blocks_are_told_to_be_gone(core: str, tmp_path: Path) -> None:
         told.listen()
         assert not told.router.pages["DISK"]
         assert not told.router.pages["CPU_PINNED"]
+
+
+@on_both_cores
+def test_a_disk_that_fails_is_told_to_be_empty_until_it_is_back(
+    core: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tierlife, "_RETRY_S", 0.05)
+    monkeypatch.setattr(tierlife, "_RETRY_MAX_S", 0.2)
+    monkeypatch.setattr(tierlife, "_CHECK_EVERY_S", 0.0)
+    disk = FaultyDisk(1)
+    with Told(core, ssd_dir=tmp_path, disk=disk) as told:
+        tokens = told.prompt(1)
+        told.rig.insert(tokens, seed=1)
+        told.listen()
+        assert told.router.pages["DISK"] == set(told.names(tokens))
+        assert told.rig.engine.sync(TIMEOUT_S)
+        disk.set_fault("write", 1.0, errno.EIO)
+        disk.set_fault("open", 1.0, errno.EIO)  # or it would be back before we look
+        for number in range(1, 6):
+            told.rig.insert(told.prompt(1 + 1000 * number, 1), seed=number)
+            told.rig.settle()
+            told.rig.engine.flush_spills(0.5)
+        told.router.take(told.rig.cache.take_events())
+        assert told.rig.stats("SSD")["times_out"] >= 1
+        assert not told.router.pages["DISK"]
+        assert len(told.router.pages["CPU_PINNED"]) == PAGES + 5
+        disk.clear_faults()
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while not told.rig.stats("SSD")["online"]:
+            assert time.monotonic() < deadline_s, "the disk does not come back"
+            told.rig.engine.poll()
+            time.sleep(0.01)
+        told.listen()
+        assert told.router.pages["DISK"] >= set(told.names(tokens))
 
 
 @on_both_cores
