@@ -143,9 +143,17 @@ def _attend_to_drafts(backend: ModuleType) -> None:
     attention.forward_extend = forward
 
 
+def _pad_batches(backend: ModuleType) -> None:
+    """Let batches have rows that are no request's, which attention on a rank of its own
+    (`--enable-dp-attention`) adds to decodes: each reads one token, as it does in SGLang's other backend for
+    a CPU."""
+    backend.TorchNativeAttnBackend.get_cpu_graph_seq_len_fill_value = lambda self: 1
+
+
 def _complete_native_attention(backend: ModuleType) -> None:
     _read_windows_where_they_are(backend)
     _attend_to_drafts(backend)
+    _pad_batches(backend)
 
 
 def _draft_with_native_attention(factories: ModuleType) -> None:

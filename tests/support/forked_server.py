@@ -21,8 +21,9 @@ What this does not show, and tests with servers that start as those of users do 
   that are known to be read later;
 * that what processes are given can be pickled;
 * how long a stop takes: SGLang's launcher looks every 5 s whether it was told to end, and here more often;
-* a scheduler without work that asks for some all the time: that takes a processor for as long as a server
-  lives, which the tests beside it want. Here it waits 20 ms for a message each time (``--sleep-on-idle``).
+* processes without work that ask for some all the time (schedulers, and what shares requests out among
+  ranks): each takes a processor for as long as a server lives, which the tests beside it want. Here they wait
+  20 ms for a message each time (``--sleep-on-idle`` for schedulers).
 
 On a GPU servers start in the ordinary way: a process cannot use a device that its parent has used.
 """

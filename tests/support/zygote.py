@@ -48,11 +48,12 @@ _IMPORTS = (
     "sglang.launch_server",
     "sglang.srt.entrypoints.http_server",
     "sglang.srt.managers.scheduler",
+    "sglang.srt.managers.data_parallel_controller",
     "sglang.srt.managers.detokenizer_manager",
     "sglang.srt.models.registry",
     "sglang_flexkv.integration.radix_cache",
 )
-# How long a scheduler without work waits for some before it looks after copies under way.
+# How long a process without work waits for some before it looks after what else it has to do.
 _IDLE_MS = 20
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
 
@@ -117,6 +118,20 @@ def _look_around_when_idle() -> None:
     IdleSleeper.maybe_sleep = sleep  # type: ignore[method-assign]
 
 
+def _pass_on_without_spinning() -> None:
+    """Where requests are shared out among ranks, SGLang has a process for that which asks for some all the
+    time."""
+    from sglang.srt.managers.data_parallel_controller import DataParallelController, sock_recv
+
+    def pass_on(controller: DataParallelController) -> None:
+        while True:
+            controller.soft_watchdog.feed()
+            if controller.recv_from_tokenizer.poll(_IDLE_MS):
+                controller._request_dispatcher(sock_recv(controller.recv_from_tokenizer))
+
+    DataParallelController.event_loop = pass_on  # type: ignore[method-assign]
+
+
 def _run(kind: str, what: str, arguments: Sequence[str]) -> None:
     """What ``python`` does with a script, the text of a program, or the module of SGLang's launcher."""
     sys.argv = ["-c" if kind == "text" else what, *arguments]
@@ -129,6 +144,7 @@ def _run(kind: str, what: str, arguments: Sequence[str]) -> None:
     else:
         _notice_sigterm_soon()
         _look_around_when_idle()
+        _pass_on_without_spinning()
         runpy.run_module(what, run_name="__main__", alter_sys=True)
 
 
