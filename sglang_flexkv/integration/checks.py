@@ -62,7 +62,9 @@ def check_ssd(config: FlexKVConfig, view: Any, model: Any) -> None:
     from sglang_flexkv.storage import ssd_identity, ssd_tools
     from sglang_flexkv.storage.ssd_store import mismatch
 
-    ranks = {f"dp{dp}-tp{tp}" for dp in range(max(1, view.dp_size)) for tp in range(view.tp_size)}
+    # SGLang makes replicas, or divides the ranks of one server (DP attention): one of the two numbers is 1.
+    num_dp = max(1, view.dp_size * view.attn_dp_size)
+    ranks = {f"dp{dp}-tp{tp}" for dp in range(num_dp) for tp in range(view.tp_size)}
     shards = [files for d in config.ssd_cache_dir for files in shards_in(d) if files.rank_tag in ranks]
     for files in shards:
         owner = ssd_tools.owner(files, patience_s=_ENDING_S)

@@ -164,12 +164,20 @@ def in_the_launcher(start: FailedStart) -> bool:
     )
 
 
-def test_a_directory_in_use_by_another_server(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("rank", "flags"),
+    [
+        ("dp0-tp0", {}),
+        ("dp1-tp1", {"tp-size": 2, "dp-size": 2, "enable-dp-attention": True}),
+    ],
+    ids=["one_rank", "dp_attention"],
+)
+def test_a_directory_in_use_by_another_server(tmp_path: Path, rank: str, flags: dict[str, FlagValue]) -> None:
     ssd = tmp_path / "ssd"
     ssd.mkdir()
-    owner = SsdStore((ssd,), 4, [4096], "dp0-tp0", namespace=make_namespace({"model": "another"}))
+    owner = SsdStore((ssd,), 4, [4096], rank, namespace=make_namespace({"model": "another"}))
     config = f"cpu_cache_gb: 0.01\nssd_cache_gb: 0.01\nssd_cache_dir: {ssd}"
-    start = fail_to_start(tmp_path, config)
+    start = fail_to_start(tmp_path, config, flags)
     owner.close()
     assert in_the_launcher(start), start.log
     assert f"ssd_cache_dir: {ssd} is in use by another server (process " in start.messages[0]
