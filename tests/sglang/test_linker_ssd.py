@@ -74,6 +74,7 @@ def test_only_the_part_that_the_cpu_tier_lost_is_read_from_ssd(make_rig: MakeRig
         (False, False, "ended", False, False),
         (False, False, "some", False, True),
         (False, False, "prefilled", False, True),  # and will decode from now on
+        (False, False, "elsewhere", False, True),  # on another rank, whose forward is ours too (DP attention)
         (False, False, "some", True, False),  # its own computing takes longer than the read
         (True, False, "none", True, True),  # it has to wait for others anyway
         (False, True, "none", True, True),
@@ -99,7 +100,10 @@ def test_who_waits_for_ssd_in_the_queue(
             running_batch=SimpleNamespace(is_empty=lambda: running != "some"),
             last_batch=None
             if running == "none"
-            else SimpleNamespace(reqs=[SimpleNamespace(finished=lambda: running == "ended")]),
+            else SimpleNamespace(
+                reqs=[SimpleNamespace(finished=lambda: running == "ended")] if running != "elsewhere" else [],
+                forward_mode=SimpleNamespace(is_idle=lambda: running == "elsewhere"),
+            ),
             enable_priority_preemption=False,
             is_mixed_chunk=False,
             enable_overlap=False,

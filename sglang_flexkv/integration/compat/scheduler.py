@@ -27,9 +27,12 @@ class SchedulerView:
         scheduler = self._scheduler
         if scheduler is None or scheduler.chunked_req is not None or not scheduler.running_batch.is_empty():
             return True
-        # Requests that have just been prefilled join the running batch after the next one has been chosen.
         last = scheduler.last_batch
-        return last is not None and any(not req.finished() for req in last.reqs)
+        if last is None:
+            return False
+        # A rank without requests of its own runs an idle batch when others compute (DP attention). Requests
+        # that have just been prefilled join the running batch after the next one has been chosen.
+        return last.forward_mode.is_idle() or any(not req.finished() for req in last.reqs)
 
     @property
     def is_paused(self) -> bool:
