@@ -96,7 +96,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         config,
         identity.namespace,
         num_layers=pools.num_layers,
-        single_rank=place.tp_size == 1,
+        single_rank=place.ranks_of_a_request == 1,
         has_draft=bool(drafts),
         by_layer=all(map(asks_for_layers, (pool, *drafts))) and not waits_for_states,
         reads_under_forwards=not server.sends_to_decode_servers(),
@@ -106,7 +106,12 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         ),
     )
     atexit.register(linker.close)
-    cache.attach(linker, config.write_policy, by_priority=server.evicts_by_priority())
+    cache.attach(
+        linker,
+        config.write_policy,
+        by_priority=server.evicts_by_priority(),
+        shares_forwards=place.tp_size > place.ranks_of_a_request,
+    )
     pool.register_layer_transfer_counter(linker.layer_done_counter)
     if cache.keeps_states:
         ctx.params.req_to_token_pool.register_layer_transfer_counter(linker.layer_done_counter)

@@ -106,7 +106,7 @@ class DynamicLinker(FlexKVLinker):
             config,
             identity.namespace,
             num_layers=layout.num_layers,
-            single_rank=place.tp_size == 1,
+            single_rank=place.ranks_of_a_request == 1,
             reads_under_forwards=False,
             metrics=Metrics(None, engine.tier_names),
         )

@@ -262,16 +262,25 @@ class FlexKVRadixCache(TreeCache):
         self._writes_back = False
         self.failed_loads = FailedLoads()
         self._prefill_times: PrefillTimes | None = None
-        self._by_priority = False
+        self._by_priority = self._shares_forwards = False
         self.insert_importance = 0  # of the request that is inserted right now
 
-    def attach(self, linker: FlexKVLinker, policy: WritePolicy, *, by_priority: bool = False) -> None:
+    def attach(
+        self,
+        linker: FlexKVLinker,
+        policy: WritePolicy,
+        *,
+        by_priority: bool = False,
+        shares_forwards: bool = False,
+    ) -> None:
         """Puts the tiers under the tree.
 
         Args:
             by_priority: a request's priority is about the cache, too.
+            shares_forwards: a forward is also that of ranks with other requests (DP attention).
         """
         self._by_priority = by_priority
+        self._shares_forwards = shares_forwards
         self.linker = FlexKVLinkerWrapper(self, linker)
         self.prefetches = Prefetches(linker, self.ranks, self._scheduler)
         self.write_through_threshold = _STORE_AT_USE[policy]
@@ -284,7 +293,9 @@ class FlexKVRadixCache(TreeCache):
             return
         linker = self.linker.cache_linker
         linker.attach_scheduler(self._scheduler)
-        if not self._scheduler.mixes_prefills_and_decodes:  # no forwards of prefills alone there
+        # What a forward takes is to tell what its own prefills take, not decodes beside them, nor what other
+        # ranks compute and wait for.
+        if not self._scheduler.mixes_prefills_and_decodes and not self._shares_forwards:
             self._prefill_times = PrefillTimes(
                 linker.load_or_recompute.prefill, linker.on_gpu, linker.forward_stream
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from linker_steps import PAGE, PAGES, MakeRig, nobody_else, sequence
 
-from sglang_flexkv.common.config import LoadPolicy
+from sglang_flexkv.common.config import LoadPolicy, WritePolicy
 
 
 @pytest.mark.parametrize("policy", LoadPolicy, ids=lambda policy: policy.value)
@@ -46,3 +46,20 @@ def test_speeds_are_measured_as_the_server_runs(make_rig: MakeRig) -> None:
     assert decision.prefill.known
     assert decision.prefill._fit.num_observed == 5
     assert decision.to_device.bytes_per_s > 0
+
+
+@pytest.mark.parametrize("shares_forwards", [False, True])
+def test_a_forward_that_others_share_says_nothing_about_a_prefill(
+    make_rig: MakeRig, shares_forwards: bool
+) -> None:
+    """It takes as long as the rank needs that has most to compute, or to read."""
+    rig = make_rig()
+    rig.cache.attach(rig.linker, WritePolicy.WRITE_THROUGH, shares_forwards=shares_forwards)
+    rig.cache.attach_scheduler(nobody_else())
+    req = rig.request(sequence(1))
+    req.prefix_len, req.extend_end = 0, len(req.origin_input_ids)
+    rig.start_batch()
+    assert rig.cache.finish_external_linker_loads([req]) == []
+    observed = rig.linker.load_or_recompute.prefill._fit.num_observed
+    assert observed == (0 if shares_forwards else 1)
+    rig.abort(req)

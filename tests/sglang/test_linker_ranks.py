@@ -232,3 +232,11 @@ def test_whose_blocks_ranks_have(make_rig: MakeRig, kind: str, shared: bool, apa
     told = [str(fields(rig, of_heads(rank, 4, 2), shared=shared)) for rank in range(4)]
     assert len(set(told)) == apart
     assert str(fields(rig, of_heads(0, 4, 4), shared=shared)) not in told
+
+
+@pytest.mark.parametrize(
+    ("place", "ranks"),
+    [(of_heads(1, 4, 4), 4), (of_heads(1, 4, 2), 2), (of_heads(1, 2, 1), 1), (of_prefills(1, 2), 2)],
+)
+def test_how_many_ranks_have_a_cache_in_common(place: server.Place, ranks: int) -> None:
+    assert place.ranks_of_a_request == ranks

@@ -23,10 +23,14 @@ class Place:
     dp_rank: int
     num_ranks: int  # that share this machine, at least 1
 
+    @property
+    def ranks_of_a_request(self) -> int:
+        """That run a request's attention and have a cache in common. With DP attention a server has more."""
+        return self.attn_tp_size * self.attn_cp_size
+
 
 def place() -> Place:
     parallel = get_parallel()
-    replicas = 1 if parallel.enable_dp_attention else parallel.dp_size
     return Place(
         tp_rank=parallel.tp_rank,
         tp_size=parallel.tp_size,
@@ -35,7 +39,7 @@ def place() -> Place:
         attn_cp_rank=parallel.attn_cp_rank,
         attn_cp_size=parallel.attn_cp_size,
         dp_rank=parallel.dp_rank or 0,
-        num_ranks=max(1, parallel.tp_size * replicas // parallel.nnodes),
+        num_ranks=max(1, parallel.tp_size * parallel.dp_size // parallel.nnodes),
     )
 
 
