@@ -5,6 +5,10 @@ settings and SGLang's own state is the same everywhere, and nobody asks. What a 
 and copies is not: a block may be gone on one rank alone, a read may end a step later. All of that is reduced
 here, before anything depends on it.
 
+With DP attention a server has several such sets of ranks, each with requests and caches of its own. SGLang
+has them run every forward together, one without requests an idle one. What is reduced here never goes beyond
+one set: another one may have nothing to ask, and would not be there.
+
 ========================  =========  =======================================================================
 What                      Reduced    Why that is enough
 ========================  =========  =======================================================================
@@ -40,10 +44,10 @@ _SEED_BYTES = 16
 
 
 class Ranks:
-    """Those of one server.
+    """Those of one server, with DP attention those that run a request together.
 
     Args:
-        reduce: reduces a tensor over all ranks, in place. Called on all ranks in the same order.
+        reduce: reduces a tensor over all of them, in place. Called on all of them in the same order.
     """
 
     def __init__(self, reduce: Callable[[torch.Tensor, Any], None]) -> None:
