@@ -199,6 +199,10 @@ class SGLangServer:
             "device": "cpu" if ON_CPU else None,
             **{name.replace("_", "-"): value for name, value in (flags or {}).items()},
         }
+        if self.flags.get("enable-dp-attention"):
+            # It takes a dozen ports of its own, from one that is told, or near that of the server, where any
+            # connection may have them. Below 32,768 the system gives none away.
+            self.flags.setdefault("dist-init-addr", f"127.0.0.1:{16_000 + self.port % 1_000 * 16}")
         self._environment = {**os.environ, **DEFAULT_ENVIRONMENT}
         if (num_ranks := int(str(self.flags.get("tp-size") or 1))) > 1:  # on a CPU each is told its core
             self._environment["SGLANG_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(num_ranks)))
