@@ -422,8 +422,8 @@ struct Tree {
 // itself.
 class Client {
  public:
-  Client(PrefixIndex& index, const Tree& tree, uint64_t seed, std::atomic<uint32_t>* owners)
-      : index_(index), tree_(tree), rng_(seed), owners_(owners) {}
+  Client(PrefixIndex& index, const Tree& tree, uint64_t seed, std::atomic<uint32_t>* owners, uint64_t number)
+      : index_(index), tree_(tree), rng_(seed), owners_(owners), next_number_(number << 32) {}
 
   void Step() {
     const std::vector<size_t> path = tree_.Path(1 + Below(rng_, kTreeBlocks));
@@ -441,7 +441,10 @@ class Client {
     std::vector<uint8_t> tiers(keys.size());
     std::vector<SlotId> slots(keys.size());
     std::vector<BlockKey> names(keys.size());
-    if (kind < 15) {
+    if (kind < 5) {
+      num_watched_ += index_.Watch(keys.data(), keys.size(), next_number_);
+      next_number_ += keys.size();
+    } else if (kind < 15) {
       index_.Match(blocks, tiers.data());
     } else if (kind < 20) {
       if (skip == 0) {
@@ -488,6 +491,8 @@ class Client {
     if (leases_.size() > 4) Release();
     if (transactions_.size() > 2) EndTransaction();
   }
+
+  size_t num_watched() const { return num_watched_; }
 
   void GiveBack() {
     while (!leases_.empty()) Release();
@@ -558,6 +563,38 @@ class Client {
   std::atomic<uint32_t>* owners_;  // which block each slot holds, as far as anybody may know
   std::vector<uint64_t> leases_;
   std::vector<Transaction> transactions_;
+  uint64_t next_number_;  // of blocks that it watches; no other client has it
+  size_t num_watched_ = 0;
+};
+
+// Believes what the index tells of watched blocks.
+class Watcher {
+ public:
+  void Take(const std::vector<Sighting>& sightings) {
+    for (const Sighting& seen : sightings) {
+      const uint8_t bit = static_cast<uint8_t>(1u << static_cast<int>(seen.tier));
+      uint8_t& tiers = tiers_[seen.number];
+      switch (seen.what) {
+        case Sight::kCame:
+          CHECK((tiers & bit) == 0);
+          tiers |= bit;
+          break;
+        case Sight::kWent:
+          CHECK((tiers & bit) != 0);
+          tiers = static_cast<uint8_t>(tiers & ~bit);
+          break;
+        case Sight::kForgotten:
+          CHECK(tiers == 0);
+          tiers_.erase(seen.number);
+          ++num_forgotten_;
+      }
+    }
+  }
+  size_t num_forgotten() const { return num_forgotten_; }
+
+ private:
+  std::map<uint64_t, uint8_t> tiers_;  // of each block, as bits
+  size_t num_forgotten_ = 0;
 };
 
 void TestIndexUnderThreads(Rng& rng, EvictionPolicyKind policy, double seconds) {
@@ -566,7 +603,7 @@ void TestIndexUnderThreads(Rng& rng, EvictionPolicyKind policy, double seconds) 
   const Tree tree({1, 2});
   std::vector<std::atomic<uint32_t>> owners(kSlots[1] * kTiers);
   std::vector<Client> clients;
-  for (int i = 0; i < 4; ++i) clients.emplace_back(index, tree, rng(), owners.data());
+  for (uint64_t i = 1; i <= 4; ++i) clients.emplace_back(index, tree, rng(), owners.data(), i);
   const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
   std::vector<std::thread> threads;
   for (Client& client : clients) {
@@ -576,6 +613,8 @@ void TestIndexUnderThreads(Rng& rng, EvictionPolicyKind policy, double seconds) 
       }
     });
   }
+  Watcher watcher;
+  while (std::chrono::steady_clock::now() < end) watcher.Take(index.TakeSightings());
   for (std::thread& thread : threads) thread.join();
   CHECK(index.CheckIntegrity() == "");
   for (Client& client : clients) client.GiveBack();
@@ -592,6 +631,11 @@ void TestIndexUnderThreads(Rng& rng, EvictionPolicyKind policy, double seconds) 
   }
   CHECK(index.num_entries() == 0);
   CHECK(index.CheckIntegrity() == "");
+  watcher.Take(index.TakeSightings());
+  size_t num_watched = 0;
+  for (const Client& client : clients) num_watched += client.num_watched();
+  CHECK(num_watched > 0);
+  CHECK(watcher.num_forgotten() == num_watched);
 }
 
 // ---- Faults on purpose: what is quiet about these says nothing by being quiet

@@ -29,6 +29,9 @@ from sglang_flexkv.kvtask import KVTaskEngine
 # A watched block's number: of its run, and its place in there.
 _PLACE_BITS = 32
 _PLACE = np.uint64((1 << _PLACE_BITS) - 1)
+# Of one event. SGLang's sgl-router drops what comes with one of more than 65,536, and a disk that is taken
+# out has more.
+_BLOCKS_MAX = 16_384
 
 
 @dataclass
@@ -93,11 +96,16 @@ class TierEvents:
             medium = self._media.get(int(tiers[moved][first]))
             if medium is None:
                 continue
+            came = what[moved][first] == _core.CAME
             seen = numbers[moved][first:end]
-            if what[moved][first] == _core.CAME:
-                events += self._stored(np.sort(seen), medium)  # a block after the one before it
-            elif names := self._names(seen):
-                events.append(kv_events.removed(names, medium))
+            if came:
+                seen = np.sort(seen)  # a block after the one before it
+            for at in range(0, len(seen), _BLOCKS_MAX):
+                part = seen[at : at + _BLOCKS_MAX]
+                if came:
+                    events += self._stored(part, medium)
+                elif names := self._names(part):
+                    events.append(kv_events.removed(names, medium))
         self._forget(numbers[~moved])
         return events
 

@@ -21,6 +21,8 @@ from slot_files import damage
 from sglang_flexkv import tierlife
 from sglang_flexkv.common.block import BlockKeys, keys_from_page_hashes
 from sglang_flexkv.common.config import WritePolicy
+from sglang_flexkv.integration import tier_events
+from sglang_flexkv.integration.compat import kv_events
 from sglang_flexkv.integration.tier_events import TierEvents
 
 PAGES = 4
@@ -140,6 +142,29 @@ def test_a_longer_prompt_is_told_of_behind_what_it_shares(core: str) -> None:
         told.listen()
         assert told.router.tokens_up_to(told.names(longer)[-1]) == longer
         assert len(told.router.pages["CPU_PINNED"]) == 4
+
+
+def test_no_event_is_longer_than_routers_take(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tier_events, "_BLOCKS_MAX", 3)
+    with Told("python", ssd_dir=tmp_path) as told:
+        longest = {"BlockStored": 0, "BlockRemoved": 0}
+        take = told.router.take
+
+        def measure(events: list[Any]) -> None:
+            for event in events:
+                if getattr(event, "medium", None) in (kv_events.IN_MEMORY, kv_events.ON_DISK):
+                    kind = type(event).__name__
+                    longest[kind] = max(longest[kind], len(event.block_hashes))
+            take(events)
+
+        told.router.take = measure  # type: ignore[method-assign]
+        tokens = told.prompt(1, 8)
+        told.rig.insert(tokens, seed=1)
+        told.listen()
+        assert told.router.tokens_up_to(told.names(tokens)[-1]) == tokens
+        told.rig.engine.clear_tiers()
+        told.listen()
+        assert longest == {"BlockStored": 3, "BlockRemoved": 3}
 
 
 @on_both_cores
