@@ -89,15 +89,16 @@ class TierEvents:
 
     def take(self) -> list[Any]:
         """Events of what has happened since the last call, in order."""
-        numbers, tiers, what = self._engine.take_sightings()
-        moved = what != _core.FORGOTTEN
+        all_numbers, all_tiers, all_what = self._engine.take_sightings()
+        moved = all_what != _core.FORGOTTEN
+        numbers, tiers, what = all_numbers[moved], all_tiers[moved], all_what[moved]
         events: list[Any] = []
-        for first, end in _stretches(tiers[moved], what[moved]):
-            medium = self._media.get(int(tiers[moved][first]))
+        for first, end in _stretches(tiers, what):
+            medium = self._media.get(int(tiers[first]))
             if medium is None:
                 continue
-            came = what[moved][first] == _core.CAME
-            seen = numbers[moved][first:end]
+            came = what[first] == _core.CAME
+            seen = numbers[first:end]
             if came:
                 seen = np.sort(seen)  # a block after the one before it
             for at in range(0, len(seen), _BLOCKS_MAX):
@@ -106,7 +107,7 @@ class TierEvents:
                     events += self._stored(part, medium)
                 elif names := self._names(part):
                     events.append(kv_events.removed(names, medium))
-        self._forget(numbers[~moved])
+        self._forget(all_numbers[~moved])
         return events
 
     def clear(self) -> None:
