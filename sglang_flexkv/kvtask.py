@@ -230,6 +230,7 @@ class KVTaskEngine:
         self._rank_tag = rank_tag
         shared = shared or SharedBlocks(namespace)
         self._flush_seed, self._num_flushes = shared.seed, 0
+        self._watched = watched
         request = TierRequest(config, namespace, shared, label, identity, rank_tag, disk)
         self._storage = StorageEngine(device, request, more_groups, layers)
         self._tier_names = ["CPU", *(tier.name for tier in self._storage.first.lower)]
@@ -420,6 +421,11 @@ class KVTaskEngine:
         return None
 
     # ---- who watches blocks ----
+
+    @property
+    def watched(self) -> bool:
+        """Whether blocks can be watched."""
+        return self._watched
 
     def watch(self, keys: BlockKeys, first: int) -> int:
         """From now on ``take_sightings`` tells when one of these blocks comes to a tier or goes from one, its

@@ -100,7 +100,6 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         has_draft=bool(drafts),
         by_layer=all(map(asks_for_layers, (pool, *drafts))) and not waits_for_states,
         reads_under_forwards=not server.sends_to_decode_servers(),
-        tells_routers=cache.tells_routers,
         metrics=Metrics(
             labels if server.exports_metrics() else None, engine.tier_names, remote=bool(engine.asked_tiers)
         ),

@@ -24,6 +24,7 @@ from sglang_flexkv.common.closing import run_all
 from sglang_flexkv.common.config import GIB, FlexKVConfig
 from sglang_flexkv.common.lower_tier import CPU
 from sglang_flexkv.common.transfer import Slots, SlotsOnTheirWay
+from sglang_flexkv.integration.compat.kv_events import NodeTokens
 from sglang_flexkv.integration.compat.linker_interface import PoolName, PoolTransfer, UnifiedCacheLinker
 from sglang_flexkv.integration.compat.scheduler import SchedulerView
 from sglang_flexkv.integration.layer_counter import LayerLoadCounter
@@ -74,13 +75,11 @@ class FlexKVLinker(UnifiedCacheLinker):
         by_layer: bool = True,
         has_draft: bool = False,
         reads_under_forwards: bool = True,
-        tells_routers: bool = False,
     ) -> None:
         """
         Args:
             reads_under_forwards: a forward may wait for what its requests read from disks. If not, it loads
                 what the CPU tier holds, and a load does not fail for a disk's sake.
-            tells_routers: what the tiers hold; the engine's blocks can be watched.
         """
         self.engine = engine
         self.config = config
@@ -119,7 +118,7 @@ class FlexKVLinker(UnifiedCacheLinker):
             windows=engine.windows,
         )
         self.states = RequestStates(engine.unpin, _LEASED_SHARE_MAX * engine.config.num_cpu_blocks)
-        self.tier_events = TierEvents(engine, namespace) if tells_routers else None
+        self.tier_events = TierEvents(engine, namespace) if engine.watched else None
         self._blocks_per_window = engine.blocks_per_window
         self._next_batch: dict[str, _Load] = {}  # of the requests admitted so far, in the order of admission
         self._loading: dict[int, dict[str, _Load]] = {}  # batches that run, by their gate's index
@@ -356,19 +355,26 @@ class FlexKVLinker(UnifiedCacheLinker):
         *,
         parent_hash: str | None = None,
         importance: int = 0,
+        tokens: NodeTokens | None = None,
     ) -> bool:
-        """Queues a node's pages. Always accepted, on every rank alike; no room is a failed offload later."""
-        self._offloads.append(self._start_put(transfers, parent_hash, importance))
+        """Queues a node's pages. Always accepted, on every rank alike; no room is a failed offload later.
+
+        Args:
+            tokens: of the pages, if routers are to be told of them.
+        """
+        self._offloads.append(self._start_put(transfers, parent_hash, importance, tokens=tokens))
         return True
 
-    def write_back(self, transfers: list[PoolTransfer], parent_hash: str | None) -> None:
+    def write_back(
+        self, transfers: list[PoolTransfer], parent_hash: str | None, tokens: NodeTokens | None = None
+    ) -> None:
         """Stores a node that is about to leave the device, and returns when its slots may be given to others.
 
         On a GPU that is at once. Before the next forward is queued, or the next load, the stream of
         forwards, which alone writes to the slots, is told to wait for the copy; loads wait for what is on
         that stream."""
         gate = self.engine.make_gate(1) if self.on_gpu else None
-        task = self._start_put(transfers, parent_hash, gate=gate)
+        task = self._start_put(transfers, parent_hash, gate=gate, tokens=tokens)
         if gate is not None and not task.ended:
             self._write_backs.append((gate, task))
             if self._has_draft:  # it writes to slots before the forward of the target is announced
@@ -404,12 +410,15 @@ class FlexKVLinker(UnifiedCacheLinker):
         parent_hash: str | None,
         importance: int = 0,
         gate: _core.LayerGate | None = None,
+        tokens: NodeTokens | None = None,
     ) -> KVTask:
         transfer, *others = transfers
         keys = keys_from_page_hashes(transfer.keys or (), self.namespace)
         parent = keys_from_page_hashes([parent_hash], self.namespace)[0] if parent_hash else None
         on_device = {self._group_names.index(other.name): len(other.keys or ()) for other in others}
         task = self.engine.create_put(parent, keys, importance=importance, on_device=on_device)
+        if self.tier_events is not None and tokens is not None:
+            self.tier_events.note(parent, keys, tokens)
         if task.plan is None:
             self.metrics.put_without_room()
             self.engine.cancel(task)  # a failed offload, tried again at the next use

@@ -23,6 +23,7 @@ from sglang_flexkv.integration.compat.failed_loads import (
     keep_session,
     runs_again,
 )
+from sglang_flexkv.integration.compat.kv_events import NodeTokens
 from sglang_flexkv.integration.compat.requests import (
     NamedHandle,
     by_name,
@@ -179,17 +180,15 @@ class FlexKVLinkerWrapper(LinkerWrapper):
                 transfers,
                 parent_hash=self._parent_hash(node_id, transfers),
                 importance=cache.insert_importance,
+                tokens=self._tokens_for_routers(node_id),
             )
         except BaseException:
             cache.dec_lock_ref(node_id, lock_params)
             raise
-        self._note_for_routers(node_id)
         return lock_params
 
-    def _note_for_routers(self, node_id: int) -> None:
-        events = self.cache_linker.tier_events
-        if events is not None and (pages := self.cache.pages_for_routers(node_id)) is not None:
-            events.note(pages)
+    def _tokens_for_routers(self, node_id: int) -> NodeTokens | None:
+        return None if self.cache_linker.tier_events is None else self.cache.tokens_for_routers(node_id)
 
     def _note_parts(self, transfers: list[Any]) -> None:
         last_hash = transfers[0].keys[-1]
@@ -223,8 +222,8 @@ class FlexKVLinkerWrapper(LinkerWrapper):
         """Stores a node that is about to be evicted, unless it is stored or on its way already."""
         transfers = self.cache.tree_core.build_external_linker_offload_transfers(node_id)
         if transfers:
-            self.cache_linker.write_back(transfers, self._parent_hash(node_id, transfers))
-            self._note_for_routers(node_id)
+            parent_hash = self._parent_hash(node_id, transfers)
+            self.cache_linker.write_back(transfers, parent_hash, self._tokens_for_routers(node_id))
 
     def _parent_hash(self, node_id: int, transfers: list[Any]) -> str | None:
         """Hash of the page before the node's first; None at the start of a sequence."""

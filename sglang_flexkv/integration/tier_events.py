@@ -20,10 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from sglang_flexkv import _core
-from sglang_flexkv.common.block import Namespace, keys_from_page_hashes, page_hash_numbers
+from sglang_flexkv.common.block import BlockKeys, Namespace, page_hash_numbers
 from sglang_flexkv.common.lower_tier import CPU
 from sglang_flexkv.integration.compat import kv_events
-from sglang_flexkv.integration.compat.kv_events import NodePages
+from sglang_flexkv.integration.compat.kv_events import NodeTokens
 from sglang_flexkv.kvtask import KVTaskEngine
 
 # A watched block's number: of its run, and its place in there.
@@ -38,7 +38,7 @@ _BLOCKS_MAX = 16_384
 class _Run:
     """Blocks that follow each other, noted together."""
 
-    names: npt.NDArray[np.int64]  # in events
+    names: npt.NDArray[np.int64]  # in events: the first bits of page hashes
     parent: int | None
     tokens: npt.NDArray[np.int32]
     is_bigram: bool
@@ -68,24 +68,22 @@ class TierEvents:
         self._runs: dict[int, _Run] = {}
         self._num_runs = 0
 
-    def note(self, pages: NodePages) -> None:
-        """The tree has offered these. Those that a tier holds, or is about to, are told of from now on."""
+    def note(self, parent: BlockKeys | None, keys: BlockKeys, tokens: NodeTokens) -> None:
+        """The tree has offered these. Those that a tier holds, or is about to, are told of from now on.
+
+        Args:
+            parent: key of the block before them, shape [2]; None at the start of a prompt.
+        """
         self._num_runs += 1
-        keys = keys_from_page_hashes(pages.hashes, self._namespace)
         num_watched = self._engine.watch(keys, self._num_runs << _PLACE_BITS)
         if num_watched:
             self._runs[self._num_runs] = _Run(
                 page_hash_numbers(keys, self._namespace),
-                self._name(pages.parent_hash) if pages.parent_hash is not None else None,
-                np.asarray(pages.tokens).astype(np.int32),
-                pages.is_bigram,
+                None if parent is None else int(page_hash_numbers(parent[None], self._namespace)[0]),
+                np.asarray(tokens.ids).astype(np.int32),
+                tokens.is_bigram,
                 num_watched,
             )
-
-    def _name(self, page_hash: str) -> int:
-        """What a page is called in events: the first bits of its hash, which a key has, too."""
-        keys = keys_from_page_hashes([page_hash], self._namespace)
-        return int(page_hash_numbers(keys, self._namespace)[0])
 
     def take(self) -> list[Any]:
         """Events of what has happened since the last call, in order."""

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 from kit import CORES, TIMEOUT_S, KitConfig, Rig, build_kit_cache, radix_key
-from linker_steps import invalidate_cpu_tier, sequence
-from router import PLACES, Router, names_of
+from linker_steps import invalidate_cpu_tier, sequence, store_on_ssd_alone
+from router import PLACES, Router, hashes_of, names_of
 from sglang.srt.mem_cache.base_prefix_cache import InsertParams
-from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang_flexkv_testing import FaultyDisk
 from slot_files import damage
 
@@ -80,8 +79,7 @@ class Told:
         return found
 
     def keys(self, tokens: list[int]) -> BlockKeys:
-        key, _ = radix_key(tokens).maybe_to_bigram_view(self.pairs)
-        hashes = get_storage_hash_str(key, None, page_size=self.rig.page_size)
+        hashes = hashes_of(tokens, self.rig.page_size, pairs=self.pairs)
         return keys_from_page_hashes(hashes, self.rig.linker.namespace)
 
 
@@ -244,9 +242,7 @@ def test_clearing_the_storage_is_told_and_the_device_keeps_its_part(core: str, t
 def test_what_survived_a_restart_is_told_of_when_a_request_has_used_it(core: str, tmp_path: Path) -> None:
     with Told(core, ssd_dir=tmp_path) as told:
         tokens = told.prompt(1)
-        told.rig.insert(tokens, seed=1)
-        told.rig.evict_all()
-        assert told.rig.engine.flush_spills(TIMEOUT_S)
+        store_on_ssd_alone(told.rig, tokens)
     with Told(core, ssd_dir=tmp_path) as told:
         told.router.take(told.rig.cache.take_events())
         told.prompts.append(tokens)
@@ -263,10 +259,7 @@ def test_what_survived_a_restart_is_told_of_when_a_request_has_used_it(core: str
 def test_damaged_blocks_are_told_to_be_gone(core: str, tmp_path: Path) -> None:
     with Told(core, ssd_dir=tmp_path) as told:
         tokens = told.prompt(1)
-        told.rig.insert(tokens, seed=1)
-        told.rig.evict_all()
-        assert told.rig.engine.flush_spills(TIMEOUT_S)
-        invalidate_cpu_tier(told.rig)
+        store_on_ssd_alone(told.rig, tokens)
         told.listen()
         assert told.router.places(told.names(tokens)) == ["DISK"] * PAGES
         (file,) = tmp_path.glob("*.slots")

@@ -264,7 +264,6 @@ class Rig:
             metrics=Metrics(),
             has_draft=bool(drafts),
             reads_under_forwards=reads_under_forwards,
-            tells_routers=self.cache.tells_routers,
         )
         self.cache.attach(self.linker, policy, by_priority=by_priority)
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)

@@ -14,11 +14,17 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str, hash_str_to_int64
 PLACES = ("GPU", "CPU_PINNED", "DISK")
 
 
-def names_of(tokens: Sequence[int], page_size: int, *, pairs: bool = False) -> list[int]:
-    """What the whole pages of a prompt are called in events, from SGLang's own hash of a prompt."""
+def hashes_of(tokens: Sequence[int], page_size: int, *, pairs: bool = False) -> list[str]:
+    """SGLang's own hashes of the whole pages of a prompt."""
     key, _ = RadixKey(array("q", tokens)).maybe_to_bigram_view(pairs)
     key = key[: len(key) // page_size * page_size]
-    return [hash_str_to_int64(page) for page in get_storage_hash_str(key, None, page_size=page_size)]
+    hashes: list[str] = get_storage_hash_str(key, None, page_size=page_size)
+    return hashes
+
+
+def names_of(tokens: Sequence[int], page_size: int, *, pairs: bool = False) -> list[int]:
+    """What these are called in events."""
+    return [hash_str_to_int64(page) for page in hashes_of(tokens, page_size, pairs=pairs)]
 
 
 class Router:

@@ -14,19 +14,15 @@ ON_DISK = StorageMedium.DISK
 
 
 @dataclass(frozen=True)
-class NodePages:
-    """The pages of a node of the tree.
+class NodeTokens:
+    """The tokens of a node's pages.
 
     Attributes:
-        hashes: SGLang's name of each page.
-        parent_hash: of the page before them; None at the start of a prompt.
-        tokens: of the pages; one more where an element of a key is a token and the one behind it.
+        ids: one more than the pages have where an element of a key is a token and the one behind it.
         is_bigram: whether it is so.
     """
 
-    hashes: Sequence[str]
-    parent_hash: str | None
-    tokens: Sequence[int]
+    ids: Sequence[int]
     is_bigram: bool
 
 

@@ -18,7 +18,7 @@ from sglang.srt.mem_cache.utils import get_storage_hash_str
 from sglang.srt.session.streaming_session import is_virtual_node
 
 from sglang_flexkv.integration.compat import version
-from sglang_flexkv.integration.compat.kv_events import NodePages
+from sglang_flexkv.integration.compat.kv_events import NodeTokens
 from sglang_flexkv.integration.compat.linker_interface import PoolName, PoolTransfer
 
 if TYPE_CHECKING or not version.is_0_5_22():
@@ -125,18 +125,13 @@ class TreeCache(UnifiedRadixCache):
         tells: bool = self.tree_core.kv_events.enabled
         return tells
 
-    def pages_for_routers(self, node_id: int) -> NodePages | None:
-        """The pages of a node. None where they are not called by their tokens alone: with a salt or an
+    def tokens_for_routers(self, node_id: int) -> NodeTokens | None:
+        """Those of a node. None where its pages are not called by their tokens alone: with a salt or an
         adapter events have names for them that the node does not tell."""
         node = self.tree_core.snapshot_buffer_backup(node_id, False)
         if node is None or node.key.extra_key is not None or node.key.cache_salt is not None:
             return None
-        return NodePages(
-            node.hash_values,
-            None if node.parent_is_root else node.parent_last_hash,
-            node.key.raw_token_ids(),
-            node.key.is_bigram,
-        )
+        return NodeTokens(node.key.raw_token_ids(), node.key.is_bigram)
 
     # ---- slots of recurrent states ----
 
