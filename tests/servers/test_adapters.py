@@ -14,6 +14,7 @@ from adapters import make_adapter
 from answers import ASK, difference, rounding
 from forked_server import ForkedServer
 from server import KV_ITEM_BYTES, ServerStartError, SGLangServer
+from slot_files import store_on_ssd
 from workload import some_tokens
 
 ROOT = Path(__file__).parents[2]
@@ -73,7 +74,7 @@ def test_adapters_have_kv_of_their_own(tmp_path: Path) -> None:
 
     def cold(server: SGLangServer, keys: list[Key]) -> dict[Key, dict[str, Any]]:
         answers = {
-            key: server.generate(max_new_tokens=NEW_TOKENS, **with_adapter(key), **ASK) for key in keys
+            key: store_on_ssd(server, max_new_tokens=NEW_TOKENS, **with_adapter(key), **ASK) for key in keys
         }
         for key, answer in answers.items():
             assert answer["meta_info"]["cached_tokens"] == 0, f"{key} was served KV of another adapter"

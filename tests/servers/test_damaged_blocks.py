@@ -101,9 +101,9 @@ def test_of_a_batch_only_the_request_whose_blocks_are_damaged_runs_again(
     settings = f"cpu_cache_gb: {cpu_tokens * TOKEN_BYTES / 2**30}\ncpu_eviction_policy: lru\n"
     apart = rounding(MODEL, tp_size)
     with server_over(directory, tmp_path, tp_size, settings) as server:
-        expected = [server.generate(damaged, NEW_TOKENS, **ASK)]
+        expected = [slot_files.store_on_ssd(server, damaged, NEW_TOKENS, **ASK)]
         for _ in range(2):  # it leaves the CPU tier: SSD alone has it
-            server.generate(some_tokens(rng, cpu_tokens // 2), NEW_TOKENS)
+            slot_files.store_on_ssd(server, some_tokens(rng, cpu_tokens // 2))
         expected += [server.generate(other, NEW_TOKENS, **ASK) for other in others]
         server.generate(some_tokens(rng, 2500), NEW_TOKENS)  # they leave the device
         assert damage(directory, f"tp{tp_size - 1}", every=8) > 10

@@ -39,7 +39,7 @@ def main() -> None:
         return engine
 
     first = start()
-    wait_for_blocks(Path(job["directory"]), job["blocks"])
+    wait_for_blocks(job["blocks"], Path(job["directory"]))
     first.shutdown()
     second = start()
     while True:

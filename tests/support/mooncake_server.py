@@ -24,17 +24,19 @@ class MooncakeServer:
 
     Args:
         size: of the memory, as Mooncake writes it.
+        missed_after_s: without a word of it an owner is taken for dead, with all that it holds. One that is
+            well may be silent for more than a second where the cores are busy.
     """
 
     processes = ("master", "owner")
 
-    def __init__(self, directory: Path, size: str = "256 MB") -> None:
+    def __init__(self, directory: Path, size: str = "256 MB", missed_after_s: int = 30) -> None:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
         programs = [shutil.which(name, path=path) for name in ("mooncake_master", "mooncake_client")]
         if None in programs:
             is_missing("mooncake_master")
         self._master, self._client = map(str, programs)
-        self._directory, self._size = directory, size
+        self._directory, self._size, self._missed_after_s = directory, size, missed_after_s
         self.port, self._metrics_port = free_port(), free_port()
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self.start()
@@ -62,7 +64,7 @@ class MooncakeServer:
                     # What has just been looked up may not be evicted for so long, in ms, and must have been
                     # brought by then: tests have little room, and run on slow machines.
                     "--default_kv_lease_ttl=1000",
-                    "--client_ttl=1",  # after which an owner that was killed is missed
+                    f"--client_ttl={self._missed_after_s}",
                 ],
             )
         if "owner" not in self._processes:

@@ -6,9 +6,9 @@ import contextlib
 import mmap
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sglang_flexkv import _core
 from sglang_flexkv.storage import ssd_tools
@@ -55,23 +55,31 @@ def _written(file: int) -> Iterator[tuple[int, int]]:
             yield begin, end
 
 
-def blocks_in(directory: Path) -> int:
+def blocks_in(*directories: Path) -> int:
     """Blocks that another process would find there, of all ranks."""
-    return sum(ssd_tools.inspect(files).live_blocks for files in ssd_tools.find([directory]))
+    return sum(ssd_tools.inspect(files).live_blocks for files in ssd_tools.find(directories))
 
 
-def wait_for_blocks(directory: Path, count: int) -> None:
+def wait_for_blocks(count: int, *directories: Path) -> None:
     """Until so many blocks are there. A CPU tier that is smaller than what is stored drops what a slow disk
     has not taken yet."""
     deadline = time.monotonic() + PATIENCE_S
-    while (found := blocks_in(directory)) < count:
+    while (found := blocks_in(*directories)) < count:
         assert time.monotonic() < deadline, f"{found} blocks have reached SSD, not {count}"
         time.sleep(0.02)
 
 
-def store_on_ssd(server: SGLangServer, prompt: list[int]) -> None:
-    """Computes a prompt, and waits until SSD has it. Its files are in ``ssd`` beside the configuration."""
-    directory = Path(str(server.flags["flexkv-config-file"])).parent / "ssd"
-    before = blocks_in(directory)
-    server.generate(prompt, 1)
-    wait_for_blocks(directory, before + len(prompt) // int(str(server.flags["page-size"])))
+def store_on_ssd(
+    server: SGLangServer, prompt: Sequence[int], max_new_tokens: int = 1, **fields: Any
+) -> dict[str, Any]:
+    """Computes a prompt, and waits until SSD has it. Returns the answer. Whatever was stored before must
+    be there already. The files are in directories ``ssd*`` beside the configuration."""
+    directories = sorted(Path(str(server.flags["flexkv-config-file"])).parent.glob("ssd*"))
+    page = int(str(server.flags.get("page-size", 16)))  # as --enable-flexkv has it
+    before = blocks_in(*directories)
+    answer = server.generate(prompt, max_new_tokens, **fields)
+    # Of the last token nobody has computed KV.
+    num_tokens = len(prompt) + len(answer["output_ids"]) - 1
+    new = num_tokens // page - answer["meta_info"]["cached_tokens"] // page
+    wait_for_blocks(before + new * int(str(server.flags.get("tp-size", 1))), *directories)
+    return answer

@@ -99,20 +99,10 @@ def until_it_works(store: Store) -> None:
 
 
 def with_values(store: Store, count: int) -> tuple[Session, list[str]]:
-    """A session, and names of so many values. A master that stood still takes an owner that it has not heard
-    of meanwhile for gone, and has no room until that has come back."""
-    names = some_names(count)
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        session = store.session()
-        try:
-            if session.put(names, [value(i + 1) for i in range(count)]) == [Outcome.GOOD] * count:
-                return session, names
-        except StoreError:
-            pass
-        session.close()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    """A session, and names of so many values."""
+    session, names = store.session(), some_names(count)
+    assert session.put(names, [value(i + 1) for i in range(count)]) == [Outcome.GOOD] * count
+    return session, names
 
 
 def test_memory_that_was_lent_is_used_where_it_is(store: MooncakeStore) -> None:
@@ -165,8 +155,13 @@ def test_what_stands_still_takes_no_longer_than_it_may(server: MooncakeServer, n
     store.close()
 
 
+@pytest.mark.usefixtures("server")  # whose time limits are this one's
 @pytest.mark.parametrize("name", ["owner", "master"])
-def test_what_was_killed_is_a_fault_and_comes_back(server: MooncakeServer, name: str) -> None:
+def test_what_was_killed_is_a_fault_and_comes_back(
+    tmp_path: Path, name: str, request: pytest.FixtureRequest
+) -> None:
+    server = MooncakeServer(tmp_path, missed_after_s=1)
+    request.addfinalizer(server.stop)
     store = opened(server.url)
     session, names = with_values(store, 2)
     server.kill(name)
