@@ -39,7 +39,7 @@ from sglang_flexkv.common.patience import Patience
 from sglang_flexkv.common.storage import DeviceBuffers
 from sglang_flexkv.common.transfer import Slots, SlotsOnTheirWay, TransferType
 from sglang_flexkv.storage.ssd_identity import Identity
-from sglang_flexkv.storage.storage_engine import StorageEngine, TierRequest
+from sglang_flexkv.storage.storage_engine import SharedMemory, StorageEngine, TierRequest
 from sglang_flexkv.tierlife import TierLife, TierState
 from sglang_flexkv.transfer.trace import TransferTrace
 from sglang_flexkv.transfer.transfer_engine import TransferEngine
@@ -204,6 +204,8 @@ class KVTaskEngine:
             ``namespace``.
         layers: of the model, one for each layer of the first group; None: those that no other group has.
         watched: whether blocks can be watched.
+        memory: of the CPU tier, if other processes have it as well; with one group only. Where another one
+            decides what is in it, nothing is stored here, and ``create_load`` loads from it.
 
     Raises:
         ConfigError, OSError: a tier cannot be set up (see StorageEngine).
@@ -224,6 +226,7 @@ class KVTaskEngine:
         more_groups: Sequence[KVGroup] = (),
         layers: Sequence[int] | None = None,
         watched: bool = False,
+        memory: SharedMemory | None = None,
     ) -> None:
         self.config = config
         self._trace = TransferTrace() if config.trace_file is not None else None
@@ -231,7 +234,7 @@ class KVTaskEngine:
         shared = shared or SharedBlocks(namespace)
         self._flush_seed, self._num_flushes = shared.seed, 0
         self._watched = watched
-        request = TierRequest(config, namespace, shared, label, identity, rank_tag, disk)
+        request = TierRequest(config, namespace, shared, label, identity, rank_tag, disk, memory=memory)
         self._storage = StorageEngine(device, request, more_groups, layers)
         self._tier_names = ["CPU", *(tier.name for tier in self._storage.first.lower)]
         self._lock = threading.RLock()
@@ -525,6 +528,19 @@ class KVTaskEngine:
         with self._lock:
             self.poll()
             return self._add(self._cache.plan_get(blocks, tokens))
+
+    def create_load(self, keys: BlockKeys, cpu_slots: Slots) -> KVTask:
+        """Task that brings to the device what another process has in these slots of the CPU tier, int64
+        [blocks], and keeps there meanwhile; READY."""
+        with self._lock:
+            self.poll()
+            return self._add(self._cache.plan_load(keys, cpu_slots))
+
+    def create_nothing(self) -> KVTask:
+        """Task for which there is nothing to do; COMPLETED."""
+        task = KVTask(next(self._ids), None, TaskStatus.READY)
+        task.become(TaskStatus.COMPLETED)
+        return task
 
     def create_put(
         self,

@@ -24,7 +24,8 @@ void BindMemory(py::module_& m) {
       .def_property_readonly("block_bytes", &BlockLayout::block_bytes);
 
   py::class_<HostPool, std::shared_ptr<HostPool>>(m, "HostPool")
-      .def(py::init<size_t, size_t>(), py::arg("num_slots"), py::arg("slot_bytes"))
+      .def(py::init<size_t, size_t, int>(), py::arg("num_slots"), py::arg("slot_bytes"),
+           py::arg("file") = HostPool::kOwnMemory)
       .def_property_readonly("num_slots", &HostPool::num_slots)
       .def_property_readonly("slot_bytes", &HostPool::slot_bytes)
       .def_property_readonly("total_bytes", &HostPool::total_bytes)

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <sys/stat.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -50,7 +51,8 @@ class PinTurn {
 
 }  // namespace
 
-HostPool::HostPool(size_t num_slots, size_t slot_bytes) : num_slots_(num_slots), slot_bytes_(slot_bytes) {
+HostPool::HostPool(size_t num_slots, size_t slot_bytes, int file)
+    : num_slots_(num_slots), slot_bytes_(slot_bytes) {
   Require(slot_bytes > 0 && slot_bytes % kIoAlignment == 0, "slot_bytes must be a positive multiple of 4096");
   Require(num_slots > 0, "a host pool needs at least one slot");
   mapped_bytes_ = AlignUp(total_bytes(), kIoAlignment);
@@ -68,10 +70,25 @@ HostPool::HostPool(size_t num_slots, size_t slot_bytes) : num_slots_(num_slots),
   base_ = static_cast<char*>(mem) + before;
   if (before > 0) munmap(mem, before);
   munmap(base_ + mapped_bytes_, reserved_bytes - before - mapped_bytes_);
+  if (file != kOwnMemory) MapFile(file);
   // Fewer TLB misses and page faults where the system has huge pages; refusal costs nothing.
   (void)madvise(base_, mapped_bytes_, MADV_HUGEPAGE);
   // A forked child must not inherit (and copy on write) gigabytes that it never uses.
   (void)madvise(base_, mapped_bytes_, MADV_DONTFORK);
+}
+
+// In place of the memory of its own, which has nothing in it yet.
+void HostPool::MapFile(int file) {
+  struct stat found {};
+  const bool has_room = fstat(file, &found) == 0 && (found.st_size >= static_cast<off_t>(mapped_bytes_) ||
+                                                     ftruncate(file, static_cast<off_t>(mapped_bytes_)) == 0);
+  if (!has_room || mmap(base_, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE,
+                        file, 0) == MAP_FAILED) {
+    const int error = errno;
+    munmap(base_, mapped_bytes_);
+    throw SystemError("cannot map " + std::to_string(mapped_bytes_) +
+                      " bytes of shared memory for the CPU tier: " + std::strerror(error));
+  }
 }
 
 HostPool::~HostPool() {

@@ -17,12 +17,15 @@ class CudaDriver;
 
 class HostPool {
  public:
-  // Maps num_slots * slot_bytes of zero memory. slot_bytes must be a multiple of kIoAlignment.
-  // Throws SystemError if the address space cannot be had.
-  HostPool(size_t num_slots, size_t slot_bytes);
+  // Maps num_slots * slot_bytes of memory: zero memory of its own, or that of a file, a memfd, which other
+  // processes may map as well. The file grows to that size, and need not stay open. slot_bytes must be a
+  // multiple of kIoAlignment. Throws SystemError if the memory cannot be had.
+  HostPool(size_t num_slots, size_t slot_bytes, int file = kOwnMemory);
   ~HostPool();
   HostPool(const HostPool&) = delete;
   HostPool& operator=(const HostPool&) = delete;
+
+  static constexpr int kOwnMemory = -1;
 
   // The pool is pinned in chunks of this size, each of them one registration with CUDA. Small enough that a
   // server that stops does not wait for it, large enough to be cheap per byte.
@@ -45,6 +48,7 @@ class HostPool {
   size_t populated_bytes() const { return populated_bytes_.load(std::memory_order_relaxed); }
 
  private:
+  void MapFile(int file);
   void PinLoop();
 
   char* base_ = nullptr;

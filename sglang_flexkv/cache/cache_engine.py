@@ -107,6 +107,15 @@ class TransferPlan:
         return Counter(self.tiers[self.tiers != CPU].tolist())
 
     @property
+    def cpu_slots(self) -> Slots:
+        """GET of one group: of each block the slot in the CPU tier that it comes from, or passes through."""
+        slots = np.empty(self.num_blocks, np.int64)
+        for op in self.graph.ops:
+            if op.transfer_type is TransferType.H2D and op.src_block_ids is not None:
+                slots[op.block_positions] = op.src_block_ids
+        return slots
+
+    @property
     def reads(self) -> list[tuple[int, int]]:
         """Group and transaction of what comes from below the CPU tier."""
         return [(part.group, part.txn) for part in self.parts if part.num_lower_blocks]
@@ -728,6 +737,15 @@ class GlobalCacheEngine:
             return self._plan_fetch(PlanKind.GET, blocks.block_keys, acquired, blocks.token_ids)
         acquired = self.index.acquire(blocks, use=True, tokens=tokens)
         return self._plan_fetch(PlanKind.GET, blocks, acquired, tokens)
+
+    def plan_load(self, keys: BlockKeys, cpu_slots: Slots) -> TransferPlan:
+        """Plan that brings what is in these slots of the CPU tier to the device. It holds nothing here: that
+        they stay as they are is somebody else's part."""
+        plan = TransferPlan(PlanKind.GET, keys, TransferOpGraph())
+        plan.parts.append(PlanPart(0, 0, keys, tiers=np.full(len(keys), CPU, np.uint8)))
+        op = TransferOp(TransferType.H2D, np.arange(len(keys)), src_block_ids=cpu_slots)
+        plan.graph.add_transfer_op(op)
+        return plan
 
     def plan_prefetch(self, keys: BlockKeys, *, all_groups: bool = True) -> TransferPlan | None:
         """Plan that brings the leading held blocks into the CPU tier. None: nothing to bring.

@@ -302,22 +302,26 @@ class FlexKVConfig(CheckedSettings):
                 "memory this machine has available; lower it"
             )
 
-    def cache_config(self, *, block_bytes: int, tokens_per_block: int, num_ranks: int) -> CacheConfig:
-        """Sizes in blocks for one of ``num_ranks`` ranks that share this machine.
+    def cache_config(
+        self, *, block_bytes: int, tokens_per_block: int, num_ranks: int, ranks_per_copy: int = 1
+    ) -> CacheConfig:
+        """Sizes in blocks for one of the caches on this machine.
 
         Args:
             block_bytes: bytes a block takes in a tier, alignment included.
-            num_ranks: processes on this machine that each hold a shard of the cache.
+            num_ranks: processes on this machine.
+            ranks_per_copy: of these that have one cache in common; 1: each has one with a shard of the KV.
         """
+        num_caches = num_ranks // ranks_per_copy
         cpu_bytes = int(self.cpu_cache_gb * GIB) if self.cpu_cache_gb else available_memory_bytes() // 4
         self.check_memory()
-        num_cpu_blocks = cpu_bytes // num_ranks // block_bytes
+        num_cpu_blocks = cpu_bytes // num_caches // block_bytes
         if num_cpu_blocks == 0:
             asked = f"{self.cpu_cache_gb:g}" if self.cpu_cache_gb else f"{cpu_bytes / GIB:g} (the default)"
             raise ConfigError(
                 f"cpu_cache_gb={asked} holds no block of {block_bytes} bytes per rank; raise it"
             )
-        num_ssd_blocks = int(self.ssd_cache_gb * GIB) // num_ranks // block_bytes
+        num_ssd_blocks = int(self.ssd_cache_gb * GIB) // num_caches // block_bytes
         if self.ssd_cache_gb > 0 and num_ssd_blocks < len(self.ssd_cache_dir):
             raise ConfigError(
                 f"ssd_cache_gb={self.ssd_cache_gb:g} holds no block of {block_bytes} bytes per rank and "
@@ -335,11 +339,11 @@ class FlexKVConfig(CheckedSettings):
             ssd_cache_dir=self.ssd_cache_dir,
             ssd_on_mismatch=self.ssd_on_mismatch,
             ssd_admission=self.ssd_admission,
-            ssd_write_limit_mb_s=self.ssd_write_limit_mb_s / num_ranks,
+            ssd_write_limit_mb_s=self.ssd_write_limit_mb_s / num_caches,
             remote=self.remote,
             num_remote_blocks=max(_REMEMBERED_MIN, 4 * (num_cpu_blocks + num_ssd_blocks)),
             remote_admission=self.remote_admission,
-            remote_write_limit_mb_s=self.remote_write_limit_mb_s / num_ranks,
+            remote_write_limit_mb_s=self.remote_write_limit_mb_s / num_caches,
             remote_timeout_s=self.remote_timeout_s,
             remote_compression=self.remote_compression,
             copy_threads=threads,

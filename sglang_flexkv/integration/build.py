@@ -13,6 +13,7 @@ from sglang_flexkv import __version__
 from sglang_flexkv.common.config import GIB, FlexKVConfig, WritePolicy
 from sglang_flexkv.common.lower_tier import SharedBlocks
 from sglang_flexkv.common.storage import DeviceBuffers
+from sglang_flexkv.integration import one_copy
 from sglang_flexkv.integration.compat import server
 from sglang_flexkv.integration.compat.arguments import RECURRENT_ARGUMENTS
 from sglang_flexkv.integration.compat.kv_pool import (
@@ -54,11 +55,16 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     page_size = ctx.params.page_size
     drafts = draft_pools(ctx.params, server.reader()("speculative_algorithm"))
     pools = kv_pools(pool, page_size, cache.window_tokens, drafts, ctx.params.req_to_token_pool)
+    # Together, before anything that may fail on one of them.
+    common = one_copy.join(cache.ranks, place) if _is_one_for_all(pools, place) and not pools.more else None
     cache_config = config.cache_config(
         block_bytes=_bytes_per_block(pools, page_size),
         tokens_per_block=ctx.params.page_size,
         num_ranks=place.num_ranks,
+        ranks_per_copy=common.num_ranks if common is not None else 1,
     )
+    num_lower_tiers = cache_config.enable_ssd + (cache_config.remote is not None)
+    memory = common.memory(cache_config.num_cpu_blocks) if common is not None else None
     identity = _identity(ctx, pool, pools, place, at_start)
     shared = _identity(ctx, pool, pools, place, at_start, shared=True) if cache_config.remote else None
     if cache_config.enable_ssd:
@@ -68,11 +74,17 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     shared_blocks = None
     if shared is not None:
         ranks = place.attn_tp_size if all_alike and _is_one_for_all(pools, place) else 1
-        shared_blocks = SharedBlocks(shared.namespace, place.attn_tp_rank % ranks, ranks, seed)
+        storing = ranks if common is None else min(ranks, common.num_copies)
+        rank = place.attn_tp_rank if common is None else common.copy
+        shared_blocks = SharedBlocks(shared.namespace, rank % storing, storing, seed)
         _warn(shared, "to the store")
-        one_copy = f", one copy for {ranks} ranks" if ranks > 1 else ""
-        logger.info("sglang-flexkv: remote blocks are shared as %s%s", shared.namespace.hex()[:12], one_copy)
+        of_ranks = f", one copy for {ranks} ranks" if ranks > 1 else ""
+        logger.info("sglang-flexkv: remote blocks are shared as %s%s", shared.namespace.hex()[:12], of_ranks)
         logger.debug("sglang-flexkv: %s", shared)
+    keeps = common is None or common.keeps
+    if not keeps:  # an index of nothing, and no tier but the keeper's memory
+        nothing = {"num_cpu_blocks": 1, "enable_ssd": False, "num_ssd_blocks": 0, "remote": None}
+        cache_config = cache_config.model_copy(update=nothing)
     native_works()  # what SGLang has to compile is compiled before the first request comes
     engine = KVTaskEngine(
         cache_config,
@@ -86,8 +98,11 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         ),
         identity=identity,
         rank_tag=f"dp{place.dp_rank}-tp{place.tp_rank}",
-        watched=cache.tells_routers,
+        watched=cache.tells_routers and keeps,
+        memory=memory,
     )
+    if common is not None:
+        common.close()
     labels = {"dp_rank": str(place.dp_rank), "tp_rank": str(place.tp_rank)}
     on_gpu = pools.full.device.type != "cpu"
     waits_for_states = cache.keeps_states and on_gpu and not asks_for_states(ctx.model_config)
@@ -99,7 +114,10 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         single_rank=place.ranks_of_a_request == 1,
         has_draft=bool(drafts),
         by_layer=all(map(asks_for_layers, (pool, *drafts))) and not waits_for_states,
-        reads_under_forwards=not server.sends_to_decode_servers(),
+        # Of what one rank reads the others do not know which layers have come.
+        reads_under_forwards=common is None and not server.sends_to_decode_servers(),
+        one_copy=common,
+        num_lower_tiers=num_lower_tiers,
         metrics=Metrics(
             labels if server.exports_metrics() else None, engine.tier_names, remote=bool(engine.asked_tiers)
         ),
@@ -115,7 +133,14 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     if cache.keeps_states:
         ctx.params.req_to_token_pool.register_layer_transfer_counter(linker.layer_done_counter)
     ctx.tp_worker.register_hicache_layer_transfer_counter(linker.layer_done_counter)
-    _log(engine, config.write_policy)
+    if common is not None:
+        logger.info(
+            "sglang-flexkv: one copy for %d ranks of this machine, kept by TP rank %d",
+            common.num_ranks,
+            place.tp_rank - place.attn_tp_rank % common.num_ranks,
+        )
+    if keeps:
+        _log(engine, config.write_policy)
     return cache
 
 
@@ -137,7 +162,7 @@ def _bytes_per_block(pools: KVPools, page_size: int) -> int:
 
 
 def _is_one_for_all(pools: KVPools, place: server.Place) -> bool:
-    """Whether the ranks of a server share one copy of what they store for others.
+    """Whether the ranks of a server share one copy of what they store.
 
     With prefill CP each rank has all KV of a prompt, too. But no server has run that here, and a rank that
     gets back what it stored itself is right in any case.

@@ -29,6 +29,7 @@ from sglang_flexkv.integration.compat.linker_interface import PoolName, PoolTran
 from sglang_flexkv.integration.compat.scheduler import SchedulerView
 from sglang_flexkv.integration.layer_counter import LayerLoadCounter
 from sglang_flexkv.integration.metrics import Metrics
+from sglang_flexkv.integration.one_copy import OneCopy
 from sglang_flexkv.integration.page_hashes import PageHashes
 from sglang_flexkv.integration.request_state import NOTHING_FOUND, Lookup, RequestStates
 from sglang_flexkv.integration.tier_events import TierEvents
@@ -57,6 +58,7 @@ class _Load:
     task: KVTask
     token_slots: Slots | SlotsOnTheirWay
     complete: bool  # the plan covers all that was agreed on
+    lease: int  # on what all ranks of a machine load; 0: each has a cache of its own
     more_slots: Mapping[int, Slots | SlotsOnTheirWay]  # in the pools of further groups
 
 
@@ -75,9 +77,13 @@ class FlexKVLinker(UnifiedCacheLinker):
         by_layer: bool = True,
         has_draft: bool = False,
         reads_under_forwards: bool = True,
+        one_copy: OneCopy | None = None,
+        num_lower_tiers: int | None = None,
     ) -> None:
         """
         Args:
+            one_copy: that this rank has in common with others; the engine is its keeper's, or has nothing.
+            num_lower_tiers: of the keeper; None: of the engine.
             reads_under_forwards: a forward may wait for what its requests read from disks. If not, it loads
                 what the CPU tier holds, and a load does not fail for a disk's sake.
         """
@@ -105,9 +111,14 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._has_draft = has_draft
         self._page = engine.config.tokens_per_block
         self._reads_under_forwards = reads_under_forwards
+        self._one_copy = one_copy
+        self._keeps = one_copy is None or one_copy.keeps
+        if num_lower_tiers is None:
+            num_lower_tiers = len(engine.tier_names) - 1
+        self.has_lower_tiers = num_lower_tiers > 0
         # Tiers whose blocks have to be in the CPU tier before a forward loads them.
         self.read_before = (
-            engine.asked_tiers if reads_under_forwards else frozenset(range(1, len(engine.tier_names)))
+            engine.asked_tiers if reads_under_forwards else frozenset(range(1, num_lower_tiers + 1))
         )
         self.page_hashes = PageHashes(self._page, namespace)
         self.load_or_recompute = LoadOrRecompute(
@@ -122,6 +133,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         self._blocks_per_window = engine.blocks_per_window
         self._next_batch: dict[str, _Load] = {}  # of the requests admitted so far, in the order of admission
         self._loading: dict[int, dict[str, _Load]] = {}  # batches that run, by their gate's index
+        self._ended_leases: list[int] = []  # of loads that have ended here, and may not have elsewhere
         self._offloads: deque[KVTask] = deque()
         # Nodes that left the device, and whose slots no stream has been told to leave alone yet.
         self._write_backs: list[tuple[_core.LayerGate, KVTask]] = []
@@ -141,6 +153,8 @@ class FlexKVLinker(UnifiedCacheLinker):
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Leading pages of the tail that should be loaded, and the shorter prefixes that can be, too."""
+        if not self._keeps:
+            return list(range(1, len(transfers[0].keys or ()) + 1))  # as many as the keeper says
         keys = self.page_hashes.keys(rid, transfers[0].keys or ())
         num_pages = self.find_and_pin(rid, keys)
         ready = self.states.known(rid).found.ready
@@ -228,17 +242,11 @@ class FlexKVLinker(UnifiedCacheLinker):
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
         transfer = transfers[0]
         keys = self.page_hashes.keys(rid, transfer.keys or ())
-        task = self.engine.create_get(keys)
+        get = self._get_here(keys) if self._one_copy is None else self._get_together(keys, self._one_copy)
         self.states.end_lease(rid)  # the plan has a lease of its own now
-        plan = task.plan
-        complete = plan is not None and plan.num_blocks == len(keys)
-        if plan is not None and plan.num_lower_blocks and not self._reads_under_forwards:
-            complete = False  # evicted since it was found
-        if not complete and self._single_rank:
-            # No room for what comes from a lower tier, or not in time: the request is recomputed.
-            self.engine.cancel(task)
-            self.engine.forget(task)
-            return False
+        if get is None:
+            return False  # the request is recomputed
+        task, complete, lease = get
         state = self.states.of(rid)
         self.metrics.recomputed(max(0, len(state.found.held) - len(keys)) * self._page)
         state.found = NOTHING_FOUND  # counted
@@ -246,9 +254,45 @@ class FlexKVLinker(UnifiedCacheLinker):
             task,
             self.engine.token_slots(transfer.device_indices),
             complete,
+            lease,
             self._more_slots(transfers),
         )
         return True
+
+    def _get_here(self, keys: BlockKeys) -> tuple[KVTask, bool, int] | None:
+        """A get from this rank's own tiers, and whether it covers all that was agreed on. None: it does not,
+        and no other rank has to be told."""
+        task = self.engine.create_get(keys)
+        plan = task.plan
+        complete = plan is not None and plan.num_blocks == len(keys)
+        if plan is not None and plan.num_lower_blocks and not self._reads_under_forwards:
+            complete = False  # evicted since it was found
+        if not complete and self._single_rank:
+            # No room for what comes from a lower tier, or not in time.
+            self._drop(task)
+            return None
+        return task, complete, 0
+
+    def _get_together(self, keys: BlockKeys, one_copy: OneCopy) -> tuple[KVTask, bool, int] | None:
+        """A get from what the ranks of this machine have in common, and the keeper's lease for all of them.
+        None, on every rank, if a keeper cannot bring all of it."""
+        task, slots = None, None
+        if one_copy.keeps:
+            task = self.engine.create_get(keys)
+            if (plan := task.plan) is not None and plan.num_blocks == len(keys) and not plan.num_lower_blocks:
+                slots = plan.cpu_slots
+        agreed = one_copy.slots_to_load(slots, len(keys))
+        if agreed is None:
+            if task is not None:
+                self._drop(task)
+            return None
+        if task is not None:
+            return task, True, self.engine.pin(keys)[0]
+        return self.engine.create_load(keys, agreed), True, 0
+
+    def _drop(self, task: KVTask) -> None:
+        self.engine.cancel(task)
+        self.engine.forget(task)
 
     def _more_slots(self, transfers: Sequence[PoolTransfer]) -> dict[int, Slots | SlotsOnTheirWay]:
         """By further group the slots of the last blocks, as many as it has of them."""
@@ -279,8 +323,8 @@ class FlexKVLinker(UnifiedCacheLinker):
         load = self._next_batch.pop(rid, None)
         if load is None:
             return False
-        self.engine.cancel(load.task)
-        self.engine.forget(load.task)
+        self._drop(load.task)
+        self.engine.unpin(load.lease)
         return True
 
     def start_layer_wise_loading(self) -> int:
@@ -337,8 +381,15 @@ class FlexKVLinker(UnifiedCacheLinker):
                     for number, name in enumerate(self.engine.tier_names):
                         self.metrics.loaded(name, plan.num_blocks_from(number) * self._page)
             self.engine.forget(load.task)
+            self._ended_leases.append(load.lease)
         self._learn_speeds()
         return landed
+
+    def loads_have_ended_everywhere(self) -> None:
+        """Those that ``finish_layer_wise_loading`` was about, on all ranks."""
+        for lease in self._ended_leases:
+            self.engine.unpin(lease)
+        self._ended_leases.clear()
 
     def _learn_speeds(self) -> None:
         loads, costs = self.engine.load_stats(), self.load_or_recompute
@@ -412,6 +463,8 @@ class FlexKVLinker(UnifiedCacheLinker):
         gate: _core.LayerGate | None = None,
         tokens: NodeTokens | None = None,
     ) -> KVTask:
+        if not self._keeps:
+            return self.engine.create_nothing()
         transfer, *others = transfers
         keys = keys_from_page_hashes(transfer.keys or (), self.namespace)
         parent = keys_from_page_hashes([parent_hash], self.namespace)[0] if parent_hash else None
@@ -506,6 +559,9 @@ class FlexKVLinker(UnifiedCacheLinker):
         self.page_hashes.clear()
         for rid in list(self._next_batch):
             self.cancel_queued_load(rid)
+        # Other ranks may be reading yet, but what a batch has got that was taken away nobody uses.
+        self._ended_leases += [load.lease for batch in self._loading.values() for load in batch.values()]
+        self.loads_have_ended_everywhere()
         self._loading.clear()
         self._offloads.clear()
         self._write_backs.clear()

@@ -77,7 +77,7 @@ class Prefetches:
 
     def enter(self, rid: str) -> None:
         """A request enters the queue, right after its prefix was looked up."""
-        if not self._engine.has_lower_tiers:
+        if not self._linker.has_lower_tiers:
             return
         scheduler = self._scheduler
         its_turn = scheduler.next_is_free and not scheduler.runs_something

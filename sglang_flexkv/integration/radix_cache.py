@@ -129,7 +129,7 @@ class FlexKVLinkerWrapper(LinkerWrapper):
             return 0, req.last_node
         hit = self.hit_markers.get(req.rid)
         loaded = super().load_back(req)
-        if loaded[0] and self.cache_linker.engine.has_lower_tiers:
+        if loaded[0] and self.cache_linker.has_lower_tiers:
             self.cache.ranks.loads_begin()
         if hit is None or not loaded[0]:
             return loaded
@@ -155,6 +155,7 @@ class FlexKVLinkerWrapper(LinkerWrapper):
         index, self.inflight_load_index = self.inflight_load_index, -1
         here = self.cache_linker.finish_layer_wise_loading(index)
         landed = self.cache.ranks.landed_everywhere([rid in here for rid in rids])
+        self.cache_linker.loads_have_ended_everywhere()
         for rid in rids:
             self.private_load_indices.pop(rid, None)
         return list(self.loads.end(rids, [rid for rid, ok in zip(rids, landed, strict=True) if not ok]))

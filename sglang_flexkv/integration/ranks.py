@@ -14,6 +14,8 @@ What                      Reduced    Why that is enough
 ========================  =========  =======================================================================
 random bytes, at a start  least      any will do: they name what all ranks draw alike, their flushes
 whose values these are    all        in a store: only ranks with one name for them have values in common
+memory for one copy       greatest   only keepers say anything (``one_copy``), each in its machine's row
+slots that it loads from  greatest   as above; and pinned until the load has ended on all ranks
 length of a hit           least      of a prefix that a rank holds it holds every shorter one
 ends of a hit             all        with windows or states it does not: the longest that every rank can load
 wait for reads at all     any        whether to wait is one decision; which blocks to bring is each rank's own
@@ -38,6 +40,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 _SEED_BYTES = 16
@@ -69,6 +72,25 @@ class Ranks:
         number = int.from_bytes(hashlib.blake2b(what, digest_size=7).digest(), "big")
         *seed, least, greatest = self._common([*drawn, number, -number], torch.distributed.ReduceOp.MIN)
         return np.array(seed, np.int64).tobytes(), least == -greatest
+
+    def told(
+        self, values: npt.NDArray[np.int64] | None, speaker: int, num_speakers: int, count: int
+    ) -> npt.NDArray[np.int64]:
+        """What some of the ranks have to say to all, int64 [num_speakers, count]; -1 where one says nothing.
+
+        Args:
+            values: of the speaker that this rank is, int64 [count], none below 0; None: it says nothing.
+            speaker: which one it is.
+        """
+        said = np.full((num_speakers, count), -1, np.int64)
+        if values is not None:
+            said[speaker] = values
+        self._reduce(torch.from_numpy(said), torch.distributed.ReduceOp.MAX)
+        return said
+
+    def all_can(self, can: bool) -> bool:
+        """Whether something that was tried works on all of them."""
+        return bool(self._common([can], torch.distributed.ReduceOp.MIN)[0])
 
     def shortest_hit(self, num_blocks: int) -> int:
         """Blocks of a prefix that all ranks can load."""

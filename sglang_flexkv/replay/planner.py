@@ -114,13 +114,14 @@ class KvShape:
     ranks: int = 1
     window_bytes_per_token: int = 0  # the same over the layers that keep a sliding window
     window_tokens: int = 0  # that they keep
+    is_latent: bool = False  # all ranks hold the same, of which the tiers of a machine have one copy
 
     @classmethod
     def of_model(cls, path: Path, tp: int = 1, dtype: str | None = None) -> KvShape:
         """From a Hugging Face ``config.json`` or the directory that holds it.
 
         Args:
-            tp: tensor-parallel size. MLA and surplus ranks hold copies, as in SGLang.
+            tp: tensor-parallel size. On the device MLA and surplus ranks hold copies, as in SGLang.
             dtype: of the KV; none: that of the model.
 
         Raises:
@@ -163,7 +164,8 @@ class KvShape:
         if config.get("index_topk"):  # DeepSeek's sparse attention keeps a key for its index, with scales
             size = figure("index_head_dim")
             of_layer += size + size // _INDEX_VALUES_PER_SCALE * _INDEX_SCALE_BYTES
-        return cls(of_layer * (layers - windowed), tp, of_layer * windowed, window_tokens)
+        is_latent = bool(config.get("kv_lora_rank"))
+        return cls(of_layer * (layers - windowed), tp, of_layer * windowed, window_tokens, is_latent)
 
     @classmethod
     def of_total(cls, bytes_per_token: int, tp: int = 1) -> KvShape:
@@ -176,17 +178,22 @@ class KvShape:
         return cls(bytes_per_token // tp, tp)
 
     def block_bytes(self, tokens_per_block: int) -> int:
-        """Of a block in a tier, over all ranks, with what windows have there for each."""
+        """Of a block in a tier, in all copies, with what windows have there for each."""
         share = window_share(self.window_tokens, tokens_per_block) if self.window_tokens else 0.0
-        return self._block_bytes(tokens_per_block, share)
+        return self._block_bytes(tokens_per_block, share) * self.tier_copies
 
     def device_block_bytes(self, tokens_per_block: int) -> int:
         """Of a block in the device's pools, over all ranks."""
-        return self._block_bytes(tokens_per_block, _WINDOWS_ON_DEVICE)
+        return self._block_bytes(tokens_per_block, _WINDOWS_ON_DEVICE) * self.ranks
+
+    @property
+    def tier_copies(self) -> int:
+        """Of what one rank holds, in the tiers of a machine that has all ranks."""
+        return 1 if self.is_latent else self.ranks
 
     def _block_bytes(self, tokens_per_block: int, share: float) -> int:
         per_token = self.bytes_per_token + self.window_bytes_per_token * share
-        return math.ceil(per_token * tokens_per_block) * self.ranks
+        return math.ceil(per_token * tokens_per_block)
 
 
 def _windows(
@@ -447,7 +454,7 @@ class _Bench:
     @property
     def ssd_load_s(self) -> float:
         """What a token takes to load from SSD, by way of the CPU tier."""
-        all_bytes = float(self.shape.bytes_per_token * self.shape.ranks)
+        all_bytes = float(self.shape.bytes_per_token * self.shape.tier_copies)
         return self.cpu_load_s + all_bytes / (self.hardware.ssd_read_gb_s * 1e9)
 
     def _saving_s(self, replay: Replay) -> np.ndarray[Any, np.dtype[np.float64]]:

@@ -23,6 +23,19 @@ def slot_bytes_for(block_bytes: int) -> int:
 
 
 @dataclass(frozen=True)
+class SharedMemory:
+    """Memory for the CPU tier that other processes map as well.
+
+    Attributes:
+        file: descriptor of a memfd, which need not stay open.
+        num_slots: of it.
+    """
+
+    file: int
+    num_slots: int
+
+
+@dataclass(frozen=True)
 class TierRequest:
     """What there is to build a lower tier from.
 
@@ -38,6 +51,7 @@ class TierRequest:
         number_bytes: of the floating-point numbers that blocks consist of; 0: of several sizes, or others.
         ssd_limit: of what all groups write to SSD.
         remote_pace: of what all groups store remotely.
+        memory: of the CPU tier; None: of its own, as large as the configuration says.
     """
 
     config: CacheConfig
@@ -52,6 +66,7 @@ class TierRequest:
     number_bytes: int = 0
     ssd_limit: _core.WriteLimit | None = None
     remote_pace: WritePace | None = None
+    memory: SharedMemory | None = None
 
     def of_group(self, namespace: Namespace) -> Namespace:
         """In its place for what is kept of the group: no other one takes it for its own."""
@@ -134,7 +149,10 @@ class GroupStorage:
                     except AwayError as error:
                         self.away[tier] = str(error)
                     self.lower.append(tier)
-            self.host = _core.HostPool(num_blocks, self.slot_bytes)
+            if (memory := request.memory) is not None:
+                self.host = _core.HostPool(memory.num_slots, self.slot_bytes, memory.file)
+            else:
+                self.host = _core.HostPool(num_blocks, self.slot_bytes)
         except BaseException:
             self.close_lower()
             raise

@@ -21,6 +21,7 @@ import pytest
 from answers import ASK, EXACT, allowance, computed_in_chunks, difference, differing
 from forked_server import ForkedServer
 from server import DTYPE, ServerError, SGLangServer
+from slot_files import store_on_ssd
 from workload import Turn, conversations
 
 from sglang_flexkv.replay.planner import KvShape
@@ -65,11 +66,11 @@ SCENARIOS = [
 
 
 def token_bytes(scenario: Scenario) -> int:
-    """Bytes of a token in the CPU tier, over all ranks."""
+    """Bytes of a token in the CPU tier, in all copies."""
     dtype = DTYPE if scenario.kv_dtype == "auto" else scenario.kv_dtype
     rank = KvShape.of_model(ROOT / "models" / scenario.model, scenario.tp_size, dtype)
-    slot = -(-rank.block_bytes(scenario.page_size) // rank.ranks // 4096) * 4096
-    return slot // scenario.page_size * scenario.tp_size
+    slot = -(-rank.block_bytes(scenario.page_size) // rank.tier_copies // 4096) * 4096
+    return slot // scenario.page_size * rank.tier_copies
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_tenants_and_adapters_never_share(tmp_path: Path, references: References
     with flexkv_server(replace(SCENARIOS[0], server=ForkedServer), tmp_path) as server:
         for name in names:  # all of it, so that every tier holds somebody's copy
             for i in long:
-                answer = server.generate(TURNS[i].tokens, NEW_TOKENS, **name, **ASK)
+                answer = store_on_ssd(server, TURNS[i].tokens, NEW_TOKENS, **name, **ASK)
                 assert difference(answer, expected[i], apart) is None
                 shared = answer["meta_info"]["cached_tokens"]
                 alike = [j for j in long if j < i and j % 3 == i % 3]  # same system prompt, same tenant

@@ -36,7 +36,7 @@ Make = Callable[..., DynamicLinker]
 def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Make]:
     """Makes one as SGLang does, over a pool of its own."""
     made: list[DynamicLinker] = []
-    monkeypatch.setattr(server, "place", lambda: server.Place(0, 1, 0, 1, 0, 1, 0, 1))
+    monkeypatch.setattr(server, "place", lambda: server.Place(0, 1, 0, 1, 0, 1, 0, 1, 1))
 
     def make_linker(
         components: set[Any] = frozenset({ComponentType.FULL}),  # type: ignore[assignment]

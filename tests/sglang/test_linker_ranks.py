@@ -204,12 +204,12 @@ def fields(
 
 def of_prefills(rank: int, size: int) -> server.Place:
     """A rank of some that share the computing of prefills."""
-    return server.Place(rank, size, 0, 1, rank, size, 0, size)
+    return server.Place(rank, size, 0, 1, rank, size, 0, size, size)
 
 
 def of_heads(tp_rank: int, tp_size: int, attn_tp_size: int) -> server.Place:
     """A rank of some that share heads; of fewer with DP attention."""
-    return server.Place(tp_rank, tp_size, tp_rank % attn_tp_size, attn_tp_size, 0, 1, 0, tp_size)
+    return server.Place(tp_rank, tp_size, tp_rank % attn_tp_size, attn_tp_size, 0, 1, 0, tp_size, tp_size)
 
 
 @pytest.mark.parametrize("shared", [False, True])

@@ -6,8 +6,6 @@ from __future__ import annotations
 
 import errno
 import random
-import threading
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from dict_store import Values
 from kit import TIMEOUT_S, Rig, assert_same
 from linker_steps import PAGE, MakeRig, forget_failed_loads, may_run, nobody_else, prefetch, sequence
+from rank_group import Group, together
 from remote_faults import Faults, FaultyStore, try_again_soon
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang_flexkv_testing import FaultyDisk
@@ -25,7 +24,12 @@ from sglang_flexkv_testing import FaultyDisk
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import LoadPolicy, PrefetchPolicy
 from sglang_flexkv.common.lower_tier import SharedBlocks
+from sglang_flexkv.integration import one_copy
+from sglang_flexkv.integration.compat.server import Place
+from sglang_flexkv.integration.one_copy import OneCopy
+from sglang_flexkv.integration.ranks import Ranks
 from sglang_flexkv.storage.remote import tier as remote_tier
+from sglang_flexkv.storage.storage_engine import SharedMemory
 
 RANKS = 4
 REQUESTS = 60
@@ -41,38 +45,6 @@ REMOTE_FAULTS: list[dict[str, float]] = [
     {"full": 0.2, "lost": 0.1},
 ]
 CLEARED_AFTER = 20  # requests, where the storage is cleared on the way
-
-
-class Group:
-    """Reduces over ranks that are threads of this process. An error where they ask for different things."""
-
-    def __init__(self) -> None:
-        self._barrier = threading.Barrier(RANKS, timeout=TIMEOUT_S)
-        self._said: list[Any] = [None] * RANKS
-        self.num_reduced = 0
-
-    def reduce(self, rank: int, tensor: torch.Tensor, op: Any) -> None:
-        asked = self._exchange(rank, (str(op), tensor.clone()))
-        values = torch.stack([value for _, value in asked])
-        least = op == torch.distributed.ReduceOp.MIN
-        assert least or op == torch.distributed.ReduceOp.MAX
-        tensor.copy_(values.amin(0) if least else values.amax(0))
-        self.num_reduced += rank == 0
-
-    def leave(self, rank: int) -> None:
-        """This rank will ask nothing more."""
-        self._exchange(rank, ("nothing", torch.zeros(0)))
-
-    def fail(self) -> None:
-        self._barrier.abort()
-
-    def _exchange(self, rank: int, said: tuple[str, torch.Tensor]) -> list[tuple[str, torch.Tensor]]:
-        self._said[rank] = said
-        self._barrier.wait()
-        asked = list(self._said)
-        self._barrier.wait()
-        assert len({(what, value.numel()) for what, value in asked}) == 1, f"the ranks ask for {asked}"
-        return asked
 
 
 class Rank:
@@ -170,21 +142,15 @@ def run_all(group: Group, ranks: list[Rank]) -> None:
     """Runs the ranks side by side, and checks that they decide alike."""
 
     def run(number: int) -> None:
-        try:
-            with mock.patch.object(
-                ranks[number].rig.cache,
-                "_all_reduce_attn_groups",
-                lambda tensor, op: group.reduce(number, tensor, op),
-            ):
-                ranks[number].run()
-                group.leave(number)
-        except BaseException:
-            group.fail()
-            raise
+        with mock.patch.object(
+            ranks[number].rig.cache,
+            "_all_reduce_attn_groups",
+            lambda tensor, op: group.reduce(number, tensor, op),
+        ):
+            ranks[number].run()
+            group.leave(number)
 
-    with ThreadPoolExecutor(RANKS) as pool:
-        for done in [pool.submit(run, number) for number in range(RANKS)]:
-            done.result()
+    together(group, run)
     for other in ranks[1:]:
         assert other.decided == ranks[0].decided
 
@@ -193,7 +159,7 @@ def run_all(group: Group, ranks: list[Rank]) -> None:
 def test_ranks_whose_disks_differ_decide_alike(
     make_rig: MakeRig, tmp_path: Path, policy: PrefetchPolicy
 ) -> None:
-    group, ranks, disks = Group(), [], []
+    group, ranks, disks = Group(RANKS), [], []
     for number in range(RANKS):
         (tmp_path / str(number)).mkdir()
         disks.append(FaultyDisk(number))
@@ -229,12 +195,63 @@ def test_ranks_whose_disks_differ_decide_alike(
 
 
 @pytest.mark.parametrize("policy", [PrefetchPolicy.WAIT_COMPLETE, PrefetchPolicy.TIMEOUT])
+def test_ranks_that_have_one_copy_decide_alike(
+    make_rig: MakeRig, tmp_path: Path, policy: PrefetchPolicy
+) -> None:
+    """Two machines of two ranks: one of each has memory and a disk, and of one machine that is a bad one."""
+    group, ranks, disks = Group(RANKS), [], []
+
+    def join(number: int) -> tuple[OneCopy, SharedMemory]:
+        place = Place(number, RANKS, number, RANKS, 0, 1, 0, RANKS // 2, RANKS // 2)
+        copy = one_copy.join(Ranks(lambda tensor, op: group.reduce(number, tensor, op)), place)
+        assert copy is not None
+        return copy, copy.memory(14 + number)
+
+    for copy, memory in together(group, join):
+        own: dict[str, Any] = {"num_cpu_blocks": 1}
+        if copy.keeps:
+            (tmp_path / str(copy.copy)).mkdir()
+            disks.append(FaultyDisk(copy.copy))
+            own = {"num_cpu_blocks": memory.num_slots, "num_ssd_blocks": 128, "disk": disks[-1]}
+            own["ssd_dir"] = tmp_path / str(copy.copy)
+        rig = make_rig(
+            "mla",
+            num_pages=DEVICE_PAGES,
+            **own,
+            single_rank=False,
+            reads_under_forwards=False,
+            load_policy=LoadPolicy.LOAD,
+            prefetch_policy=policy,
+            prefetch_timeout_s=0.002,
+            one_copy=copy,
+            memory=memory,
+            num_lower_tiers=1,
+        )
+        copy.close()
+        ranks.append(Rank(rig, seed=5, clears=True))
+    disks[1].set_fault(*FAULTS[2])
+    run_all(group, ranks)
+    disks[1].clear_faults()
+    assert disks[1].injected()
+    assert ranks[0].num_waited > 0
+    assert sum(length for batch, *_ in ranks[0].decided for _, length in batch) > 0
+    for number, rank in enumerate(ranks):
+        rank.rig.settle()
+        assert rank.rig.engine.flush_spills(TIMEOUT_S)
+        assert rank.rig.stats("H2D")["bytes"] == ranks[0].rig.stats("H2D")["bytes"] > 0
+        if number % 2 == 0:
+            assert rank.rig.stats("DISK2H")["bytes"] > 0
+        else:
+            assert rank.rig.stats("D2H")["bytes"] == 0
+
+
+@pytest.mark.parametrize("policy", [PrefetchPolicy.WAIT_COMPLETE, PrefetchPolicy.TIMEOUT])
 def test_ranks_that_share_blocks_in_a_store_decide_alike(
     make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch, policy: PrefetchPolicy
 ) -> None:
     """Each stores some, loads all, and has a way of its own to the store."""
     try_again_soon(monkeypatch)
-    group, ranks, values = Group(), [], Values()
+    group, ranks, values = Group(RANKS), [], Values()
     all_faults = [Faults(number) for number in range(RANKS)]
     for number, faults in enumerate(all_faults):
         monkeypatch.setattr(

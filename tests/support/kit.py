@@ -69,8 +69,10 @@ from sglang_flexkv.common.lower_tier import SharedBlocks
 from sglang_flexkv.integration.compat.kv_pool import kv_pools
 from sglang_flexkv.integration.linker import FlexKVLinker
 from sglang_flexkv.integration.metrics import Metrics
+from sglang_flexkv.integration.one_copy import OneCopy
 from sglang_flexkv.integration.radix_cache import FlexKVRadixCache
 from sglang_flexkv.kvtask import KVTaskEngine
+from sglang_flexkv.storage.storage_engine import SharedMemory
 
 CORES = ("python", "rust")
 
@@ -185,6 +187,7 @@ class Rig:
         shared: whose blocks those in the store are; none: of who has the same keys.
         drafts: pools of draft models.
         single_rank: as the linker's; False makes it behave as one of several ranks.
+        one_copy: that this rank has in common with others, in this memory.
     """
 
     def __init__(
@@ -208,6 +211,9 @@ class Rig:
         prefetch_timeout_s: float = 3.0,
         drafts: Sequence[MHATokenToKVPool | MLATokenToKVPool] = (),
         reads_under_forwards: bool = True,
+        one_copy: OneCopy | None = None,
+        memory: SharedMemory | None = None,
+        num_lower_tiers: int | None = None,
     ) -> None:
         self.byte_values = 256  # that are written: few shrink, all do not
         self.cache, self.allocator, self.requests = parts
@@ -249,6 +255,7 @@ class Rig:
             shared=shared,
             disk=disk,
             watched=self.cache.tells_routers,
+            memory=memory,
         )
         self.linker = FlexKVLinker(
             self.engine,
@@ -264,6 +271,8 @@ class Rig:
             metrics=Metrics(),
             has_draft=bool(drafts),
             reads_under_forwards=reads_under_forwards,
+            one_copy=one_copy,
+            num_lower_tiers=num_lower_tiers,
         )
         self.cache.attach(self.linker, policy, by_priority=by_priority)
         self.pool.register_layer_transfer_counter(self.linker.layer_done_counter)

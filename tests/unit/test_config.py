@@ -314,6 +314,23 @@ def test_ranks_share_the_sizes() -> None:
     assert not blocks(cpu_cache_gb=0.5).enable_ssd
 
 
+def test_ranks_with_one_copy_have_the_sizes_of_one() -> None:
+    ssd: dict[str, Any] = {
+        "cpu_cache_gb": 0.5,
+        "ssd_cache_gb": 1,
+        "ssd_cache_dir": "/a",
+        "copy_threads": None,
+    }
+    sizes = {"block_bytes": BLOCK, "tokens_per_block": 16, "num_ranks": 8}
+    config = FlexKVConfig(**ssd, ssd_write_limit_mb_s=100)
+    for of_a_copy, num_copies in ((8, 1), (4, 2), (1, 8)):
+        one = config.cache_config(**sizes, ranks_per_copy=of_a_copy)
+        assert one.num_cpu_blocks == GIB // 2 // BLOCK // num_copies
+        assert one.num_ssd_blocks == GIB // BLOCK // num_copies
+        assert one.ssd_write_limit_mb_s == 100 / num_copies
+        assert one.copy_threads == blocks(8, **ssd).copy_threads  # all ranks copy
+
+
 def test_ranks_share_the_limit_on_writes() -> None:
     ssd: dict[str, Any] = {"cpu_cache_gb": 0.5, "ssd_cache_gb": 1, "ssd_cache_dir": "/a"}
     assert blocks(4, **ssd, ssd_write_limit_mb_s=100).ssd_write_limit_mb_s == 25

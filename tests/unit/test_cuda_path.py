@@ -270,9 +270,13 @@ def wait_until_pinned(host: _core.HostPool) -> None:
         time.sleep(0.001)
 
 
-def test_memory_is_populated_before_it_is_registered(cuda: FakeCuda) -> None:
+@pytest.mark.parametrize("shared", [False, True], ids=["its_own", "shared"])
+def test_memory_is_populated_before_it_is_registered(cuda: FakeCuda, shared: bool) -> None:
     """Or the driver does it, under its locks, which is a violation. Huge pages need an address that fits."""
-    host = _core.HostPool(1024, 4096)  # which nobody has written to
+    file = os.memfd_create("pool") if shared else -1
+    host = _core.HostPool(1024, 4096, file)  # which nobody has written to
+    if shared:
+        os.close(file)
     engine = engine_over(cuda, host)
     wait_until_pinned(host)
     assert host.slot_view(0).ctypes.data % (2 << 20) == 0

@@ -249,8 +249,13 @@ def test_kv_of_a_model(
     tmp_path: Path, config: dict[str, Any], tp: int, dtype: str | None, bytes_per_token: int
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert KvShape.of_model(tmp_path, tp, dtype) == KvShape(bytes_per_token, tp)
-    assert KvShape.of_model(tmp_path / "config.json", tp, dtype).block_bytes(16) == 16 * bytes_per_token * tp
+    is_latent = "kv_lora_rank" in config
+    shape = KvShape.of_model(tmp_path, tp, dtype)
+    assert shape == KvShape(bytes_per_token, tp, is_latent=is_latent)
+    assert shape == KvShape.of_model(tmp_path / "config.json", tp, dtype)
+    assert shape.device_block_bytes(16) == 16 * bytes_per_token * tp
+    # A latent is the same on all ranks, and the tiers have it once.
+    assert shape.block_bytes(16) == 16 * bytes_per_token * (1 if is_latent else tp)
 
 
 WINDOWS = {

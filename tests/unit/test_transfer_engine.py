@@ -959,6 +959,32 @@ def test_the_host_pool_takes_what_was_asked_and_is_faulted_in_behind_the_scenes(
         select.select([], [], [], 0.01)
     assert host.populated_bytes == size
     used = psutil.Process().memory_info().rss - before
-    assert size * 0.95 < used < size * 1.05  # a full index included, at the smallest slot there is
+    assert size * 0.95 < used < size * 1.08  # a full index included, at the smallest slot there is
     assert index.stats(0).ready == size // 4096
     del engine
+
+
+def test_pools_over_one_file_are_one_memory() -> None:
+    """In two processes it is the same: what maps the file sees what another one writes, and its end."""
+    file = os.memfd_create("pool")
+    first, second = _core.HostPool(8, 4096, file), _core.HostPool(8, 4096, file)
+    os.close(file)
+    first.slot_view(3)[:] = 7
+    assert second.slot_view(3).tolist() == [7] * 4096
+    assert not second.slot_view(2).any()
+    child = os.fork()
+    if not child:  # it has the addresses of neither
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    del first
+    assert second.slot_view(3).tolist() == [7] * 4096
+
+
+def test_memory_that_is_no_file_is_refused() -> None:
+    read, write = os.pipe()
+    try:
+        with pytest.raises(_core.CoreSystemError, match="cannot map 32768 bytes of shared memory"):
+            _core.HostPool(8, 4096, write)
+    finally:
+        os.close(read)
+        os.close(write)

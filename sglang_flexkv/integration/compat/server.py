@@ -22,6 +22,7 @@ class Place:
     attn_cp_size: int
     dp_rank: int
     num_ranks: int  # that share this machine, at least 1
+    tp_ranks_here: int  # of them those of one replica
 
     @property
     def ranks_of_a_request(self) -> int:
@@ -40,6 +41,7 @@ def place() -> Place:
         attn_cp_size=parallel.attn_cp_size,
         dp_rank=parallel.dp_rank or 0,
         num_ranks=max(1, parallel.tp_size * parallel.dp_size // parallel.nnodes),
+        tp_ranks_here=max(1, parallel.tp_size // parallel.nnodes),
     )
 
 

@@ -1,0 +1,260 @@
+"""Ranks of one machine that compute the same KV have one copy of it. Each is a thread here, with a device of
+its own; what they share is real memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from kit import Rig, assert_same
+from linker_steps import PAGE, PAGES, MakeRig, check_landed, invalidate_cpu_tier, sequence
+from rank_group import Group, together
+
+from sglang_flexkv.integration import one_copy
+from sglang_flexkv.integration.compat.requests import name_of
+from sglang_flexkv.integration.compat.server import Place
+from sglang_flexkv.integration.one_copy import OneCopy
+from sglang_flexkv.integration.ranks import Ranks
+
+CPU_BLOCKS = 12
+
+
+def place(rank: int, num_ranks: int, here: int) -> Place:
+    return Place(rank, num_ranks, rank, num_ranks, 0, 1, 0, here, here)
+
+
+def join(group: Group, here: int) -> list[OneCopy | None]:
+    """Of ranks on machines with so many each."""
+
+    def of_rank(number: int) -> OneCopy | None:
+        ranks = Ranks(lambda tensor, op: group.reduce(number, tensor, op))
+        return one_copy.join(ranks, place(number, group.num_ranks, here))
+
+    return together(group, of_rank)
+
+
+class Server:
+    """A rank per rig. Calls are made on all of them, as by schedulers that run the same requests."""
+
+    def __init__(self, make_rig: MakeRig, num_ranks: int, here: int, **options: Any) -> None:
+        self.group = Group(num_ranks)
+        joined = join(self.group, here)
+        self.copies = [copy for copy in joined if copy is not None]
+        assert len(self.copies) == num_ranks
+        memory = together(self.group, lambda number: self.copies[number].memory(CPU_BLOCKS))
+        self.rigs: list[Rig] = []
+        for copy, of_rank in zip(self.copies, memory, strict=True):
+            own = {"num_cpu_blocks": CPU_BLOCKS, **options} if copy.keeps else {"num_cpu_blocks": 1}
+            rig = make_rig(
+                "mla",
+                **own,
+                single_rank=False,
+                reads_under_forwards=False,
+                one_copy=copy,
+                memory=of_rank,
+                num_lower_tiers=int("ssd_dir" in options),
+            )
+            copy.close()
+            self.rigs.append(rig)
+
+    def on_all(self, do: Callable[[Rig], Any]) -> list[Any]:
+        with ExitStack() as stack:
+            for number, rig in enumerate(self.rigs):
+                reduce = mock.patch.object(
+                    rig.cache,
+                    "_all_reduce_attn_groups",
+                    lambda tensor, op, number=number: self.group.reduce(number, tensor, op),
+                )
+                stack.enter_context(reduce)
+            return together(self.group, lambda number: do(self.rigs[number]))
+
+    def insert(self, tokens: list[int], seed: int) -> list[torch.Tensor]:
+        expected, *others = self.on_all(lambda rig: rig.insert(tokens, seed))
+        for other in others:
+            assert_same(other, expected)
+        self.on_all(lambda rig: rig.evict_all())
+        return list(expected)
+
+    def load(self, tokens: list[int], expected: list[torch.Tensor]) -> list[int]:
+        """Loads on all ranks. Returns how many tokens each had from the tiers."""
+
+        def of_rank(rig: Rig) -> int:
+            req = rig.request(tokens)
+            slots = rig.admit(req)
+            rig.start_batch()
+            rig.forward()
+            assert rig.cache.finish_external_linker_loads([req]) == []
+            if len(slots):
+                check_landed(rig, req, slots, expected)
+                rig.evict_all()
+            else:
+                rig.abort(req)
+            return len(slots)
+
+        return self.on_all(of_rank)
+
+
+def fill(rig: Rig, num_blocks: int) -> None:
+    """Other blocks in place of all that can go from the CPU tier, with bytes that nobody expects."""
+    keys = np.arange(2 * num_blocks, dtype=np.uint64).reshape(-1, 2) + np.uint64(2**40)
+    task = rig.engine.create_put(None, keys)
+    assert task.plan is not None
+    slots = rig.allocate(num_blocks * PAGE)
+    assert slots is not None
+    rig.write(slots, seed=99)
+    rig.engine.launch(task, rig.engine.token_slots(slots))
+    assert rig.engine.wait([task], 60.0)
+    rig.engine.forget(task)
+    rig.allocator.free(slots)
+
+
+@pytest.mark.parametrize(("num_ranks", "here"), [(2, 2), (4, 4), (4, 2)])
+def test_what_one_rank_has_stored_all_load(make_rig: MakeRig, num_ranks: int, here: int) -> None:
+    server = Server(make_rig, num_ranks, here)
+    keepers = [rig for rig, copy in zip(server.rigs, server.copies, strict=True) if copy.keeps]
+    assert len(keepers) == num_ranks // here
+    expected = server.insert(sequence(1), seed=1)
+    assert [rig.stats("CPU")["ready"] for rig in keepers] == [PAGES] * len(keepers)
+    assert server.load(sequence(1), expected) == [PAGES * PAGE] * num_ranks
+    for rig in server.rigs:
+        assert rig.stats("H2D")["bytes"] > 0
+        assert (rig.stats("D2H")["bytes"] > 0) == (rig in keepers)
+    # One machine has lost it: nobody loads, and nothing is left held.
+    invalidate_cpu_tier(keepers[-1])
+    assert server.load(sequence(1), expected) == [0] * num_ranks
+
+
+def test_what_others_still_read_stays_where_it_is(make_rig: MakeRig) -> None:
+    """The keeper is through with a load, and has other blocks to keep, before the other rank has begun."""
+    server = Server(make_rig, 2, 2)
+    expected = server.insert(sequence(1), seed=1)
+    keeper, other = server.rigs
+
+    def admit(rig: Rig) -> tuple[Any, torch.Tensor]:
+        req = rig.request(sequence(1))
+        return req, rig.admit(req)
+
+    admitted = server.on_all(admit)
+    keeper.start_batch()
+    keeper.forward()
+    assert keeper.engine.drain(60.0)
+    keeper.engine.poll()
+    fill(keeper, CPU_BLOCKS - PAGES)
+    assert keeper.stats("CPU")["ready"] == CPU_BLOCKS
+    other.start_batch()
+    other.forward()
+    reqs = {id(rig): of_rank for rig, of_rank in zip(server.rigs, admitted, strict=True)}
+    server.on_all(lambda rig: rig.cache.finish_external_linker_loads([reqs[id(rig)][0]]))
+    for rig, (req, slots) in zip(server.rigs, admitted, strict=True):
+        check_landed(rig, req, slots, expected)
+    keeper.evict_all()
+    # Then it may go.
+    fill(keeper, CPU_BLOCKS)
+
+
+def test_a_load_that_goes_away_before_it_runs_lets_go_on_all_ranks(make_rig: MakeRig) -> None:
+    server = Server(make_rig, 2, 2)
+    server.insert(sequence(1), seed=1)
+
+    def admit_and_abort(rig: Rig) -> None:
+        req = rig.request(sequence(1))
+        slots = rig.admit(req)
+        assert len(slots) == PAGES * PAGE
+        rig.abort(req, slots)
+        assert rig.stats("CPU")["pinned"] == 0
+
+    server.on_all(admit_and_abort)
+
+
+def test_what_a_keeper_finds_no_more_is_computed_by_all(make_rig: MakeRig) -> None:
+    server = Server(make_rig, 2, 2)
+    server.insert(sequence(1), seed=1)
+
+    def admit(rig: Rig) -> int:
+        req = rig.request(sequence(1))
+        match = rig.match(req)
+        assert match.host_hit_length == PAGES * PAGE
+        if rig is server.rigs[0]:
+            rig.linker.states.end_lease(name_of(req))
+            invalidate_cpu_tier(rig)
+        slots = rig.admit(req, match)
+        rig.abort(req, slots)
+        return len(slots)
+
+    assert server.on_all(admit) == [0, 0]
+
+
+def test_requests_wait_together_for_what_the_keeper_reads(make_rig: MakeRig, tmp_path: Path) -> None:
+    server = Server(make_rig, 2, 2, ssd_dir=tmp_path)
+    expected = server.insert(sequence(1), seed=1)
+    keeper = server.rigs[0]
+    assert keeper.engine.flush_spills(60.0)
+    invalidate_cpu_tier(keeper)
+
+    def wait(rig: Rig) -> int:
+        req = rig.request(sequence(1))
+        match = rig.match(req)
+        assert match.host_hit_length == 0  # no forward reads it
+        rig.cache.prefetch_from_storage(
+            req.cache_request_handle, match.last_host_node, [], matched_prefix_tokens=[]
+        )
+        waited = 0
+        while not rig.cache.check_prefetch_progress(req.cache_request_handle):
+            waited += 1
+            rig.engine.drain(60.0)
+        slots = rig.admit(req)
+        rig.start_batch()
+        rig.forward()
+        assert rig.cache.finish_external_linker_loads([req]) == []
+        check_landed(rig, req, slots, expected)
+        return waited
+
+    waited = server.on_all(wait)
+    assert waited[0] == waited[1] > 0
+    assert keeper.stats("DISK2H")["bytes"] > 0
+
+
+def test_a_flush_forgets_on_all_ranks(make_rig: MakeRig) -> None:
+    server = Server(make_rig, 2, 2)
+    expected = server.insert(sequence(1), seed=1)
+    server.on_all(lambda rig: rig.cache.reset())
+    assert server.load(sequence(1), expected) == [0, 0]
+    expected = server.insert(sequence(1), seed=2)
+    assert server.load(sequence(1), expected) == [PAGES * PAGE] * 2
+
+
+@pytest.mark.parametrize("fault", ["no_memfd", "no_proc", "another_file"])
+def test_ranks_that_cannot_open_each_others_memory_have_none_in_common(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    opened = os.open
+
+    def refuse(*_: Any) -> int:
+        raise PermissionError("no")
+
+    def another(path: Any, *_: Any) -> int:
+        assert str(path).startswith("/proc/")
+        return opened("/dev/zero", os.O_RDWR)
+
+    if fault == "no_memfd":
+        monkeypatch.setattr(os, "memfd_create", refuse)
+    else:
+        monkeypatch.setattr(os, "open", refuse if fault == "no_proc" else another)
+    before = len(os.listdir("/proc/self/fd"))
+    assert join(Group(4), 2) == [None] * 4
+    assert caplog.text.count("each keeps a copy of its own") == 4
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(("num_ranks", "here"), [(1, 1), (2, 1), (4, 3)])
+def test_ranks_that_are_alone_on_their_machine_ask_nobody(num_ranks: int, here: int) -> None:
+    group = Group(num_ranks)
+    assert join(group, here) == [None] * num_ranks
+    assert group.num_reduced == 0
