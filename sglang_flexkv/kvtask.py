@@ -49,7 +49,7 @@ logger = logging.getLogger(__name__)
 # Spills in flight to one tier. Enough to keep a disk busy, few enough that a stop does not wait for long.
 _SPILLS_MAX = 4
 _SPILL_BYTES_MAX = 64 << 20
-# Of what comes from a tier that is asked, so much is brought by one task: see Fetch.
+# Where reads are in pieces, so much is brought by one task: see Fetch.
 _FETCH_BYTES = 32 << 20
 
 # Who waits for a task looks after the lower tiers so often meanwhile.
@@ -204,6 +204,8 @@ class KVTaskEngine:
             ``namespace``.
         layers: of the model, one for each layer of the first group; None: those that no other group has.
         watched: whether blocks can be watched.
+        reads_in_pieces: what a fetch brings comes in many tasks, and is of use as far as it has come. With a
+            tier that is asked it does in any case.
         memory: of the CPU tier, if other processes have it as well; with one group only. Where another one
             decides what is in it, nothing is stored here, and ``create_load`` loads from it.
 
@@ -226,6 +228,7 @@ class KVTaskEngine:
         more_groups: Sequence[KVGroup] = (),
         layers: Sequence[int] | None = None,
         watched: bool = False,
+        reads_in_pieces: bool = False,
         memory: SharedMemory | None = None,
     ) -> None:
         self.config = config
@@ -251,6 +254,7 @@ class KVTaskEngine:
             for number, tier in enumerate(self._storage.first.lower, start=1)
             if tier.is_asked
         }
+        self._reads_in_pieces = reads_in_pieces or bool(self._asked)
         # Further groups in the order in which they are asked for: states are at the fewest places.
         self._fewest_places_first = sorted(
             range(1, len(more_groups) + 1),
@@ -394,6 +398,11 @@ class KVTaskEngine:
     def num_spill_dropped_blocks(self) -> int:
         """Blocks that were to go from the CPU tier to a lower one and did not get there."""
         return self._cache.num_spill_dropped_blocks
+
+    @property
+    def reads_in_pieces(self) -> bool:
+        """Whether what a fetch has brought is of use before it has ended."""
+        return self._reads_in_pieces
 
     @property
     def num_reads(self) -> int:
@@ -627,9 +636,10 @@ class KVTaskEngine:
         """Starts to bring the leading held blocks of ``keys`` into the CPU tier. None: nothing to do."""
         with self._lock:
             self.poll()
-            size = max(1, _FETCH_BYTES // self.slot_bytes) if self._asked else max(1, len(keys))
+            pieces = self._reads_in_pieces
+            size = max(1, _FETCH_BYTES // self.slot_bytes) if pieces else max(1, len(keys))
             fetch = Fetch([])
-            if self._asked and len(self._cache.groups) > 1:
+            if pieces and len(self._cache.groups) > 1:
                 for each in self._cache.plan_prefetches(keys, size):
                     self._start_fetching(fetch, each)
                 return fetch if fetch.tasks else None

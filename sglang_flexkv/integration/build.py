@@ -85,6 +85,8 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
     if not keeps:  # an index of nothing, and no tier but the keeper's memory
         nothing = {"num_cpu_blocks": 1, "enable_ssd": False, "num_ssd_blocks": 0, "remote": None}
         cache_config = cache_config.model_copy(update=nothing)
+    # Of what one rank reads the others do not know which layers have come.
+    reads_under_forwards = common is None and not server.sends_to_decode_servers()
     native_works()  # what SGLang has to compile is compiled before the first request comes
     engine = KVTaskEngine(
         cache_config,
@@ -99,6 +101,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         identity=identity,
         rank_tag=f"dp{place.dp_rank}-tp{place.tp_rank}",
         watched=cache.tells_routers and keeps,
+        reads_in_pieces=not reads_under_forwards,
         memory=memory,
     )
     if common is not None:
@@ -114,8 +117,7 @@ def build_radix_cache(create: Callable[..., Any], ctx: Any, at_start: Settings |
         single_rank=place.ranks_of_a_request == 1,
         has_draft=bool(drafts),
         by_layer=all(map(asks_for_layers, (pool, *drafts))) and not waits_for_states,
-        # Of what one rank reads the others do not know which layers have come.
-        reads_under_forwards=common is None and not server.sends_to_decode_servers(),
+        reads_under_forwards=reads_under_forwards,
         one_copy=common,
         num_lower_tiers=num_lower_tiers,
         metrics=Metrics(

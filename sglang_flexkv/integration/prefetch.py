@@ -93,8 +93,9 @@ class Prefetches:
             self._start(rid)
 
     def tick(self) -> None:
-        """Called at each step of the scheduler: answers are taken in, whoever's turn it is."""
-        if not self._asks:
+        """Called at each step of the scheduler: answers are taken in, and what has come is kept, whoever's
+        turn it is."""
+        if not self._engine.reads_in_pieces:
             return
         for rid, wait in self.waits.items():
             self._go_on(rid, wait)
@@ -161,7 +162,7 @@ class Prefetches:
             wait.inquiry = None
             if inquiry.found_something:
                 self._bring_answer(rid, wait, inquiry)
-        num_ended = sum(read.num_ended for read in wait.reads) if self._asks else 0
+        num_ended = sum(read.num_ended for read in wait.reads) if self._engine.reads_in_pieces else 0
         if num_ended > wait.num_ended:  # what has come is kept, whatever becomes of the rest
             wait.num_ended = num_ended
             self._linker.find_and_pin(rid, wait.keys)

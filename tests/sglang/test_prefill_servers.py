@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from kit import TIMEOUT_S, assert_same
+from kit import TIMEOUT_S, assert_same, cut
 from linker_steps import (
     PAGE,
     PAGES,
@@ -14,11 +15,15 @@ from linker_steps import (
     admit_without_its_lease,
     check_runs_again,
     invalidate_cpu_tier,
+    may_run,
     prefetch,
     sequence,
     wait_until_ready,
 )
+from sglang_flexkv_testing import FaultyDisk
 
+from sglang_flexkv import kvtask
+from sglang_flexkv.common.config import PrefetchPolicy
 from sglang_flexkv.integration.compat.failed_loads import runs_again
 
 
@@ -42,6 +47,29 @@ def test_what_only_ssd_holds_is_waited_for_in_the_queue(make: Any) -> None:
     assert rig.match(req).host_hit_length == PAGES * PAGE
     (slots,) = rig.restore(req)
     assert_same(rig.read(slots), expected)
+    rig.finish(req, slots)
+
+
+def test_what_has_come_when_the_time_is_up_is_loaded(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kvtask, "_FETCH_BYTES", 1)  # a task for each block
+    disk = FaultyDisk(1)
+    rig = make(disk=disk, prefetch_policy=PrefetchPolicy.TIMEOUT, prefetch_timeout_s=0.2)
+    expected = rig.insert(sequence(1), seed=1)
+    rig.evict_all()
+    assert rig.engine.flush_spills(TIMEOUT_S)
+    invalidate_cpu_tier(rig)
+    disk.set_fault("read", 1.0, delay_s=TIMEOUT_S, after=PAGES - 1)  # the last one hangs
+    req = rig.request(sequence(1))
+    prefetch(rig, req)
+    deadline = time.monotonic() + TIMEOUT_S
+    while not may_run(rig, req):
+        assert time.monotonic() < deadline, "a request waits for ever"
+        rig.cache.check_hicache_events()
+        time.sleep(0.001)
+    assert rig.match(req).host_hit_length == (PAGES - 1) * PAGE
+    (slots,) = rig.restore(req)
+    assert_same(rig.read(slots), cut(expected, 0, (PAGES - 1) * PAGE))
+    disk.clear_faults()
     rig.finish(req, slots)
 
 

@@ -255,6 +255,7 @@ class Rig:
             shared=shared,
             disk=disk,
             watched=self.cache.tells_routers,
+            reads_in_pieces=not reads_under_forwards,
             memory=memory,
         )
         self.linker = FlexKVLinker(
