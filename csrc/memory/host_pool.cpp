@@ -79,7 +79,7 @@ HostPool::HostPool(size_t num_slots, size_t slot_bytes, int file)
 
 // In place of the memory of its own, which has nothing in it yet.
 void HostPool::MapFile(int file) {
-  struct stat found {};
+  struct stat found{};
   const bool has_room = fstat(file, &found) == 0 && (found.st_size >= static_cast<off_t>(mapped_bytes_) ||
                                                      ftruncate(file, static_cast<off_t>(mapped_bytes_)) == 0);
   if (!has_room || mmap(base_, mapped_bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED | MAP_NORESERVE,

@@ -198,7 +198,7 @@ def test_ranks_whose_disks_differ_decide_alike(
 def test_ranks_that_have_one_copy_decide_alike(
     make_rig: MakeRig, tmp_path: Path, policy: PrefetchPolicy
 ) -> None:
-    """Two machines of two ranks: one of each has memory and a disk, and of one machine that is a bad one."""
+    """Two machines of two ranks. One of each has memory and a disk; one disk is slow, the other a bad one."""
     group, ranks, disks = Group(RANKS), [], []
 
     def join(number: int) -> tuple[OneCopy, SharedMemory]:
@@ -229,10 +229,13 @@ def test_ranks_that_have_one_copy_decide_alike(
         )
         copy.close()
         ranks.append(Rank(rig, seed=5, clears=True))
-    disks[1].set_fault(*FAULTS[2])
+    for number, *faults in (0, FAULTS[2]), (1, FAULTS[1], FAULTS[3]):
+        for fault in faults:
+            disks[number].set_fault(*fault)
     run_all(group, ranks)
-    disks[1].clear_faults()
-    assert disks[1].injected()
+    for disk in disks:
+        disk.clear_faults()
+        assert disk.injected()
     assert ranks[0].num_waited > 0
     assert sum(length for batch, *_ in ranks[0].decided for _, length in batch) > 0
     for number, rank in enumerate(ranks):
