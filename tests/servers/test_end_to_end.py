@@ -197,6 +197,8 @@ def test_answers_are_those_of_a_server_without_cache(
             aborter.join()
         assert total["host"] > 20 * len(turns), total
         assert total["storage"] > 2 * len(turns), total
+    if scenario.model == "tiny-mla":  # one copy for all ranks
+        assert [path.name for path in (tmp_path / "ssd0").glob("*.slots")] == ["flexkv-dp0-tp0.slots"]
     log = server.log()
     assert "Traceback" not in log.split("sglang-flexkv closed")[0].split("The server is fired up")[-1]
     closed = re.findall(r"sglang-flexkv closed: (.*)", log)
