@@ -26,6 +26,7 @@ void BindMemory(py::module_& m) {
   py::class_<HostPool, std::shared_ptr<HostPool>>(m, "HostPool")
       .def(py::init<size_t, size_t, int>(), py::arg("num_slots"), py::arg("slot_bytes"),
            py::arg("file") = HostPool::kOwnMemory)
+      .def_static("make_file", &HostPool::MakeFile)
       .def_property_readonly("num_slots", &HostPool::num_slots)
       .def_property_readonly("slot_bytes", &HostPool::slot_bytes)
       .def_property_readonly("total_bytes", &HostPool::total_bytes)

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <unistd.h>
 
@@ -16,6 +17,10 @@
 
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23  // Linux 5.14; older kernels answer EINVAL and fault lazily
+#endif
+
+#ifndef MFD_CLOEXEC
+#define MFD_CLOEXEC 1U
 #endif
 
 namespace flexkv {
@@ -75,6 +80,13 @@ HostPool::HostPool(size_t num_slots, size_t slot_bytes, int file)
   (void)madvise(base_, mapped_bytes_, MADV_HUGEPAGE);
   // A forked child must not inherit (and copy on write) gigabytes that it never uses.
   (void)madvise(base_, mapped_bytes_, MADV_DONTFORK);
+}
+
+// Past the C library and Python: those that are built for one older than 2.27, as many are, do not have it.
+int HostPool::MakeFile() {
+  const long file = syscall(SYS_memfd_create, "sglang-flexkv", MFD_CLOEXEC);
+  if (file < 0) throw SystemError(std::string("cannot make a file in memory: ") + std::strerror(errno));
+  return static_cast<int>(file);
 }
 
 // In place of the memory of its own, which has nothing in it yet.

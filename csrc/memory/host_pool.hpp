@@ -27,6 +27,10 @@ class HostPool {
 
   static constexpr int kOwnMemory = -1;
 
+  // An empty file in memory for pools of several processes, closed where another program is started. Throws
+  // SystemError if there is none to be had.
+  static int MakeFile();
+
   // The pool is pinned in chunks of this size, each of them one registration with CUDA. Small enough that a
   // server that stops does not wait for it, large enough to be cheap per byte.
   static constexpr size_t kPinChunkBytes = size_t{64} << 20;

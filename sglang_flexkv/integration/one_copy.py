@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from sglang_flexkv import _core
 from sglang_flexkv.common.transfer import Slots
 from sglang_flexkv.integration.compat.server import Place
 from sglang_flexkv.integration.ranks import Ranks
@@ -60,7 +61,7 @@ class OneCopy:
 
     def _create(self, token: int) -> list[int]:
         try:
-            self._file = os.memfd_create("sglang-flexkv")
+            self._file = _core.HostPool.make_file()
             os.pwrite(self._file, token.to_bytes(_TOKEN_BYTES, "little"), 0)
         except OSError:
             self.close()

@@ -4,6 +4,7 @@ its own; what they share is real memory."""
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,10 +14,19 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from kit import Rig, assert_same
-from linker_steps import PAGE, PAGES, MakeRig, check_landed, invalidate_cpu_tier, sequence
+from kit import TIMEOUT_S, Rig, assert_same
+from linker_steps import (
+    PAGE,
+    PAGES,
+    MakeRig,
+    check_landed,
+    forget_failed_loads,
+    invalidate_cpu_tier,
+    sequence,
+)
 from rank_group import Group, together
 
+from sglang_flexkv import _core
 from sglang_flexkv.integration import one_copy
 from sglang_flexkv.integration.compat.requests import name_of
 from sglang_flexkv.integration.compat.server import Place
@@ -52,6 +62,9 @@ class Server:
         self.rigs: list[Rig] = []
         for copy, of_rank in zip(self.copies, memory, strict=True):
             own = {"num_cpu_blocks": CPU_BLOCKS, **options} if copy.keeps else {"num_cpu_blocks": 1}
+            if "ssd_dir" in own:
+                own["ssd_dir"] /= str(copy.copy)
+                own["ssd_dir"].mkdir()
             rig = make_rig(
                 "mla",
                 **own,
@@ -101,9 +114,9 @@ class Server:
         return self.on_all(of_rank)
 
 
-def fill(rig: Rig, num_blocks: int) -> None:
-    """Other blocks in place of all that can go from the CPU tier, with bytes that nobody expects."""
-    keys = np.arange(2 * num_blocks, dtype=np.uint64).reshape(-1, 2) + np.uint64(2**40)
+def fill(rig: Rig, num_blocks: int, name: int = 0) -> None:
+    """Other blocks in place of what can go from the CPU tier, with bytes that nobody expects."""
+    keys = np.arange(2 * num_blocks, dtype=np.uint64).reshape(-1, 2) + np.uint64(2**40 + 2**20 * name)
     task = rig.engine.create_put(None, keys)
     assert task.plan is not None
     slots = rig.allocate(num_blocks * PAGE)
@@ -131,32 +144,80 @@ def test_what_one_rank_has_stored_all_load(make_rig: MakeRig, num_ranks: int, he
     assert server.load(sequence(1), expected) == [0] * num_ranks
 
 
-def test_what_others_still_read_stays_where_it_is(make_rig: MakeRig) -> None:
+def test_what_the_keeper_has_stored_is_stored_for_all(
+    make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or each rank would offer it again at every use."""
+    server = Server(make_rig, 2, 2)
+    outcomes: list[bool] = []
+    for rig in server.rigs:
+        wrapper = rig.cache.linker
+        assert wrapper is not None
+
+        def commit(
+            successes: list[bool], commit: Callable[..., None] = wrapper.commit_completed_offloads
+        ) -> None:
+            outcomes.extend(map(bool, successes))
+            commit(successes)
+
+        monkeypatch.setattr(wrapper, "commit_completed_offloads", commit)
+    server.insert(sequence(1), seed=1)
+    assert outcomes == [True, True]
+
+
+def test_what_others_still_read_stays_where_it_is(make_rig: MakeRig, monkeypatch: pytest.MonkeyPatch) -> None:
     """The keeper is through with a load, and has other blocks to keep, before the other rank has begun."""
     server = Server(make_rig, 2, 2)
     expected = server.insert(sequence(1), seed=1)
     keeper, other = server.rigs
+    through, finish = threading.Event(), keeper.linker.finish_layer_wise_loading
 
-    def admit(rig: Rig) -> tuple[Any, torch.Tensor]:
+    def finish_and_say(index: int) -> set[str]:
+        landed = finish(index)
+        through.set()
+        return landed
+
+    monkeypatch.setattr(keeper.linker, "finish_layer_wise_loading", finish_and_say)
+
+    def load(rig: Rig) -> None:
         req = rig.request(sequence(1))
-        return req, rig.admit(req)
-
-    admitted = server.on_all(admit)
-    keeper.start_batch()
-    keeper.forward()
-    assert keeper.engine.drain(60.0)
-    keeper.engine.poll()
-    fill(keeper, CPU_BLOCKS - PAGES)
-    assert keeper.stats("CPU")["ready"] == CPU_BLOCKS
-    other.start_batch()
-    other.forward()
-    reqs = {id(rig): of_rank for rig, of_rank in zip(server.rigs, admitted, strict=True)}
-    server.on_all(lambda rig: rig.cache.finish_external_linker_loads([reqs[id(rig)][0]]))
-    for rig, (req, slots) in zip(server.rigs, admitted, strict=True):
+        slots = rig.admit(req)
+        if rig is other:
+            assert through.wait(TIMEOUT_S)
+            for name in range(2):  # the second drives out all that can go
+                fill(keeper, CPU_BLOCKS - PAGES, name)
+            assert keeper.stats("CPU")["pinned"] == PAGES
+        rig.start_batch()
+        rig.forward()
+        assert rig.cache.finish_external_linker_loads([req]) == []
+        assert rig.stats("CPU")["pinned"] == 0
         check_landed(rig, req, slots, expected)
+
+    server.on_all(load)
     keeper.evict_all()
-    # Then it may go.
-    fill(keeper, CPU_BLOCKS)
+    fill(keeper, CPU_BLOCKS)  # then it may go
+
+
+def test_a_flush_under_a_load_lets_go_of_what_it_reads(make_rig: MakeRig) -> None:
+    server = Server(make_rig, 2, 2)
+    server.insert(sequence(1), seed=1)
+
+    def load(rig: Rig) -> None:
+        req = rig.request(sequence(1))
+        slots = rig.admit(req)
+        assert len(slots) == PAGES * PAGE
+        index = rig.start_batch()
+        rig.forward()
+        rig.linker.reset()
+        assert rig.stats("CPU")["pinned"] == 0
+        rig.linker.check_idle()
+        assert rig.linker.finish_layer_wise_loading(index) == set()
+        assert rig.cache.finish_external_linker_loads([req]) == []
+        forget_failed_loads(rig)
+        rig.cache.on_release(req, checkpointed=False)
+        rig.abort(req, slots)
+
+    server.on_all(load)
 
 
 def test_a_load_that_goes_away_before_it_runs_lets_go_on_all_ranks(make_rig: MakeRig) -> None:
@@ -173,22 +234,32 @@ def test_a_load_that_goes_away_before_it_runs_lets_go_on_all_ranks(make_rig: Mak
     server.on_all(admit_and_abort)
 
 
-def test_what_a_keeper_finds_no_more_is_computed_by_all(make_rig: MakeRig) -> None:
-    server = Server(make_rig, 2, 2)
+@pytest.mark.parametrize("on_disk", [False, True], ids=["gone", "on_disk"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_what_a_keeper_has_no_more_in_memory_is_computed_by_all(
+    make_rig: MakeRig, tmp_path: Path, num_ranks: int, on_disk: bool
+) -> None:
+    """Of one machine. The others do not load what its keeper has not read yet."""
+    server = Server(make_rig, num_ranks, 2, **({"ssd_dir": tmp_path} if on_disk else {}))
     server.insert(sequence(1), seed=1)
+    keeper = server.rigs[-2]
+    if on_disk:
+        assert keeper.engine.flush_spills(60.0)
 
     def admit(rig: Rig) -> int:
         req = rig.request(sequence(1))
         match = rig.match(req)
         assert match.host_hit_length == PAGES * PAGE
-        if rig is server.rigs[0]:
+        if rig is keeper:
             rig.linker.states.end_lease(name_of(req))
             invalidate_cpu_tier(rig)
+            keys = rig.linker.states.known(name_of(req)).found.keys
+            assert rig.engine.match(keys).num_blocks == (PAGES if on_disk else 0)
         slots = rig.admit(req, match)
         rig.abort(req, slots)
         return len(slots)
 
-    assert server.on_all(admit) == [0, 0]
+    assert server.on_all(admit) == [0] * num_ranks
 
 
 def test_requests_wait_together_for_what_the_keeper_reads(make_rig: MakeRig, tmp_path: Path) -> None:
@@ -244,7 +315,7 @@ def test_ranks_that_cannot_open_each_others_memory_have_none_in_common(
         return opened("/dev/zero", os.O_RDWR)
 
     if fault == "no_memfd":
-        monkeypatch.setattr(os, "memfd_create", refuse)
+        monkeypatch.setattr(_core.HostPool, "make_file", refuse)
     else:
         monkeypatch.setattr(os, "open", refuse if fault == "no_proc" else another)
     before = len(os.listdir("/proc/self/fd"))
@@ -258,3 +329,22 @@ def test_ranks_that_are_alone_on_their_machine_ask_nobody(num_ranks: int, here: 
     group = Group(num_ranks)
     assert join(group, here) == [None] * num_ranks
     assert group.num_reduced == 0
+
+
+def test_a_python_that_makes_no_files_in_memory_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that was built for an old C library has no function for it, and its kernel does."""
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    copies = [copy for copy in join(Group(2), 2) if copy is not None]
+    assert [copy.keeps for copy in copies] == [True, False]
+    for copy in copies:
+        copy.close()
+
+
+def test_the_keeper_says_how_large_the_memory_is() -> None:
+    """Ranks that look at what is free do not find the same."""
+    group = Group(4)
+    copies = [copy for copy in join(group, 2) if copy is not None]
+    memory = together(group, lambda number: copies[number].memory(10 + number))
+    assert [of_rank.num_slots for of_rank in memory] == [10, 10, 12, 12]
+    for copy in copies:
+        copy.close()
