@@ -381,7 +381,8 @@ class FlexKVLinker(UnifiedCacheLinker):
                     for number, name in enumerate(self.engine.tier_names):
                         self.metrics.loaded(name, plan.num_blocks_from(number) * self._page)
             self.engine.forget(load.task)
-            self._ended_leases.append(load.lease)
+            if load.lease:
+                self._ended_leases.append(load.lease)
         self._learn_speeds()
         return landed
 
@@ -571,6 +572,7 @@ class FlexKVLinker(UnifiedCacheLinker):
         """Raises AssertionError if anything is held, queued or in flight."""
         assert not self._next_batch, "loads left in the queue"
         assert not self._loading, "loads left running"
+        assert not self._ended_leases, "leases left of loads that have ended"
         assert not self._offloads, "offloads left"
         self.states.check_empty()
         self.engine.check_integrity()

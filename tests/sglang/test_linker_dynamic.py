@@ -133,6 +133,7 @@ def test_a_batch_whose_loads_land(make: Make) -> None:
     assert linker.lookup("r", transfer(range(1, 8))) == [1, 2, 3, 4, 5]
     there = slots_of(range(20, 25))
     assert load(linker, "r", range(1, 6), there)
+    linker.check_idle()
     assert all(torch.equal(a, b) for a, b in zip(before, rows(linker, there), strict=True))
     assert linker.lookup("other", transfer(range(9, 12))) == []
     # A flush empties it, and what was under way then has no good end.
