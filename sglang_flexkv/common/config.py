@@ -12,6 +12,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping
 from enum import Enum
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -312,16 +313,17 @@ class FlexKVConfig(CheckedSettings):
             num_ranks: processes on this machine.
             ranks_per_copy: of these that have one cache in common; 1: each has one with a shard of the KV.
         """
-        num_caches = num_ranks // ranks_per_copy
+        # By ranks: a set of them that spans two machines has no copy in common beside others that have.
+        share = Fraction(ranks_per_copy, num_ranks)
         cpu_bytes = int(self.cpu_cache_gb * GIB) if self.cpu_cache_gb else available_memory_bytes() // 4
         self.check_memory()
-        num_cpu_blocks = cpu_bytes // num_caches // block_bytes
+        num_cpu_blocks = int(cpu_bytes * share) // block_bytes
         if num_cpu_blocks == 0:
             asked = f"{self.cpu_cache_gb:g}" if self.cpu_cache_gb else f"{cpu_bytes / GIB:g} (the default)"
             raise ConfigError(
                 f"cpu_cache_gb={asked} holds no block of {block_bytes} bytes per rank; raise it"
             )
-        num_ssd_blocks = int(self.ssd_cache_gb * GIB) // num_caches // block_bytes
+        num_ssd_blocks = int(int(self.ssd_cache_gb * GIB) * share) // block_bytes
         if self.ssd_cache_gb > 0 and num_ssd_blocks < len(self.ssd_cache_dir):
             raise ConfigError(
                 f"ssd_cache_gb={self.ssd_cache_gb:g} holds no block of {block_bytes} bytes per rank and "
@@ -339,11 +341,11 @@ class FlexKVConfig(CheckedSettings):
             ssd_cache_dir=self.ssd_cache_dir,
             ssd_on_mismatch=self.ssd_on_mismatch,
             ssd_admission=self.ssd_admission,
-            ssd_write_limit_mb_s=self.ssd_write_limit_mb_s / num_caches,
+            ssd_write_limit_mb_s=self.ssd_write_limit_mb_s * float(share),
             remote=self.remote,
             num_remote_blocks=max(_REMEMBERED_MIN, 4 * (num_cpu_blocks + num_ssd_blocks)),
             remote_admission=self.remote_admission,
-            remote_write_limit_mb_s=self.remote_write_limit_mb_s / num_caches,
+            remote_write_limit_mb_s=self.remote_write_limit_mb_s * float(share),
             remote_timeout_s=self.remote_timeout_s,
             remote_compression=self.remote_compression,
             copy_threads=threads,

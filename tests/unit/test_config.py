@@ -331,6 +331,16 @@ def test_ranks_with_one_copy_have_the_sizes_of_one() -> None:
         assert one.copy_threads == blocks(8, **ssd).copy_threads  # all ranks copy
 
 
+def test_copies_of_some_ranks_leave_the_others_theirs() -> None:
+    """Of a machine with six ranks four have a copy in common, and two are of ranks on another machine."""
+    config = FlexKVConfig(cpu_cache_gb=0.75, ssd_cache_gb=1.5, ssd_cache_dir="/a", ssd_write_limit_mb_s=60)
+    sizes = {"block_bytes": BLOCK, "tokens_per_block": 16, "num_ranks": 6}
+    common, own = (config.cache_config(**sizes, ranks_per_copy=ranks) for ranks in (4, 1))
+    assert (common.num_cpu_blocks, own.num_cpu_blocks) == (GIB // 2 // BLOCK, GIB // 8 // BLOCK)
+    assert (common.num_ssd_blocks, own.num_ssd_blocks) == (GIB // BLOCK, GIB // 4 // BLOCK)
+    assert (common.ssd_write_limit_mb_s, own.ssd_write_limit_mb_s) == (40, 10)
+
+
 def test_ranks_share_the_limit_on_writes() -> None:
     ssd: dict[str, Any] = {"cpu_cache_gb": 0.5, "ssd_cache_gb": 1, "ssd_cache_dir": "/a"}
     assert blocks(4, **ssd, ssd_write_limit_mb_s=100).ssd_write_limit_mb_s == 25
