@@ -20,6 +20,7 @@ from linker_steps import (
     PAGES,
     MakeRig,
     check_landed,
+    check_runs_again,
     forget_failed_loads,
     invalidate_cpu_tier,
     sequence,
@@ -232,6 +233,26 @@ def test_a_load_that_goes_away_before_it_runs_lets_go_on_all_ranks(make_rig: Mak
         assert rig.stats("CPU")["pinned"] == 0
 
     server.on_all(admit_and_abort)
+
+
+@pytest.mark.parametrize("fails", [0, 1], ids=["keeper", "other"])
+def test_a_load_that_fails_on_one_rank_has_failed_on_all(make_rig: MakeRig, fails: int) -> None:
+    server = Server(make_rig, 2, 2)
+    server.insert(sequence(1), seed=1)
+
+    def load(rig: Rig) -> None:
+        req = rig.request(sequence(1))
+        slots = rig.admit(req)
+        if rig is server.rigs[fails]:
+            rig.engine.cancel(rig.linker._next_batch[name_of(req)].task)
+        rig.start_batch()
+        rig.forward()
+        assert rig.cache.finish_external_linker_loads([req]) == []
+        check_runs_again(rig, req)
+        assert rig.stats("CPU")["pinned"] == 0
+        rig.abort(req, slots)
+
+    server.on_all(load)
 
 
 @pytest.mark.parametrize("on_disk", [False, True], ids=["gone", "on_disk"])
