@@ -276,19 +276,19 @@ class FlexKVLinker(UnifiedCacheLinker):
     def _get_together(self, keys: BlockKeys, one_copy: OneCopy) -> tuple[KVTask, bool, int] | None:
         """A get from what the ranks of this machine have in common, and the keeper's lease for all of them.
         None, on every rank, if a keeper cannot bring all of it."""
-        task, slots = None, None
+        task, slots, lease = None, None, 0
         if one_copy.keeps:
             task = self.engine.create_get(keys)
             if (plan := task.plan) is not None and plan.num_blocks == len(keys) and not plan.num_lower_blocks:
                 slots = plan.cpu_slots
+                lease, _ = self.engine.pin(keys)
         agreed = one_copy.slots_to_load(slots, len(keys))
         if agreed is None:
+            self.engine.unpin(lease)
             if task is not None:
                 self._drop(task)
             return None
-        if task is not None:
-            return task, True, self.engine.pin(keys)[0]
-        return self.engine.create_load(keys, agreed), True, 0
+        return task or self.engine.create_load(keys, agreed), True, lease
 
     def _drop(self, task: KVTask) -> None:
         self.engine.cancel(task)

@@ -15,6 +15,7 @@ import logging
 import os
 import secrets
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from sglang_flexkv.storage.storage_engine import SharedMemory
 logger = logging.getLogger(__name__)
 
 _TOKEN_BYTES = 8
+_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
 class OneCopy:
@@ -61,8 +63,11 @@ class OneCopy:
 
     def _create(self, token: int) -> list[int]:
         try:
-            self._file = _core.HostPool.make_file()
-            os.pwrite(self._file, token.to_bytes(_TOKEN_BYTES, "little"), 0)
+            # With strict overcommit memory of one's own is refused where it is mapped. Pages of a file are
+            # counted when they are first used, and a process that uses one too many ends.
+            if _OVERCOMMIT.read_text().strip() != "2":
+                self._file = _core.HostPool.make_file()
+                os.pwrite(self._file, token.to_bytes(_TOKEN_BYTES, "little"), 0)
         except OSError:
             self.close()
         return [os.getpid(), self._file, token]
@@ -123,7 +128,8 @@ def join(ranks: Ranks, place: Place) -> OneCopy | None:
     if joined.open():
         return joined
     logger.warning(
-        "sglang-flexkv: the ranks of this machine compute the same KV, but cannot open each other's memory "
-        "(/proc/PID/fd); each keeps a copy of its own"
+        "sglang-flexkv: the ranks of a machine compute the same KV, but one of them cannot make memory for "
+        "all (memfd_create; vm.overcommit_memory is 2), or cannot open it (/proc/PID/fd); each keeps a copy "
+        "of its own"
     )
     return None

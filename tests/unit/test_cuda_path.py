@@ -273,7 +273,7 @@ def wait_until_pinned(host: _core.HostPool) -> None:
 @pytest.mark.parametrize("shared", [False, True], ids=["its_own", "shared"])
 def test_memory_is_populated_before_it_is_registered(cuda: FakeCuda, shared: bool) -> None:
     """Or the driver does it, under its locks, which is a violation. Huge pages need an address that fits."""
-    file = os.memfd_create("pool") if shared else -1
+    file = _core.HostPool.make_file() if shared else -1
     host = _core.HostPool(1024, 4096, file)  # which nobody has written to
     if shared:
         os.close(file)

@@ -966,7 +966,7 @@ def test_the_host_pool_takes_what_was_asked_and_is_faulted_in_behind_the_scenes(
 
 def test_pools_over_one_file_are_one_memory() -> None:
     """In two processes it is the same: what maps the file sees what another one writes, and its end."""
-    file = os.memfd_create("pool")
+    file = _core.HostPool.make_file()
     first, second = _core.HostPool(8, 4096, file), _core.HostPool(8, 4096, file)
     os.close(file)
     first.slot_view(3)[:] = 7
