@@ -4,6 +4,7 @@
 
 * bytes: MHA and MLA pools of every dtype, pages of 1 to 128 tokens and pieces up to 512 KiB, so by both ways
   of a copy, stored and loaded by the engine on the device, compared with PyTorch's own indexing.
+* one-copy: what one process stores another one loads from the same memory, as ranks with MLA do.
 * bandwidth: stores and loads from random slots of a host pool of 32 GiB, as a share of one contiguous copy of
   pinned memory by PyTorch, measured next to each other; and what a launch costs while that pool is pinned.
 * queueing: the host's time for queueing a load of 64 layers.
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -96,6 +98,7 @@ class Rig:
         row: shape of one token in one buffer.
         buffers: per layer: 2 for MHA, 1 for MLA.
         wait: until the host pool is pinned; else the caller does (``wait_until_pinned``).
+        file: in memory, of the host pool; none: memory of its own.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class Rig:
         device_pages: int,
         host_pages: int,
         wait: bool = True,
+        file: int = -1,
     ) -> None:
         self.page, self.layers, self.device = page, layers, device
         nbytes = int(np.prod(row)) * dtype.itemsize
@@ -126,7 +130,7 @@ class Rig:
         layout = self.buffers.block_layout(page)
         self.block_bytes = layout.block_bytes
         slot_bytes = -(-layout.block_bytes // _core.IO_ALIGNMENT) * _core.IO_ALIGNMENT
-        self.host = _core.HostPool(host_pages, slot_bytes)
+        self.host = _core.HostPool(host_pages, slot_bytes, file)
         self.engine = _core.TransferEngine(
             layout, self.host, copy_threads=2, cuda_device=self.buffers.cuda_device
         )
@@ -271,6 +275,39 @@ def bytes_step(report: Report, device: torch.device, smoke: bool) -> Iterator[Li
         yield Line.judged(f"bytes: MHA and MLA, four dtypes, pages of {page}", report.verified)
     check_large_pieces(report, device)
     yield Line.judged("bytes: pieces of 512 KiB", report.verified)
+
+
+_IN_COMMON: dict[str, Any] = {
+    **{"layers": 3, "buffers": 1, "row": (576,), "dtype": torch.bfloat16, "page": 64},
+    **{"device_pages": 64, "host_pages": 64},
+}
+# What the other process is given as its standard input: the file.
+_FILE = 0
+
+
+def one_copy(report: Report, device: torch.device, smoke: bool) -> Iterator[Line]:
+    file = _core.HostPool.make_file()
+    rig = Rig(device, **_IN_COMMON, file=file)
+    pages = np.random.default_rng(1).permutation(64)
+    rig.move(T.D2H, pages, np.arange(64))
+    for slot, expected in enumerate(rig.rows(pages).numpy()):
+        held = rig.host.slot_view(slot)[: rig.block_bytes]
+        report.check_bytes("bytes that were stored in common memory", held, expected)
+    yield Line.judged("one copy: stores in memory that two processes have", report.verified)
+    yield program("one copy: the other process", child("one-copy-loads", smoke), stdin=file)
+    os.close(file)
+
+
+def one_copy_loads(report: Report, device: torch.device, smoke: bool) -> Iterator[Line]:
+    """In another process than what has stored: loads that, from memory that both have pinned."""
+    rig = Rig(device, **_IN_COMMON, file=_FILE)
+    pages = np.random.default_rng(2).permutation(64)
+    rig.move(T.H2D, pages, np.arange(64))
+    for slot, loaded in enumerate(rig.rows(pages).numpy()):
+        held = rig.host.slot_view(slot)[: rig.block_bytes]
+        report.check("bytes of another process", bool(held.any()), held.nbytes)
+        report.check_bytes("bytes of another process", loaded, held)
+    yield Line.judged("one copy: loads of what another process has stored", report.verified)
 
 
 def few_bytes(report: Report, device: torch.device, smoke: bool) -> Iterator[Line]:
@@ -611,8 +648,8 @@ def slowdown(report: Report, device: torch.device, smoke: bool) -> Iterator[Line
 # Other programs.
 
 
-def program(what: str, command: Sequence[str]) -> Line:
-    done = subprocess.run(command, cwd=ROOT, check=False)
+def program(what: str, command: Sequence[str], stdin: int | None = None) -> Line:
+    done = subprocess.run(command, cwd=ROOT, stdin=stdin, check=False)
     note = f"exit status {done.returncode}" if done.returncode else ""
     return Line.judged(what, not done.returncode, note=note)
 
@@ -660,6 +697,7 @@ class Step:
 
 STEPS = {
     "bytes": Step(bytes_step, 60),
+    "one-copy": Step(one_copy, 60),
     "bandwidth": Step(bandwidth, 120),
     "queueing": Step(queueing, 30),
     "slowdown": Step(slowdown, 60),
@@ -668,6 +706,7 @@ STEPS = {
     "demo": Step(lambda report, device, smoke: iter([made("demo", smoke)]), 900),
     "sanitizer": Step(sanitizer, 300),
     "few-bytes": Step(few_bytes, 300, by_default=False),
+    "one-copy-loads": Step(one_copy_loads, 60, by_default=False),
 }
 
 

@@ -173,7 +173,7 @@ verify() { # NAME STEP...: steps of benchmarks/verify_gpu.py
 }
 
 probe() { "$PY" benchmarks/probe_gpu.py --total $((LIMIT - 4)) --json "$SITE/json/probe.json"; }
-bytes() { verify bytes bytes; }
+bytes() { verify bytes bytes one-copy; }
 speed() { verify speed queueing slowdown bandwidth; } # pinning 32 GiB last
 sanitizer() { verify sanitizer sanitizer; }
 overlap() {

@@ -81,6 +81,27 @@ def test_steps_of_verify_gpu(gpu: PretendedGpu, name: str) -> None:
 
 
 @needs_stand_in
+@pytest.mark.parametrize("damaged", [False, True])
+def test_one_copy_on_a_gpu(gpu: PretendedGpu, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
+    """The other process is this one: a second has no pretended GPU."""
+    report = new_report()
+
+    def run_here(what: str, command: list[str], stdin: int) -> steps.Line:
+        assert command[2:] == ["one-copy-loads", "--alone", "--smoke"]
+        monkeypatch.setattr(verify_gpu, "_FILE", stdin)
+        if damaged:
+            monkeypatch.setattr(verify_gpu.Rig, "op", wrong_op)
+        (line,) = verify_gpu.STEPS["one-copy-loads"].run(report, DEVICE, True)
+        return line
+
+    monkeypatch.setattr(verify_gpu, "program", run_here)
+    lines = list(verify_gpu.STEPS["one-copy"].run(report, DEVICE, True))
+    assert [line.verdict for line in lines] == ["met", "missed" if damaged else "met"]
+    assert [check.count > 0 for check in report.checks] == [True, True]
+    assert [check.failed > 0 for check in report.checks] == [False, damaged]
+
+
+@needs_stand_in
 @pytest.mark.parametrize("case", list(probe_gpu.HAZARDS))
 @pytest.mark.parametrize("step", [probe_gpu.hazard, probe_gpu.late_load])
 def test_disturbances_of_the_probe(gpu: PretendedGpu, step: Any, case: str) -> None:
