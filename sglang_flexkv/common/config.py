@@ -382,6 +382,14 @@ def available_memory_bytes() -> int:
     return available if limit == "max" else min(available, max(0, int(limit) - used))
 
 
+def overcommit_is_strict() -> bool:
+    """Whether the kernel counts memory when it is mapped, and refuses what there is not."""
+    try:
+        return Path("/proc/sys/vm/overcommit_memory").read_text().strip() == "2"
+    except OSError:
+        return False
+
+
 def _warn_of_misspelt_variables(known: Iterable[str]) -> None:
     """Only a warning: FlexKV has variables of its own with this prefix."""
     known = {_CONFIG_PATH_ENV, *known}

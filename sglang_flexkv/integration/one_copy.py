@@ -15,11 +15,11 @@ import logging
 import os
 import secrets
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
 from sglang_flexkv import _core
+from sglang_flexkv.common.config import overcommit_is_strict
 from sglang_flexkv.common.transfer import Slots
 from sglang_flexkv.integration.compat.server import Place
 from sglang_flexkv.integration.ranks import Ranks
@@ -28,7 +28,6 @@ from sglang_flexkv.storage.storage_engine import SharedMemory
 logger = logging.getLogger(__name__)
 
 _TOKEN_BYTES = 8
-_OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
 class OneCopy:
@@ -65,7 +64,7 @@ class OneCopy:
         try:
             # With strict overcommit memory of one's own is refused where it is mapped. Pages of a file are
             # counted when they are first used, and a process that uses one too many ends.
-            if _OVERCOMMIT.read_text().strip() != "2":
+            if not overcommit_is_strict():
                 self._file = _core.HostPool.make_file()
                 os.pwrite(self._file, token.to_bytes(_TOKEN_BYTES, "little"), 0)
         except OSError:

@@ -325,7 +325,7 @@ def test_a_flush_forgets_on_all_ranks(make_rig: MakeRig) -> None:
 
 @pytest.mark.parametrize("fault", ["no_memfd", "strict_overcommit", "no_proc", "another_file"])
 def test_ranks_that_cannot_open_each_others_memory_have_none_in_common(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path, fault: str
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: str
 ) -> None:
     opened = os.open
 
@@ -339,8 +339,7 @@ def test_ranks_that_cannot_open_each_others_memory_have_none_in_common(
     if fault == "no_memfd":
         monkeypatch.setattr(_core.HostPool, "make_file", refuse)
     elif fault == "strict_overcommit":
-        (tmp_path / "mode").write_text("2\n")
-        monkeypatch.setattr(one_copy, "_OVERCOMMIT", tmp_path / "mode")
+        monkeypatch.setattr(one_copy, "overcommit_is_strict", lambda: True)
     else:
         monkeypatch.setattr(os, "open", refuse if fault == "no_proc" else another)
     before = len(os.listdir("/proc/self/fd"))

@@ -295,6 +295,14 @@ def test_a_wrong_variable_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         FlexKVConfig.load(None)
 
 
+@pytest.mark.parametrize(("mode", "strict"), [("0\n", False), ("1\n", False), ("2\n", True)])
+def test_the_kernel_says_how_it_counts_memory(
+    monkeypatch: pytest.MonkeyPatch, mode: str, strict: bool
+) -> None:
+    monkeypatch.setattr(config_module.Path, "read_text", lambda path: mode)
+    assert config_module.overcommit_is_strict() is strict
+
+
 # ---- sizes in blocks ----
 
 BLOCK = 8192
