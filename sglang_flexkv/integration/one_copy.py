@@ -102,7 +102,7 @@ class OneCopy:
         Args:
             slots: that the keeper has found. Others need not say anything.
         """
-        told = self._ranks.told(None if slots is None else slots, self.copy, self.num_copies, num_blocks)
+        told = self._ranks.told(slots, self.copy, self.num_copies, num_blocks)
         return None if (told < 0).any() else told[self.copy]
 
     def _told(self, values: Sequence[int] | None, count: int) -> list[int]:

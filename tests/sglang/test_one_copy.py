@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,30 +24,13 @@ from linker_steps import (
     invalidate_cpu_tier,
     sequence,
 )
-from rank_group import Group, together
+from rank_group import Group, join, together
 
 from sglang_flexkv import _core
 from sglang_flexkv.integration import one_copy
 from sglang_flexkv.integration.compat.requests import name_of
-from sglang_flexkv.integration.compat.server import Place
-from sglang_flexkv.integration.one_copy import OneCopy
-from sglang_flexkv.integration.ranks import Ranks
 
 CPU_BLOCKS = 12
-
-
-def place(rank: int, num_ranks: int, here: int) -> Place:
-    return Place(rank, num_ranks, rank, num_ranks, 0, 1, 0, here, here)
-
-
-def join(group: Group, here: int) -> list[OneCopy | None]:
-    """Of ranks on machines with so many each."""
-
-    def of_rank(number: int) -> OneCopy | None:
-        ranks = Ranks(lambda tensor, op: group.reduce(number, tensor, op))
-        return one_copy.join(ranks, place(number, group.num_ranks, here))
-
-    return together(group, of_rank)
 
 
 class Server:
@@ -81,12 +63,7 @@ class Server:
     def on_all(self, do: Callable[[Rig], Any]) -> list[Any]:
         with ExitStack() as stack:
             for number, rig in enumerate(self.rigs):
-                reduce = mock.patch.object(
-                    rig.cache,
-                    "_all_reduce_attn_groups",
-                    lambda tensor, op, number=number: self.group.reduce(number, tensor, op),
-                )
-                stack.enter_context(reduce)
+                stack.enter_context(self.group.serves(number, rig.cache))
             return together(self.group, lambda number: do(self.rigs[number]))
 
     def insert(self, tokens: list[int], seed: int) -> list[torch.Tensor]:

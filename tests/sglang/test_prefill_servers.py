@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from linker_steps import (
     admit_without_its_lease,
     check_runs_again,
     invalidate_cpu_tier,
-    may_run,
     prefetch,
     sequence,
+    wait_in_queue,
     wait_until_ready,
 )
 from sglang_flexkv_testing import FaultyDisk
@@ -60,12 +59,7 @@ def test_what_has_come_when_the_time_is_up_is_loaded(make: Any, monkeypatch: pyt
     invalidate_cpu_tier(rig)
     disk.set_fault("read", 1.0, delay_s=TIMEOUT_S, after=PAGES - 1)  # the last one hangs
     req = rig.request(sequence(1))
-    prefetch(rig, req)
-    deadline = time.monotonic() + TIMEOUT_S
-    while not may_run(rig, req):
-        assert time.monotonic() < deadline, "a request waits for ever"
-        rig.cache.check_hicache_events()
-        time.sleep(0.001)
+    wait_in_queue(rig, req)
     assert rig.match(req).host_hit_length == (PAGES - 1) * PAGE
     (slots,) = rig.restore(req)
     assert_same(rig.read(slots), cut(expected, 0, (PAGES - 1) * PAGE))

@@ -9,14 +9,13 @@ import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 from dict_store import Values
 from kit import TIMEOUT_S, Rig, assert_same
 from linker_steps import PAGE, MakeRig, forget_failed_loads, may_run, nobody_else, prefetch, sequence
-from rank_group import Group, together
+from rank_group import Group, join, together
 from remote_faults import Faults, FaultyStore, try_again_soon
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang_flexkv_testing import FaultyDisk
@@ -24,12 +23,7 @@ from sglang_flexkv_testing import FaultyDisk
 from sglang_flexkv.common.block import make_namespace
 from sglang_flexkv.common.config import LoadPolicy, PrefetchPolicy
 from sglang_flexkv.common.lower_tier import SharedBlocks
-from sglang_flexkv.integration import one_copy
-from sglang_flexkv.integration.compat.server import Place
-from sglang_flexkv.integration.one_copy import OneCopy
-from sglang_flexkv.integration.ranks import Ranks
 from sglang_flexkv.storage.remote import tier as remote_tier
-from sglang_flexkv.storage.storage_engine import SharedMemory
 
 RANKS = 4
 REQUESTS = 60
@@ -37,7 +31,7 @@ PROMPTS = 12
 DEVICE_PAGES = 16  # two or three prompts
 BATCH_MAX = 3
 # By rank: what becomes of its reads.
-FAULTS: list[tuple[Any, ...]] = [(), ("read", 0.1, errno.EIO), ("read", 0.5, 0, 0.004), ("flip", 0.1)]
+FAULTS: list[tuple[Any, ...]] = [(), ("read", 0.1, errno.EIO), ("read", 0.5, 0, 0.03), ("flip", 0.1)]
 REMOTE_FAULTS: list[dict[str, float]] = [
     {},
     {"flip": 0.1, "lies": 0.1},
@@ -142,11 +136,7 @@ def run_all(group: Group, ranks: list[Rank]) -> None:
     """Runs the ranks side by side, and checks that they decide alike."""
 
     def run(number: int) -> None:
-        with mock.patch.object(
-            ranks[number].rig.cache,
-            "_all_reduce_attn_groups",
-            lambda tensor, op: group.reduce(number, tensor, op),
-        ):
+        with group.serves(number, ranks[number].rig.cache):
             ranks[number].run()
             group.leave(number)
 
@@ -201,13 +191,10 @@ def test_ranks_that_have_one_copy_decide_alike(
     """Two machines of two ranks. One of each has memory and a disk; one disk is slow, the other a bad one."""
     group, ranks, disks = Group(RANKS), [], []
 
-    def join(number: int) -> tuple[OneCopy, SharedMemory]:
-        place = Place(number, RANKS, number, RANKS, 0, 1, 0, RANKS // 2, RANKS // 2)
-        copy = one_copy.join(Ranks(lambda tensor, op: group.reduce(number, tensor, op)), place)
-        assert copy is not None
-        return copy, copy.memory(14 + number)
-
-    for copy, memory in together(group, join):
+    copies = [copy for copy in join(group, RANKS // 2) if copy is not None]
+    assert len(copies) == RANKS
+    all_memory = together(group, lambda number: copies[number].memory(14 + number))
+    for copy, memory in zip(copies, all_memory, strict=True):
         own: dict[str, Any] = {"num_cpu_blocks": 1}
         if copy.keeps:
             (tmp_path / str(copy.copy)).mkdir()

@@ -5,9 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from typing import Any, TypeVar
+from unittest import mock
 
 import torch
+
+from sglang_flexkv.integration import one_copy
+from sglang_flexkv.integration.compat.server import Place
+from sglang_flexkv.integration.one_copy import OneCopy
+from sglang_flexkv.integration.ranks import Ranks
 
 T = TypeVar("T")
 
@@ -30,6 +37,16 @@ class Group:
         assert least or op == torch.distributed.ReduceOp.MAX
         tensor.copy_(values.amin(0) if least else values.amax(0))
         self.num_reduced += rank == 0
+
+    def ranks(self, rank: int) -> Ranks:
+        """As one of them sees them."""
+        return Ranks(lambda tensor, op: self.reduce(rank, tensor, op))
+
+    def serves(self, rank: int, cache: Any) -> AbstractContextManager[Any]:
+        """SGLang's groups, for the cache of a rank."""
+        return mock.patch.object(
+            cache, "_all_reduce_attn_groups", lambda tensor, op: self.reduce(rank, tensor, op)
+        )
 
     def leave(self, rank: int) -> None:
         """This rank will ask nothing more."""
@@ -59,3 +76,13 @@ def together(group: Group, do: Callable[[int], T]) -> list[T]:
 
     with ThreadPoolExecutor(group.num_ranks) as pool:
         return [done.result() for done in [pool.submit(run, number) for number in range(group.num_ranks)]]
+
+
+def join(group: Group, here: int) -> list[OneCopy | None]:
+    """What each rank gets that asks for one copy, on machines with so many ranks each."""
+
+    def of_rank(number: int) -> OneCopy | None:
+        place = Place(number, group.num_ranks, number, group.num_ranks, 0, 1, 0, here, here)
+        return one_copy.join(group.ranks(number), place)
+
+    return together(group, of_rank)

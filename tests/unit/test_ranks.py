@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier
 from typing import Any
 
 import torch
+from rank_group import Group, together
 
 from sglang_flexkv.integration.ranks import Ranks
 
 
 def of_each(num: int, ask: Callable[[Ranks, int], Any]) -> list[Any]:
     """What each of so many ranks gets that ask at once."""
-    barrier = Barrier(num, timeout=60.0)
-    said: list[torch.Tensor | None] = [None] * num
+    group = Group(num)
 
     def rank(number: int) -> Any:
         def reduce(tensor: torch.Tensor, op: Any) -> None:
             assert op == torch.distributed.ReduceOp.MIN
-            said[number] = tensor.clone()
-            barrier.wait()
-            tensor.copy_(torch.stack([t for t in said if t is not None]).amin(0))
+            group.reduce(number, tensor, op)
 
         return ask(Ranks(reduce), number)
 
-    with ThreadPoolExecutor(num) as pool:
-        return list(pool.map(rank, range(num)))
+    return together(group, rank)
 
 
 def common_hit(of_ranks: Sequence[Sequence[int]], num_blocks: int) -> list[int]:
