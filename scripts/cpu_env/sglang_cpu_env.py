@@ -165,7 +165,9 @@ def _draft_with_native_attention(factories: ModuleType) -> None:
         from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
 
         runner = self.draft_model_runner
-        native = isinstance(runner.attn_backend, TorchNativeAttnBackend)
+        # A draft of a model with states has attention for these, too, and no layer that uses it.
+        attention = getattr(runner.attn_backend, "full_attn_backend", runner.attn_backend)
+        native = isinstance(attention, TorchNativeAttnBackend)
         return TorchNativeAttnBackend(runner) if native else create(self)
 
     factory.create_draft_extend_backend = create_draft_extend_backend
@@ -242,6 +244,36 @@ def _take_states_in_torch(backend: ModuleType) -> None:
 
     backend.track_mamba_states_if_needed = of_layer
     backend.track_mamba_states_all_layers = of_all_layers
+    backend.scatter_mamba_states_after_mtp_verify = _take_checked_states
+
+
+def _take_checked_states(
+    states: Any, slots: Any, steps: Any, to: Any, steps_to: Any, rows: Any = None, **_: Any
+) -> None:
+    """Let requests go on from the state behind the last token of theirs that was accepted, and keep another
+    one where that is wanted: the states behind each token that was checked are there, a row for a request."""
+    assert rows is None
+    buffers = [
+        (states.temporal, states.intermediate_ssm),
+        *zip(states.conv, states.intermediate_conv_window, strict=True),
+    ]
+    for into, which in ((slots, steps), (to, steps_to)):
+        if into is None:
+            continue
+        for row, (slot, step) in enumerate(zip(into.tolist(), which.tolist(), strict=False)):
+            if step >= 0 and slot >= 0:
+                for kept, checked in buffers:
+                    kept[:, slot] = checked[:, row, step].to(kept.dtype)
+
+
+def _share_embeddings_without_a_device(model: ModuleType) -> None:
+    """Let a draft of Qwen3-Next have the target's embeddings. SGLang waits for CUDA when it has them."""
+
+    def set_embed_and_head(self: Any, embedding: Any, head: Any) -> None:
+        self.model.embed_tokens.weight = embedding
+        self.lm_head.weight = head
+
+    model.Qwen3NextForCausalLM.set_embed_and_head = set_embed_and_head
 
 
 def _allow_states_to_be_taken(arguments: ModuleType) -> None:
@@ -280,6 +312,7 @@ AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "sglang.kernels.ops.attention.fla.layernorm_gated": _norm_in_torch,
     "sglang.kernels.ops.attention.fla.fused_norm_gate": _gated_norm_in_torch,
     "sglang.srt.layers.attention.hybrid_linear_attn_backend": _take_states_in_torch,
+    "sglang.srt.models.qwen3_next": _share_embeddings_without_a_device,
     "sglang.srt.arg_groups.mamba_hook": _allow_states_to_be_taken,
     "sglang.srt.managers.schedule_batch": _prepare_decodes_without_pinning,
 }

@@ -1,9 +1,8 @@
 """SGLang's own kit for its unified radix cache, run against our cache with our real engine under it.
 
-Every configuration of the kit is here: those with full attention and sliding windows run from insert to load
-back, those with Mamba state are refused in words. The kit's steps for SGLang's own host tier
-(`hicache.py`, `load_back.py`, `storage.py`) have no place here, since a cache has either that tier or a
-linker.
+Every configuration of the kit is here, from insert to load back, with a draft model as well. The kit's steps
+for SGLang's own host tier (`hicache.py`, `load_back.py`, `storage.py`) have no place here, since a cache has
+either that tier or a linker.
 """
 
 from __future__ import annotations
@@ -16,13 +15,25 @@ from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from functools import partial
+from itertools import chain
 from types import SimpleNamespace
 from unittest import TestCase, mock
 
 import pytest
 import torch
 from dict_store import Values
-from kit import CORES, TIMEOUT_S, KitSteps, Rig, as_bytes, assert_same, build_kit_cache, cut, radix_key
+from kit import (
+    CORES,
+    TIMEOUT_S,
+    KitSteps,
+    Rig,
+    as_bytes,
+    assert_same,
+    build_kit_cache,
+    cut,
+    make_draft_pool,
+    radix_key,
+)
 from linker_steps import invalidate_cpu_tier, wait_in_queue
 from remote_faults import Faults, FaultyStore, try_again_soon
 from sglang.srt.managers.schedule_batch import Req
@@ -61,6 +72,8 @@ WINDOWS = [cfg for cfg in CONFIGS if cfg.has_swa and not cfg.has_mamba]
 STATES = [cfg for cfg in CONFIGS if cfg.has_mamba]
 # The kit makes its EAGLE configurations from the full-attention ones in the same way.
 EAGLE = [dataclasses.replace(cfg, is_eagle=True) for cfg in FULL]
+# Here from the others as well.
+EAGLE_WITH_MORE = [dataclasses.replace(cfg, is_eagle=True) for cfg in [*WINDOWS, *STATES]]
 
 on_both_cores = pytest.mark.parametrize("core", CORES)
 with_each_full_config = pytest.mark.parametrize("cfg", FULL, ids=lambda cfg: cfg.label)
@@ -392,6 +405,34 @@ def test_a_state_is_not_stored_for_a_place_before_its_own(rig: Rig, cfg: KitConf
     assert asks == {ComponentType.FULL: None, ComponentType.SWA: None}
 
 
+# ---- a draft model beside windows and states ----
+
+
+@on_both_cores
+@pytest.mark.parametrize("cfg", EAGLE_WITH_MORE, ids=lambda cfg: cfg.label)
+def test_a_drafts_kv_comes_back_with_the_targets_windows_and_states(cfg: KitConfig, core: str) -> None:
+    parts = build_kit_cache(cfg, core)
+    with Rig(parts, drafts=[make_draft_pool(parts, torch.bfloat16)]) as rig:
+        # Beside states SGLang does not make keys of pairs.
+        assert rig.tokens_behind == (not cfg.has_mamba)
+        pages = KitSteps(cfg)._make_seq(1, max(4, pages_of_a_prompt(cfg)))
+        expected = rig.insert([*pages, 7777][: len(pages) + rig.tokens_behind], seed=1)
+        assert len(expected) == 2 * len(cfg.full_attention_layer_ids) + 2
+        rig.evict_all()
+        # With pairs the last page is another one before another token.
+        other = rig.request([*pages, 8888])
+        without = rig.tokens_behind * cfg.page_size
+        assert rig.match(other).host_hit_length == len(pages) - without
+        rig.abort(other)
+        req = rig.request([*pages, 7777])
+        (slots,) = rig.restore(req)
+        assert len(slots) == len(pages)
+        assert_same(rig.read(slots), expected)
+        if cfg.has_mamba:
+            assert_same(rig.read_state(req), rig.random_state(1))
+        rig.finish(req, slots)
+
+
 # ---- the kit's steps: chains, splits, requests in flight ----
 
 
@@ -577,6 +618,7 @@ class Oracle:
         self.page = rig.page_size
 
     def _page_bytes(self, owner: str, tokens: list[int]) -> list[torch.Tensor]:
+        """``tokens``: up to the end of the page; where keys are of pairs, and the one behind it."""
         digest = hashlib.blake2b(repr((owner, tokens)).encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         buffers = (*self.rig.buffers, *self.rig.window_buffers)
@@ -586,9 +628,9 @@ class Oracle:
         ]
 
     def expected(self, owner: str, tokens: list[int]) -> list[torch.Tensor]:
-        pages = [
-            self._page_bytes(owner, tokens[:end]) for end in range(self.page, len(tokens) + 1, self.page)
-        ]
+        behind = self.rig.tokens_behind
+        ends = range(self.page, len(tokens) - behind + 1, self.page)
+        pages = [self._page_bytes(owner, tokens[: end + behind]) for end in ends]
         return [torch.cat(parts) for parts in zip(*pages, strict=True)]
 
     def state(self, owner: str, tokens: list[int]) -> list[torch.Tensor]:
@@ -637,7 +679,8 @@ class Oracle:
     ("cfg", "policy"),
     [(cfg, policy) for cfg in FULL[:3] for policy in WritePolicy]
     + [(cfg, WritePolicy.WRITE_THROUGH) for cfg in [*WINDOWS[:4], *STATES[:2], STATES[-2]]]
-    + [(cfg, WritePolicy.WRITE_THROUGH_SELECTIVE) for cfg in [*WINDOWS[:2], *STATES[:2]]],
+    + [(cfg, WritePolicy.WRITE_THROUGH_SELECTIVE) for cfg in [*WINDOWS[:2], *STATES[:2]]]
+    + [(cfg, WritePolicy.WRITE_THROUGH) for cfg in [*EAGLE[:2], *EAGLE_WITH_MORE]],
     ids=lambda value: value.label if isinstance(value, KitConfig) else value.value,
 )
 def test_no_history_makes_it_serve_anything_but_the_right_bytes(
@@ -647,7 +690,9 @@ def test_no_history_makes_it_serve_anything_but_the_right_bytes(
     is_small = policy is WritePolicy.WRITE_THROUGH_SELECTIVE or cfg.has_swa or cfg.has_mamba
     num_cpu_blocks = 8 if is_small else 20
     cfg = small(cfg)
-    with Rig(build_kit_cache(cfg, core), policy=policy, num_cpu_blocks=num_cpu_blocks) as rig:
+    parts = build_kit_cache(cfg, core)
+    drafts = [make_draft_pool(parts, torch.bfloat16)] if cfg.is_eagle else []
+    with Rig(parts, policy=policy, num_cpu_blocks=num_cpu_blocks, drafts=drafts) as rig:
         restored, aborted = run_history(rig, cfg, random.Random(f"{cfg.label} {core} {policy}"))
         # The history is worth something: it restored, aborted and lost blocks.
         assert restored > 0
@@ -693,6 +738,7 @@ def test_no_history_makes_a_store_that_fails_serve_anything_but_the_right_bytes(
             tokens = KitSteps(cfg)._make_seq(50_000 + 10_000 * number, 5)
             deadline = time.monotonic() + TIMEOUT_S
             while True:
+                writer.evict_all()
                 writer.insert(tokens, seed=number)
                 writer.evict_all()
                 writer.engine.flush_spills(TIMEOUT_S)
@@ -735,7 +781,9 @@ def run_history(
 
     def prompt() -> list[int]:
         # Few distinct pages, so that prompts share prefixes and split nodes.
-        return [t for _ in range(rng.randrange(1, 6)) for t in steps._make_seq(1000 * rng.randrange(3), 1)]
+        pages = [steps._make_seq(1000 * rng.randrange(3), 1) for _ in range(rng.randrange(1, 6))]
+        behind = [rng.choice([1, 1001, 5555]) for _ in range(rig.tokens_behind)]
+        return [*chain(*pages), *behind]
 
     for _ in range(num_steps):
         batch = []
@@ -755,9 +803,10 @@ def run_history(
         assert not rig.cache.finish_external_linker_loads([req for _, _, req, _ in batch])
         for owner, tokens, req, hit in batch:
             if len(hit):
-                oracle.check(owner, tokens[: len(hit)], hit)
-                oracle.take_state(owner, tokens[: len(hit)], req)
-            missing = len(tokens) - len(hit)
+                found = tokens[: len(hit) + rig.tokens_behind]
+                oracle.check(owner, found, hit)
+                oracle.take_state(owner, found, req)
+            missing = len(tokens) - rig.tokens_behind - len(hit)
             if missing > rig.allocator.available_size():
                 short = missing - rig.allocator.available_size()
                 rig.cache.evict(EvictParams(num_tokens=short, swa_num_tokens=short if cfg.has_swa else 0))

@@ -1,8 +1,9 @@
-"""A draft model (EAGLE) for a generated one: the same layers again, so that it guesses what that will say."""
+"""Draft models for generated ones: layers of these again, so that they guess what these will say."""
 
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -32,4 +33,39 @@ def make_draft(directory: Path, model: Path) -> Path:
     save_file(layers, str(directory / "model.safetensors"), metadata={"format": "pt"})
     config["architectures"] = ["LlamaForCausalLMEagle"]
     (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
+def make_model_that_guesses(directory: Path, model: Path) -> Path:
+    """Writes a Qwen3-Next with a layer that guesses (MTP): one of full attention.
+
+    The layer is a copy of the model's first one of that kind, and what the model's others add is made small. So
+    both say nearly the same.
+
+    Returns:
+        The directory.
+    """
+    shutil.copytree(model, directory)
+    config = json.loads((model / "config.json").read_text())
+    size, copied = config["hidden_size"], config["full_attention_interval"] - 1
+    tensors = load_file(str(model / "model.safetensors"))
+    adds = (".o_proj.weight", ".out_proj.weight", ".down_proj.weight")
+    of_copied = f"model.layers.{copied}."
+    for name, tensor in tensors.items():
+        if name.endswith(adds) and not name.startswith(of_copied):
+            tensors[name] = tensor * 0.05
+    layer = {
+        name.replace(of_copied, "mtp.layers.0."): tensor.clone()
+        for name, tensor in tensors.items()
+        if name.startswith(of_copied)
+    }
+    # It mixes a token's embedding with what the target made of the token before; here it takes the embedding.
+    fc = torch.cat([torch.eye(size), torch.zeros(size, size)], 1).to(torch.bfloat16)
+    norms = {f"mtp.pre_fc_norm_{part}.weight": torch.zeros(size).bfloat16() for part in ("embedding", "hidden")}
+    last = {"mtp.norm.weight": tensors["model.norm.weight"].clone(), "mtp.fc.weight": fc}
+    save_file(
+        {**tensors, **layer, **norms, **last},
+        str(directory / "model.safetensors"),
+        metadata={"format": "pt"},
+    )
     return directory

@@ -176,6 +176,26 @@ def build_small_cache(
     return cache, allocator, requests
 
 
+def make_draft_pool(parts: tuple[FlexKVRadixCache, Any, Any], dtype: torch.dtype) -> Any:
+    """The pool of a draft model with one layer, as SGLang makes it for that of a target: where this has
+    states, they are in its pool, too, and it does not use them."""
+    _, allocator, requests = parts
+    pool = allocator.get_kvcache()
+    if not isinstance(pool, HybridLinearKVPool):
+        return make_pool("mha", dtype, pool.page_size, num_tokens=pool.size, num_layers=1)
+    return HybridLinearKVPool(
+        size=pool.size,
+        page_size=pool.page_size,
+        dtype=dtype,
+        head_num=1,
+        head_dim=16,
+        full_attention_layer_ids=[0],
+        device="cpu",
+        mamba_pool=requests.mamba_pool,
+        enable_kv_cache_copy=True,
+    )
+
+
 class Rig:
     """A cache with a real engine and linker under it, driven the way SGLang's scheduler does.
 
@@ -209,7 +229,7 @@ class Rig:
         remote_timeout_s: float = TIMEOUT_S,
         remote_compression: RemoteCompression = RemoteCompression.NONE,
         prefetch_timeout_s: float = 3.0,
-        drafts: Sequence[MHATokenToKVPool | MLATokenToKVPool] = (),
+        drafts: Sequence[MHATokenToKVPool | MLATokenToKVPool | HybridLinearKVPool] = (),
         reads_under_forwards: bool = True,
         one_copy: OneCopy | None = None,
         memory: SharedMemory | None = None,
@@ -219,6 +239,8 @@ class Rig:
         self.cache, self.allocator, self.requests = parts
         self.pool = self.allocator.get_kvcache()
         self.page_size = self.cache.page_size
+        # Where keys are of pairs, what is stored of a prompt depends on one token more.
+        self.tokens_behind = int(self.cache.tree_core.is_eagle)
         pools = kv_pools(self.pool, self.page_size, self.cache.window_tokens, drafts, self.requests)
         full = self.pool
         self.window_buffers: list[torch.Tensor] = []
@@ -232,7 +254,8 @@ class Rig:
             states = self.requests.mamba_pool.mamba_cache
             self.state_buffers = [layer for buffer in (states.temporal, *states.conv) for layer in buffer]
         self._num_layers = pools.num_layers
-        self.buffers = [buffer for pool in (full, *drafts) for buffer in buffers_of(pool)]
+        parts_of_drafts = [getattr(draft, "full_kv_pool", draft) for draft in drafts]
+        self.buffers = [buffer for pool in (full, *parts_of_drafts) for buffer in buffers_of(pool)]
         self.buffers_per_layer = len(buffers_of(full)) // full.layer_num
         namespace = make_namespace({"model": "kit"})
         self.engine = KVTaskEngine(
@@ -378,7 +401,7 @@ class Rig:
         priority: int = 0,
     ) -> list[torch.Tensor]:
         """Computes tokens that the tree does not hold and inserts them; returns their bytes."""
-        slots = self.allocate(len(tokens))
+        slots = self.allocate(len(tokens) - self.tokens_behind)
         assert slots is not None, "the device pool of this test is too small"
         expected = self.write(slots, seed)
         key = radix_key(tokens, extra_key, cache_salt)
@@ -455,7 +478,7 @@ class Rig:
 
     def finish(self, req: Req, slots: torch.Tensor) -> None:
         """Inserts the prefix that a request used, and lets go of the request."""
-        tokens = req.origin_input_ids[: len(slots)]
+        tokens = req.origin_input_ids[: len(slots) + self.tokens_behind]
         params = InsertParams(
             key=radix_key(tokens, req.extra_key, req.cache_salt),
             value=slots,

@@ -228,7 +228,6 @@ def after_check_server_args(_result: Any, server_args: Any) -> None:
             model,
             config,
             disaggregated=disaggregated,
-            speculative=bool(view.speculative_algorithm),
             context_parallel=view.attn_cp_size > 1,
         )
         checks.check_ssd(config, view, model)

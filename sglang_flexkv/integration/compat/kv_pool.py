@@ -83,17 +83,16 @@ def kv_pools(
     from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
     has_states = isinstance(requests, HybridReqToTokenPool)
+    drafts = [_full_part_of_draft(draft, requests) for draft in drafts]
     if type(pool) not in (SWAKVPool, HybridLinearKVPool):
         if has_states:
             raise _refused(pool, "with states of other layers beside it")
         full = device_buffers(pool, drafts)
         return KVPools(full, (), len(full.tensors), replicated=_are_replicated(pool, *drafts))
-    if drafts:
-        raise _refused(pool, "with a draft model beside it", remedy=_NO_DRAFT)
     if pool.start_layer != 0:
         raise _refused(pool, "that holds some of the layers only")
     _check_part(pool.full_kv_pool)
-    full = device_buffers(pool.full_kv_pool)
+    full = device_buffers(pool.full_kv_pool, drafts)
     more: list[KVGroup] = []
     if type(pool) is SWAKVPool:
         layers = _layers_of(pool, in_window=False)
@@ -111,7 +110,7 @@ def kv_pools(
         1 + max(chain(layers, *(group.layers for group in more))),
         layers,
         # States are of the heads of a rank. Where a block has parts of both kinds none is shared.
-        replicated=not has_states and _are_replicated(pool.full_kv_pool, pool.swa_kv_pool),
+        replicated=not has_states and _are_replicated(pool.full_kv_pool, pool.swa_kv_pool, *drafts),
     )
 
 
@@ -125,6 +124,20 @@ def _are_replicated(*pools: Any) -> bool:
     from sglang.srt.mem_cache.memory_pool import MLATokenToKVPool
 
     return all(isinstance(pool, MLATokenToKVPool) for pool in pools)
+
+
+def _full_part_of_draft(draft: Any, requests: Any) -> Any:
+    """What a draft model keeps of full attention, which has to be all that it keeps: the target's states are
+    in its pool as well, which it does not use."""
+    from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool
+
+    if type(draft) is not HybridLinearKVPool:
+        return draft
+    if not _same_states(draft, requests):
+        raise _refused(draft, "of a draft model with states of its own", remedy=_NO_DRAFT)
+    _check_part(draft.full_kv_pool)
+    _check_nothing_else(draft, [], (draft.full_kv_pool, draft.mamba_pool))
+    return draft.full_kv_pool
 
 
 def _check_part(part: Any) -> None:
@@ -163,7 +176,7 @@ def _windows(pool: Any, full: DeviceBuffers, page_size: int, window_tokens: int)
 
 
 def _same_states(pool: Any, requests: Any) -> bool:
-    same: bool = pool.mamba_pool is requests.mamba_pool
+    same: bool = pool.mamba_pool is getattr(requests, "mamba_pool", None)
     return same
 
 

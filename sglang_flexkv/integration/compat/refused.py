@@ -174,7 +174,6 @@ def check_model(
     config: FlexKVConfig,
     *,
     disaggregated: bool = False,
-    speculative: bool = False,
     context_parallel: bool = False,
 ) -> None:
     """Raises IncompatibleError for models whose state is not stored, and ConfigError for settings that cannot
@@ -183,7 +182,6 @@ def check_model(
     Args:
         model: SGLang's ModelConfig.
         disaggregated: the KV goes to another server, which decodes.
-        speculative: tokens are guessed and checked.
         context_parallel: ranks share the computing of a prompt.
     """
     from sglang.srt.configs.hybrid_arch import mambaish_config
@@ -208,7 +206,6 @@ def check_model(
     keeps = " and ".join(name for name, there in kept.items() if there)
     flags = {
         "--disaggregation-mode": disaggregated,
-        "--speculative-algorithm": has_states and speculative,
         "--enable-prefill-cp": has_states and context_parallel,
     }
     for flag in (flag for flag, given in flags.items() if given and keeps):

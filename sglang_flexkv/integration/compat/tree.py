@@ -199,8 +199,7 @@ class TreeCache(UnifiedRadixCache):
             The key of the prompt up to the last of these, and a lock on it.
         """
         end = first + len(slots)
-        bigrams = self.tree_core.is_eagle  # an element of a key is a token and the one behind it
-        key = RadixKey(tokens[: end + bigrams], req.extra_key, is_bigram=bigrams, cache_salt=req.cache_salt)
+        key = self._key_of(req, tokens, end)
         params = InsertParams(
             key=key,
             value=torch.cat([self.path_device_indices(req.last_node), slots]),
@@ -225,9 +224,16 @@ class TreeCache(UnifiedRadixCache):
             return False
         if not self.window_tokens:
             return True
-        key = RadixKey(tokens[: first + count], req.extra_key, cache_salt=req.cache_salt)
+        key = self._key_of(req, tokens, first + count)
         reached: int = self.tree_core.match_full_device_prefix(key)[0]
         return reached <= first
+
+    def _key_of(self, req: Any, tokens: Any, count: int) -> RadixKey:
+        """The tree's key of the first tokens of a prompt."""
+        bigrams = self.tree_core.is_eagle  # an element of a key is a token and the one behind it
+        return RadixKey(
+            tokens[: count + bigrams], req.extra_key, is_bigram=bigrams, cache_salt=req.cache_salt
+        )
 
     def common_tokens(self, one: Any, other: Any) -> int:
         """Tokens at their start, in whole pages, that two keys have in common."""
