@@ -133,6 +133,11 @@ def _attend_to_drafts(backend: ModuleType) -> None:
         ):
             slots = self.req_to_token_pool.req_to_token[row, : before + size]
             seen = backend.torch.cat([tree.new_ones(size, before), tree], 1)
+            if self.use_sliding_window_kv_pool and pool.layers_mapping[layer.layer_id][1]:
+                slots = pool.translate_loc_from_full_to_swa(slots.long())
+                at = before + tree.sum(1, keepdim=True) - 1
+                places = backend.torch.cat([backend.torch.arange(before), at.flatten()])
+                seen &= places >= at - layer.sliding_window_size
             heads = (part.transpose(0, 1).to(query.dtype) for part in (query, keys[slots], values[slots]))
             attended = backend.scaled_dot_product_attention(
                 *heads, attn_mask=seen, scale=layer.scaling, enable_gqa=True

@@ -53,7 +53,7 @@ def make_model_that_guesses(directory: Path, model: Path) -> Path:
     of_copied = f"model.layers.{copied}."
     for name, tensor in tensors.items():
         if name.endswith(adds) and not name.startswith(of_copied):
-            tensors[name] = tensor * 0.05
+            tensors[name] = tensor * 0.02
     layer = {
         name.replace(of_copied, "mtp.layers.0."): tensor.clone()
         for name, tensor in tensors.items()
