@@ -262,16 +262,12 @@ def test_what_does_not_go_with_windows_and_states(
     with pytest.raises(ConfigError, match=f"write_policy: the model .* keeps {keeps} .* use write_through"):
         refused.check_model(model, FlexKVConfig(write_policy="write_back"))
     refused.check_model(model, FlexKVConfig(remote="redis://127.0.0.1:6379"))
-    for flag, name in (
-        ("speculative", "--speculative-algorithm"),
-        ("context_parallel", "--enable-prefill-cp"),
+    with (
+        nullcontext()
+        if changes is SLIDING_WINDOWS
+        else pytest.raises(IncompatibleError, match=f"{keeps}: .* --enable-prefill-cp yet; drop one")
     ):
-        with (
-            nullcontext()
-            if changes is SLIDING_WINDOWS
-            else pytest.raises(IncompatibleError, match=f"{keeps}: .* {name} yet; drop one")
-        ):
-            refused.check_model(model, FlexKVConfig(), **{flag: True})
+        refused.check_model(model, FlexKVConfig(), context_parallel=True)
 
 
 def test_states_are_refused_by_name_in_the_version_before(tmp_path: Path) -> None:

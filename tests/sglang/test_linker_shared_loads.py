@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -562,6 +563,32 @@ def test_with_windows_what_all_of_a_batch_want_is_loaded_once_or_fails_for_all(
         assert shared(rig) == 2 * len(tokens)
         for req, slots in zip(reqs, all_slots, strict=True):
             assert_same(rig.read_window(slots[-8:]), window)
+            check_landed(rig, req, slots, expected)
+
+
+@pytest.mark.parametrize("pages", [1, 8])
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize("core", CORES)
+def test_what_the_tree_has_without_its_window_is_not_shared(core: str, pairs: bool, pages: int) -> None:
+    """It keeps its own slots of these tokens, and would give back those that are being loaded."""
+    with Rig(build_kit_cache(replace(WINDOW, is_eagle=pairs), core), load_policy=LoadPolicy.LOAD) as rig:
+        tokens = [*sequence(1, pages, 4), 7777]
+        count = 4 * pages
+        expected = rig.insert(tokens[: count + pairs], seed=1)
+        rig.evict_all()
+        slots = rig.allocate(count)
+        assert slots is not None
+        gone = {ComponentType.SWA: count}
+        key = radix_key(tokens[: count + pairs])
+        rig.cache.insert(InsertParams(key=key, value=slots, component_evicted_seqlens=gone))
+        rig.allocator.free_swa(slots)
+        reqs = [rig.request([*tokens, n]) for n in range(3)]
+        all_slots = admit_all(rig, *reqs)
+        assert [len(slots) for slots in all_slots] == [count] * 3
+        in_use = torch.cat(all_slots).tolist()
+        assert len(set(in_use)) == len(in_use)  # each its own
+        run(rig, *reqs)
+        for req, slots in zip(reqs, all_slots, strict=True):
             check_landed(rig, req, slots, expected)
 
 

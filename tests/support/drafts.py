@@ -61,7 +61,9 @@ def make_model_that_guesses(directory: Path, model: Path) -> Path:
     }
     # It mixes a token's embedding with what the target made of the token before; here it takes the embedding.
     fc = torch.cat([torch.eye(size), torch.zeros(size, size)], 1).to(torch.bfloat16)
-    norms = {f"mtp.pre_fc_norm_{part}.weight": torch.zeros(size).bfloat16() for part in ("embedding", "hidden")}
+    norms = {
+        f"mtp.pre_fc_norm_{part}.weight": torch.zeros(size).bfloat16() for part in ("embedding", "hidden")
+    }
     last = {"mtp.norm.weight": tensors["model.norm.weight"].clone(), "mtp.fc.weight": fc}
     save_file(
         {**tensors, **layer, **norms, **last},

@@ -282,11 +282,45 @@ def test_states_where_none_are_expected_are_refused() -> None:
         kv_pools(pool, PAGE, 0)
     with pytest.raises(IncompatibleError, match=r"MHATokenToKVPool, .*states of other layers beside it"):
         kv_pools(mha(), PAGE, 0, requests=requests)
-    with pytest.raises(IncompatibleError, match=r"a draft model beside it; .*drop --speculative-algorithm"):
-        kv_pools(pool, PAGE, 0, [mha()], requests)
     requests.mamba_ckpt_pool = object()
     with pytest.raises(IncompatibleError, match=r"quantised copies; .*drop --enable-int8-mamba-checkpoint"):
         kv_pools(pool, PAGE, 0, requests=requests)
+
+
+# ---- draft models beside windows and states ----
+
+
+@WINDOWS
+def test_a_draft_is_carried_in_the_last_layer_of_full_attention() -> None:
+    """MTP has a pool like the target's, whose states are the target's own."""
+    pool, requests = with_states()
+    sizes = {"size": TOKENS, "page_size": PAGE, "dtype": torch.bfloat16, "device": "cpu"}
+    draft = HybridLinearKVPool(
+        **sizes, head_num=1, head_dim=8, full_attention_layer_ids=[0], mamba_pool=requests.mamba_pool
+    )
+    pools = kv_pools(pool, PAGE, 0, [draft], requests)
+    alone = kv_pools(pool, PAGE, 0, requests=requests)
+    first, last = pools.full.tensors
+    assert [len(first), len(last)] == [2, 4]
+    assert {buffer.data_ptr() for buffer in last[2:]} == {
+        buffer.data_ptr() for buffer in (draft.get_key_buffer(0), draft.get_value_buffer(0))
+    }
+    assert (pools.layers, pools.num_layers, len(pools.more)) == (alone.layers, alone.num_layers, 1)
+    draft.extra = torch.zeros(3)
+    with pytest.raises(IncompatibleError, match="HybridLinearKVPool, .*not copied: extra"):
+        kv_pools(pool, PAGE, 0, [draft], requests)
+
+
+@WINDOWS
+def test_drafts_that_keep_more_are_refused() -> None:
+    pool, requests = with_states()
+    draft, _ = with_states()
+    with pytest.raises(IncompatibleError, match=r"states of its own; .*drop --speculative-algorithm"):
+        kv_pools(pool, PAGE, 0, [draft], requests)
+    with pytest.raises(IncompatibleError, match=r"windows of its own; .*drop --speculative-algorithm"):
+        kv_pools(windows(), PAGE, 64, [windows()])
+    with pytest.raises(IncompatibleError, match=r"and the target's .*drop --speculative-algorithm"):
+        kv_pools(windows(), PAGE, 64, [mha(size=2 * TOKENS)])
 
 
 # ---- refused: more than K and V ----

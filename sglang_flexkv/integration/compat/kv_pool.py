@@ -130,7 +130,10 @@ def _full_part_of_draft(draft: Any, requests: Any) -> Any:
     """What a draft model keeps of full attention, which has to be all that it keeps: the target's states are
     in its pool as well, which it does not use."""
     from sglang.srt.mem_cache.memory_pool import HybridLinearKVPool
+    from sglang.srt.mem_cache.swa_memory_pool import SWAKVPool
 
+    if isinstance(draft, SWAKVPool):
+        raise _refused(draft, "of a draft model with sliding windows of its own", remedy=_NO_DRAFT)
     if type(draft) is not HybridLinearKVPool:
         return draft
     if not _same_states(draft, requests):
