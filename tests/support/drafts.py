@@ -39,8 +39,8 @@ def make_draft(directory: Path, model: Path) -> Path:
 def make_model_that_guesses(directory: Path, model: Path) -> Path:
     """Writes a Qwen3-Next with a layer that guesses (MTP): one of full attention.
 
-    The layer is a copy of the model's first one of that kind, and what the model's others add is made small. So
-    both say nearly the same.
+    The layer is a copy of the model's first one of that kind, and what the model's others add is made small.
+    So both say nearly the same.
 
     Returns:
         The directory.

@@ -307,7 +307,7 @@ def test_a_draft_is_carried_in_the_last_layer_of_full_attention() -> None:
     }
     assert (pools.layers, pools.num_layers, len(pools.more)) == (alone.layers, alone.num_layers, 1)
     draft.extra = torch.zeros(3)
-    with pytest.raises(IncompatibleError, match="HybridLinearKVPool, .*not copied: extra"):
+    with pytest.raises(IncompatibleError, match=r"HybridLinearKVPool, .*not copied: extra"):
         kv_pools(pool, PAGE, 0, [draft], requests)
 
 
