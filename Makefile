@@ -1,5 +1,6 @@
 # Everything a checkout needs. `make test` works on a fresh machine: it makes the environment first.
-PYTHON := .venv/bin/python
+# PYTHON is what users name their interpreter by, so it is left alone: scripts/setup.sh reads it.
+VENV_PYTHON := .venv/bin/python
 
 # Container images often set it. Then every process compiles anew what it imports, and the tests start hundreds.
 unexport PYTHONDONTWRITEBYTECODE
@@ -14,7 +15,7 @@ setup:  ## make .venv with SGLang and this project in it (about a second when up
 	scripts/setup.sh
 
 models: setup  ## make the small random-weight models
-	$(PYTHON) scripts/make_models.py
+	$(VENV_PYTHON) scripts/make_models.py
 
 # A file at a time in each of several processes, more of them than there are cores: tests wait for disks, stores and
 # servers' starts. Those with servers take longest, and come first, so that the short ones fill what is left; the
@@ -22,7 +23,7 @@ models: setup  ## make the small random-weight models
 TEST_PROCESSES := 3
 
 test: setup models  ## run all tests; ARGS="-k name" selects
-	$(PYTHON) -m pytest tests/servers tests/sglang tests/unit -q -n $(TEST_PROCESSES) --dist loadfile \
+	$(VENV_PYTHON) -m pytest tests/servers tests/sglang tests/unit -q -n $(TEST_PROCESSES) --dist loadfile \
 	    --no-loadscope-reorder $(ARGS)
 
 # What depends on SGLang's version, with the older one that is supported. Its wheel has no kit for tests of caches.
@@ -37,13 +38,13 @@ test-versions: setup models  ## run the tests of the compat room and a few serve
 	    -k "tiny-gqa-auto-page16-write_through or tiny-mha or first_request or router"
 
 demo: setup models  ## run the demo; ARGS are passed on
-	$(PYTHON) demo/demo.py $(ARGS)
+	$(VENV_PYTHON) demo/demo.py $(ARGS)
 
 lint: setup  ## run the checks of .pre-commit-config.yaml on all files
-	PATH="$(CURDIR)/.venv/bin:$$PATH" $(PYTHON) -m pre_commit run --all-files
+	PATH="$(CURDIR)/.venv/bin:$$PATH" $(VENV_PYTHON) -m pre_commit run --all-files
 
 compare: setup models  ## compare with SGLang's HiCache, LMCache and no cache (docs/comparison.md)
-	$(PYTHON) benchmarks/compare.py --json build/compare/compare.json --out build/compare $(ARGS)
+	$(VENV_PYTHON) benchmarks/compare.py --json build/compare/compare.json --out build/compare $(ARGS)
 
 wheels: setup  ## build dist/: the sources, and wheels that need no compiler; ARGS="python3.12" names interpreters
 	scripts/build_wheels.sh $(ARGS)

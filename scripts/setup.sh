@@ -85,17 +85,20 @@ pip_install() {
 }
 
 find_python() {
-    local candidate
-    for candidate in "${PYTHON:-python3}" python3.12 python3.11 python3.13; do
+    local candidate candidates=(python3 python3.12 python3.11 python3.13)
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if command -v "$candidate" >/dev/null && "$candidate" -c \
             'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
             command -v "$candidate"
             return
         fi
     done
+    [[ -z ${PYTHON:-} ]] || die "PYTHON is '$PYTHON', which is no Python 3.11, 3.12 or 3.13." \
+        "Name another one, or unset it: then one is looked for."
     die "no Python 3.11, 3.12 or 3.13 found." \
         "Debian 12 and Ubuntu 24.04 have one: apt-get install python3" \
-        "Elsewhere: PYTHON=/path/to/python3.12 scripts/setup.sh"
+        "Elsewhere: PYTHON=/path/to/python3.12 make test (or any other target)"
 }
 
 flavour() {

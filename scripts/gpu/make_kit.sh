@@ -43,13 +43,16 @@ die() {
 }
 
 find_python() {
-    local candidate
-    for candidate in "${PYTHON:-python3.12}" "$HOME"/.pyenv/versions/3.12*/bin/python3.12; do
+    local candidate candidates=(python3.12 "$HOME"/.pyenv/versions/3.12*/bin/python3.12)
+    [[ -z ${PYTHON:-} ]] || candidates=("$PYTHON")
+    for candidate in "${candidates[@]}"; do
         if [[ $("$candidate" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null) == 3.12 ]]; then
             echo "$candidate"
             return
         fi
     done
+    [[ -z ${PYTHON:-} ]] || die "PYTHON is '$PYTHON', which is no Python 3.12; the GPU machine has that." \
+        "Name another one, or unset it: then one is looked for."
     die "no Python 3.12, which is what the GPU machine has, was found." \
         "Name one: PYTHON=/path/to/python3.12 make gpu-kit" \
         "Ubuntu 24.04 has it (python3.12-venv, python3.12-dev); elsewhere: pyenv install 3.12"

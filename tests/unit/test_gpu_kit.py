@@ -212,4 +212,4 @@ def test_a_kit_that_is_too_large_is_refused(run: Run, python312: str) -> None:
 def test_an_interpreter_of_another_version_is_refused(tmp_path: Path) -> None:
     made = make_kit(tmp_path, "image", PYTHON="/bin/false", HOME=str(tmp_path))
     assert made.returncode == 1
-    assert "no Python 3.12" in made.stderr
+    assert "PYTHON is '/bin/false', which is no Python 3.12" in made.stderr
