@@ -178,6 +178,15 @@ def _draft_with_native_attention(factories: ModuleType) -> None:
     factory.create_draft_extend_backend = create_draft_extend_backend
 
 
+def _find_no_nccl(communicator: ModuleType) -> None:
+    """Let ranks do without NCCL where PyTorch was built for CUDA and brings it: SGLang takes it for a GPU."""
+
+    def missing(*_: Any) -> None:
+        raise OSError("there is no GPU that NCCL could use")
+
+    communicator.NCCLLibrary = missing
+
+
 class _TorchWithoutPinning:
     """PyTorch as a module sees it that asks for pinned memory."""
 
@@ -312,6 +321,7 @@ AFTER_IMPORT: dict[str, Callable[[ModuleType], None]] = {
     "sglang.srt.models.deepseek_common.attention_backend_handler": _run_mla_as_mla,
     "sglang.srt.layers.attention.torch_native_backend": _complete_native_attention,
     "sglang.srt.speculative.draft_utils": _draft_with_native_attention,
+    "sglang.srt.distributed.device_communicators.pynccl": _find_no_nccl,
     "sglang.srt.lora.layers": _pin_nothing,
     "sglang.srt.lora.backend.torch_backend": _pin_nothing,
     "sglang.kernels.ops.attention.fla.layernorm_gated": _norm_in_torch,

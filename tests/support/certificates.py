@@ -23,10 +23,28 @@ def make_certificates(directory: Path) -> Certificates:
         is_missing("openssl")
     made = Certificates(directory / "ca.pem", directory / "cert.pem", directory / "key.pem")
     ca_key, request, names = (directory / name for name in ("ca-key.pem", "request.pem", "names"))
-    names.write_text("basicConstraints=CA:FALSE\nsubjectAltName=DNS:localhost,IP:127.0.0.1\n")
+    # What Python 3.13 wants to see of a CA and of what it has signed.
+    names.write_text(
+        "basicConstraints=CA:FALSE\nsubjectAltName=DNS:localhost,IP:127.0.0.1\n"
+        "authorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n"
+    )
+    usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
     new_key = ("-newkey", "rsa:2048", "-nodes")
     for command in (
-        ("req", "-x509", *new_key, "-days", "2", "-subj", "/CN=ca", "-keyout", ca_key, "-out", made.ca),
+        (
+            "req",
+            "-x509",
+            *new_key,
+            *usage,
+            "-days",
+            "2",
+            "-subj",
+            "/CN=ca",
+            "-keyout",
+            ca_key,
+            "-out",
+            made.ca,
+        ),
         ("req", *new_key, "-subj", "/CN=localhost", "-keyout", made.key, "-out", request),
         (
             *("x509", "-req", "-in", request, "-CA", made.ca, "-CAkey", ca_key, "-CAcreateserial"),
