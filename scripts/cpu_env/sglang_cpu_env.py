@@ -85,6 +85,12 @@ class _Requests:
         self.req_to_token = req_to_token
 
 
+def _is_in_window(attention: Any, layer: Any) -> bool:
+    """Whether a layer's KV is in the pool of the sliding windows."""
+    there = attention.use_sliding_window_kv_pool
+    return bool(there and attention.token_to_kv_pool.layers_mapping[layer.layer_id][1])
+
+
 def _read_windows_where_they_are(backend: ModuleType) -> None:
     """Let the attention that runs on a CPU read sliding-window layers in their own pool.
 
@@ -96,7 +102,7 @@ def _read_windows_where_they_are(backend: ModuleType) -> None:
     def translated(forward: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(self: Any, q: Any, k: Any, v: Any, layer: Any, *args: Any, **kwargs: Any) -> Any:
             pool = self.token_to_kv_pool
-            if not self.use_sliding_window_kv_pool or not pool.layers_mapping[layer.layer_id][1]:
+            if not _is_in_window(self, layer):
                 return forward(self, q, k, v, layer, *args, **kwargs)
             requests = self.req_to_token_pool
             self.req_to_token_pool = _Requests(
@@ -133,7 +139,7 @@ def _attend_to_drafts(backend: ModuleType) -> None:
         ):
             slots = self.req_to_token_pool.req_to_token[row, : before + size]
             seen = backend.torch.cat([tree.new_ones(size, before), tree], 1)
-            if self.use_sliding_window_kv_pool and pool.layers_mapping[layer.layer_id][1]:
+            if _is_in_window(self, layer):
                 slots = pool.translate_loc_from_full_to_swa(slots.long())
                 at = before + tree.sum(1, keepdim=True) - 1
                 places = backend.torch.cat([backend.torch.arange(before), at.flatten()])

@@ -28,22 +28,11 @@ def make_certificates(directory: Path) -> Certificates:
         "basicConstraints=CA:FALSE\nsubjectAltName=DNS:localhost,IP:127.0.0.1\n"
         "authorityKeyIdentifier=keyid\nsubjectKeyIdentifier=hash\n"
     )
-    usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
     new_key = ("-newkey", "rsa:2048", "-nodes")
     for command in (
         (
-            "req",
-            "-x509",
-            *new_key,
-            *usage,
-            "-days",
-            "2",
-            "-subj",
-            "/CN=ca",
-            "-keyout",
-            ca_key,
-            "-out",
-            made.ca,
+            *("req", "-x509", *new_key, "-days", "2", "-subj", "/CN=ca", "-keyout", ca_key),
+            *("-addext", "keyUsage=critical,keyCertSign,cRLSign", "-out", made.ca),
         ),
         ("req", *new_key, "-subj", "/CN=localhost", "-keyout", made.key, "-out", request),
         (

@@ -27,7 +27,7 @@ def make_draft(directory: Path, model: Path) -> Path:
         for name, tensor in load_file(str(model / "model.safetensors")).items()
         if name.startswith("model.layers.") and name != "model.layers.0.input_layernorm.weight"
     }
-    layers["fc.weight"] = torch.cat([torch.eye(size), torch.zeros(size, size)], 1).to(torch.bfloat16)
+    layers["fc.weight"] = takes_embedding(size)
     layers["fc.bias"] = torch.zeros(size, dtype=torch.bfloat16)
     directory.mkdir(parents=True)
     save_file(layers, str(directory / "model.safetensors"), metadata={"format": "pt"})
@@ -60,14 +60,18 @@ def make_model_that_guesses(directory: Path, model: Path) -> Path:
         if name.startswith(of_copied)
     }
     # It mixes a token's embedding with what the target made of the token before; here it takes the embedding.
-    fc = torch.cat([torch.eye(size), torch.zeros(size, size)], 1).to(torch.bfloat16)
     norms = {
         f"mtp.pre_fc_norm_{part}.weight": torch.zeros(size).bfloat16() for part in ("embedding", "hidden")
     }
-    last = {"mtp.norm.weight": tensors["model.norm.weight"].clone(), "mtp.fc.weight": fc}
+    last = {"mtp.norm.weight": tensors["model.norm.weight"].clone(), "mtp.fc.weight": takes_embedding(size)}
     save_file(
         {**tensors, **layer, **norms, **last},
         str(directory / "model.safetensors"),
         metadata={"format": "pt"},
     )
     return directory
+
+
+def takes_embedding(size: int) -> torch.Tensor:
+    """Of an embedding and what the target made of the token before it the embedding alone."""
+    return torch.cat([torch.eye(size), torch.zeros(size, size)], 1).to(torch.bfloat16)
